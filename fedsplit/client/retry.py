@@ -1,0 +1,55 @@
+"""How a client tries again: full jitter, growing, bounded in time, always the same request."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from fedsplit.errors import FedsplitError
+
+T = TypeVar("T")
+
+_FIRST_S, _MOST_S = 0.2, 10.0
+
+
+class Retry:
+    """Repeats what failed in a way that may pass.
+
+    Source: "Exponential backoff and jitter", Brooker 2015 (full jitter).
+
+    Args:
+        budget_s: Longest time from the first attempt to the last, in seconds.
+        chance: Randomness of the waits.
+        sleep: Waits, in seconds.
+        clock: Seconds that do not run backwards.
+    """
+
+    def __init__(
+        self,
+        budget_s: float,
+        chance: random.Random,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._budget_s = budget_s
+        self._chance = chance
+        self._sleep = sleep
+        self._clock = clock
+
+    def __call__(self, attempt: Callable[[], T]) -> T:
+        """Call `attempt` until it succeeds, fails for good, or the budget is used up.
+
+        Raises:
+            FedsplitError: The last failure.
+        """
+        begin, tries = self._clock(), 0
+        while True:
+            try:
+                return attempt()
+            except FedsplitError as failure:
+                most = min(_MOST_S, _FIRST_S * 2**tries)
+                wait = failure.retry_after_s or self._chance.uniform(0.0, most)
+                if not failure.retryable or self._clock() + wait - begin > self._budget_s:
+                    raise
+            self._sleep(wait)
+            tries += 1

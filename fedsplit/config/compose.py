@@ -1,0 +1,63 @@
+"""Composition: `conf/` plus overrides, or Flower's run config, to a `RunSpec`."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsplit.config.overrides import RunConfig, check, from_keys, parse
+from fedsplit.config.schema import from_dictconfig, from_yaml, make_schema, told
+from fedsplit.spec import RunSpec
+
+_HYDRA = threading.Lock()  # Hydra keeps its state in a singleton: one composition at a time.
+
+
+def compose(overrides: Sequence[str] = ()) -> RunSpec:
+    """The run that `conf/` and some overrides describe; not to be called in a Hydra job.
+
+    >>> compose(["model=tiny_llama", "split=1/2/1"]).model.family
+    'llama'
+
+    Args:
+        overrides: `group=option` and `field=value`; `split=1/2/1` stands for its three fields.
+
+    Raises:
+        ConfigError: An override cannot be read, or names something that is not allowed.
+    """
+    parsed = parse(overrides)
+    for override in parsed:
+        check(override)
+    with _HYDRA:
+        store_schema()
+        try:
+            with hydra.initialize_config_module("conf", version_base="1.3"):
+                config = hydra.compose("config", [str(o.input_line) for o in parsed])
+        except (HydraException, OmegaConfBaseException) as exc:
+            raise told(exc) from exc
+    return from_dictconfig(config)
+
+
+def from_run_config(run_config: RunConfig) -> RunSpec:
+    """The run that Flower's run config describes; an empty value means what `conf/` says.
+
+    `config` is a whole run as YAML and wins over every key but `run-dir`, which only says where
+    results go.
+
+    Raises:
+        ConfigError: A key or a value is not allowed.
+    """
+    given = {key: value for key, value in run_config.items() if value != ""}
+    text, run_dir = given.pop("config", None), given.pop("run-dir", None)
+    spec = compose(from_keys(given)) if text is None else from_yaml(str(text))
+    if run_dir is None:
+        return spec
+    return replace(spec, launch=replace(spec.launch, run_dir=str(run_dir)))
+
+
+def store_schema() -> None:
+    """Put the schema where the defaults list of `conf/config.yaml` finds it."""
+    ConfigStore.instance().store("schema", make_schema())

@@ -1,0 +1,141 @@
+"""Overrides: read one by one, and refused in words of our own before Hydra sees them."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
+from typing import Any, TypeAlias
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsplit.config.schema import field_names, make_schema, told
+from fedsplit.errors import ConfigError
+from fedsplit.spec import RunSpec, SplitSpec
+
+RunConfig: TypeAlias = Mapping[str, bool | int | float | str]
+"""What Flower hands to an app."""
+
+RUN_CONFIG_KEYS = {
+    "name": "name",
+    "seed": "seed",
+    "clients": "clients",
+    "experiment": "experiment",
+    "model": "model",
+    "split": "split",
+    "lora": "lora",
+    "data": "data",
+    "data-path": "data.path",
+    "sharding": "sharding",
+    "train": "train",
+    "rounds": "train.rounds",
+    "local-steps": "train.local_steps",
+    "batch-size": "train.batch_size",
+    "lr": "train.lr",
+    "policy": "policy",
+    "wire": "wire",
+    "strategy": "strategy",
+}
+"""Keys of `[tool.flwr.app.config]`, and the group or field that each one sets."""
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Read overrides, and `split=1/2/1` as the three fields it stands for.
+
+    Raises:
+        ConfigError: One of them is not `group=option` or `field=value`.
+    """
+    return [override for text in overrides for override in _parse_one(text)]
+
+
+def _parse_one(text: str) -> list[Override]:
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(text)
+    except HydraException as exc:
+        raise ConfigError(f"{text!r} cannot be read; write group=option or field=value") from exc
+    if not override.key_or_group:
+        raise ConfigError(f"{text!r} names no field; write group=option or field=value")
+    if override.key_or_group != "split" or "/" not in text:
+        return [override]
+    if override.is_sweep_override():
+        raise ConfigError(f"{text} cannot be swept; sweep over split.bottom and split.top instead")
+    counts = asdict(SplitSpec.parse(str(override.value())))
+    return [parser.parse_override(f"split.{part}={count}") for part, count in counts.items()]
+
+
+def check(override: Override) -> None:
+    """Refuse what Hydra would refuse later with less to go by, or not at all.
+
+    Raises:
+        ConfigError: No such option or field, or a value of the wrong type.
+    """
+    key = str(override.key_or_group)
+    if re.match(r"hydra\b", key):
+        return
+    if override.is_delete():
+        raise ConfigError(f"~{key}: a run has all its fields; set {key}=... instead")
+    if override.is_sweep_override():
+        raise ConfigError(
+            f"{override.input_line} lists several values; that takes -m, and commas between them"
+        )
+    options = _options(key)
+    if options:
+        _check_option(key, override.value(), options)
+        return
+    try:
+        OmegaConf.update(make_schema(), key, override.value())
+    except OmegaConfBaseException as exc:
+        raise told(exc) from exc
+
+
+def _options(group: str) -> list[str]:
+    """The options of a group of `conf/`; none if there is no such group."""
+    folder = resources.files("conf") / group
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _check_option(group: str, value: object, options: Sequence[str]) -> None:
+    if value in options:
+        return
+    section: Any = getattr(RunSpec(), group, None)
+    if isinstance(value, str) and hasattr(section, "kind"):
+        type(section)(kind=value)  # raises, and knows which values are planned
+    fields = [name for name in field_names() if name.startswith(f"{group}.")]
+    or_else = f"; or set one of its fields: {', '.join(fields)}" if fields else ""
+    raise ConfigError(f"{group}={value} is not one of: {', '.join(options)}{or_else}")
+
+
+def from_keys(run_config: RunConfig) -> list[str]:
+    """The overrides that the keys of a run config stand for, then those in `overrides`.
+
+    >>> from_keys({"rounds": 3, "model": "tiny_llama", "overrides": "train.lr=0.1 lora=on"})
+    ['train.rounds=3', "model='tiny_llama'", 'train.lr=0.1', 'lora=on']
+
+    Raises:
+        ConfigError: There is no such key, or the quotes in `overrides` do not match.
+    """
+    keys = dict(run_config)
+    try:
+        free = shlex.split(str(keys.pop("overrides", "")))
+    except ValueError as exc:
+        raise ConfigError(f"overrides cannot be read ({exc}); mind its quotes") from exc
+    unknown = keys.keys() - RUN_CONFIG_KEYS.keys()
+    if unknown:
+        raise ConfigError(
+            f"run config has the unknown keys {', '.join(sorted(unknown))}; allowed: "
+            f"{', '.join([*RUN_CONFIG_KEYS, 'overrides', 'config', 'run-dir'])}"
+        )
+    return [f"{RUN_CONFIG_KEYS[key]}={_literal(value)}" for key, value in keys.items()] + free
+
+
+def _literal(value: bool | int | float | str) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, str):
+        return QuotedString(text=value, quote=Quote.single).with_quotes()
+    return str(value).lower()

@@ -1,0 +1,1 @@
+"""The Flower door: the only place in fedsplit that imports flwr."""

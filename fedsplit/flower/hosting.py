@@ -1,0 +1,40 @@
+"""The trunk as a server next to Flower: service and gRPC server, started and stopped as one."""
+
+from contextlib import ExitStack
+
+from fedsplit.model.hollow import TrunkPart
+from fedsplit.spec import RunSpec
+from fedsplit.transport.server import GrpcServer
+from fedsplit.trunk.service import TrunkService
+
+
+class TrunkHost:
+    """Serves a trunk to the clients of a run; a context that is left in good order.
+
+    Args:
+        trunk: The trunk part; it trains while the host is entered.
+        run: The run it is for.
+    """
+
+    def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
+        self.service = TrunkService(trunk, run)
+        self.address = ""
+        self._run = run
+        self._open = ExitStack()
+
+    def __enter__(self) -> "TrunkHost":
+        wire, limits = self._run.wire, self.service.limits
+        # Training and evaluating sessions of all clients, and as many streams on their way out.
+        server = GrpcServer(
+            self.service, wire=wire, limits=limits, max_clients=2 * self._run.clients
+        )
+        with ExitStack() as opening:
+            opening.enter_context(self.service)
+            opening.callback(server.stop)
+            bound = server.start()
+            self.address = wire.advertise or bound
+            self._open = opening.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()

@@ -1,0 +1,212 @@
+"""Runs a Flower ServerApp and its ClientApp in this process: no Ray, no SuperLink, no sockets.
+
+Messages are copied on their way in both directions, as if they had crossed a network, so the
+two apps behave here as they do under `flwr run`.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from copy import deepcopy
+from threading import Lock
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.common.constant import (
+    NUM_PARTITIONS_KEY,
+    PARTITION_ID_KEY,
+    SUPERLINK_NODE_ID,
+    ErrorCode,
+)
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsplit.errors import ConfigError
+
+log = logging.getLogger("flwr.fedsplit")
+
+
+def run_inline(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    *,
+    num_clients: int,
+    run_config: Mapping[str, str | int | float | bool],
+    workers: int = 0,
+) -> None:
+    """Run both apps to the end of the server app, in this process.
+
+    Every client has a `Context` of its own that lasts for the run, with `partition-id` and
+    `num-partitions` in its `node_config` as in a Flower simulation. Returns when all threads
+    are gone, also after an exception.
+
+    Args:
+        server_app: Called once, in the calling thread; its exceptions reach the caller.
+        client_app: Called once for each message, in a worker thread; an exception becomes a
+            reply that carries an error, as everywhere in Flower.
+        num_clients: Number of nodes the server app finds on its grid.
+        run_config: What both apps find in `context.run_config`.
+        workers: How many clients work at once; 0 stands for all of them.
+
+    Raises:
+        ConfigError: There is no client, or fewer than no workers.
+    """
+    if num_clients < 1 or workers < 0:
+        raise ConfigError(
+            f"num_clients={num_clients} must be at least 1 and workers={workers} at least 0"
+        )
+    run_id = uuid4().int >> 66  # 62 bits: fits Flower's signed 64-bit fields
+    _identify_this_process()
+    nodes = _nodes(client_app, num_clients, run_id, run_config)
+    with ThreadPoolExecutor(workers or num_clients, "fedsplit-client") as pool:
+        try:
+            server_app(InlineGrid(run_id, nodes, pool), _context(run_id, run_config))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _identify_this_process() -> None:
+    """Give Flower the sender that `Message(...)` puts down; it has one for the whole process.
+
+    The same values for every inline run, so that runs at once do not disturb each other; the
+    grid stamps its own run's id on each message.
+    """
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 0
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+
+def _context(
+    run_id: int,
+    run_config: Mapping[str, str | int | float | bool],
+    node_id: int = SUPERLINK_NODE_ID,
+    node_config: UserConfig | None = None,
+) -> Context:
+    return Context(
+        run_id=run_id,
+        node_id=node_id,
+        node_config=node_config or {},
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )
+
+
+def _nodes(
+    client_app: ClientApp,
+    num_clients: int,
+    run_id: int,
+    run_config: Mapping[str, str | int | float | bool],
+) -> dict[int, "_Node"]:
+    nodes = {}
+    for partition in range(num_clients):
+        node_id = SUPERLINK_NODE_ID + 1 + partition
+        config: UserConfig = {PARTITION_ID_KEY: partition, NUM_PARTITIONS_KEY: num_clients}
+        nodes[node_id] = _Node(client_app, _context(run_id, run_config, node_id, config))
+    return nodes
+
+
+class _Node:
+    """One client: its app, and what it remembers between messages."""
+
+    def __init__(self, client_app: ClientApp, context: Context) -> None:
+        self._client_app = client_app
+        self._context = context
+        self._one_message = Lock()
+
+    def answer(self, message: Message) -> Message:
+        """Run the app on a message; what a failed call did to the context is forgotten."""
+        with self._one_message:
+            context = deepcopy(self._context)
+            try:
+                reply = deepcopy(self._client_app(message, context))
+            except Exception as exc:  # the door to foreign code: Flower replies with an error
+                log.exception("ClientApp of node %d failed", context.node_id)
+                return _refusal(
+                    message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(exc).__name__}: {exc}"
+                )
+            self._context = context
+            return reply
+
+
+def _refusal(message: Message, code: int, reason: str) -> Message:
+    return Message(Error(code=code, reason=reason), reply_to=message)
+
+
+class InlineGrid(Grid):
+    """Flower's grid over nodes that live in this process.
+
+    Args:
+        run_id: Identifies the run in every message.
+        nodes: The nodes by their id.
+        pool: The threads that nodes work in.
+    """
+
+    def __init__(self, run_id: int, nodes: Mapping[int, _Node], pool: ThreadPoolExecutor) -> None:
+        self._run = Run.create_empty(run_id)
+        self._nodes = nodes
+        self._pool = pool
+        self._replies: dict[str, Future[Message]] = {}
+
+    def set_run(self, run: Run) -> None:
+        """Take over what Flower knows about the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """What Flower knows about the run; here hardly more than its id."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Make a message to a node; in new code Flower prefers `Message(...)`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """The ids of all nodes, ordered by partition."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Hand each message to its node and return the ids to pull the replies with."""
+        return [self._push(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies to these messages that are there by now, each of them once."""
+        done = [i for i in message_ids if i in self._replies and self._replies[i].done()]
+        return [self._replies.pop(i).result() for i in done]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Push messages and pull the replies that come within `timeout` seconds (None: all).
+
+        Replies are in the order of their messages. A late one can be pulled later.
+        """
+        message_ids = self.push_messages(messages)
+        wait([self._replies[i] for i in message_ids], timeout)
+        return self.pull_messages(message_ids)
+
+    def _push(self, message: Message) -> str:
+        message = deepcopy(message)
+        message_id = str(uuid4())
+        # Flower's metadata has no setter for what its own SuperLink stamps on a message.
+        vars(message.metadata).update(_run_id=self._run.run_id, _message_id=message_id)
+        self._replies[message_id] = self._pool.submit(self._answer, message)
+        return message_id
+
+    def _answer(self, message: Message) -> Message:
+        node = self._nodes.get(message.metadata.dst_node_id)
+        if node is None:
+            reason = f"no node {message.metadata.dst_node_id}; there are {list(self._nodes)}"
+            reply = _refusal(message, ErrorCode.NODE_UNAVAILABLE, reason)
+        else:
+            reply = node.answer(message)
+        vars(reply.metadata).update(_message_id=str(uuid4()))
+        return reply

@@ -1,0 +1,27 @@
+"""Cut Hugging Face models into parts that train and generate exactly like the whole."""
+
+from fedsplit.model.hollow import ClientPart, TrunkPart, connect
+from fedsplit.model.parts import (
+    SplitModel,
+    build_client,
+    build_trunk,
+    initial_parts,
+    join_model,
+    split_model,
+)
+from fedsplit.model.plan import Plan, model_class_for, plan_for
+
+__all__ = [
+    "ClientPart",
+    "Plan",
+    "SplitModel",
+    "TrunkPart",
+    "build_client",
+    "build_trunk",
+    "connect",
+    "initial_parts",
+    "join_model",
+    "model_class_for",
+    "plan_for",
+    "split_model",
+]

@@ -1,0 +1,140 @@
+"""KV caches of a part: the family's own, with holes where the part holds no block."""
+
+from collections.abc import Collection
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig, StaticCache
+
+from fedsplit.errors import UnsupportedModel
+
+
+class RemoteCache(Protocol):
+    """The trunk's side of a generation, or its proxy: what beam search and cropping do to it."""
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows in another order."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the rows."""
+
+
+class Hole:
+    """The place of a block that the part does not hold: stores nothing."""
+
+    is_sliding = False
+    is_compileable = True
+    is_croppable = True
+    supports_early_init = False
+    is_initialized = True
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def get_max_length(self) -> int:
+        """No maximum of its own."""
+        return -1
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing to forget."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Nothing to reorder."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Nothing to repeat."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Nothing to select."""
+
+
+class RemoteSlot(Hole):
+    """The trunk's place in the client's cache: passes everything on to the trunk's own cache."""
+
+    def __init__(self, remote: RemoteCache) -> None:
+        self.remote = remote
+
+    def reset(self) -> None:
+        """Forget all tokens at the trunk."""
+        self.remote.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens at the trunk."""
+        self.remote.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the trunk's rows in another order."""
+        self.remote.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the trunk."""
+        self.remote.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the trunk's rows."""
+        self.remote.batch_select_indices(indices)
+
+
+class _WithHoles(Cache):
+    """Asked about a hole, answers for a block the part does hold.
+
+    Families ask for lengths and mask sizes at fixed places (mostly block 0), which may be holes.
+    A block with full attention knows best, since a sliding one forgets.
+    """
+
+    def _held(self, layer_idx: int) -> int:
+        if not isinstance(self.layers[layer_idx], Hole):
+            return layer_idx
+        held = [i for i, layer in enumerate(self.layers) if hasattr(layer, "get_seq_length")]
+        full = [i for i in held if not getattr(self.layers[i], "is_sliding", False)]
+        return (full or held)[0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far."""
+        return int(super().get_seq_length(self._held(layer_idx)))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a query of `query_length` tokens will meet."""
+        length, offset = super().get_mask_sizes(query_length, self._held(layer_idx))
+        return length, offset
+
+
+class PartDynamicCache(_WithHoles, DynamicCache):
+    """A growing cache of a part."""
+
+
+class PartStaticCache(_WithHoles, StaticCache):
+    """A cache of a part with room for a fixed number of tokens."""
+
+
+def part_cache(
+    config: PretrainedConfig, held_blocks: Collection[int], max_length: int | None
+) -> Cache:
+    """A cache for a part that holds `held_blocks`, growing or of `max_length` tokens.
+
+    Raises:
+        UnsupportedModel: No held block has attention, so nothing counts the tokens.
+    """
+    if max_length is None:
+        cache: Any = PartDynamicCache(config=config)
+    else:
+        cache = PartStaticCache(config=config, max_cache_len=max_length)
+    cache.layers = [layer if i in held_blocks else Hole() for i, layer in enumerate(cache.layers)]
+    if not any(hasattr(layer, "get_seq_length") for layer in cache.layers):
+        raise UnsupportedModel(
+            f"{config.model_type}: this part holds no attention layer, so its cache cannot tell "
+            "how long the sequence is: move the cut"
+        )
+    whole: Cache = cache
+    return whole

@@ -1,0 +1,151 @@
+"""A dry run of a model on fake tensors: which modules run before, between and after its blocks.
+
+Nothing is allocated: an 80-block model takes half a second. Blocks are replaced by probes; what
+the probes see tells how the family threads its hidden states, and betrays side channels that a
+cut would sever.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedsplit.model.standins import StandIn
+
+# These read a tensor's shape, not its values.
+_SHAPE_ONLY = frozenset(
+    "zeros_like ones_like full_like empty_like rand_like randn_like "
+    "new_zeros new_ones new_full new_empty".split()
+)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors inside nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+class Taint(TorchDispatchMode):
+    """Marks every tensor computed from marked ones, as a dye follows water."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._marked: dict[int, Tensor] = {}
+
+    def mark(self, tensors: Iterable[Tensor]) -> None:
+        """Dye these; holding them keeps their ids from being used again."""
+        self._marked.update((id(t), t) for t in tensors)
+
+    def reaches(self, value: Any) -> bool:
+        """Whether any tensor in `value` is dyed."""
+        return any(id(t) in self._marked for t in tensors_in(value))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and dye what it returns if anything it read was dyed."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        reads_values = func._schema.name.split("::")[1] not in _SHAPE_ONLY
+        if reads_values and self.reaches((args, kwargs)):
+            self.mark(tensors_in(out))
+        return out
+
+
+@dataclass(slots=True)
+class Journal:
+    """What was seen in one dry run.
+
+    `phase` is where the run is: before the first block, between two, or after the last.
+    `ran` maps a module's name to the phases it ran in, `faults` are reasons not to cut, and
+    `shapes` are those of the hidden states handed to each block in turn.
+    """
+
+    num_blocks: int
+    phase: str = "before"
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    ran: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each block was handed one tensor [B, T, D], all of them of the same shape."""
+        once = len(self.shapes) == self.num_blocks and len(set(self.shapes)) == 1
+        return once and len(self.shapes[0]) == 3
+
+
+class Probe(StandIn):
+    """Stands for a block: notes what it is handed, hands on a fresh tensor."""
+
+    def __init__(
+        self, original: nn.Module, index: int, returns_tuple: bool, journal: Journal, taint: Taint
+    ) -> None:
+        super().__init__(original)
+        self.index, self.returns_tuple = index, returns_tuple
+        self.journal, self.taint = journal, taint
+
+    def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """A tensor of the shape of `hidden_BTD` that remembers nothing of it."""
+        journal = self.journal
+        journal.shapes.append(tuple(hidden_BTD.shape))
+        journal.phase = "after" if self.index == journal.num_blocks - 1 else "between"
+        positional = ((f"argument {i}", value) for i, value in enumerate(args, start=1))
+        for name, value in (*positional, *kwargs.items()):
+            self._look_at(name, value)
+        out_BTD = torch.zeros(hidden_BTD.shape, dtype=hidden_BTD.dtype)
+        return (out_BTD,) if self.returns_tuple else out_BTD
+
+    def _look_at(self, name: str, value: Any) -> None:
+        if self.taint.reaches(value):
+            self.journal.faults.append(
+                f"layers are handed '{name}', computed from weights, beside the hidden states"
+            )
+        is_shared = isinstance(value, (dict, list)) and name != "attention_mask"
+        if is_shared and not any(True for _ in tensors_in(value)):
+            self.journal.faults.append(f"layers share mutable state '{name}'")
+
+
+def observe(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    beside: dict[str, nn.Module],
+    inputs: dict[str, Any],
+    returns_tuple: bool,
+) -> Journal:
+    """Run `model` with probes for its blocks and note when the modules `beside` them run.
+
+    `model` lives on fake tensors and is as before afterwards. Raises whatever the family's own
+    forward raises.
+    """
+    taint, journal, originals = Taint(), Journal(num_blocks=len(blocks)), list(blocks)
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            journal.ran.setdefault(name, set()).add(journal.phase)
+            if journal.phase == "before":
+                taint.mark(module.state_dict(keep_vars=True).values())
+
+        return enter
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in beside.items()]
+    for i, original in enumerate(originals):
+        blocks[i] = Probe(original, i, returns_tuple, journal, taint)
+    try:
+        with torch.no_grad(), taint:
+            out = dict(model(**inputs))
+    finally:
+        for i, original in enumerate(originals):
+            blocks[i] = original
+        for hook in hooks:
+            hook.remove()
+    if taint.reaches([out.get("logits"), out.get("last_hidden_state")]):
+        journal.faults.append("the head reads the embeddings by a path that goes round the layers")
+    return journal

@@ -1,0 +1,152 @@
+"""Low-rank adapters on the parts of a model; which parameters train.
+
+The targets are those that peft picks on the unsplit model, so that adapters of all parts together
+are one ordinary peft adapter of it. (Hu et al. 2021, "LoRA", arXiv 2106.09685.)
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, LoraModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedsplit.errors import ConfigError
+from fedsplit.model.hollow import ClientPart, Part, TrunkPart
+from fedsplit.model.source import on_meta
+from fedsplit.spec import LoraSpec
+
+_ADAPTER = "default"
+_BASE = ".base_layer"
+_SAVED_PREFIX = "base_model.model."
+
+
+def add_adapters(part: Part, lora: LoraSpec, seed: int = 0) -> None:
+    """Freeze the part and put adapters where `lora` wants them; nothing if it is not enabled.
+
+    Bottom and top are switched separately though one model holds both. The adapters change
+    nothing until they are trained. The random state of the caller is left alone.
+
+    Args:
+        part: Client or trunk, changed in place.
+        lora: Rank, alpha, dropout, targets, and which parts get adapters.
+        seed: Of the adapters' first values.
+
+    Raises:
+        ConfigError: The targets name no module that can have an adapter.
+    """
+    if not lora.enabled:
+        return
+    part.requires_grad_(False)
+    wanted = {"bottom": lora.bottom, "trunk": lora.trunk, "top": lora.top}
+    config = _config_for_whole(part, lora)
+    for field in ("target_modules", "target_parameters"):
+        names = [n for n in getattr(config, field) if part.holds(n) and wanted[part.place_of(n)]]
+        setattr(config, field, names)
+    if not (config.target_modules or config.target_parameters):
+        return
+    with torch.random.fork_rng(devices=[]), _quiet_about_experts():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, part, _ADAPTER)
+    # New modules are in training mode whatever the part is in.
+    part.train(part.training)
+
+
+def trainable(part: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name; tied ones once."""
+    return {name: p for name, p in part.named_parameters() if p.requires_grad}
+
+
+def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) -> None:
+    """Write the adapters of both parts as one that `PeftModel.from_pretrained` loads.
+
+    Args:
+        client: The part with bottom and top.
+        trunk: The part between them.
+        directory: Gets adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ConfigError: Neither part has adapters.
+    """
+    tensors: dict[str, Tensor] = {}
+    configs: list[LoraConfig] = []
+    for part in (client, trunk):
+        if not _adapted(part):
+            continue
+        configs.append(cast(LoraConfig, part.peft_config[_ADAPTER]))
+        for name, tensor in get_peft_model_state_dict(part, adapter_name=_ADAPTER).items():
+            tensors[_SAVED_PREFIX + name] = tensor.detach().contiguous()
+    if not configs:
+        raise ConfigError("neither client nor trunk has adapters to save; set lora.enabled=true")
+    joined = copy.deepcopy(configs[0])
+    joined.target_modules = sorted(n for c in configs for n in c.target_modules or ())
+    joined.target_parameters = sorted(n for c in configs for n in c.target_parameters or ())
+    joined.inference_mode = True
+    joined.base_model_name_or_path = client.config.name_or_path or None
+    joined.save_pretrained(str(directory))
+    save_file(tensors, Path(directory) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def folded_state(part: PreTrainedModel) -> dict[str, Tensor]:
+    """The part's tensors under the unsplit model's names, with adapters added to the weights."""
+    state = {
+        name.replace(_BASE, ""): tensor
+        for name, tensor in part.state_dict().items()
+        if f".{_ADAPTER}." not in name
+    }
+    for name, layer in _adapted(part).items():
+        weight = f"{name.replace(_BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}"
+        state[weight] = state[weight] + cast(Any, layer).get_delta_weight(_ADAPTER)
+    return state
+
+
+def _adapted(part: PreTrainedModel) -> dict[str, LoraLayer]:
+    return {name: m for name, m in part.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _config_for_whole(part: Part, lora: LoraSpec) -> LoraConfig:
+    """What peft makes of `lora` for the unsplit model, with every target by its full name."""
+    whole = on_meta(part.family, copy.deepcopy(part.config))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_asked_targets(part.config.model_type, lora.targets),
+        task_type="CAUSAL_LM" if part.can_generate() else None,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in whole.modules()),
+    )
+    try:
+        with _quiet_about_experts():
+            tuned = LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as exc:
+        raise ConfigError(
+            f"lora.targets={lora.targets} does not work for {part.family.__name__} "
+            f"({str(exc).splitlines()[0]}); name its linear layers, such as q_proj,v_proj"
+        ) from exc
+    config.target_modules = list(tuned.targeted_module_names)
+    config.target_parameters = list(tuned.targeted_parameter_names)
+    return config
+
+
+def _asked_targets(model_type: str, targets: str) -> list[str] | str:
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if targets != "auto":
+        return [name.strip() for name in targets.split(",")]
+    return list(known[model_type]) if model_type in known else "all-linear"
+
+
+@contextmanager
+def _quiet_about_experts() -> Iterator[None]:
+    # peft looks for its own rank patterns of fused experts among modules; they are parameters.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+        yield

@@ -1,0 +1,245 @@
+"""Cut a model into the client's part and the trunk, and put it together again."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.model.hollow import ClientPart, Part, TrunkPart, connect, part_class
+from fedsplit.model.lora import folded_state
+from fedsplit.model.plan import model_class_for, plan_for
+from fedsplit.model.source import Source, on_meta
+from fedsplit.spec import SplitSpec
+
+P = TypeVar("P", bound=Part)
+M = TypeVar("M", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitModel:
+    """Both parts of a cut model, connected in this process."""
+
+    client: ClientPart
+    trunk: TrunkPart
+
+
+def build_client(
+    config: PretrainedConfig,
+    split: SplitSpec,
+    *,
+    source: str | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+    revision: str = "main",
+    **options: Any,
+) -> ClientPart:
+    """Bottom and top as one model of the family's class; `connect` gives it its trunk.
+
+    Args:
+        config: The whole model's.
+        split: How many blocks each part holds.
+        source: Local directory or hub id of the whole model; only own tensors are read.
+        state_dict: The whole model's tensors, or just the part's; taken over, not copied.
+        model_class: The family's class; the causal language model of `config` by default.
+        revision: Of a hub id.
+        options: For `from_pretrained`: dtype, attn_implementation, device_map.
+
+    Raises:
+        UnsupportedModel: The model cannot be cut exactly; before anything is read.
+        ConfigError: The split does not fit, or not exactly one of source and state_dict is given.
+        CheckpointError: A tensor is missing, has another shape, or cannot be read.
+    """
+    cls = _class_of(ClientPart, config, split, model_class)
+    return _load(cls, config, source, state_dict, revision, options)
+
+
+def build_trunk(
+    config: PretrainedConfig,
+    split: SplitSpec,
+    *,
+    source: str | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+    revision: str = "main",
+    **options: Any,
+) -> TrunkPart:
+    """The blocks between the cuts; arguments and errors as in `build_client`."""
+    cls = _class_of(TrunkPart, config, split, model_class)
+    return _load(cls, config, source, state_dict, revision, options)
+
+
+def _class_of(
+    kind: type[P],
+    config: PretrainedConfig,
+    split: SplitSpec,
+    model_class: type[PreTrainedModel] | None,
+) -> type[P]:
+    family = model_class or model_class_for(config)
+    plan = plan_for(family, config)
+    trunk_blocks = range(*split.cut(plan.num_blocks, family.__name__))
+    return part_class(kind, family, plan, trunk_blocks)
+
+
+def _load(
+    cls: type[P],
+    config: PretrainedConfig,
+    source: str | None,
+    state_dict: dict[str, Tensor] | None,
+    revision: str,
+    options: dict[str, Any],
+) -> P:
+    if (source is None) == (state_dict is None):
+        raise ConfigError(f"{cls.__name__}: give either source or state_dict")
+    if source is None:
+        return load_tensors(cls, config, state_dict or {}, "state_dict", **options)
+    origin = Source(name=source, revision=revision)
+    tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)))
+    part = load_tensors(cls, config, tensors, source, **options)
+    generation = origin.generation_config()
+    if generation is not None and part.can_generate():
+        part.generation_config = generation
+    return part
+
+
+def load_tensors(
+    cls: type[M], config: PretrainedConfig, tensors: dict[str, Tensor], origin: str, **options: Any
+) -> M:
+    """A model of class `cls` with these tensors; `origin` names them in errors.
+
+    Raises:
+        CheckpointError: A tensor is missing or has another shape.
+    """
+    try:
+        loaded: Any = cls.from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True, **options
+        )
+    except RuntimeError as exc:
+        raise CheckpointError(f"{origin}: {str(exc).strip().splitlines()[-1]}") from exc
+    model, report = cast(tuple[M, dict[str, Any]], loaded)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{origin}: tensor '{missing[0]}' of {cls.__name__} is missing "
+            f"({len(missing)} missing, {len(tensors)} found)"
+        )
+    return model
+
+
+def split_model(
+    model: PreTrainedModel | str,
+    split: SplitSpec | str = "1/2/1",
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    revision: str = "main",
+    **options: Any,
+) -> SplitModel:
+    """Cut a model into the client's part and the trunk, connected in this process.
+
+    The parts behave as the whole: same logits, same gradients, same generated tokens.
+
+    Args:
+        model: A model in memory (its tensors are copied), a local directory or a hub id.
+        split: Blocks of bottom, trunk and top, such as "1/2/1" or "1/*/1".
+        model_class: As in `build_client`.
+        revision: Of a hub id.
+        options: For `from_pretrained`: dtype, attn_implementation, device_map.
+
+    Raises:
+        UnsupportedModel: The model cannot be cut exactly; before anything is read.
+        ConfigError: The split does not fit.
+        CheckpointError: The source is no model, or not whole.
+
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> config = GPT2Config(n_layer=4, n_embd=8, n_head=2, vocab_size=32, n_positions=16)
+    >>> whole = GPT2LMHeadModel(config).eval()
+    >>> parts = split_model(whole, "1/2/1")
+    >>> ids = torch.arange(10).reshape(2, 5)
+    >>> torch.equal(parts.client(ids).logits, whole(ids).logits)
+    True
+    >>> parts.client(ids, labels=ids).loss.backward()
+    >>> sorted({name.split(".")[2] for name, _ in parts.trunk.named_parameters()})
+    ['1', '2']
+    """
+    spec = SplitSpec.parse(split) if isinstance(split, str) else split
+    if isinstance(model, str):
+        config = Source(name=model, revision=revision).config()
+        given: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
+        generation = None
+    else:
+        config, generation = model.config, getattr(model, "generation_config", None)
+        tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        given = {"state_dict": tensors, "model_class": model_class or type(model)}
+        options = {"dtype": model.dtype, "attn_implementation": _attention(config), **options}
+    client = build_client(config, spec, **given, **options)
+    trunk = build_trunk(config, spec, **given, **options)
+    if generation is not None:
+        client.generation_config = copy.deepcopy(generation)
+    connect(client, trunk.run, trunk.new_cache)
+    return SplitModel(client=client, trunk=trunk)
+
+
+def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
+    """The unsplit model of two parts, with copies of their tensors; adapters are folded in.
+
+    Raises:
+        ConfigError: The parts are not cut from one model in one place.
+
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> config = GPT2Config(n_layer=4, n_embd=8, n_head=2, vocab_size=32, n_positions=16)
+    >>> whole = GPT2LMHeadModel(config).eval()
+    >>> parts = split_model(whole, "1/2/1")
+    >>> again = join_model(parts.client, parts.trunk)
+    >>> again_state = again.state_dict()
+    >>> all(torch.equal(tensor, again_state[k]) for k, tensor in whole.state_dict().items())
+    True
+    """
+    same = (client.family, client.plan, client.trunk_blocks)
+    if same != (trunk.family, trunk.plan, trunk.trunk_blocks):
+        raise ConfigError(
+            f"these parts do not fit: the client is {client.family.__name__} with blocks "
+            f"{client.trunk_blocks} elsewhere, the trunk {trunk.family.__name__} with blocks "
+            f"{trunk.trunk_blocks}"
+        )
+    tensors = {k: t.clone() for part in (trunk, client) for k, t in folded_state(part).items()}
+    whole: PreTrainedModel = load_tensors(
+        client.family,
+        client.config,
+        tensors,
+        "the parts",
+        dtype=client.dtype,
+        attn_implementation=_attention(client.config),
+    )
+    if hasattr(client, "generation_config"):
+        whole.generation_config = copy.deepcopy(client.generation_config)
+    return whole
+
+
+def initial_parts(
+    config: PretrainedConfig,
+    split: SplitSpec,
+    seed: int,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    **options: Any,
+) -> SplitModel:
+    """Parts with fresh weights: those of the whole model built under `torch.manual_seed(seed)`.
+
+    The random state of the caller is left alone. Takes the whole model's memory for a moment.
+    """
+    family = model_class or model_class_for(config)
+    plan_for(family, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        whole = family._from_config(copy.deepcopy(config), **options)
+    return split_model(whole, split)
+
+
+def _attention(config: PretrainedConfig) -> str | None:
+    name: str | None = config._attn_implementation
+    return name

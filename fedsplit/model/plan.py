@@ -1,0 +1,259 @@
+"""Where a model's blocks are and what runs around them, or why it cannot be cut exactly."""
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from fedsplit.errors import UnsupportedModel
+from fedsplit.model.dryrun import Journal, observe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which modules of a model belong where; names are those of the whole model.
+
+    Modules that appear nowhere here hold no weights (rotary tables, ALiBi) and stay in every part.
+
+    Attributes:
+        backbone: What the trunk calls: the module that turns embeddings into hidden states
+            ("" for the model itself).
+        blocks: The list of blocks.
+        num_blocks: How many blocks there are.
+        before: Modules that only the bottom holds: embeddings and what else runs first.
+        after: Modules that only the top holds: the last norm and the head.
+        returns_tuple: Whether a block returns a tuple whose first item is the hidden states.
+        trunk_input: The argument of the backbone that takes the smashed data's place.
+    """
+
+    backbone: str
+    blocks: str
+    num_blocks: int
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    returns_tuple: bool
+    trunk_input: str
+
+
+# Config fields that, when set, tie blocks together in a way a cut would sever.
+_REFUSED_FIELDS = {
+    "is_encoder_decoder": "encoder-decoder",
+    "output_router_logits": (
+        "output_router_logits=True: the auxiliary loss needs the router logits of layers the "
+        "client does not hold"
+    ),
+    "layerdrop": "layerdrop > 0 would drop the boundary itself; set it to 0",
+    "decoder_layerdrop": "decoder_layerdrop > 0 would drop the boundary itself; set it to 0",
+    "num_kv_shared_layers": (
+        "num_kv_shared_layers={value}: layers share keys and values across the cut"
+    ),
+}
+
+
+def model_class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model class of a config.
+
+    Raises:
+        UnsupportedModel: transformers has none for it.
+    """
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
+        raise UnsupportedModel(
+            f"{type(config).__name__}: transformers has no causal language model for model type "
+            f"'{config.model_type}'; pass model_class to cut another kind of model"
+        )
+    family: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+    return family
+
+
+def plan_for(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Plan:
+    """How to cut `model_class` built from `config`; found by a dry run without weights, once.
+
+    Raises:
+        UnsupportedModel: It cannot be cut exactly; names the class and the cause.
+    """
+    text: str = config.to_json_string(use_diff=False)
+    return _answer(_Question(model_class=model_class, text=text, config=config))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    model_class: type[PreTrainedModel]
+    text: str
+    config: PretrainedConfig = field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _answer(question: _Question) -> Plan:
+    family, config = question.model_class, copy.deepcopy(question.config)
+    try:
+        _refuse_by_config(family, config)
+        with FakeTensorMode():
+            return _trace(_weightless(family, config))
+    except UnsupportedModel as exc:
+        raise UnsupportedModel(f"{family.__name__}: {exc}") from exc.__cause__
+
+
+def _refuse_by_config(family: type[PreTrainedModel], config: PretrainedConfig) -> None:
+    for name, reason in _REFUSED_FIELDS.items():
+        value = getattr(config, name, None)
+        if value:
+            raise UnsupportedModel(reason.format(value=value))
+    if (
+        family._is_stateful
+        and "past_key_values" not in inspect.signature(family.forward).parameters
+    ):
+        raise UnsupportedModel("keeps its state in a cache of its own kind")
+
+
+def _weightless(family: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    # A tied head would look as if it read the embeddings; tying is the part's business.
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    with no_init_weights():
+        try:
+            model: PreTrainedModel = family(config).eval()
+        except Exception as exc:  # whatever the family's own constructor raises
+            raise UnsupportedModel(f"cannot be built ({type(exc).__name__}: {exc})") from exc
+    return model
+
+
+def _trace(model: PreTrainedModel) -> Plan:
+    name, blocks = _find_blocks(model)
+    spine = _spine(model, name)
+    beside = {
+        child_name: child
+        for parent in spine
+        for child_name, child in _children(model, parent)
+        if child_name != name and child_name not in spine
+    }
+    returns_tuple, journal = _rehearse(model, blocks, beside)
+    if journal.faults:
+        raise UnsupportedModel("; ".join(sorted(set(journal.faults))[:3]))
+    before, after = _sort(beside, journal)
+    prefix = model.base_model_prefix
+    return Plan(
+        backbone=prefix if name.startswith(f"{prefix}.") else "",
+        blocks=name,
+        num_blocks=len(blocks),
+        before=before,
+        after=after,
+        returns_tuple=returns_tuple,
+        trunk_input=_trunk_input(model),
+    )
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The one list of as many modules as the config says the model has layers."""
+    text_config = model.config.get_text_config(decoder=True)
+    count = getattr(text_config, "num_hidden_layers", None)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and count and len(module) == count
+    }
+    outermost = {
+        name: module
+        for name, module in found.items()
+        if not any(name.startswith(f"{other}.") for other in found)
+    }
+    whole = set(model._no_split_modules or ())
+    listed = {n: m for n, m in outermost.items() if type(m[0]).__name__ in whole}
+    candidates = listed or outermost
+    if len(candidates) != 1:
+        raise UnsupportedModel(
+            f"expected one ModuleList of {count} layers, found {list(candidates)}; "
+            "its layers cannot be told apart"
+        )
+    return next(iter(candidates.items()))
+
+
+def _spine(model: PreTrainedModel, blocks_name: str) -> list[str]:
+    """The modules on the way from the model ("") down to its blocks."""
+    pieces = blocks_name.split(".")[:-1]
+    spine = ["", *(".".join(pieces[: i + 1]) for i in range(len(pieces)))]
+    for name in spine:
+        own = [key for key, _ in model.get_submodule(name).named_parameters(recurse=False)]
+        if own:
+            raise UnsupportedModel(
+                f"weights {own} sit directly on '{name or 'model'}', outside any sub-module"
+            )
+    return spine
+
+
+def _children(model: nn.Module, parent: str) -> list[tuple[str, nn.Module]]:
+    prefix = f"{parent}." if parent else ""
+    return [(prefix + name, child) for name, child in model.get_submodule(parent).named_children()]
+
+
+def _rehearse(
+    model: PreTrainedModel, blocks: nn.ModuleList, beside: dict[str, nn.Module]
+) -> tuple[bool, Journal]:
+    """Find out whether blocks return tensors or tuples by trying both."""
+    failure: Exception | None = None
+    journal: Journal | None = None
+    for returns_tuple in (False, True):
+        try:
+            journal = observe(model, blocks, beside, _inputs(model), returns_tuple)
+        except Exception as exc:  # whatever the family's own forward raises
+            failure = failure or exc
+            continue
+        if journal.is_chain:
+            return returns_tuple, journal
+    if failure is not None:
+        first_line = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        raise UnsupportedModel(f"dry run failed ({first_line})") from failure
+    shapes = journal.shapes if journal else []
+    raise UnsupportedModel(
+        "layers do not map hidden states to hidden states one after the other "
+        f"(shapes {shapes[:3]}, {len(shapes)} calls for {len(blocks)} layers)"
+    )
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """The smallest batch that shows how the model works."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(2, config.num_channels, height, width)}
+    ids = {model.main_input_name: torch.zeros(2, 6, dtype=torch.long)}
+    return {**ids, "use_cache": False} if hasattr(config, "use_cache") else ids
+
+
+def _trunk_input(model: PreTrainedModel) -> str:
+    takes_embeds = model.main_input_name == "input_ids"
+    return "inputs_embeds" if takes_embeds else str(model.main_input_name)
+
+
+def _sort(
+    beside: dict[str, nn.Module], journal: Journal
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modules that belong to the bottom and to the top."""
+    before, after = [], []
+    for name, module in beside.items():
+        phases = journal.ran.get(name, set())
+        has_weights = bool(module.state_dict()) or any(True for _ in module.parameters())
+        if "between" in phases:
+            raise UnsupportedModel(f"'{name}' runs between layers")
+        if has_weights and not phases:
+            raise UnsupportedModel(
+                f"'{name}' has weights but never ran in the dry run; if it serves another kind "
+                "of input, cut the text model's class with its text config"
+            )
+        if has_weights and len(phases) > 1:
+            raise UnsupportedModel(f"'{name}' runs both before and after the layers")
+        # A dropout elsewhere would shift the random numbers of the trunk's own.
+        if phases == {"before"} and (has_weights or isinstance(module, nn.Dropout)):
+            before.append(name)
+        elif phases == {"after"}:
+            after.append(name)
+    return tuple(before), tuple(after)

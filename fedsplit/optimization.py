@@ -1,0 +1,96 @@
+"""The optimizer of one part, in the same arithmetic at every part and in the unsplit model.
+
+Clipping is by the global norm over all three parts, so it takes the squared norms of both sides;
+they are summed in float64, in the same order everywhere, so that both sides scale alike.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.errors import CheckpointError
+from fedsplit.spec import TrainSpec
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> float:
+    """Sum of squares of all entries of all tensors, in float64."""
+    return math.fsum(t.detach().double().square().sum().item() for t in tensors)
+
+
+def clip_coefficient(sq_norm: float, clip_norm: float) -> float:
+    """What to scale gradients of squared norm `sq_norm` by; as `torch.nn.utils.clip_grad_norm_`.
+
+    >>> clip_coefficient(4.0, 0.0), clip_coefficient(0.25, 1.0)
+    (1.0, 1.0)
+    """
+    if clip_norm == 0.0:
+        return 1.0
+    return min(1.0, clip_norm / (math.sqrt(sq_norm) + 1e-6))
+
+
+class PartOptimizer:
+    """A torch optimizer over the trained parameters of one part, by name.
+
+    Weight decay is for matrices only; vectors (biases, norms) are left alone.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainSpec) -> None:
+        self.parameters = dict(parameters)
+        self._train = train
+        self._torch = _torch_optimizer(list(self.parameters.values()), train)
+
+    def sq_norm(self) -> float:
+        """Squared norm of the gradients that are there now."""
+        return squared_norm(p.grad for p in self.parameters.values() if p.grad is not None)
+
+    def step(self, step: int, coefficient: float = 1.0) -> None:
+        """Scale the gradients, take optimizer step number `step` (from 0) and drop them."""
+        if coefficient != 1.0:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(coefficient)
+        for group in self._torch.param_groups:
+            group["lr"] = self._train.lr_at(step)
+        self._torch.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments, one tensor per `parameter name|moment`."""
+        return {
+            f"{name}|{key}": torch.as_tensor(value)
+            for name, parameter in self.parameters.items()
+            for key, value in self._torch.state.get(parameter, {}).items()
+            if value is not None
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over moments that `state` handed out; an empty mapping means none yet.
+
+        Raises:
+            CheckpointError: A moment belongs to no parameter of this part.
+        """
+        for key, value in state.items():
+            name, _, moment = key.partition("|")
+            if name not in self.parameters:
+                raise CheckpointError(
+                    f"optimizer state {key!r} belongs to no trained parameter here"
+                )
+            self._torch.state[self.parameters[name]][moment] = value.clone()
+
+
+def _torch_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[train.optimizer]
+    return kind(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps)

@@ -1,0 +1,108 @@
+"""The folder that a run leaves behind: config, metrics, picture, checkpoint, state.
+
+`config.yaml` is written first and is what makes a folder taken; `metrics.jsonl` grows by a line
+a round; the rest is there when the run is over.
+"""
+
+import itertools
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedsplit import metrics
+from fedsplit.card import model_card
+from fedsplit.data import Corpus
+from fedsplit.metrics import RoundStats
+from fedsplit.model import SplitModel
+from fedsplit.model.checkpoint import join_checkpoint
+from fedsplit.model.lora import save_adapter, trainable
+from fedsplit.spec import RunSpec
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: The folder; `claim` finds one that no other run has.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def claim(parent: Path, name: str) -> "RunFolder":
+        """A folder `name` in `parent`, or `name-2`, `name-3`, ... if other runs have those."""
+        for number in itertools.count(1):
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "config.yaml").exists():
+                return RunFolder(folder.resolve())
+        raise AssertionError("count() does not end")
+
+    def write_config(self, text: str) -> None:
+        """Keep the resolved config; exclusive, so that two runs cannot share a folder."""
+        with (self.path / "config.yaml").open("x", encoding="utf-8") as file:
+            file.write(text)
+
+    def append(self, stats: RoundStats) -> None:
+        """Keep one round."""
+        metrics.append(self.path / "metrics.jsonl", stats)
+
+    def rounds(self) -> list[RoundStats]:
+        """The rounds so far; a line that is being written does not count yet."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        text = file.read_text(encoding="utf-8")
+        return metrics.parse(text[: text.rfind("\n") + 1].splitlines())
+
+    def plot(self) -> None:
+        """Draw `loss.png`: training loss and held-out bits per byte over rounds."""
+        rounds = self.rounds()
+        numbers = [stats.round for stats in rounds]
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        loss = figure.add_subplot()
+        loss.plot(numbers, [s.loss for s in rounds], "o-", color="tab:blue", label="training loss")
+        loss.set_xlabel("round")
+        loss.set_ylabel("training loss (nats per token)", color="tab:blue")
+        loss.xaxis.get_major_locator().set_params(integer=True)
+        held_out = loss.twinx()
+        held_out.plot(numbers, [s.bits_per_byte for s in rounds], "s--", color="tab:orange")
+        held_out.set_ylabel("held-out bits per byte", color="tab:orange")
+        loss.set_title(f"{self.path.name}: {rounds[-1].version} trunk steps")
+        figure.savefig(self.path / "loss.png", dpi=120)
+
+    def keep(
+        self,
+        parts: SplitModel,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        run: RunSpec,
+        moments: dict[str, Tensor],
+    ) -> None:
+        """Write what a finished run leaves.
+
+        `model/` is the joined model, a plain Hugging Face checkpoint with tokenizer and card
+        (adapters folded in, and by themselves in `adapter/`); `state/` holds each side's trained
+        tensors and the trunk optimizer's `moments`.
+        """
+        model, state = self.path / "model", self.path / "state"
+        join_checkpoint(parts.client, parts.trunk, model)
+        tokenizer.save_pretrained(model)
+        (model / "README.md").write_text(model_card(run, corpus, self.rounds()), encoding="utf-8")
+        if run.lora.enabled:
+            save_adapter(parts.client, parts.trunk, self.path / "adapter")
+        state.mkdir(exist_ok=True)
+        for name, tensors in (
+            ("halves", trainable(parts.client)),
+            ("trunk", trainable(parts.trunk)),
+            ("trunk_moments", moments),
+        ):
+            kept = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            save_file(kept, state / f"{name}.safetensors", metadata={"config": run.fingerprint})
+        self.plot()

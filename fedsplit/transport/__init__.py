@@ -1,0 +1,1 @@
+"""The only place that imports grpc: the wire's schema, its frames, and both of its ends."""

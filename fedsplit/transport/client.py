@@ -1,0 +1,234 @@
+"""The client's end of the wire: a link to one trunk over gRPC.
+
+Tensors go over one Exchange stream, the rest over unary calls. A call is tried once: who wants
+another try asks again, and a link whose stream broke opens a new one for it.
+"""
+
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, cast
+
+import grpc
+
+from fedsplit.errors import ConnectionLost, FedsplitError, ProtocolError
+from fedsplit.link import Link
+from fedsplit.spec import WireSpec
+from fedsplit.transport.frames import (
+    CALLS,
+    SERVICE,
+    Body,
+    Reader,
+    from_frame,
+    to_frame,
+    to_frames,
+)
+from fedsplit.transport.status import MAX_METADATA_BYTES, TOKEN_KEY, from_rpc_error, from_status
+from fedsplit.transport.tls import channel_credentials
+from fedsplit.wire.codec import check_reply
+from fedsplit.wire.messages import GradientsRequest, R, Request
+
+FRAME_BYTES = 4 << 20
+"""The longest single frame a client takes; longer payloads come as chunks."""
+
+GRADIENTS_BYTES = 4 << 30
+"""The longest payload of gradients a client takes; they can be as long as the trunk."""
+
+OPTIONS = (
+    ("grpc.keepalive_time_ms", 10000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_receive_message_length", FRAME_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every link
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class GrpcLink(Link):
+    """A link to the trunk at `address` (host:port, or unix:path).
+
+    May be used by several threads; their requests on the stream take turns. The connection is
+    made with the first request. `bytes_up` and `bytes_down` count every byte of every frame.
+
+    Args:
+        address: Where the trunk server listens.
+        token: Presented with every call.
+        wire: Deadline and TLS.
+        ca: PEM of the authority to trust, in place of `wire.tls_ca`.
+
+    Raises:
+        ConfigError: `wire.tls_ca` cannot be read.
+    """
+
+    def __init__(self, address: str, *, token: str = "", wire: WireSpec, ca: bytes = b"") -> None:
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._address = address
+        self._deadline_s = wire.call_deadline_s
+        self._metadata = ((TOKEN_KEY, token),)
+        self._process = os.getpid()
+        self._turn = threading.Lock()
+        self._counting = threading.Lock()
+        self._closed = False
+        self._idle: list[_Stream] = []
+        if ca or wire.tls_ca or wire.tls_cert:
+            self._channel = grpc.secure_channel(address, channel_credentials(wire, ca), OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(address, OPTIONS)
+
+    def exchange(self, request: Request[R]) -> R:
+        """Send a request and wait for its reply, at most `wire.call_deadline_s`.
+
+        Raises:
+            FedsplitError: What the trunk answered, or what became of the connection.
+        """
+        self._check_open()
+        call = CALLS[type(request)]
+        body = self._stream(request) if call.streams else self._unary(call.method, request)
+        if isinstance(body, FedsplitError):
+            raise body
+        if not isinstance(body, call.reply):
+            raise ProtocolError(
+                f"the trunk at {self._address} answered a {type(request).__name__} with a "
+                f"{type(body).__name__}"
+            )
+        check_reply(request, body)
+        return cast(R, body)
+
+    def close(self) -> None:
+        """Let go of the connection; calls in work end with `ConnectionLost`."""
+        if self._closed or os.getpid() != self._process:
+            return
+        self._closed = True
+        self._channel.close()
+        with self._turn:
+            for stream in self._idle:
+                stream.end()
+            self._idle.clear()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise ConnectionLost(
+                f"the link to {self._address} was made before a fork; make a new one after it"
+            )
+        if self._closed:
+            raise ConnectionLost(f"the link to {self._address} is closed; make a new one")
+
+    def _unary(self, method: str, request: Request[Any]) -> Body:
+        send = self._channel.unary_unary(f"/{SERVICE}/{method}", bytes, bytes)
+        frame = to_frame(request)
+        try:
+            answer = send(frame, timeout=self._deadline_s, metadata=self._metadata)
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, self._address, self._deadline_s) from exc
+        self._count(len(frame), len(answer))
+        return from_frame(answer, FRAME_BYTES)
+
+    def _stream(self, request: Request[Any]) -> Body:
+        with self._turn, self._borrowed() as stream:
+            try:
+                with stream.bounded():
+                    return self._converse(stream, request)
+            except grpc.RpcError as exc:
+                if stream.expired:
+                    raise self._error("DEADLINE_EXCEEDED") from exc
+                raise from_rpc_error(exc, self._address, self._deadline_s) from exc
+
+    def _converse(self, stream: "_Stream", request: Request[Any]) -> Body:
+        sent = 0
+        for frame in to_frames(request):
+            stream.send(frame)
+            sent += len(frame)
+        self._count(sent, 0)
+        reader = Reader(GRADIENTS_BYTES if isinstance(request, GradientsRequest) else sent)
+        for frame in stream.frames:
+            self._count(0, len(frame))
+            if (body := reader.feed(frame)) is not None:
+                return body
+        raise self._error("UNAVAILABLE", "it ended the stream")
+
+    @contextmanager
+    def _borrowed(self) -> Iterator["_Stream"]:
+        """The open stream or a new one; used again only if its call ended well."""
+        self._check_open()
+        stream = self._idle.pop() if self._idle else self._new_stream()
+        try:
+            yield stream
+            if not stream.expired:
+                self._idle.append(stream)
+        finally:
+            if stream not in self._idle:
+                stream.end()
+
+    def _new_stream(self) -> "_Stream":
+        return _Stream(self._channel, self._metadata, self._deadline_s)
+
+    def _error(self, status: str, details: str = "") -> FedsplitError:
+        return from_status(status, details, self._address, self._deadline_s)
+
+    def _count(self, up: int, down: int) -> None:
+        with self._counting:
+            self.bytes_up += up
+            self.bytes_down += down
+
+
+class _Stream:
+    """One Exchange call: frames out, frames in, and a watch that ends it when it is late."""
+
+    def __init__(
+        self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...], deadline_s: float
+    ) -> None:
+        self.expired = False
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        open_stream = channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
+        self.frames: Any = open_stream(iter(self._outbox.get, None), metadata=metadata)
+        self._deadline_s = deadline_s
+        self._due = math.inf
+        self._due_lock = threading.Lock()
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._end_if_late, name="fedsplit-watch", daemon=True)
+        self._watch.start()
+
+    def send(self, frame: bytes) -> None:
+        """Put a frame on its way."""
+        self._outbox.put(frame)
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """Inside, the stream may take as long as one call may."""
+        self._set_due(time.monotonic() + self._deadline_s)
+        try:
+            yield
+        finally:
+            self._set_due(math.inf)
+
+    def end(self) -> None:
+        """Cancel the call; its threads end."""
+        self._ended.set()
+        self._outbox.put(None)
+        self.frames.cancel()
+        self._watch.join()
+
+    def _set_due(self, due: float) -> None:
+        with self._due_lock:
+            self._due = due
+
+    def _end_if_late(self) -> None:
+        wait_s = self._deadline_s  # whatever begins meanwhile is not due before
+        while not self._ended.wait(wait_s):
+            with self._due_lock:
+                left_s = self._due - time.monotonic()
+                self.expired = left_s <= 0
+            if self.expired:
+                self.frames.cancel()
+                return
+            wait_s = min(left_s, self._deadline_s)

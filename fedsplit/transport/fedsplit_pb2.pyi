@@ -1,0 +1,290 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    FLOAT32: _ClassVar[DType]
+    BFLOAT16: _ClassVar[DType]
+    FLOAT16: _ClassVar[DType]
+    FLOAT64: _ClassVar[DType]
+    INT64: _ClassVar[DType]
+    INT32: _ClassVar[DType]
+    BOOL: _ClassVar[DType]
+
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NONE: _ClassVar[Codec]
+DTYPE_UNSPECIFIED: DType
+FLOAT32: DType
+BFLOAT16: DType
+FLOAT16: DType
+FLOAT64: DType
+INT64: DType
+INT32: DType
+BOOL: DType
+NONE: Codec
+
+class Frame(_message.Message):
+    __slots__ = ("header", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: Header
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class Header(_message.Message):
+    __slots__ = ("open_request", "open_reply", "forward_request", "forward_reply", "backward_request", "backward_reply", "step_request", "step_reply", "close_request", "close_reply", "gradients_request", "gradients_reply", "training_state_request", "training_state_reply", "service_info_request", "service_info_reply", "chunk", "error", "payload_bytes")
+    OPEN_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    OPEN_REPLY_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_REPLY_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_REPLY_FIELD_NUMBER: _ClassVar[int]
+    STEP_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    STEP_REPLY_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_REPLY_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_REPLY_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_STATE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_STATE_REPLY_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_INFO_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_INFO_REPLY_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    open_request: OpenRequest
+    open_reply: OpenReply
+    forward_request: ForwardRequest
+    forward_reply: ForwardReply
+    backward_request: BackwardRequest
+    backward_reply: BackwardReply
+    step_request: StepRequest
+    step_reply: StepReply
+    close_request: CloseRequest
+    close_reply: CloseReply
+    gradients_request: GradientsRequest
+    gradients_reply: GradientsReply
+    training_state_request: TrainingStateRequest
+    training_state_reply: TrainingStateReply
+    service_info_request: ServiceInfoRequest
+    service_info_reply: ServiceInfoReply
+    chunk: Chunk
+    error: Error
+    payload_bytes: int
+    def __init__(self, open_request: _Optional[_Union[OpenRequest, _Mapping]] = ..., open_reply: _Optional[_Union[OpenReply, _Mapping]] = ..., forward_request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward_request: _Optional[_Union[BackwardRequest, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., step_request: _Optional[_Union[StepRequest, _Mapping]] = ..., step_reply: _Optional[_Union[StepReply, _Mapping]] = ..., close_request: _Optional[_Union[CloseRequest, _Mapping]] = ..., close_reply: _Optional[_Union[CloseReply, _Mapping]] = ..., gradients_request: _Optional[_Union[GradientsRequest, _Mapping]] = ..., gradients_reply: _Optional[_Union[GradientsReply, _Mapping]] = ..., training_state_request: _Optional[_Union[TrainingStateRequest, _Mapping]] = ..., training_state_reply: _Optional[_Union[TrainingStateReply, _Mapping]] = ..., service_info_request: _Optional[_Union[ServiceInfoRequest, _Mapping]] = ..., service_info_reply: _Optional[_Union[ServiceInfoReply, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("offset",)
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    def __init__(self, offset: _Optional[int] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "message", "retry_after_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    retry_after_ms: int
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
+class TensorMeta(_message.Message):
+    __slots__ = ("dtype", "codec", "shape", "nbytes")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    codec: Codec
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    nbytes: int
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., shape: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_rows", "max_tokens", "hidden_size")
+    MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    max_rows: int
+    max_tokens: int
+    hidden_size: int
+    def __init__(self, max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    client: str
+    model: str
+    config: str
+    hidden_size: int
+    round: int
+    training: bool
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ...) -> None: ...
+
+class OpenReply(_message.Message):
+    __slots__ = ("session", "incarnation", "version", "limits")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    incarnation: str
+    version: int
+    limits: Limits
+    def __init__(self, session: _Optional[str] = ..., incarnation: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    SMASHED_BTD_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_MASK_BT_FIELD_NUMBER: _ClassVar[int]
+    POSITION_IDS_BT_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    call: int
+    training: bool
+    smashed_BTD: TensorMeta
+    attention_mask_BT: TensorMeta
+    position_ids_BT: TensorMeta
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ...) -> None: ...
+
+class ForwardReply(_message.Message):
+    __slots__ = ("trunk_out_BTD", "version")
+    TRUNK_OUT_BTD_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    trunk_out_BTD: TensorMeta
+    version: int
+    def __init__(self, trunk_out_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
+
+class BackwardRequest(_message.Message):
+    __slots__ = ("session", "call", "want_grad", "grad_trunk_out_BTD")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    WANT_GRAD_FIELD_NUMBER: _ClassVar[int]
+    GRAD_TRUNK_OUT_BTD_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    call: int
+    want_grad: bool
+    grad_trunk_out_BTD: TensorMeta
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., want_grad: bool = ..., grad_trunk_out_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ...) -> None: ...
+
+class BackwardReply(_message.Message):
+    __slots__ = ("grad_smashed_BTD", "trunk_sq_norm")
+    GRAD_SMASHED_BTD_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_SQ_NORM_FIELD_NUMBER: _ClassVar[int]
+    grad_smashed_BTD: TensorMeta
+    trunk_sq_norm: float
+    def __init__(self, grad_smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., trunk_sq_norm: _Optional[float] = ...) -> None: ...
+
+class StepRequest(_message.Message):
+    __slots__ = ("session", "call", "step", "num_tokens", "ends_sq_norm")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_SQ_NORM_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    call: int
+    step: int
+    num_tokens: int
+    ends_sq_norm: float
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., step: _Optional[int] = ..., num_tokens: _Optional[int] = ..., ends_sq_norm: _Optional[float] = ...) -> None: ...
+
+class StepReply(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class CloseRequest(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    def __init__(self, session: _Optional[str] = ...) -> None: ...
+
+class CloseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GradientsRequest(_message.Message):
+    __slots__ = ("session", "tensors")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    tensors: bool
+    def __init__(self, session: _Optional[str] = ..., tensors: bool = ...) -> None: ...
+
+class GradientsReply(_message.Message):
+    __slots__ = ("norms", "names", "gradients")
+    class NormsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    norms: _containers.ScalarMap[str, float]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    gradients: _containers.RepeatedCompositeFieldContainer[TensorMeta]
+    def __init__(self, norms: _Optional[_Mapping[str, float]] = ..., names: _Optional[_Iterable[str]] = ..., gradients: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ...) -> None: ...
+
+class TrainingStateRequest(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    def __init__(self, session: _Optional[str] = ...) -> None: ...
+
+class TrainingStateReply(_message.Message):
+    __slots__ = ("round", "step", "lr", "version")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    step: int
+    lr: float
+    version: int
+    def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ..., lr: _Optional[float] = ..., version: _Optional[int] = ...) -> None: ...
+
+class ServiceInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServiceInfoReply(_message.Message):
+    __slots__ = ("protocol", "incarnation", "model", "family", "blocks", "version", "sessions", "limits")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    incarnation: str
+    model: str
+    family: str
+    blocks: str
+    version: int
+    sessions: int
+    limits: Limits
+    def __init__(self, protocol: _Optional[int] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...

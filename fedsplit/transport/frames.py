@@ -1,0 +1,346 @@
+"""Messages as the frames of `fedsplit.proto`, and back, with one copy of a tensor on each side.
+
+Building a protobuf object around a tensor costs more than sending it. So only the small header
+is serialized, and the payload is appended as the last field's tag, length and bytes: the same
+valid protobuf. Received payloads go to memory that is taken once, after the header was checked.
+"""
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, error_from_code
+from fedsplit.transport import fedsplit_pb2 as pb
+from fedsplit.wire import messages
+from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor
+from fedsplit.wire.messages import Limits, Reply, Request
+
+CHUNK_BYTES = 1 << 20
+ALIGNMENT = 8
+SERVICE = "fedsplit.v1.ComputeService"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A method of the service; what streams carries tensors and goes over Exchange."""
+
+    method: str
+    request: type[Request[Any]]
+    reply: type[Reply]
+    streams: bool
+
+
+CALLS = {
+    call.request: call
+    for call in (
+        Call("Open", messages.OpenRequest, messages.OpenReply, False),
+        Call("Compute", messages.ForwardRequest, messages.ForwardReply, True),
+        Call("Backward", messages.BackwardRequest, messages.BackwardReply, True),
+        Call("Step", messages.StepRequest, messages.StepReply, True),
+        Call("Close", messages.CloseRequest, messages.CloseReply, False),
+        Call("GetGradients", messages.GradientsRequest, messages.GradientsReply, True),
+        Call(
+            "SyncTrainingState", messages.TrainingStateRequest, messages.TrainingStateReply, False
+        ),
+        Call("GetServiceInfo", messages.ServiceInfoRequest, messages.ServiceInfoReply, False),
+    )
+}
+
+Body = Request[Any] | Reply | FedsplitError
+
+_CLASSES = {cls.__name__: cls for call in CALLS.values() for cls in (call.request, call.reply)}
+_BODIES = {name.title().replace("_", ""): name for name in pb.Header.DESCRIPTOR.fields_by_name}
+_TENSOR = (Tensor, Tensor | None)
+_TENSORS = tuple[Tensor, ...]
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The frames of a message; `chunk_bytes` is the most payload that one frame carries.
+
+    Raises:
+        BadTensor: A tensor's dtype or shape may not cross the wire.
+    """
+    header = pb.Header()
+    if isinstance(message, FedsplitError):
+        _write_error(header.error, message)
+        yield _frame(header, [])
+        return
+    parts: list[memoryview] = []
+    name = _BODIES[type(message).__name__]
+    body = getattr(header, name)
+    body.SetInParent()
+    _write_fields(body, message, parts)
+    header.payload_bytes = sum(len(part) for part in parts)
+    if header.payload_bytes <= chunk_bytes:
+        yield _frame(header, parts)
+        return
+    offset = 0
+    for pieces in _cut(parts, chunk_bytes):
+        yield _frame(header, pieces)
+        offset += sum(len(piece) for piece in pieces)
+        header = pb.Header(chunk=pb.Chunk(offset=offset))
+
+
+def to_frame(message: Body) -> bytes:
+    """The one frame of a message in a unary call, however large."""
+    return next(to_frames(message, chunk_bytes=1 << 62))
+
+
+def _write_error(body: pb.Error, error: FedsplitError) -> None:
+    body.code, body.message = error.code, str(error)
+    body.retry_after_ms = round(1000 * error.retry_after_s)
+
+
+def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
+    for field in fields(message):
+        value = getattr(message, field.name)
+        if isinstance(value, Tensor):
+            getattr(body, field.name).CopyFrom(_write_tensor(value, parts))
+        elif field.type == _TENSORS:
+            getattr(body, field.name).extend(_write_tensor(item, parts) for item in value)
+        elif isinstance(value, tuple):
+            getattr(body, field.name).extend(value)
+        elif isinstance(value, dict):
+            getattr(body, field.name).update(value)
+        elif isinstance(value, Limits):
+            _write_fields(getattr(body, field.name), value, parts)
+        elif value is not None:
+            setattr(body, field.name, value)
+
+
+def _write_tensor(tensor: Tensor, parts: list[memoryview]) -> pb.TensorMeta:
+    meta, raw = encode_tensor(tensor)
+    parts.append(raw)
+    if padding := -len(raw) % ALIGNMENT:
+        parts.append(memoryview(bytes(padding)))
+    return pb.TensorMeta(
+        dtype=meta.dtype.upper(),
+        codec=meta.codec.upper(),
+        shape=meta.shape,
+        nbytes=meta.nbytes,
+    )
+
+
+def _cut(parts: list[memoryview], size: int) -> Iterator[list[memoryview]]:
+    """Groups of pieces of `parts`, in order, `size` bytes each but for the last."""
+    group: list[memoryview] = []
+    room = size
+    for part in parts:
+        while part:
+            piece, part = part[:room], part[room:]
+            group.append(piece)
+            room -= len(piece)
+            if not room:
+                yield group
+                group, room = [], size
+    if group:
+        yield group
+
+
+def _frame(header: pb.Header, payload: list[memoryview]) -> bytes:
+    head = header.SerializeToString()
+    start = b"\x0a" + _varint(len(head)) + head
+    if not payload:
+        return start
+    return b"".join((start, b"\x12", _varint(sum(map(len, payload))), *payload))
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+class Reader:
+    """Puts the frames of one stream, in order, together to messages.
+
+    Args:
+        max_bytes: The longest payload to take memory for, in bytes.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._pending: _Pending | None = None
+
+    def feed(self, frame: bytes) -> Body | None:
+        """Take in a frame; the message if it is complete now.
+
+        Raises:
+            ProtocolError: Not a frame, or not one that may come here.
+            BadTensor: The header's tensors and the payload do not agree.
+            TooLarge: The payload is longer than `max_bytes`.
+        """
+        header, payload = _parse(frame)
+        if header.WhichOneof("body") == "chunk":
+            if self._pending is None:
+                raise ProtocolError("a chunk came before the message that it belongs to")
+            self._pending.add(header.chunk.offset, payload)
+        elif self._pending is not None:
+            raise ProtocolError(f"a new message came inside of another: {self._pending}")
+        elif header.WhichOneof("body") == "error":
+            return _read_error(header.error)
+        else:
+            self._pending = _Pending(header, payload, self.max_bytes)
+        if not self._pending.complete:
+            return None
+        message, self._pending = self._pending.message(), None
+        return message
+
+
+def from_frame(frame: bytes, max_bytes: int) -> Body:
+    """The message of a unary call's one frame.
+
+    Raises:
+        ProtocolError: Not a frame, or only a part of a message.
+        BadTensor: The header's tensors and the payload do not agree.
+        TooLarge: The payload is longer than `max_bytes`.
+    """
+    message = Reader(max_bytes).feed(frame)
+    if message is None:
+        raise ProtocolError("a unary call carries its whole payload in one frame; it is short")
+    return message
+
+
+class _Pending:
+    """A message whose header was checked and whose payload is coming in."""
+
+    def __init__(self, header: pb.Header, payload: memoryview, max_bytes: int) -> None:
+        name = header.WhichOneof("body")
+        if name is None:
+            raise ProtocolError("a frame without a message in its header")
+        self._body = getattr(header, name)
+        self._cls = _CLASSES[self._body.DESCRIPTOR.name]
+        self._metas = [_read_meta(meta) for meta in _metas(self._cls, self._body)]
+        self._total = sum(meta.nbytes + -meta.nbytes % ALIGNMENT for meta in self._metas)
+        if header.payload_bytes != self._total:
+            raise BadTensor(
+                f"{self._cls.__name__} announces {header.payload_bytes} bytes of payload, but "
+                f"its tensors take {self._total}"
+            )
+        if self._total > max_bytes:
+            raise TooLarge(
+                f"{self._cls.__name__} carries {self._total} bytes; at most {max_bytes} are taken"
+            )
+        self._filled = 0
+        self._buffer = self._first(payload)
+
+    def _first(self, payload: memoryview) -> memoryview:
+        if len(payload) == self._total:
+            self._filled = self._total
+            return memoryview(bytearray(payload))
+        self._buffer = np.empty(self._total, dtype=np.uint8).data
+        self.add(0, payload)
+        return self._buffer
+
+    def add(self, offset: int, payload: memoryview) -> None:
+        """Take in the payload that begins at `offset`."""
+        end = offset + len(payload)
+        if offset != self._filled or end > self._total or not payload:
+            raise BadTensor(f"a chunk of bytes {offset} to {end} does not continue {self}")
+        self._buffer[offset:end] = payload
+        self._filled = end
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is there."""
+        return self._filled == self._total
+
+    def message(self) -> Request[Any] | Reply:
+        """The message; its tensors share the one buffer."""
+        return self._cls(**_read_fields(self._cls, self._body, self._tensors()))
+
+    def _tensors(self) -> Iterator[Tensor]:
+        offset = 0
+        for meta in self._metas:
+            yield decode_tensor(meta, self._buffer, offset)
+            offset += meta.nbytes + -meta.nbytes % ALIGNMENT
+
+    def __str__(self) -> str:
+        return f"{self._cls.__name__}, of which {self._filled} of {self._total} bytes are there"
+
+
+def _parse(frame: bytes) -> tuple[pb.Header, memoryview]:
+    """Header and payload; by hand if the frame is laid out as ours are, else by protobuf."""
+    view = memoryview(frame)
+    start, end = _span(view, 0, 0x0A)
+    begin, stop = (end, end) if end == len(view) else _span(view, end, 0x12)
+    try:
+        if start and stop == len(view):
+            return pb.Header.FromString(frame[start:end]), view[begin:stop]
+        other = pb.Frame.FromString(frame)
+        return other.header, memoryview(other.payload)
+    except DecodeError as exc:
+        raise ProtocolError(f"{len(frame)} bytes came that are not a frame") from exc
+
+
+def _span(view: memoryview, at: int, tag: int) -> tuple[int, int]:
+    """Where the length-delimited field at `at` begins and ends; (0, 0) if `tag` is not there."""
+    if at >= len(view) or view[at] != tag:
+        return 0, 0
+    length = 0
+    for i, byte in enumerate(view[at + 1 : at + 6]):
+        length |= (byte & 0x7F) << (7 * i)
+        if byte < 0x80:
+            return at + 2 + i, at + 2 + i + length
+    return 0, 0
+
+
+def _read_error(body: pb.Error) -> FedsplitError:
+    return error_from_code(body.code, body.message, body.retry_after_ms / 1000)
+
+
+def _metas(cls: type, body: Any) -> Iterator[pb.TensorMeta]:
+    """The tensors that a body announces, in the order of their bytes."""
+    for field in fields(cls):
+        if field.type == _TENSORS:
+            yield from getattr(body, field.name)
+        elif field.type in _TENSOR and body.HasField(field.name):
+            yield getattr(body, field.name)
+        elif field.type is Tensor:
+            raise BadTensor(f"{cls.__name__} came without its {field.name}")
+
+
+def _read_meta(meta: pb.TensorMeta) -> TensorMeta:
+    read = TensorMeta(
+        dtype=_enum_name(pb.DType, meta.dtype),
+        codec=_enum_name(pb.Codec, meta.codec),
+        shape=tuple(meta.shape[:5]),  # five are enough to refuse it
+        nbytes=meta.nbytes,
+    )
+    read.check()
+    return read
+
+
+def _enum_name(enum: Any, number: int) -> str:
+    named = enum.DESCRIPTOR.values_by_number.get(number)
+    return named.name.lower() if named else str(number)
+
+
+def _read_fields(cls: type, body: Any, tensors: Iterator[Tensor]) -> dict[str, Any]:
+    return {field.name: _read_field(field, body, tensors) for field in fields(cls)}
+
+
+def _read_field(field: Field[Any], body: Any, tensors: Iterator[Tensor]) -> Any:
+    value = getattr(body, field.name)
+    if field.type in _TENSOR:
+        return next(tensors) if body.HasField(field.name) else None
+    if field.type == _TENSORS:
+        return tuple(next(tensors) for _ in value)
+    if field.type is Limits:
+        return Limits(**_read_fields(Limits, value, tensors))
+    if field.type == dict[str, float]:
+        return dict(value)
+    return tuple(value) if field.type == tuple[str, ...] else value

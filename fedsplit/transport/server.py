@@ -1,0 +1,196 @@
+"""The server's end of the wire: takes calls in, hands them to a service, answers every one."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedsplit.errors import ConfigError, Draining, FedsplitError, Internal, ProtocolError
+from fedsplit.link import Service
+from fedsplit.spec import WireSpec
+from fedsplit.transport.frames import (
+    CALLS,
+    SERVICE,
+    Body,
+    Call,
+    Reader,
+    from_frame,
+    to_frame,
+    to_frames,
+)
+from fedsplit.transport.status import MAX_METADATA_BYTES, TOKEN_KEY, abort
+from fedsplit.transport.streams import Streams
+from fedsplit.transport.tls import server_credentials
+from fedsplit.wire.messages import CloseRequest, Limits, Reply, Request
+
+log = logging.getLogger(__name__)
+
+OPTIONS = {
+    "grpc.http2.min_recv_ping_interval_without_data_ms": 5000,
+    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.keepalive_time_ms": 10000,
+    "grpc.keepalive_timeout_ms": 5000,
+    "grpc.http2.ping_timeout_ms": 5000,
+    "grpc.http2.max_pings_without_data": 0,
+    "grpc.max_metadata_size": MAX_METADATA_BYTES,
+    "grpc.so_reuseport": 0,
+}
+HEADER_BYTES = 1 << 20
+"""Room for everything in a message but the largest tensor."""
+
+
+class GrpcServer:
+    """Serves one trunk service over gRPC, next to the standard health service.
+
+    Args:
+        service: The trunk.
+        wire: Where to listen, and TLS.
+        limits: The largest request; nothing longer is taken into memory.
+        max_clients: Streams at a time; one more is told `OVERLOADED`.
+    """
+
+    def __init__(
+        self, service: Service, *, wire: WireSpec, limits: Limits, max_clients: int
+    ) -> None:
+        self._wire = wire
+        self._health = health.HealthServicer()
+        self._door = _Door(service, max_bytes=largest_payload(limits), max_clients=max_clients)
+        workers = 2 * max_clients + 8  # streams whose client went away, and unary calls
+        options = {**OPTIONS, "grpc.max_receive_message_length": self._door.max_bytes}
+        self._server = grpc.server(
+            ThreadPoolExecutor(workers, thread_name_prefix="fedsplit-call"),
+            maximum_concurrent_rpcs=workers,
+            options=tuple(options.items()),
+        )
+        self._server.add_generic_rpc_handlers((self._door.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    def start(self) -> str:
+        """Listen, and say where: host:port as bound, or the unix: address.
+
+        Raises:
+            ConfigError: The address cannot be listened on, or a TLS file not be used.
+        """
+        bind = self._wire.bind
+        try:
+            if self._wire.tls_cert:
+                port = self._server.add_secure_port(bind, server_credentials(self._wire))
+            else:
+                port = self._server.add_insecure_port(bind)
+        except RuntimeError as exc:
+            raise ConfigError(f"wire.bind={bind} cannot be listened on: {exc}") from exc
+        self._server.start()
+        for name in ("", SERVICE):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return bind if bind.startswith("unix:") else f"{bind.rpartition(':')[0]}:{port}"
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """Refuse new work, wait up to `grace_s` seconds for what is in work, and hang up."""
+        self._health.enter_graceful_shutdown()
+        self._door.drain(grace_s)
+        self._server.stop(grace=0).wait()
+
+
+def largest_payload(limits: Limits) -> int:
+    """Bytes of the largest legal request, and a quarter on top.
+
+    >>> largest_payload(Limits(max_rows=8, max_tokens=128, hidden_size=384)) >> 20
+    2
+    """
+    per_token = 4 * limits.hidden_size + 2 * 8  # float32, and an int64 for mask and position
+    return limits.max_rows * limits.max_tokens * per_token * 5 // 4 + HEADER_BYTES
+
+
+class _Door:
+    """What happens to a call between gRPC and the service."""
+
+    def __init__(self, service: Service, *, max_bytes: int, max_clients: int) -> None:
+        self.max_bytes = max_bytes
+        self._service = service
+        self._streams = Streams(max_clients, service.disconnected)
+        self._draining = False
+        self._in_work = 0
+        self._changed = threading.Condition()
+
+    def handlers(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
+        """Every method of the schema; messages stay bytes for gRPC."""
+        unary = {
+            call.method: grpc.unary_unary_rpc_method_handler(self._unary(call))
+            for call in CALLS.values()
+        }
+        exchange = grpc.stream_stream_rpc_method_handler(self._exchange)
+        return grpc.method_handlers_generic_handler(SERVICE, {"Exchange": exchange, **unary})
+
+    def drain(self, grace_s: float) -> None:
+        """Refuse what comes from now on, and wait for what came before."""
+        with self._changed:
+            self._draining = True
+            self._changed.wait_for(lambda: self._in_work == 0, timeout=grace_s)
+
+    def _unary(self, call: Call) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+        def answer(frame: bytes, context: grpc.ServicerContext) -> bytes:
+            try:
+                message = from_frame(frame, self.max_bytes)
+                if not isinstance(message, call.request):
+                    raise ProtocolError(f"{call.method} takes a {call.request.__name__}")
+                with self._working():
+                    reply = self._answer(message, context)
+            except FedsplitError as error:
+                abort(context, error)
+            if isinstance(message, CloseRequest):
+                self._streams.close(message.session)
+            return to_frame(reply)
+
+        return answer
+
+    def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        stream, reader = object(), Reader(self.max_bytes)
+        try:
+            self._streams.enter(stream)
+            context.add_callback(lambda: self._streams.leave(stream))
+            for frame in frames:
+                if (message := reader.feed(frame)) is not None:
+                    with self._working():
+                        yield from to_frames(self._stream_answer(message, stream, context))
+        except FedsplitError as error:
+            abort(context, error)
+        finally:
+            self._streams.leave(stream)
+
+    def _stream_answer(self, message: Body, stream: object, context: grpc.ServicerContext) -> Body:
+        try:
+            reply = self._answer(message, context)
+        except FedsplitError as error:
+            return error
+        self._streams.carry(getattr(message, "session", ""), stream)
+        return reply
+
+    def _answer(self, message: Body, context: grpc.ServicerContext) -> Reply:
+        if not isinstance(message, Request):
+            raise ProtocolError(f"{type(message).__name__} is not a request")
+        token = dict(context.invocation_metadata()).get(TOKEN_KEY, "")
+        try:
+            reply: Reply = self._service.handle(message, str(token))
+        except FedsplitError:
+            raise
+        except Exception as exc:
+            log.exception("%s failed", type(message).__name__)
+            raise Internal("the trunk server failed; its log has the details") from exc
+        return reply
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        with self._changed:
+            if self._draining:
+                raise Draining("the trunk server is shutting down; try again when it is back")
+            self._in_work += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_work -= 1
+                self._changed.notify_all()

@@ -1,0 +1,93 @@
+"""Where our errors become gRPC's and gRPC's become ours; clients decide on our code alone."""
+
+import re
+from typing import NoReturn
+
+import grpc
+
+from fedsplit import errors
+from fedsplit.errors import FedsplitError, error_from_code
+
+TOKEN_KEY = "fedsplit-token"
+MAX_METADATA_BYTES = 16384
+_MAX_DETAIL = 2000
+
+_TLS = "handshake|ssl|certificate|hostname verification|peer name"
+_FALLBACKS: tuple[tuple[str, str, type[FedsplitError], str], ...] = (
+    (
+        "UNAVAILABLE",
+        _TLS,
+        errors.TlsFailed,
+        "no encrypted connection to {address}: {details}; check that the trunk server has TLS on, "
+        "that wire.tls_ca is its authority's certificate and that the name in its own is this "
+        "address",
+    ),
+    (
+        "UNAVAILABLE|CANCELLED",
+        "",
+        errors.ConnectionLost,
+        "no trunk answers at {address}: {details}; check that the trunk server is running, that "
+        "this is its address, and that both sides agree on TLS",
+    ),
+    (
+        "DEADLINE_EXCEEDED",
+        "",
+        errors.DeadlineExceeded,
+        "the trunk at {address} did not answer within wire.call_deadline_s={deadline_s:g} s",
+    ),
+    (
+        "RESOURCE_EXHAUSTED",
+        "concurrent",
+        errors.Overloaded,
+        "the trunk at {address} has as many calls as it takes: {details}",
+    ),
+    (
+        "RESOURCE_EXHAUSTED",
+        "",
+        errors.TooLarge,
+        "a message is larger than the trunk at {address} takes: {details}",
+    ),
+    (
+        "UNIMPLEMENTED",
+        "",
+        errors.ProtocolVersion,
+        "the server at {address} does not offer fedsplit.v1.ComputeService: {details}",
+    ),
+    ("", "", errors.Internal, "a call to {address} ended with {status}: {details}"),
+)
+"""What gRPC's own failures are to us: status, part of its text, our class and our text."""
+
+
+def abort(context: grpc.ServicerContext, error: FedsplitError) -> NoReturn:
+    """End a call with the error's gRPC status, and its code in the trailing metadata."""
+    detail = str(error).encode("ascii", "backslashreplace").decode().replace("\n", " ")
+    detail = detail[:_MAX_DETAIL]
+    context.set_trailing_metadata(
+        (
+            ("fedsplit-code", error.code),
+            ("fedsplit-retryable", str(error.retryable).lower()),
+            ("fedsplit-retry-after-ms", str(round(1000 * error.retry_after_s))),
+            ("fedsplit-detail", detail),
+        )
+    )
+    context.abort(grpc.StatusCode[error.status], detail)
+
+
+def from_rpc_error(exc: grpc.RpcError, address: str, deadline_s: float) -> FedsplitError:
+    """What ended a call: the error that the trunk named, or what the status says if it did not."""
+    told = {item.key: str(item.value) for item in exc.trailing_metadata() or ()}
+    if code := told.get("fedsplit-code"):
+        wait_ms = told.get("fedsplit-retry-after-ms", "")
+        wait_s = int(wait_ms) / 1000 if re.fullmatch(r"\d{1,9}", wait_ms) else 0.0
+        return error_from_code(code, told.get("fedsplit-detail", ""), wait_s)
+    return from_status(exc.code().name, exc.details() or "", address, deadline_s)
+
+
+def from_status(status: str, details: str, address: str, deadline_s: float) -> FedsplitError:
+    """The error that stands for a gRPC status which came without a code of ours."""
+    cls, text = next(
+        (cls, text)
+        for name, part, cls, text in _FALLBACKS
+        if re.search(name, status) and re.search(part, details, re.IGNORECASE)
+    )
+    return cls(text.format(address=address, status=status, details=details, deadline_s=deadline_s))

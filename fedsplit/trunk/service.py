@@ -1,0 +1,308 @@
+"""The trunk as a service: who may ask what, in which order, and everything exactly once.
+
+A request is named by (session, call, kind). A repeated request gets the first one's reply, also
+while that one is still being worked on; a forward runs again only when its graph is gone.
+"""
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fedsplit.model.checkpoint import model_fingerprint
+
+from fedsplit.errors import (
+    ActivationExpired,
+    BadTensor,
+    DeadlineExceeded,
+    Forbidden,
+    ModelMismatch,
+    ProtocolError,
+    ProtocolVersion,
+    SessionLost,
+    Unauthenticated,
+)
+from fedsplit.model.hollow import TrunkPart
+from fedsplit.optimization import squared_norm
+from fedsplit.spec import RunSpec
+from fedsplit.trunk.engine import TrunkEngine, Worker
+from fedsplit.wire import messages as m
+from fedsplit.wire.codec import check_request
+from fedsplit.wire.session import Event, SessionState, advance
+
+T = TypeVar("T")
+
+_REMEMBERED = 8
+"""Replies kept per session: more than a client, which has one call at a time, can ask again."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Session:
+    """What the service keeps for one session; `lock` is held while a request is looked at."""
+
+    worker: Worker
+    state: SessionState = field(default_factory=SessionState)
+    replies: "OrderedDict[tuple[type, int], Future[Any]]" = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    farewell: threading.Timer | None = None
+
+
+class TrunkService:
+    """Answers the requests of clients; implements `fedsplit.link.Service`.
+
+    Args:
+        trunk: The trunk part, on its device; the parameters that require a gradient train.
+        run: The run it serves.
+    """
+
+    def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
+        self.engine = TrunkEngine(trunk, run)
+        self.incarnation = secrets.token_hex(8)
+        self.limits = m.Limits(
+            max_rows=run.train.batch_size,
+            max_tokens=run.data.sequence_length,
+            hidden_size=trunk.config.hidden_size,
+        )
+        self._run = run
+        self._model = model_fingerprint(trunk.config, run.split)
+        self._family = str(trunk.config.model_type)
+        self._dtype = trunk.dtype
+        self._round = 0
+        self._clients: dict[str, str] = {}
+        self._sessions: dict[str, _Session] = {}
+        self._lock = threading.Lock()
+        self._answers: dict[type, Callable[[Any, Any], Any]] = {
+            m.ForwardRequest: self._forward,
+            m.BackwardRequest: self._backward,
+            m.StepRequest: self._step,
+            m.CloseRequest: self._close,
+            m.GradientsRequest: self._gradients,
+            m.TrainingStateRequest: self._training_state,
+        }
+
+    # --- the server's side --------------------------------------------------------------------
+
+    def __enter__(self) -> "TrunkService":
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            if session.farewell:
+                session.farewell.cancel()
+        self.engine.stop()
+
+    def admit(self, client: str) -> str:
+        """The token that opens sessions for `client`, and for nobody else."""
+        with self._lock:
+            known = {name: token for token, name in self._clients.items()}
+            token = known.get(client) or secrets.token_urlsafe(24)
+            self._clients[token] = client
+            return token
+
+    def open_round(self, number: int, expected: int) -> None:
+        """Begin round `number`: the first step waits until `expected` clients have joined."""
+        self._round = number
+        self.engine.open_round(expected).result()
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that are open now."""
+        return len(self._sessions)
+
+    # --- fedsplit.link.Service ----------------------------------------------------------------
+
+    def handle(self, request: m.Request[m.R], token: str) -> m.R:
+        """Answer one request; see `fedsplit.link.Service`."""
+        check_request(request, self.limits)
+        if isinstance(request, m.ServiceInfoRequest):
+            return self._info()  # type: ignore[return-value]
+        client = self._clients.get(token)
+        if client is None:
+            raise Unauthenticated(
+                "the token is missing or not one of this run; use the one that the run's first "
+                "message brought"
+            )
+        if isinstance(request, m.OpenRequest):
+            return self._open(request, client)  # type: ignore[return-value]
+        session = self._session(request.session, client)  # type: ignore[attr-defined]
+        reply: m.R = self._answers[type(request)](session, request)
+        return reply
+
+    def disconnected(self, session: str) -> None:
+        """Give a broken connection's client `policy.deadline_s` to come back to its session."""
+        with self._lock:
+            found = self._sessions.get(session)
+            if found is None or found.farewell:
+                return
+            found.farewell = threading.Timer(self._run.policy.deadline_s, self._drop, [found])
+            found.farewell.daemon = True
+            found.farewell.start()
+
+    # --- one method a request -----------------------------------------------------------------
+
+    def _open(self, request: m.OpenRequest, client: str) -> m.OpenReply:
+        if request.protocol != m.PROTOCOL:
+            raise ProtocolVersion(
+                f"the client speaks protocol {request.protocol}, the trunk {m.PROTOCOL}; install "
+                "the same version of fedsplit at both sides"
+            )
+        if request.client != client:
+            raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
+        self._check_same("hidden size", request.hidden_size, self.limits.hidden_size)
+        self._check_same("model and cut (fingerprint)", request.model, self._model)
+        self._check_same("run configuration (fingerprint)", request.config, self._run.fingerprint)
+        worker = Worker(
+            client=client,
+            session=secrets.token_hex(16),
+            round=request.round,
+            training=request.training,
+        )
+        with self._lock:
+            same = [s for s in self._sessions.values() if _in_place_of(worker, s.worker)]
+            self._sessions[worker.session] = _Session(worker=worker)
+        for old in same:
+            self._drop(old, replaced=True)
+        version = self.engine.join(worker).result() if worker.training else self.engine.version
+        return m.OpenReply(
+            session=worker.session,
+            incarnation=self.incarnation,
+            version=version,
+            limits=self.limits,
+        )
+
+    def _forward(self, session: _Session, request: m.ForwardRequest) -> m.ForwardReply:
+        if request.smashed_BTD.dtype != self._dtype:
+            raise BadTensor(
+                f"smashed_BTD is {request.smashed_BTD.dtype}, but this trunk computes in "
+                f"{self._dtype}; set model.dtype alike at both sides"
+            )
+        if request.training and not session.worker.training:
+            raise ProtocolError("a training forward in a session that was not opened for training")
+        if not request.training:
+            return self._wait(self.engine.forward(session.worker, request))
+        return self._once(session, request, Event.FORWARD, self.engine.forward)
+
+    def _backward(self, session: _Session, request: m.BackwardRequest) -> m.BackwardReply:
+        try:
+            return self._once(session, request, Event.BACKWARD, self.engine.backward)
+        except ActivationExpired:
+            with session.lock:
+                session.replies.pop((m.BackwardRequest, request.call), None)
+                session.state = advance(session.state, Event.EXPIRED, request.call)
+            raise
+        finally:
+            with session.lock:
+                session.replies.pop((m.ForwardRequest, request.call), None)
+
+    def _step(self, session: _Session, request: m.StepRequest) -> m.StepReply:
+        return self._once(session, request, Event.STEP, self.engine.step)
+
+    def _close(self, session: _Session, request: m.CloseRequest) -> m.CloseReply:
+        self._drop(session)
+        return m.CloseReply()
+
+    def _gradients(self, session: _Session, request: m.GradientsRequest) -> m.GradientsReply:
+        found = self._wait(self.engine.gradients(session.worker))
+        groups: dict[str, list[Any]] = {}
+        for name, gradient in found.items():
+            groups.setdefault(_block_of(name), []).append(gradient)
+        return m.GradientsReply(
+            norms={group: squared_norm(tensors) ** 0.5 for group, tensors in groups.items()},
+            names=tuple(found) if request.tensors else (),
+            gradients=tuple(found.values()) if request.tensors else (),
+        )
+
+    def _training_state(
+        self, session: _Session, request: m.TrainingStateRequest
+    ) -> m.TrainingStateReply:
+        return m.TrainingStateReply(
+            round=self._round,
+            step=self.engine.steps,
+            lr=self._run.train.lr_at(self.engine.steps),
+            version=self.engine.version,
+        )
+
+    def _info(self) -> m.ServiceInfoReply:
+        return m.ServiceInfoReply(
+            protocol=m.PROTOCOL,
+            incarnation=self.incarnation,
+            model=self._model,
+            family=self._family,
+            blocks=str(self._run.split),
+            version=self.engine.version,
+            sessions=self.num_sessions,
+            limits=self.limits,
+        )
+
+    # --- what they share ----------------------------------------------------------------------
+
+    def _session(self, name: str, client: str) -> _Session:
+        with self._lock:
+            session = self._sessions.get(name)
+            if session is None:
+                raise SessionLost(f"no session {name} here (any more); open a new one")
+            if session.worker.client != client:
+                raise Forbidden(f"session {name} belongs to another client")
+            if session.farewell:
+                session.farewell.cancel()
+                session.farewell = None
+            return session
+
+    def _once(
+        self,
+        session: _Session,
+        request: Any,
+        event: Event,
+        submit: Callable[[Worker, Any], "Future[T]"],
+    ) -> T:
+        name = type(request), request.call
+        with session.lock:
+            future = session.replies.get(name)
+            if future is None:
+                session.state = advance(session.state, event, request.call)
+                future = session.replies[name] = submit(session.worker, request)
+                while len(session.replies) > _REMEMBERED:
+                    session.replies.popitem(last=False)
+        return self._wait(future)
+
+    def _wait(self, future: "Future[T]") -> T:
+        bound = self._run.wire.call_deadline_s
+        try:
+            return future.result(timeout=bound)
+        except FutureTimeout as exc:
+            raise DeadlineExceeded(f"the trunk did not answer inside {bound} s") from exc
+
+    def _drop(self, session: _Session, *, replaced: bool = False) -> None:
+        with self._lock:
+            known = self._sessions.pop(session.worker.session, None)
+        if known is None:
+            return
+        if session.farewell:
+            session.farewell.cancel()
+        self.engine.leave(session.worker, replaced=replaced).result()
+
+    @staticmethod
+    def _check_same(what: str, theirs: object, ours: object) -> None:
+        if theirs != ours:
+            raise ModelMismatch(
+                f"{what}: the client has {theirs}, the trunk {ours}; start both from the same "
+                "model, split and configuration"
+            )
+
+
+def _in_place_of(new: Worker, old: Worker) -> bool:
+    return (new.client, new.training) == (old.client, old.training)
+
+
+def _block_of(name: str) -> str:
+    """The block a parameter belongs to: its name up to the first number."""
+    pieces = name.split(".")
+    ends = [i for i, piece in enumerate(pieces) if piece.isdigit()]
+    return ".".join(pieces[: ends[0] + 1]) if ends else name

@@ -1,0 +1,108 @@
+"""Outstanding forward graphs: kept for one backward each, for a time, within a byte budget."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsplit.errors import ActivationExpired
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Graph:
+    """One forward of the trunk, from its input leaf to its output, on a parameter version."""
+
+    smashed_BTD: Tensor
+    trunk_out_BTD: Tensor
+    version: int
+    num_bytes: int
+    expires_at: float
+
+
+class Stash:
+    """The graphs of all sessions, oldest first.
+
+    Args:
+        budget_bytes: What all graphs together may hold; the oldest make way for a new one.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.num_bytes = 0
+        self._budget = budget_bytes
+        self._graphs: dict[tuple[str, int], Graph] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def put(self, session: str, call: int, graph: Graph) -> list[Graph]:
+        """Keep a graph; returns those that it replaced or that had to make way."""
+        dropped = self.drop(session, call)
+        while self._graphs and self.num_bytes + graph.num_bytes > self._budget:
+            dropped += self.drop(*next(iter(self._graphs)))
+        self._graphs[session, call] = graph
+        self.num_bytes += graph.num_bytes
+        return dropped
+
+    def take(self, session: str, call: int) -> Graph:
+        """Hand out a graph for its backward.
+
+        Raises:
+            ActivationExpired: It is not there (any more).
+        """
+        found = self.drop(session, call)
+        if not found:
+            raise ActivationExpired(
+                f"the graph of call {call} is gone (too old, or the trunk was short of memory); "
+                "repeat the forward"
+            )
+        return found[0]
+
+    def drop(self, session: str, call: int) -> list[Graph]:
+        """Forget one graph, if it is there."""
+        graph = self._graphs.pop((session, call), None)
+        if graph is None:
+            return []
+        self.num_bytes -= graph.num_bytes
+        return [graph]
+
+    def drop_session(self, session: str) -> list[Graph]:
+        """Forget all graphs of a session."""
+        calls = [key for key in self._graphs if key[0] == session]
+        return [graph for key in calls for graph in self.drop(*key)]
+
+    def drop_expired(self, now: float) -> list[Graph]:
+        """Forget the graphs whose time is over."""
+        old = [key for key, graph in self._graphs.items() if graph.expires_at <= now]
+        return [graph for key in old for graph in self.drop(*key)]
+
+
+class ByteCount:
+    """How many bytes of activations a forward leaves behind for its backward.
+
+    Args:
+        weights: Tensors that are there anyway and do not count.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._storages: dict[int, int] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all storages seen, each once."""
+        return sum(self._storages.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what autograd saves in this block."""
+
+        def see(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                self._storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+            yield

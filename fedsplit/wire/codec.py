@@ -1,0 +1,223 @@
+"""Tensors as bytes, bytes as tensors, and the checks on what a stranger sent.
+
+Shapes: B sequences, T tokens, D hidden width. On the wire a tensor is its raw little-endian
+bytes in row-major order. Everything here raises before it takes memory, and never asserts;
+whether a value is finite is for the trunk's guard to say.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedsplit.errors import BadTensor, ProtocolError, TooLarge
+from fedsplit.spec import NAME_PATTERN
+from fedsplit.wire.messages import (
+    BackwardReply,
+    BackwardRequest,
+    ForwardReply,
+    ForwardRequest,
+    Limits,
+    Reply,
+    Request,
+)
+
+M = TypeVar("M")
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+"""Every dtype that may cross the wire, by name."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_IDS = ("session", "client", "model", "config")
+_COUNTS = ("call", "step", "round", "num_tokens", "ends_sq_norm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorMeta:
+    """What a peer says about the bytes of one tensor; `codec` names how they were compressed."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    codec: str = "none"
+
+    def check(self) -> None:
+        """Refuse a description that cannot be true.
+
+        Raises:
+            BadTensor: An unknown dtype or codec, a rank that is not 1 to 4, a dimension below
+                1, or a length that is not the shape's.
+        """
+        if self.dtype not in DTYPES:
+            raise BadTensor(f"dtype {self.dtype!r} is not one of: {', '.join(DTYPES)}")
+        if self.codec != "none":
+            raise BadTensor(f"codec {self.codec!r} is not one of: none")
+        if not 1 <= len(self.shape) <= 4:
+            raise BadTensor(f"a tensor of rank {len(self.shape)} was sent; ranks 1 to 4 are taken")
+        if min(self.shape) < 1:
+            raise BadTensor(f"shape {self.shape} has an empty dimension; each must be at least 1")
+        expected = math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        if self.nbytes != expected:
+            raise BadTensor(
+                f"a {self.dtype} tensor of shape {self.shape} takes {expected} bytes, "
+                f"but {self.nbytes} were announced"
+            )
+
+
+def encode_tensor(tensor: Tensor) -> tuple[TensorMeta, memoryview]:
+    """Describe a tensor and show its bytes, copied only if it is strided or on another device.
+
+    Raises:
+        BadTensor: The tensor's dtype or shape may not cross the wire.
+    """
+    dtype = NAMES.get(tensor.dtype, str(tensor.dtype))
+    meta = TensorMeta(dtype=dtype, shape=tuple(tensor.shape), nbytes=tensor.nbytes)
+    meta.check()
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return meta, flat.numpy().data
+
+
+def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int = 0) -> Tensor:
+    """The tensor whose bytes begin at `offset`; shares the buffer's memory, which is writable.
+
+    Raises:
+        BadTensor: The description is wrong, or the buffer too short for it.
+    """
+    meta.check()
+    if not 0 <= offset <= len(buffer) - meta.nbytes:
+        raise BadTensor(
+            f"a tensor of {meta.nbytes} bytes at offset {offset} lies outside of "
+            f"a payload of {len(buffer)} bytes"
+        )
+    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=meta.nbytes, offset=offset)
+    if meta.dtype == "bool":  # a byte other than 0 and 1 would be a bool that is neither
+        return flat.ne(0).view(meta.shape)
+    return flat.view(DTYPES[meta.dtype]).view(meta.shape)
+
+
+def through_codec(message: M) -> M:
+    """The message as its receiver would have it: every tensor a detached, independent copy."""
+    values = ((f.name, getattr(message, f.name)) for f in fields(message))  # type: ignore[arg-type]
+    copies: dict[str, Any] = {name: _copied(value) for name, value in values}
+    return replace(message, **copies)  # type: ignore[type-var]
+
+
+def _copied(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(_copied(item) for item in value)
+    if isinstance(value, Tensor):
+        meta, raw = encode_tensor(value)
+        return decode_tensor(meta, bytearray(raw))
+    return value
+
+
+# --- checks against what was agreed ----------------------------------------------------------
+
+
+def check_request(request: Request[Any], limits: Limits) -> None:
+    """Refuse a request whose ids, counts or shapes are not what was agreed.
+
+    Raises:
+        ProtocolError: An id is no name, or a count is negative.
+        BadTensor: A tensor has the wrong rank, dtype or width, or does not fit the others.
+        TooLarge: A tensor has more sequences or tokens than agreed.
+    """
+    for name in _IDS:
+        _check_id(name, getattr(request, name, "-"))
+    for name in _COUNTS:
+        value = getattr(request, name, 0)
+        if not value >= 0:
+            raise ProtocolError(f"{name}={value} must be at least 0")
+    if check := _SHAPES.get(type(request)):
+        check(request, limits)
+
+
+def check_reply(request: Request[Any], reply: Reply) -> None:
+    """Refuse a reply whose tensor is not of the shape and dtype of the request's.
+
+    Raises:
+        BadTensor: It is not.
+    """
+    if isinstance(request, ForwardRequest) and isinstance(reply, ForwardReply):
+        _check_like("trunk_out", reply.trunk_out_BTD, request.smashed_BTD)
+    if isinstance(request, BackwardRequest) and isinstance(reply, BackwardReply):
+        if reply.grad_smashed_BTD is not None:
+            _check_like("grad_smashed", reply.grad_smashed_BTD, request.grad_trunk_out_BTD)
+
+
+def _check_id(name: str, value: str) -> None:
+    if not NAME_PATTERN.fullmatch(value):
+        raise ProtocolError(f"{name}={value[:64]!r} must be 1 to 64 of A-Z a-z 0-9 _ -")
+
+
+def _check_forward(request: ForwardRequest, limits: Limits) -> None:
+    _check_hidden("smashed", request.smashed_BTD, limits)
+    B, T, _ = request.smashed_BTD.shape
+    if (mask_BT := request.attention_mask_BT) is not None:
+        _check_integers("attention_mask", mask_BT)
+        if mask_BT.shape[0] != B or not T <= mask_BT.shape[1] <= limits.max_tokens:
+            raise BadTensor(
+                f"attention_mask of shape {tuple(mask_BT.shape)} does not fit {B} sequences "
+                f"of {T} tokens (at most {limits.max_tokens} with what is cached)"
+            )
+    if (positions_BT := request.position_ids_BT) is not None:
+        _check_integers("position_ids", positions_BT)
+        if tuple(positions_BT.shape) != (B, T):
+            raise BadTensor(
+                f"position_ids of shape {tuple(positions_BT.shape)} do not fit {B} sequences "
+                f"of {T} tokens"
+            )
+
+
+def _check_backward(request: BackwardRequest, limits: Limits) -> None:
+    _check_hidden("grad_trunk_out", request.grad_trunk_out_BTD, limits)
+
+
+def _check_hidden(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
+    shape = tuple(tensor_BTD.shape)
+    if len(shape) != 3 or shape[2] != limits.hidden_size:
+        raise BadTensor(
+            f"{name} of shape {shape} is not (sequences, tokens, {limits.hidden_size}), "
+            f"the trunk's hidden size is {limits.hidden_size}"
+        )
+    if not tensor_BTD.is_floating_point():
+        raise BadTensor(f"{name} is {NAMES[tensor_BTD.dtype]}; a float dtype is needed")
+    if shape[0] > limits.max_rows or shape[1] > limits.max_tokens:
+        raise TooLarge(
+            f"{name} has {shape[0]} sequences of {shape[1]} tokens; the trunk takes at most "
+            f"{limits.max_rows} of {limits.max_tokens}"
+        )
+
+
+def _check_integers(name: str, tensor_BT: Tensor) -> None:
+    if tensor_BT.is_floating_point() or tensor_BT.dim() != 2:
+        raise BadTensor(
+            f"{name} is {NAMES[tensor_BT.dtype]} of shape {tuple(tensor_BT.shape)}; "
+            "integers of shape (sequences, tokens) are needed"
+        )
+
+
+def _check_like(name: str, got: Tensor, sent: Tensor) -> None:
+    if got.shape != sent.shape or got.dtype != sent.dtype:
+        raise BadTensor(
+            f"the trunk answered {name} {NAMES[got.dtype]} {tuple(got.shape)} to a request of "
+            f"{NAMES[sent.dtype]} {tuple(sent.shape)}"
+        )
+
+
+_SHAPES: dict[type, Callable[[Any, Limits], None]] = {
+    ForwardRequest: _check_forward,
+    BackwardRequest: _check_backward,
+}

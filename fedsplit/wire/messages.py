@@ -1,0 +1,196 @@
+"""The frozen requests and replies that cross between a client and its trunk.
+
+Shapes: B sequences, T tokens, D hidden width. A request names the work it asks for by
+(session, call, kind), and a retry re-uses that name; sessions, calls and versions count up.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+PROTOCOL = 1
+"""Version of the messages in this file; the two sides must agree."""
+
+R = TypeVar("R", bound="Reply")
+
+
+class Reply:
+    """What the trunk answers."""
+
+    __slots__ = ()
+
+
+class Request(Generic[R]):
+    """What a client asks; `R` is the type of its reply."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The largest request the trunk takes: sequences, tokens in a sequence, hidden width."""
+
+    max_rows: int
+    max_tokens: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenReply(Reply):
+    """A new session; `incarnation` is random per start of the server."""
+
+    session: str
+    incarnation: str
+    version: int
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRequest(Request[OpenReply]):
+    """Asks for a session. `model` is the fingerprint of config and cut, `config` that of the run.
+
+    `round` names the part of the run that this session works on: with `client` and `call` it
+    seeds the trunk's dropout. A session that is not `training` never counts in a barrier.
+    """
+
+    protocol: int
+    client: str
+    model: str
+    config: str
+    hidden_size: int
+    round: int
+    training: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ForwardReply(Reply):
+    """The trunk's output and the parameter version it was made with."""
+
+    trunk_out_BTD: Tensor
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ForwardRequest(Request[ForwardReply]):
+    """Smashed data on its way up; `training` keeps the graph for one backward.
+
+    The mask is absent where it is all ones, and positions where the family makes its own.
+    """
+
+    session: str
+    call: int
+    training: bool
+    smashed_BTD: Tensor
+    attention_mask_BT: Tensor | None = None
+    position_ids_BT: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BackwardReply(Reply):
+    """The smashed data's gradient (absent if not wanted).
+
+    `trunk_sq_norm` is the squared norm of all that this session has accumulated since its last
+    step: the one float that clipping by the global norm needs.
+    """
+
+    grad_smashed_BTD: Tensor | None
+    trunk_sq_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BackwardRequest(Request[BackwardReply]):
+    """The gradient of the trunk's output, for the forward of the same `call`."""
+
+    session: str
+    call: int
+    want_grad: bool
+    grad_trunk_out_BTD: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReply(Reply):
+    """The contribution is taken; `version` is the one it will be, or was, part of."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRequest(Request[StepReply]):
+    """Contributes the gradient accumulated since the last step.
+
+    `call` is the last backward's, `step` the client's own count of optimizer steps (it places
+    the learning rate), `num_tokens` the weight among clients and `ends_sq_norm` the squared
+    gradient norm of bottom and top.
+    """
+
+    session: str
+    call: int
+    step: int
+    num_tokens: int
+    ends_sq_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseReply(Reply):
+    """The session is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseRequest(Request[CloseReply]):
+    """Ends a session: nobody waits for it, nothing is kept for it."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GradientsReply(Reply):
+    """Norms of the session's accumulated gradient per block, and on request the tensors."""
+
+    norms: dict[str, float]
+    names: tuple[str, ...]
+    gradients: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientsRequest(Request[GradientsReply]):
+    """Asks what the session has accumulated since its last step."""
+
+    session: str
+    tensors: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStateReply(Reply):
+    """Where the trunk's training stands: `round` last opened, optimizer steps, learning rate."""
+
+    round: int
+    step: int
+    lr: float
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStateRequest(Request[TrainingStateReply]):
+    """Asks where training stands."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceInfoReply(Reply):
+    """What the server is: anyone may ask, so nothing here is secret."""
+
+    protocol: int
+    incarnation: str
+    model: str
+    family: str
+    blocks: str
+    version: int
+    sessions: int
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceInfoRequest(Request[ServiceInfoReply]):
+    """Asks what the server is; needs no session."""

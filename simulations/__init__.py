@@ -1,0 +1,1 @@
+"""What one runs: drivers, comparisons and benchmarks on top of fedsplit."""

@@ -1,0 +1,59 @@
+"""What every test gets: one thread, no network, no telemetry, quiet libraries, tiny models.
+
+The environment is set before torch, transformers and flwr are imported anywhere, and child
+processes (Ray workers, SuperLink, SuperNodes) inherit it.
+"""
+
+import os
+from collections.abc import Callable
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    TQDM_DISABLE="1",
+    OMP_NUM_THREADS="1",
+    FLWR_TELEMETRY_ENABLED="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+    MPLBACKEND="agg",
+)
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, logging
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+settings.register_profile("house", deadline=None, derandomize=True, database=None)
+settings.load_profile("house")
+
+TinyConfig = Callable[..., PretrainedConfig]
+
+
+@pytest.fixture
+def tiny_gpt2() -> TinyConfig:
+    """Makes the config of a GPT-2 of 4 blocks without dropout; keywords override its fields."""
+
+    def make(**fields: object) -> PretrainedConfig:
+        tiny = dict(n_layer=4, n_embd=16, n_head=2, n_positions=64, vocab_size=64)
+        quiet = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        ids = dict(bos_token_id=0, eos_token_id=0)
+        return GPT2Config(**(tiny | quiet | ids | fields))
+
+    return make
+
+
+@pytest.fixture
+def tiny_llama() -> TinyConfig:
+    """Makes the config of a Llama of 4 blocks; keywords override its fields."""
+
+    def make(**fields: object) -> PretrainedConfig:
+        tiny = dict(num_hidden_layers=4, hidden_size=16, intermediate_size=32, vocab_size=64)
+        heads = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+        return LlamaConfig(**(tiny | heads | fields))
+
+    return make

@@ -1,0 +1,182 @@
+"""`flwr run` on a SuperLink of our own: what the app gets, how it ends, and that nothing stays."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedsplit.errors import ConfigError, DeadlineExceeded, Internal
+from simulations.launch import run_flwr
+
+pytestmark = pytest.mark.slow
+
+PYPROJECT = """
+[project]
+name = "tinyapp"
+version = "1.0.0"
+description = "An app that says what it got"
+dependencies = ["a-package-that-nobody-has-published"]
+
+[tool.flwr.app]
+publisher = "tests"
+
+[tool.flwr.app.components]
+serverapp = "tinyapp.apps:server"
+clientapp = "tinyapp.apps:client"
+
+[tool.flwr.app.config]
+config = ""
+mode = ""
+folder = ""
+"""
+
+APPS = '''
+import os, sys, time
+from pathlib import Path
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+server = ServerApp()
+client = ClientApp()
+
+@server.main()
+def main(grid, context):
+    given = context.run_config
+    print("SESSION", os.getsid(0), flush=True)
+    if given["mode"] == "fail":
+        raise ValueError("the app was asked to fail")
+    while len(nodes := list(grid.get_node_ids())) < 3:
+        time.sleep(0.05)
+    for call in (1, 2):
+        asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
+        replies = [reply.content["said"] for reply in grid.send_and_receive(asked, timeout=90)]
+        assert [reply["calls"] for reply in replies] == [call] * 3
+        Path(given["folder"], f"pids-{call}").write_text(" ".join(str(r["pid"]) for r in replies))
+    Path(given["folder"], "config").write_text(given["config"], encoding="utf-8")
+    print("DONE", Path.cwd().name, flush=True)
+
+@client.query()
+def query(message, context):
+    """Answers when all three clients are here: none may wait for another one's place."""
+    calls = context.state.get("said", ConfigRecord({"calls": 0}))["calls"] + 1
+    here = Path(context.run_config["folder"])
+    Path(here, f"here-{calls}-{context.node_config['partition-id']}").touch()
+    while len(list(here.glob(f"here-{calls}-*"))) < context.node_config["num-partitions"]:
+        time.sleep(0.02)
+    context.state["said"] = ConfigRecord({"calls": calls, "pid": os.getpid()})
+    return Message(RecordDict({"said": context.state["said"]}), reply_to=message)
+'''
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    package = tmp_path / "app" / "tinyapp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "apps.py").write_text(APPS, encoding="utf-8")
+    (package.parent / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
+    return package.parent
+
+
+@pytest.fixture
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A mark in the environment that every process of the run inherits."""
+    mark = str(tmp_path_factory.mktemp("mark"))
+    os.environ["FEDSPLIT_TEST_MARK"] = mark
+    yield mark
+    del os.environ["FEDSPLIT_TEST_MARK"]
+
+
+def left_behind(mark: str, lines: list[str]) -> list[psutil.Process]:
+    """Processes that carry the mark, or belong to the session the app said it is in."""
+    sessions = {int(line.split()[1]) for line in lines if line.startswith("SESSION")}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            marked = process.environ().get("FEDSPLIT_TEST_MARK") == mark
+            if marked or os.getsid(process.pid) in sessions:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def run(app: Path, lines: list[str], **options: object) -> None:
+    """Run the app with three clients: more than the cores of a small machine."""
+    defaults = {"num_clients": 3, "run_config": {}, "log_path": app / "superlink.log"}
+    run_flwr(app, **{"on_output": lines.append} | defaults | options)
+
+
+def test_a_run_gets_its_config_and_all_clients_at_once(app: Path, home: str) -> None:
+    config = "".join(f'key{i}: "it\'s" # \t\\ {{}} = [é]\n' for i in range(300))
+    lines: list[str] = []
+    run(app, lines, run_config={"config": config, "folder": str(app)})
+    assert "DONE start" in lines  # neither the checkout nor the app's folder
+    assert (app / "config").read_text(encoding="utf-8") == config
+    assert len(set((app / "pids-1").read_text().split())) == 3
+    assert "Created run" in (app / "superlink.log").read_text(encoding="utf-8")
+    assert left_behind(home, lines) == []
+
+
+def test_a_failing_app_is_an_error_with_its_last_lines(app: Path, home: str) -> None:
+    lines: list[str] = []
+    with pytest.raises(Internal, match="did not complete: finished:failed") as caught:
+        run(app, lines, run_config={"mode": "fail"})
+    assert "ValueError: the app was asked to fail" in str(caught.value)
+    assert str(app / "superlink.log") in str(caught.value)
+    assert left_behind(home, lines) == []
+
+
+def test_a_stopped_driver_stops_everything(app: Path, home: str) -> None:
+    lines: list[str] = []
+
+    def stop_when_running(line: str) -> None:
+        lines.append(line)
+        if line.startswith("SESSION"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run(app, lines, run_config={"folder": str(app)}, on_output=stop_when_running)
+    assert left_behind(home, lines) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_app_that_flower_refuses_is_an_error(app: Path, home: str) -> None:
+    (app / "pyproject.toml").write_text(PYPROJECT.replace('publisher = "tests"', ""))
+    with pytest.raises(Internal, match="(?s)did not complete: refused.*publisher"):
+        run(app, [])
+    assert left_behind(home, []) == []
+
+
+def test_a_run_that_does_not_start_is_an_error(
+    app: Path, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fake = Path(sys.executable).parent, tmp_path / "bin"
+    fake.mkdir()
+    for command in ("flwr", "flower-superlink", "flower-superexec"):
+        (fake / command).symlink_to(real / command)
+    (fake / "flwr-simulation").write_text("#!/bin/sh\nsleep 600\n")
+    (fake / "flwr-simulation").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake / "python"))
+    with pytest.raises(DeadlineExceeded, match="launch.start_timeout_s"):
+        run(app, [], start_timeout_s=6.0)
+    assert left_behind(home, []) == []
+
+
+def test_without_flower_the_error_says_what_to_install(
+    app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(app / "python"))
+    monkeypatch.setenv("PATH", str(app))
+    with pytest.raises(
+        ConfigError, match=r"needs the command flower-superlink.*flwr\[simulation\]"
+    ):
+        run(app, [])
