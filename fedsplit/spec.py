@@ -103,7 +103,7 @@ class ModelSpec:
     """A checkpoint to start from, or a family and the settings of a model to make.
 
     `pretrained` is a hub id or a local directory and wins over `family`; `config` holds fields
-    of the family's own Hugging Face config. `max_length` (tokens) is the length of a sequence.
+    of the family's own Hugging Face config.
     """
 
     pretrained: str = ""

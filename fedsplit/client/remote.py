@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from fedsplit.model.checkpoint import model_fingerprint
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,6 +23,7 @@ from fedsplit.errors import (
     StaleVersion,
 )
 from fedsplit.link import Link
+from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import ClientPart
 from fedsplit.spec import RunSpec
 from fedsplit.wire import messages as m

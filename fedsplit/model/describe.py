@@ -1,5 +1,6 @@
 """The model that a run describes: its config, and the parts that each side starts from."""
 
+import threading
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from fedsplit.model.lora import add_adapters
 from fedsplit.model.parts import SplitModel, build_client, initial_parts, split_model
 from fedsplit.model.source import Source
 from fedsplit.spec import ModelSpec, RunSpec
+
+# transformers builds models under settings of the whole process (device, initialization).
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def config_of(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -37,6 +41,17 @@ def config_of(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Pretraine
 
 def parts_of(run: RunSpec, config: PretrainedConfig) -> SplitModel:
     """Both parts as the run begins, with adapters if it trains those."""
+    with _ONE_AT_A_TIME:
+        return _parts(run, config)
+
+
+def client_of(run: RunSpec, config: PretrainedConfig) -> ClientPart:
+    """The client's part as the run begins; of a checkpoint, only its own tensors are read."""
+    with _ONE_AT_A_TIME:
+        return _client(run, config)
+
+
+def _parts(run: RunSpec, config: PretrainedConfig) -> SplitModel:
     if run.model.pretrained:
         source, revision = run.model.pretrained, run.model.revision
         parts = split_model(source, run.split, revision=revision, **_options(run.model))
@@ -47,10 +62,9 @@ def parts_of(run: RunSpec, config: PretrainedConfig) -> SplitModel:
     return parts
 
 
-def client_of(run: RunSpec, config: PretrainedConfig) -> ClientPart:
-    """The client's part as the run begins; of a checkpoint, only its own tensors are read."""
+def _client(run: RunSpec, config: PretrainedConfig) -> ClientPart:
     if not run.model.pretrained:
-        return parts_of(run, config).client
+        return _parts(run, config).client
     source, revision = run.model.pretrained, run.model.revision
     options = _options(run.model)
     client = build_client(config, run.split, source=source, revision=revision, **options)

@@ -21,6 +21,20 @@ _SHAPE_ONLY = frozenset(
     "new_zeros new_ones new_full new_empty".split()
 )
 
+# What a family's own code may raise when it is handed a part, a probe or an odd config.
+FAMILY_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors inside nested tuples, lists and dicts."""

@@ -104,7 +104,7 @@ class TrunkPart(Part):
         smashed_BTD: Tensor,
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """Carry the hidden states through the trunk's blocks.
 
@@ -135,7 +135,7 @@ class TrunkPart(Part):
         smashed_BTD: Tensor,
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """Call the part; a bound method of this shape is what `connect` takes."""
         out_BTD: Tensor = self(smashed_BTD, attention_mask_BT, position_ids_BT, cache)

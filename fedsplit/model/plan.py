@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fedsplit.errors import UnsupportedModel
-from fedsplit.model.dryrun import Journal, observe
+from fedsplit.model.dryrun import FAMILY_ERRORS, Journal, observe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ def _weightless(family: type[PreTrainedModel], config: PretrainedConfig) -> PreT
     with no_init_weights():
         try:
             model: PreTrainedModel = family(config).eval()
-        except Exception as exc:  # whatever the family's own constructor raises
+        except FAMILY_ERRORS as exc:
             raise UnsupportedModel(f"cannot be built ({type(exc).__name__}: {exc})") from exc
     return model
 
@@ -203,7 +203,7 @@ def _rehearse(
     for returns_tuple in (False, True):
         try:
             journal = observe(model, blocks, beside, _inputs(model), returns_tuple)
-        except Exception as exc:  # whatever the family's own forward raises
+        except FAMILY_ERRORS as exc:
             failure = failure or exc
             continue
         if journal.is_chain:

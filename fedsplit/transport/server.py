@@ -141,8 +141,6 @@ class _Door:
                     reply = self._answer(message, context)
             except FedsplitError as error:
                 abort(context, error)
-            if isinstance(message, CloseRequest):
-                self._streams.close(message.session)
             return to_frame(reply)
 
         return answer
@@ -166,7 +164,9 @@ class _Door:
             reply = self._answer(message, context)
         except FedsplitError as error:
             return error
-        self._streams.carry(getattr(message, "session", ""), stream)
+        session = getattr(message, "session", "")
+        if session and not isinstance(message, CloseRequest):
+            self._streams.carry(session, stream)
         return reply
 
     def _answer(self, message: Body, context: grpc.ServicerContext) -> Reply:
@@ -180,6 +180,8 @@ class _Door:
         except Exception as exc:
             log.exception("%s failed", type(message).__name__)
             raise Internal("the trunk server failed; its log has the details") from exc
+        if isinstance(message, CloseRequest):
+            self._streams.close(message.session)
         return reply
 
     @contextmanager

@@ -13,8 +13,6 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fedsplit.model.checkpoint import model_fingerprint
-
 from fedsplit.errors import (
     ActivationExpired,
     BadTensor,
@@ -26,6 +24,7 @@ from fedsplit.errors import (
     SessionLost,
     Unauthenticated,
 )
+from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.optimization import squared_norm
 from fedsplit.spec import RunSpec

@@ -1,0 +1,205 @@
+"""Which families can be split exactly: tries every causal language model transformers knows.
+
+`python -m simulations.families [type ...] [--json FILE]` makes a tiny random model of each type,
+splits it and compares logits, loss and the gradient of every parameter with the unsplit model's,
+without padding and with padding at either side. Equal means equal in every bit.
+"""
+
+import argparse
+import copy
+import gc
+import inspect
+import json
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fedsplit.errors import ConfigError, UnsupportedModel
+from fedsplit.model.dryrun import FAMILY_ERRORS
+from fedsplit.model.parts import SplitModel, split_model
+from fedsplit.model.plan import model_class_for, plan_for
+from simulations.tiny import VOCABULARY, tiny_config
+
+SECONDS_PER_TYPE = 60
+EXACT, REFUSED, NO_CONFIG = "exact", "refused", "no tiny config"
+DIFFERS, FAILED = "differs", "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of one model type; `detail` is the reason or the largest difference."""
+
+    model_type: str
+    outcome: str
+    detail: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table and the closing line."""
+    parser = argparse.ArgumentParser(prog="python -m simulations.families", description=__doc__)
+    parser.add_argument("types", nargs="*", help="model types; all of them if none is named")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the models are too small to share
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    verdicts = []
+    for model_type in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        verdict = judge(model_type)
+        verdicts.append(verdict)
+        print(
+            f"{verdict.model_type:<28} {verdict.outcome:<15} {verdict.detail}".rstrip(), flush=True
+        )
+        gc.collect()
+    if args.json:
+        args.json.write_text(json.dumps([asdict(v) for v in verdicts], indent=2) + "\n")
+    print(closing_lines(verdicts))
+
+
+def closing_lines(verdicts: Sequence[Verdict]) -> str:
+    """The counts; what is neither exact nor refused nor untried gets a line of its own."""
+    count = Counter(v.outcome for v in verdicts)
+    line = (
+        f"families: {count[EXACT]} exact, {count[REFUSED]} refused, "
+        f"{count[NO_CONFIG]} without a tiny config"
+    )
+    others = [f"{v.model_type} {v.outcome}" for v in verdicts if v.outcome in (DIFFERS, FAILED)]
+    return f"neither: {', '.join(others)}\n{line}" if others else line
+
+
+def judge(model_type: str) -> Verdict:
+    """Split a tiny model of this type and compare it with the unsplit one."""
+    outcome, detail = FAILED, f"not done in {SECONDS_PER_TYPE} s"
+    try:
+        with time_limit(SECONDS_PER_TYPE):
+            outcome, detail = _tried(model_type)
+    except TimeoutError:
+        pass
+    except FAMILY_ERRORS as exc:
+        detail = " ".join(f"{type(exc).__name__}: {exc}".split())[:160]
+    return Verdict(model_type=model_type, outcome=outcome, detail=detail)
+
+
+def _tried(model_type: str) -> tuple[str, str]:
+    try:
+        config = tiny_config(model_type)
+    except ConfigError as exc:
+        return NO_CONFIG, str(exc)
+    family = model_class_for(config)
+    try:
+        plan = plan_for(family, config)
+    except UnsupportedModel as exc:
+        return REFUSED, str(exc)
+    whole = random_model(config)
+    fault = _fault_of_whole(whole)
+    if fault:
+        return NO_CONFIG, f"the whole tiny model does not run by itself ({fault})"
+    split = f"2/*/{plan.num_blocks - 4}" if plan.num_blocks > 4 else "1/*/1"
+    parts = split_model(whole, split)
+    worst = max(difference(whole, parts, batch) for batch in batches(family).values())
+    return (EXACT, "") if worst == 0.0 else (DIFFERS, f"largest difference {worst:.3g}")
+
+
+def random_model(config: PretrainedConfig, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A whole model without a trivial weight: no zero bias, no norm of ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        family = model_class_for(config)
+        whole: PreTrainedModel = family._from_config(copy.deepcopy(config), **options).eval()
+        with torch.no_grad():
+            for parameter in whole.parameters():
+                if parameter.is_floating_point() and torch.isfinite(parameter).all():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return whole
+
+
+def batches(family: type[PreTrainedModel]) -> dict[str, dict[str, Tensor]]:
+    """One batch of 3 x 14 tokens: whole, padded right, padded left with positions."""
+    generator = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(3, VOCABULARY, (3, 14), generator=generator)
+    right_BT, left_BT = torch.ones_like(ids_BT), torch.ones_like(ids_BT)
+    right_BT[0, 9:] = right_BT[1, 12:] = 0
+    left_BT[0, :5] = left_BT[1, :2] = 0
+    left = {"attention_mask": left_BT}
+    if "position_ids" in inspect.signature(family.forward).parameters:
+        left["position_ids"] = (left_BT.cumsum(-1) - 1).clamp(min=0)
+    padded = {"right": {"attention_mask": right_BT}, "left": left}
+    labelled = {
+        name: {"labels": ids_BT.masked_fill(kw["attention_mask"] == 0, -100), **kw}
+        for name, kw in padded.items()
+    }
+    cases = {"none": {"labels": ids_BT}, **labelled}
+    return {name: {"input_ids": ids_BT, **kw} for name, kw in cases.items()}
+
+
+def difference(whole: PreTrainedModel, parts: SplitModel, batch: dict[str, Tensor]) -> float:
+    """Largest difference of logits, loss and gradients; infinite if one side lacks a gradient."""
+    wanted = _results([whole], batch)
+    found = _results([parts.client, parts.trunk], batch)
+    if wanted.keys() != found.keys():
+        return float("inf")
+    return max(_distance(wanted[name], found[name]) for name in wanted)
+
+
+def _results(models: list[Any], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits of real tokens, loss and all gradients after one step; the first model is called."""
+    for model in models:
+        model.zero_grad()
+    out = models[0](**batch, use_cache=False)
+    out.loss.backward()
+    real_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    gradients = {
+        name: parameter.grad
+        for model in models
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.grad is not None
+    }
+    return {"logits": out.logits.detach()[real_BT], "loss": out.loss.detach(), **gradients}
+
+
+def _distance(wanted: Tensor, found: Tensor) -> float:
+    if torch.equal(wanted, found):
+        return 0.0
+    gap = float((wanted - found).abs().max()) if wanted.shape == found.shape else float("inf")
+    return gap if gap > 0.0 else float("inf")  # not a number is not equal either
+
+
+def _fault_of_whole(whole: PreTrainedModel) -> str:
+    """Why the unsplit model cannot be the judge, or nothing."""
+    try:
+        results = _results([whole], batches(type(whole))["none"])
+    except FAMILY_ERRORS as exc:
+        return " ".join(f"{type(exc).__name__}: {exc}".split())[:100]
+    if not all(torch.isfinite(tensor).all() for tensor in results.values()):
+        return "its logits or gradients are not finite"
+    return "" if results["logits"].std() > 0 else "its logits are all equal"
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread if the block takes longer."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done in {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+if __name__ == "__main__":
+    main()
