@@ -255,15 +255,21 @@ def _judge(status: tuple[str, str], timeout_s: float, tail: deque[str], log_path
 def _end(sessions: set[int]) -> None:
     """End every process of these sessions: first asked, then forced."""
     for stop in (psutil.Process.terminate, psutil.Process.kill):
-        members = [process for process in psutil.process_iter() if _session(process) in sessions]
-        for process in members:
-            with suppress(psutil.NoSuchProcess):
+        deadline = time.monotonic() + SECONDS_TO_END
+        for process in _alive(sessions):
+            with suppress(psutil.Error):
                 stop(process)
-        psutil.wait_procs(members, timeout=SECONDS_TO_END)
+        while _alive(sessions) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
-def _session(process: psutil.Process) -> int:
+def _alive(sessions: set[int]) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if _is_alive_in(process, sessions)]
+
+
+def _is_alive_in(process: psutil.Process, sessions: set[int]) -> bool:
     try:
-        return os.getsid(process.pid)
-    except OSError:  # it is gone, or not ours to ask
-        return -1
+        # What ended counts as gone, even where nobody collects it (some containers).
+        return os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.Error):
+        return False

@@ -103,13 +103,7 @@ class SplitFedV2(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Have the wrapped strategy aggregate the halves, in the order of the clients' names."""
         heard = self._in_order(replies)
-        good = [reply.content.metric_records[METRICS] for reply in heard if reply.has_content()]
-        if not good:
-            reasons = [reply.error.reason for reply in heard if reply.has_error()]
-            raise Diverged(
-                f"round {server_round}: none of {self._asked} clients finished; the first said: "
-                f"{reasons[0] if reasons else 'nothing before the timeout'}"
-            )
+        good = _finished(heard, f"round {server_round}, training", self._asked)
         tokens = int(_sum(good, WEIGHT))
         self._training = _Training(
             loss=sum(_number(m, "loss") * _number(m, WEIGHT) for m in good) / max(1, tokens),
@@ -130,6 +124,7 @@ class SplitFedV2(Strategy):
         """Give every client that is to evaluate a ticket to the trunk."""
         chosen = self._halves.configure_evaluate(server_round, arrays, config, grid)
         messages = [self._with_ticket(server_round, message, grid) for message in chosen]
+        self._asked = len(messages)
         self._sent_bytes = sum(_halves_bytes(message) for message in messages)
         return messages
 
@@ -138,7 +133,7 @@ class SplitFedV2(Strategy):
     ) -> MetricRecord | None:
         """Sum up the held-out losses, weighted by tokens, and report the round."""
         heard = self._in_order(replies)
-        good = [reply.content.metric_records[METRICS] for reply in heard if reply.has_content()]
+        good = _finished(heard, f"round {server_round}, evaluation", self._asked)
         if self._training is not None:
             self._on_round(self._stats(server_round, self._training, good))
         return self._halves.aggregate_evaluate(server_round, heard)
@@ -227,6 +222,18 @@ class SplitFedV2(Strategy):
     def _in_order(self, replies: Iterable[Message]) -> list[Message]:
         # Sums of floats depend on the order; the order in which clients answer is chance.
         return sorted(replies, key=lambda reply: self._clients[reply.metadata.src_node_id])
+
+
+def _finished(replies: list[Message], what: str, asked: int) -> list[MetricRecord]:
+    """The metrics of the clients that finished; if none did, there is no going on."""
+    good = [reply.content.metric_records[METRICS] for reply in replies if reply.has_content()]
+    if good:
+        return good
+    reasons = [reply.error.reason for reply in replies if reply.has_error()]
+    raise Diverged(
+        f"{what}: none of {asked} clients finished; the first said: "
+        f"{reasons[0] if reasons else 'nothing before the timeout'}"
+    )
 
 
 def _number(metrics: MetricRecord, key: str) -> float:

@@ -4,8 +4,10 @@ The environment is set before torch, transformers and flwr are imported anywhere
 processes (Ray workers, SuperLink, SuperNodes) inherit it.
 """
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -30,6 +32,24 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, object], object]:
+    """Gives what tests/golden/<name>.json holds; with --update-golden, writes `got` there first."""
+
+    def read(name: str, got: object) -> object:
+        file = Path(__file__).parent / "golden" / f"{name}.json"
+        if request.config.getoption("--update-golden"):
+            file.write_text(json.dumps(got, indent=2) + "\n", encoding="utf-8")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    return read
+
 
 TinyConfig = Callable[..., PretrainedConfig]
 

@@ -28,6 +28,9 @@ from fedsplit.model.hollow import ClientPart
 from fedsplit.spec import RunSpec
 from fedsplit.wire import messages as m
 
+_REFORWARDS = 3
+"""How often a graph that expired is made again before its backward is given up."""
+
 
 class RemoteTrunk:
     """One client's session with a trunk.
@@ -179,18 +182,28 @@ class RemoteTrunk:
             want_grad=want_grad,
             grad_trunk_out_BTD=grad_trunk_out_BTD,
         )
-        try:
-            reply = self._exchange(backward)
-        except ActivationExpired:
-            again = self._forward(request)
-            if again.version != version:
-                raise StaleVersion(
-                    f"the graph of call {request.call} expired, and the trunk has moved from "
-                    f"version {version} to {again.version} meanwhile; repeat the step"
-                ) from None
-            reply = self._exchange(backward)
+        reply = self._backward_at_last(backward, request, version)
         self._trunk_sq_norm = reply.trunk_sq_norm
         return reply.grad_smashed_BTD
+
+    def _backward_at_last(
+        self, backward: m.BackwardRequest, forward: m.ForwardRequest, version: int
+    ) -> m.BackwardReply:
+        for _ in range(_REFORWARDS):
+            try:
+                return self._exchange(backward)
+            except ActivationExpired:
+                self._forward_again(forward, version)
+        return self._exchange(backward)
+
+    def _forward_again(self, request: m.ForwardRequest, version: int) -> None:
+        """Have the trunk make an expired graph again; its dropout is that of the call."""
+        now = self._forward(request).version
+        if now != version:
+            raise StaleVersion(
+                f"the graph of call {request.call} expired, and the trunk has moved from version "
+                f"{version} to {now} meanwhile; repeat the step"
+            )
 
     def _exchange(self, request: m.Request[m.R]) -> m.R:
         return self._retry(lambda: self._link.exchange(request))

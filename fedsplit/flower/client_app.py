@@ -157,7 +157,7 @@ class _Half:
         node = Node.of(context, run)
         self.model = client_of(run, config_of(run.model, tokenizer)).to(node.device)
         load_arrays(trainable(self.model), message.content.array_records[ARRAYS])
-        self.trunk = RemoteTrunk(link, self.model, run, client=node.name)
+        self.trunk = RemoteTrunk(link, self.model, run, client=self.ticket.client)
         connect(self.model, self.trunk)
         self._training, self.held_out = _sequences(
             run.data, run.sharding, run.seed, node, named_tokenizer

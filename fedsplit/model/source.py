@@ -78,7 +78,7 @@ class Source:
         found: dict[str, Tensor] = {}
         for file in sorted({files[name] for name in wanted}):
             here = [name for name in wanted if files[name] == file]
-            found.update(read_tensors(self._path(file), here))
+            found.update(read_tensors(self._shard(file), here))
         return found
 
     def copy_tokenizer(self, directory: Path) -> None:
@@ -96,15 +96,18 @@ class Source:
             except (ValueError, KeyError) as exc:
                 raise CheckpointError(f"{index}: not an index of tensors ({exc!r})") from exc
             return files
-        return dict.fromkeys(tensor_names(self._path(SINGLE)), SINGLE)
-
-    def _path(self, file: str) -> Path:
-        path = self._file(file)
-        if path is None:
+        single = self._file(SINGLE)
+        if single is None:
             raise CheckpointError(
-                f"{self.name}: no {file}; fedsplit reads safetensors only and never pickled "
+                f"{self.name}: no {SINGLE}; fedsplit reads safetensors only and never pickled "
                 "weights: save the model again with save_pretrained"
             )
+        return dict.fromkeys(tensor_names(single), SINGLE)
+
+    def _shard(self, file: str) -> Path:
+        path = self._file(file)
+        if path is None:
+            raise CheckpointError(f"{self.name}: {file} is missing, but {INDEX} lists it")
         return path
 
     def _file(self, file: str) -> Path | None:

@@ -12,7 +12,7 @@ TOKEN_KEY = "fedsplit-token"
 MAX_METADATA_BYTES = 16384
 _MAX_DETAIL = 2000
 
-_TLS = "handshake|ssl|certificate|hostname verification|peer name"
+_TLS = "handshake failed|ssl_error|certificate|hostname verification"
 _FALLBACKS: tuple[tuple[str, str, type[FedsplitError], str], ...] = (
     (
         "UNAVAILABLE",

@@ -162,8 +162,9 @@ class TrunkEngine:
 
     def _loop(self) -> None:
         while not self._stopping:
-            self._next()()
+            work = self._next()
             self._look_at_the_clock()
+            work()
             self._step_if_due()
         while not self._queue.empty():
             self._queue.get()[2]()
@@ -182,6 +183,7 @@ class TrunkEngine:
         self._unpin(self._stash.drop_expired(self._clock()))
         if self._clock() >= self._barrier.deadline:
             self._tell(aggregator.Ticked())
+            self._step_if_due()
 
     def _enqueue(self, priority: int, work: Callable[[], None]) -> None:
         if self._stopping:

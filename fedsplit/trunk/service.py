@@ -6,6 +6,7 @@ while that one is still being worked on; a forward runs again only when its grap
 
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -56,10 +57,13 @@ class TrunkService:
     Args:
         trunk: The trunk part, on its device; the parameters that require a gradient train.
         run: The run it serves.
+        clock: Seconds that do not run backwards.
     """
 
-    def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
-        self.engine = TrunkEngine(trunk, run)
+    def __init__(
+        self, trunk: TrunkPart, run: RunSpec, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.engine = TrunkEngine(trunk, run, clock)
         self.incarnation = secrets.token_hex(8)
         self.limits = m.Limits(
             max_rows=run.train.batch_size,

@@ -109,9 +109,10 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
 
 def through_codec(message: M) -> M:
     """The message as its receiver would have it: every tensor a detached, independent copy."""
-    values = ((f.name, getattr(message, f.name)) for f in fields(message))  # type: ignore[arg-type]
-    copies: dict[str, Any] = {name: _copied(value) for name, value in values}
-    return replace(message, **copies)  # type: ignore[type-var]
+    original: Any = message
+    copies = {f.name: _copied(getattr(original, f.name)) for f in fields(original)}
+    copy: M = replace(original, **copies)
+    return copy
 
 
 def _copied(value: object) -> object:

@@ -19,7 +19,7 @@ TOKEN = "a-token"
 
 
 class EchoService:
-    """Echoes tensors. `refusal` is raised if set, and a forward waits while `gate` is closed."""
+    """Echoes tensors. `refusal` is raised if set, and every reply waits while `gate` is closed."""
 
     def __init__(self) -> None:
         self.refusal: Exception | None = None
@@ -37,6 +37,8 @@ class EchoService:
         if self.refusal:
             raise self.refusal
         self.handled.append(request)
+        self.working.set()
+        self.gate.wait(30)
         return getattr(self, type(request).__name__)(request)
 
     def disconnected(self, session: str) -> None:
@@ -54,8 +56,6 @@ class EchoService:
         return m.OpenReply(session=request.client, incarnation="i1", version=3, limits=LIMITS)
 
     def ForwardRequest(self, request: m.ForwardRequest) -> m.ForwardReply:
-        self.working.set()
-        self.gate.wait(30)
         return m.ForwardReply(trunk_out_BTD=request.smashed_BTD, version=request.call)
 
     def BackwardRequest(self, request: m.BackwardRequest) -> m.BackwardReply:
@@ -117,4 +117,6 @@ if __name__ == "__main__":
     echo.gate.clear()
     with serving(echo) as where:
         print(where, flush=True)
+        echo.working.wait()
+        print("working", flush=True)
         threading.Event().wait()

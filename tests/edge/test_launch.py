@@ -84,11 +84,11 @@ def app(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def mark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A mark in the environment that every process of the run inherits."""
-    mark = str(tmp_path_factory.mktemp("mark"))
-    os.environ["FEDSPLIT_TEST_MARK"] = mark
-    yield mark
+    value = str(tmp_path_factory.mktemp("mark"))
+    os.environ["FEDSPLIT_TEST_MARK"] = value
+    yield value
     del os.environ["FEDSPLIT_TEST_MARK"]
 
 
@@ -114,7 +114,7 @@ def run(app: Path, lines: list[str], **options: object) -> None:
     run_flwr(app, **{"on_output": lines.append} | defaults | options)
 
 
-def test_a_run_gets_its_config_and_all_clients_at_once(app: Path, home: str) -> None:
+def test_a_run_gets_its_config_and_all_clients_at_once(app: Path, mark: str) -> None:
     config = "".join(f'key{i}: "it\'s" # \t\\ {{}} = [é]\n' for i in range(300))
     lines: list[str] = []
     run(app, lines, run_config={"config": config, "folder": str(app)})
@@ -122,19 +122,19 @@ def test_a_run_gets_its_config_and_all_clients_at_once(app: Path, home: str) -> 
     assert (app / "config").read_text(encoding="utf-8") == config
     assert len(set((app / "pids-1").read_text().split())) == 3
     assert "Created run" in (app / "superlink.log").read_text(encoding="utf-8")
-    assert left_behind(home, lines) == []
+    assert left_behind(mark, lines) == []
 
 
-def test_a_failing_app_is_an_error_with_its_last_lines(app: Path, home: str) -> None:
+def test_a_failing_app_is_an_error_with_its_last_lines(app: Path, mark: str) -> None:
     lines: list[str] = []
     with pytest.raises(Internal, match="did not complete: finished:failed") as caught:
         run(app, lines, run_config={"mode": "fail"})
     assert "ValueError: the app was asked to fail" in str(caught.value)
     assert str(app / "superlink.log") in str(caught.value)
-    assert left_behind(home, lines) == []
+    assert left_behind(mark, lines) == []
 
 
-def test_a_stopped_driver_stops_everything(app: Path, home: str) -> None:
+def test_a_stopped_driver_stops_everything(app: Path, mark: str) -> None:
     lines: list[str] = []
 
     def stop_when_running(line: str) -> None:
@@ -145,19 +145,19 @@ def test_a_stopped_driver_stops_everything(app: Path, home: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit):
         run(app, lines, run_config={"folder": str(app)}, on_output=stop_when_running)
-    assert left_behind(home, lines) == []
+    assert left_behind(mark, lines) == []
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_app_that_flower_refuses_is_an_error(app: Path, home: str) -> None:
+def test_an_app_that_flower_refuses_is_an_error(app: Path, mark: str) -> None:
     (app / "pyproject.toml").write_text(PYPROJECT.replace('publisher = "tests"', ""))
     with pytest.raises(Internal, match="(?s)did not complete: refused.*publisher"):
         run(app, [])
-    assert left_behind(home, []) == []
+    assert left_behind(mark, []) == []
 
 
 def test_a_run_that_does_not_start_is_an_error(
-    app: Path, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    app: Path, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, fake = Path(sys.executable).parent, tmp_path / "bin"
     fake.mkdir()
@@ -168,7 +168,7 @@ def test_a_run_that_does_not_start_is_an_error(
     monkeypatch.setattr(sys, "executable", str(fake / "python"))
     with pytest.raises(DeadlineExceeded, match="launch.start_timeout_s"):
         run(app, [], start_timeout_s=6.0)
-    assert left_behind(home, []) == []
+    assert left_behind(mark, []) == []
 
 
 def test_without_flower_the_error_says_what_to_install(

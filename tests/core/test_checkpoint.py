@@ -1,0 +1,272 @@
+"""Parts on disk: each loads alone, reads only its own, and joins to the unsplit model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fedsplit.errors import CheckpointError
+from fedsplit.model import ClientPart, TrunkPart, build_client, build_trunk, connect, split_model
+from fedsplit.model.checkpoint import (
+    join_checkpoint,
+    load_part,
+    model_fingerprint,
+    split_checkpoint,
+)
+from fedsplit.model.manifest import hashes_of
+from fedsplit.model.source import Source, on_meta
+from fedsplit.spec import SplitSpec
+from simulations.families import batches, random_model
+from simulations.tiny import tiny_config
+
+SPLIT = SplitSpec.parse("1/2/1")
+FAMILIES = "gpt2 llama gemma2 bloom falcon olmoe mixtral granite".split()
+SHARDS = {"one file": "1GB", "shards": "20KB"}
+
+
+def _saved(directory, model_type="llama", shard="20KB"):
+    whole = random_model(tiny_config(model_type, num_hidden_layers=4))
+    whole.save_pretrained(directory, max_shard_size=shard)
+    return whole
+
+
+def _same(whole, other):
+    state = other.state_dict()
+    return whole.state_dict().keys() == state.keys() and all(
+        torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_there_and_back_again(model_type, shard, tmp_path):
+    whole = _saved(tmp_path / "whole", model_type, shard)
+    made = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")
+    client, trunk = load_part(made["bottom-top"]), load_part(made["trunk"])
+    assert isinstance(client, ClientPart)
+    assert isinstance(trunk, TrunkPart)
+    connect(client, trunk.run)
+    batch = batches(type(whole))["none"]
+    assert torch.equal(client(**batch).logits, whole(**batch).logits)
+    join_checkpoint(made["bottom-top"], made["trunk"], tmp_path / "joined")
+    joined, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "joined", output_loading_info=True
+    )
+    assert _same(whole, joined)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
+def test_a_source_is_split_without_being_whole_in_memory(tmp_path):
+    whole = _saved(tmp_path)
+    parts = split_model(str(tmp_path), "1/*/1")
+    batch = batches(type(whole))["right"]
+    assert torch.equal(parts.client(**batch).logits, whole(**batch).logits)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_a_part_reads_its_own_tensors_only(model_type, tmp_path):
+    whole = _saved(tmp_path, model_type, "1GB")
+    for build in (build_client, build_trunk):
+        part = build(whole.config, SPLIT, source=str(tmp_path))
+        read = Source(name=str(tmp_path)).tensors_of(on_meta(type(part), part.config))
+        own = sum(p.numel() for p in part.state_dict().values())
+        assert sum(t.numel() for t in read.values()) == own
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_a_part_needs_its_own_shards_only(model_type, tmp_path):
+    whole = _saved(tmp_path, model_type, "1KB")
+    files = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    trunk = ("model.layers.1.", "model.layers.2.")
+    foreign = set(files.values()) - {f for name, f in files.items() if not name.startswith(trunk)}
+    assert len(foreign) > len(set(files.values())) // 3
+    for file in foreign:
+        (tmp_path / file).unlink()
+    client = build_client(whole.config, SPLIT, source=str(tmp_path))
+    assert torch.equal(client.lm_head.weight, whole.lm_head.weight)
+    with pytest.raises(CheckpointError, match=r"model-\d+-of-\d+.safetensors is missing"):
+        build_trunk(whole.config, SPLIT, source=str(tmp_path))
+
+
+GROWTH = """
+import sys
+from fedsplit.model import build_client
+from fedsplit.model.source import Source
+from fedsplit.spec import SplitSpec
+
+def peak_kib_with_client_of(source):
+    client = build_client(Source(name=source).config(), SplitSpec.parse("1/*/1"), source=source)
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+# The first part pays for what torch and transformers load on first use.
+before = peak_kib_with_client_of(sys.argv[1])
+print(peak_kib_with_client_of(sys.argv[2]) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_the_trunk_is_never_in_the_client_s_memory(tmp_path):
+    sizes = dict(hidden_size=256, intermediate_size=1024, num_attention_heads=4, vocab_size=64)
+    for name, num_blocks in (("small", 3), ("large", 22)):
+        whole = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=num_blocks, **sizes))
+        whole.save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", GROWTH, str(tmp_path / "small"), str(tmp_path / "large")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    trunk = build_trunk(whole.config, SplitSpec.parse("1/*/1"), source=str(tmp_path / "large"))
+    trunk_kib = sum(p.numel() * p.element_size() for p in trunk.parameters()) // 1024
+    assert trunk_kib > 80_000
+    assert int(told.stdout) < trunk_kib // 2
+
+
+def test_a_part_s_directory_is_no_model_of_its_own(tmp_path):
+    _saved(tmp_path / "whole")
+    made = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")
+    for directory in made.values():
+        with pytest.raises(OSError, match="no file named"):
+            AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_the_client_s_directory_has_the_tokenizer(tmp_path):
+    _saved(tmp_path / "whole")
+    (tmp_path / "whole" / "tokenizer.json").write_text("{}")
+    made = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")
+    assert (made["bottom-top"] / "tokenizer.json").read_text() == "{}"
+    assert not (made["trunk"] / "tokenizer.json").exists()
+
+
+def test_the_manifest_says_what_the_part_is_of(tmp_path):
+    whole = _saved(tmp_path / "whole")
+    made = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")
+    told = json.loads((made["trunk"] / "manifest.json").read_text())
+    assert told["part"] == "trunk"
+    assert told["model"] == str(tmp_path / "whole")
+    assert told["model_class"] == "LlamaForCausalLM"
+    assert (told["split"], told["trunk_blocks"]) == ("1/2/1", [1, 3])
+    assert told["fingerprint"] == model_fingerprint(whole.config, SPLIT)
+    assert set(told["versions"]) == {"fedsplit", "transformers", "torch"}
+    assert set(told["files"]) == {"config.json", "part.safetensors"}
+    assert not list(made["trunk"].glob("*.tmp"))
+
+
+def _edit_manifest(directory, **fields):
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def _flip_a_bit(directory):
+    path = directory / "part.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _drop_a_tensor(directory):
+    path = directory / "part.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path)
+    _edit_manifest(directory, files=hashes_of(directory))
+
+
+DAMAGE = {
+    "a bit": (_flip_a_bit, r"part.safetensors: sha256 is [0-9a-f]{64}, but manifest.json says"),
+    "a tensor": (
+        _drop_a_tensor,
+        r"tensor 'model.layers.1.mlp.up_proj.weight' of LlamaForCausalLM is missing \(1 missing",
+    ),
+    "a file": (
+        lambda d: (d / "config.json").unlink(),
+        r"config.json: missing, but manifest.json lists it",
+    ),
+    "the manifest": (lambda d: (d / "manifest.json").unlink(), r"no readable manifest.json"),
+    "half a manifest": (
+        lambda d: (d / "manifest.json").write_text("{"),
+        r"manifest.json: not JSON",
+    ),
+    "another list": (
+        lambda d: (d / "manifest.json").write_text("[]"),
+        r"manifest.json: has list, but needs",
+    ),
+    "the cut": (
+        lambda d: _edit_manifest(d, split="2/1/1"),
+        r"config.json and split 2/1/1 have fingerprint",
+    ),
+    "the split": (lambda d: _edit_manifest(d, split="x"), r"split='x' is not of the form"),
+    "the part": (lambda d: _edit_manifest(d, part="head"), r"part='head' is not one of"),
+    "the format": (lambda d: _edit_manifest(d, format=9), r"format=9; this fedsplit reads 1"),
+    "the class": (lambda d: _edit_manifest(d, model_class="os"), r"no model class 'os'"),
+    "a path": (lambda d: _edit_manifest(d, files={"../x": ""}), r"plain file names"),
+}
+
+
+@pytest.mark.parametrize(("damage", "text"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_part_is_one_clear_line(damage, text, tmp_path):
+    _saved(tmp_path / "whole")
+    trunk = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")["trunk"]
+    damage(trunk)
+    with pytest.raises(CheckpointError, match=text) as error:
+        load_part(trunk)
+    assert "\n" not in str(error.value)
+
+
+def test_parts_join_in_their_order_only(tmp_path):
+    _saved(tmp_path / "whole")
+    made = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")
+    with pytest.raises(CheckpointError, match="join needs the bottom-top part first"):
+        join_checkpoint(made["trunk"], made["bottom-top"], tmp_path / "joined")
+
+
+def test_a_source_without_a_tensor_is_one_clear_line(tmp_path):
+    whole = _saved(tmp_path, shard="1GB")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'model.layers.3.mlp.up_proj.weight' of Llama"):
+        build_client(whole.config, SPLIT, source=str(tmp_path))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    whole = _saved(tmp_path, shard="1GB")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no model.safetensors; fedsplit reads safetensors"):
+        build_client(whole.config, SPLIT, source=str(tmp_path))
+
+
+NO_MODEL = {"an empty directory": "", "no directory": "nowhere", "no hub id": "a b/c d/e"}
+
+
+@pytest.mark.parametrize("name", NO_MODEL.values(), ids=NO_MODEL)
+def test_what_is_no_model_is_one_clear_line(name, tmp_path):
+    source = name if " " in name else str(tmp_path / name)
+    with pytest.raises(CheckpointError, match="not a model that transformers") as error:
+        split_model(source)
+    assert "\n" not in str(error.value)
+
+
+def test_a_fingerprint_is_of_the_model_and_the_cut(tmp_path, tiny_llama):
+    config = tiny_llama()
+    config.save_pretrained(tmp_path)
+    again = LlamaConfig.from_pretrained(tmp_path)
+    parts = split_model(random_model(tiny_llama(vocab_size=99)), SPLIT)
+    one = model_fingerprint(config, SPLIT)
+    assert len(one) == 16
+    assert one == model_fingerprint(again, SplitSpec.parse("1/*/1"))
+    assert one != model_fingerprint(config, SplitSpec.parse("2/1/1"))
+    assert one != model_fingerprint(tiny_llama(rope_theta=1.0), SPLIT)
+    assert one != model_fingerprint(parts.client.config, SPLIT)
+    ends, trunk = (model_fingerprint(p.config, SPLIT) for p in (parts.client, parts.trunk))
+    assert ends == trunk
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_fingerprint_survives_the_disk(model_type, tmp_path):
+    whole = _saved(tmp_path, model_type)
+    made = split_checkpoint(str(tmp_path), SPLIT, tmp_path / "parts")
+    told = {json.loads((d / "manifest.json").read_text())["fingerprint"] for d in made.values()}
+    assert told == {model_fingerprint(whole.config, SPLIT)}

@@ -1,0 +1,101 @@
+"""A small federation in one process: real parts, a real service, local links."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fedsplit.client.remote import RemoteTrunk
+from fedsplit.client.trainer import ClientTrainer
+from fedsplit.data import Batch
+from fedsplit.link import Link, LocalLink
+from fedsplit.model import ClientPart, SplitModel, connect, initial_parts
+from fedsplit.spec import DataSpec, PolicySpec, RunSpec, SplitSpec, TrainSpec, WireSpec
+from fedsplit.trunk.service import TrunkService
+
+
+def small_run(**changes: object) -> RunSpec:
+    """Two sequences of twelve tokens a batch, plain SGD, no clipping."""
+    train = TrainSpec(
+        batch_size=2, optimizer="sgd", lr=0.1, schedule="constant", warmup_steps=0, clip_norm=0.0
+    )
+    base = RunSpec(
+        train=train,
+        split=SplitSpec.parse("1/*/1"),
+        data=DataSpec(sequence_length=12),
+        policy=PolicySpec(deadline_s=30.0),
+        wire=WireSpec(budget_s=10.0),
+    )
+    return replace(base, **changes)
+
+
+def batch(seed: int = 0, rows: int = 2, tokens: int = 12, pad: int = 0) -> Batch:
+    """Random tokens below 60; the last row ends in `pad` padding tokens."""
+    ids_BT = torch.randint(1, 60, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[-1, tokens - pad :] = 0
+    labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
+    counted = int((labels_BT[:, 1:] != -100).sum())
+    return Batch(
+        ids_BT=ids_BT,
+        attention_mask_BT=mask_BT,
+        labels_BT=labels_BT,
+        num_tokens=counted,
+        num_bytes=counted,
+    )
+
+
+@dataclass
+class Member:
+    """One client: its model, its session with the trunk, its trainer."""
+
+    model: ClientPart
+    trunk: RemoteTrunk
+    trainer: ClientTrainer
+
+
+@dataclass
+class World:
+    """A trunk that is served, and the clients that were added to it."""
+
+    config: PretrainedConfig
+    run: RunSpec
+    parts: SplitModel
+    service: TrunkService
+    members: dict[str, Member] = field(default_factory=dict)
+
+    def add(self, name: str, link: Link | None = None) -> Member:
+        """A client with the initial halves, on a local link by default."""
+        model = initial_parts(self.config, self.run.split, self.run.seed).client
+        link = link or LocalLink(self.service, self.service.admit(name))
+        trunk = RemoteTrunk(link, model, self.run, client=name)
+        connect(model, trunk)
+        member = Member(model=model, trunk=trunk, trainer=ClientTrainer(model, trunk, self.run))
+        self.members[name] = member
+        return member
+
+    def trunk_weights(self) -> dict[str, Tensor]:
+        """Copies of the trunk's parameters now."""
+        return {k: p.detach().clone() for k, p in self.parts.trunk.named_parameters()}
+
+
+@contextmanager
+def world(
+    config: PretrainedConfig,
+    run: RunSpec | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[World]:
+    """Serve the trunk of a fresh model."""
+    run = run or small_run()
+    parts = initial_parts(config, run.split, run.seed)
+    with TrunkService(parts.trunk, run, clock) as service:
+        yield World(config=config, run=run, parts=parts, service=service)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal, bit by bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

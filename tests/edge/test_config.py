@@ -1,0 +1,354 @@
+"""What goes in as overrides, run config or YAML comes out as one frozen spec, or is refused."""
+
+import subprocess
+import sys
+import textwrap
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from fedsplit.config import (
+    build,
+    compose,
+    from_dictconfig,
+    from_run_config,
+    from_yaml,
+    to_yaml,
+)
+from fedsplit.config.overrides import RUN_CONFIG_KEYS
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.spec import DataSpec, ModelSpec, RunSpec, SplitSpec, StrategySpec
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = sorted((ROOT / "conf").glob("*/*.yaml"))
+NEEDS = {
+    "model/pretrained": ["model.pretrained=gpt2"],
+    "data/text": ["data.path=corpus"],
+    "data/jsonl": ["data.path=corpus.jsonl"],
+    "data/hub": ["data.path=wikitext"],
+}
+
+
+def option_id(file: Path) -> str:
+    return f"{file.parent.name}/{file.stem}"
+
+
+def test_conf_has_options():
+    assert len(OPTIONS) > 15
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=option_id)
+def test_every_option_composes_and_survives_yaml(file):
+    spec = compose([f"{file.parent.name}={file.stem}", *NEEDS.get(option_id(file), [])])
+    assert from_yaml(to_yaml(spec)) == spec
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=option_id)
+def test_every_option_says_first_what_it_is(file):
+    lines = file.read_text().splitlines()
+    assert next(line for line in lines if "@package" not in line).startswith("# ")
+
+
+def test_the_default_is_the_spec_s_own_but_for_the_tiny_model():
+    told = asdict(compose())
+    model = told.pop("model")
+    plain = asdict(RunSpec())
+    plain.pop("model")
+    assert told == plain
+    assert (model["family"], model["config"]["n_layer"], model["config"]["n_embd"]) == (
+        "gpt2",
+        4,
+        128,
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        (["split=1/2/1"], {"split": SplitSpec(bottom=1, trunk=2, top=1)}),
+        (["split='2/*/1'"], {"split": SplitSpec(bottom=2, trunk=0, top=1)}),
+        (["model=pretrained", "model.pretrained=x"], {"model.pretrained": "x", "model.config": {}}),
+        (["+strategy.halves_options.eta=0.1"], {"strategy.halves_options": {"eta": 0.1}}),
+        (["strategy.halves_options.eta=0.1"], {"strategy.halves_options": {"eta": 0.1}}),
+        (["data.path='a, b=c'"], {"data.path": "a, b=c"}),
+        (["++train.lr=1e-4"], {"train.lr": 1e-4}),
+        (["experiment=toy"], {"name": "toy", "train.rounds": 2, "data.sequence_length": 32}),
+        (["experiment=toy", "train=sgd"], {"name": "toy", "train.optimizer": "sgd"}),
+        (["experiment=toy", "train.rounds=7"], {"train.rounds": 7}),
+    ],
+    ids=str,
+)
+def test_override(overrides, fields):
+    spec = compose(overrides)
+    assert {name: attrgetter(name)(spec) for name in fields} == fields
+
+
+REFUSED = {
+    "policy=async": "policy=async is not available yet; allowed: sync",
+    "policy=quorum": "policy=quorum is not available yet; allowed: sync",
+    "policy.kind=async": "policy=async is not available yet; allowed: sync",
+    "policy=eager": "policy='eager' is not one of: sync",
+    "sharding=dirichlet": "sharding=dirichlet is not available yet; allowed: iid, natural",
+    "wire.codec=int8": "wire.codec=int8 is not available yet; allowed: none",
+    "model=gpt2": "model=gpt2 is not one of: pretrained, tiny_gpt2, tiny_llama; or set one of its "
+    "fields: model.pretrained",
+    "model=null": "model=None is not one of: pretrained",
+    "model=[tiny_gpt2]": r"model=\['tiny_gpt2'\] is not one of",
+    "model=pretrained": "model.pretrained and model.family are both empty; set one of them",
+    "lora=false": "lora=False is not one of: off, on; or set one of its fields: lora.enabled",
+    "experiment=paper": "experiment=paper is not one of: default, toy$",
+    "data=text": "data.path is empty, but data=text needs one",
+    "train.lr=fast": "train.lr='fast' must be a number",
+    "train.lr=null": "train.lr=None must be a number",
+    "train.lr=-1": "train.lr=-1.0 must be greater than 0",
+    "train.rounds=2.5": "train.rounds=2.5 must be a whole number",
+    "train.rounds=true": "train.rounds=True must be a whole number",
+    "train.rounds=0": "train.rounds=0 is too small; it must be at least 1",
+    "lora.enabled=perhaps": "lora.enabled='perhaps' must be true or false",
+    "data.path=[a]": r"data.path=\['a'\] must be text",
+    "rounds=3": "there is no field rounds; did you mean train.rounds",
+    "train.optimiser=sgd": "no field train.optimiser; did you mean train.optimizer",
+    "+train.optimiser=sgd": "no field train.optimiser; did you mean train.optimizer",
+    "+zzz=1": "there is no field zzz; fields are: name, seed, clients, model.pretrained",
+    "++zzz=1": "there is no field zzz; fields are: name",
+    "train.lr.x=1": "train.lr",
+    "~policy": "~policy: a run has all its fields; set policy=... instead",
+    "~train.lr": "~train.lr: a run has all its fields",
+    "train.lr=1,2": "train.lr=1,2 lists several values; that takes -m, and commas",
+    "split=1/0/1": "split='1/0/1' leaves the trunk no block",
+    "split=a/b": "split='a/b' is not of the form bottom/trunk/top",
+    "split=1/2/1,2/1/1": "cannot be swept; sweep over split.bottom and split.top instead",
+    "policy": "'policy' cannot be read; write group=option or field=value",
+    "=3": "'=3' names no field; write group=option or field=value",
+    "train.lr={": "'train.lr={' cannot be read",
+    "train.lr=${nope}": "Interpolation key 'nope' not found",
+    "policy@elsewhere=sync": "policy@elsewhere",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_wrong_override_is_refused_in_one_line(override):
+    with pytest.raises(ConfigError, match=REFUSED[override]) as caught:
+        compose([override])
+    assert "\n" not in str(caught.value)
+
+
+def test_run_config_keys_are_those_of_pyproject_and_hold_no_values():
+    text = (ROOT / "pyproject.toml").read_text()
+    keys = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
+    assert keys.keys() == {*RUN_CONFIG_KEYS, "overrides", "config", "run-dir"}
+    assert set(keys.values()) == {""}
+    assert from_run_config(keys) == compose()
+
+
+def test_run_config_and_overrides_give_the_same_fingerprint():
+    by_keys = from_run_config(
+        {
+            "model": "tiny_llama",
+            "split": "1/2/1",
+            "rounds": 3,
+            "lr": 1e-05,
+            "lora": "on",
+            "data-path": "",
+            "overrides": "lora.rank=4 train.schedule=constant strategy.halves_options={eta:0.1}",
+        }
+    )
+    by_overrides = compose(
+        [
+            "model=tiny_llama",
+            "split=1/2/1",
+            "train.rounds=3",
+            "train.lr=0.00001",
+            "lora=on",
+            "lora.rank=4",
+            "train.schedule=constant",
+            "strategy.halves_options.eta=0.1",
+        ]
+    )
+    by_driver = from_run_config({"config": to_yaml(by_overrides), "run-dir": "/somewhere"})
+    assert by_keys == by_overrides
+    assert by_driver.fingerprint == by_keys.fingerprint
+    assert by_driver.launch.run_dir == "/somewhere"
+
+
+def test_config_wins_over_keys():
+    config = to_yaml(RunSpec(seed=5))
+    assert from_run_config({"config": config, "seed": 7, "overrides": "seed=8"}) == RunSpec(seed=5)
+
+
+@pytest.mark.parametrize(
+    ("run_config", "message"),
+    [
+        ({"policy": "async"}, "policy=async is not available yet; allowed: sync"),
+        ({"seed": True}, "seed=True must be a whole number"),
+        ({"clients": 2.5}, "clients=2.5 must be a whole number"),
+        ({"train.lr": 1.0}, "unknown keys train.lr; allowed: name, seed, .*overrides, config"),
+        ({"overrides": "name='a"}, "overrides cannot be read .*; mind its quotes"),
+        ({"overrides": "rounds=3"}, "there is no field rounds; did you mean train.rounds"),
+        ({"config": "train: {round: 3}"}, "no field train.round; did you mean train.rounds"),
+        ({"config": "train: {rounds: x}"}, "train.rounds='x' must be a whole number"),
+        ({"config": "policy: {kind: async}"}, "policy=async is not available yet"),
+        ({"config": "train: 3"}, "TrainSpec"),
+        ({"config": "[1]"}, r"config is \[1\], but a run is a mapping of fields"),
+        ({"config": "{"}, "config is not YAML of plain values"),
+        ({"config": "name: ${oc.env:HOME}"}, "a resolved run has no interpolations"),
+        ({"config": "name: !!python/object/apply:os.getcwd []"}, "not YAML of plain values"),
+        ({"config": "name: !<tag:yaml.org,2002:python/name:os.getcwd>"}, "not YAML of plain"),
+    ],
+    ids=str,
+)
+def test_a_wrong_run_config_is_refused(run_config, message):
+    with pytest.raises(ConfigError, match=message):
+        from_run_config(run_config)
+
+
+@settings(max_examples=40)
+@given(
+    path=st.text().filter(lambda text: "${" not in text),
+    lr=st.floats(min_value=1e-12, max_value=1e3),
+    config=st.dictionaries(
+        st.text(min_size=1).filter(lambda text: "${" not in text),
+        st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.none()),
+        max_size=3,
+    ),
+)
+def test_yaml_gives_an_equal_run_back(path, lr, config):
+    spec = RunSpec(
+        data=DataSpec(path=path),
+        model=ModelSpec(config=config),
+        strategy=StrategySpec(halves_options={"nested": {"list": [1, "two", None]}}),
+    )
+    again = from_yaml(to_yaml(spec))
+    assert again == spec
+    assert again.fingerprint == spec.fingerprint
+
+
+@pytest.mark.parametrize(
+    "path", ["/a b/c", "it's", 'say "x"', "a=b,c", "C:\\x\\", "\\'", "[a]", "{a: 1}", "null", "1"]
+)
+def test_text_in_a_run_config_is_taken_as_it_is(path):
+    assert from_run_config({"data": "text", "data-path": path}).data.path == path
+
+
+def test_a_composed_config_with_a_stranger_in_it_is_refused():
+    with pytest.raises(ConfigError, match="there is no field surprise"):
+        from_dictconfig(OmegaConf.create({"surprise": 1}))
+
+
+def test_a_field_of_the_family_s_own_config_needs_no_plus():
+    config = compose(["model.config.n_layer=6", "model.config.rotary=true"]).model.config
+    assert (config["n_layer"], config["rotary"], config["n_embd"]) == (6, True, 128)
+
+
+def test_threads_compose_at_the_same_time():
+    def seed(number: int) -> int:
+        return compose([f"seed={number}"]).seed
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(seed, range(16))) == list(range(16))
+
+
+def refuses_the_corpus() -> None:
+    raise DataError("the corpus is empty")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("nowhere.at.all", {}, "'nowhere.at.all' cannot be imported .*give an import path"),
+        ("fractions.Fractured", {}, "cannot be imported .*no attribute 'Fractured'"),
+        ("", {}, "'' cannot be imported"),
+        ("math.pi", {}, "'math.pi' is 3.14.*, which cannot be called; name a class"),
+        ("fractions.Fraction", {"top": 1}, r"fractions.Fraction refuses the options \['top'\]"),
+    ],
+    ids=str,
+)
+def test_build_refuses(target, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(target, **options)
+
+
+def test_build_lets_our_own_errors_through():
+    with pytest.raises(DataError, match="the corpus is empty"):
+        build(f"{__name__}.refuses_the_corpus")
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def command_line(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            from fedsplit import config
+            from fedsplit.errors import DataError
+
+            def task(spec):
+                if spec.clients > 100:
+                    raise DataError(f"no data for {spec.clients} clients")
+                print(spec.seed, spec.split, spec.sharding.kind, spec.fingerprint)
+
+            if __name__ == "__main__":
+                config.main(task)
+            """
+        )
+    )
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_command_line_runs_what_compose_gives_and_leaves_nothing_behind(tmp_path):
+    done = command_line(tmp_path, "seed=3", "split=1/2/1")
+    fingerprint = compose(["seed=3", "split=1/2/1"]).fingerprint
+    assert (done.stdout, done.stderr) == (f"3 1/2/1 natural {fingerprint}\n", "")
+    assert [file.name for file in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_command_line_sweeps(tmp_path):
+    done = command_line(tmp_path, "-m", "sharding=natural,iid", "seed=range(1,3)")
+    rows = [line.split()[:3] for line in done.stdout.splitlines()]
+    assert rows == [[s, "1/*/1", kind] for kind in ("natural", "iid") for s in ("1", "2")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["runs", "script.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["policy=async"], "policy=async is not available yet; allowed: sync"),
+        (["-m", "policy=sync,async"], "policy=async is not available yet; allowed: sync"),
+        (["-m", "train.lr=0.1,0"], "train.lr=0.0 must be greater than 0"),
+        (["-m", "model=glob(*)"], "model=glob(*) lists several values; that takes -m, and commas"),
+        (["train.lr=1,2"], "train.lr=1,2 lists several values; that takes -m, and commas"),
+        (["clients=101"], "no data for 101 clients"),
+    ],
+    ids=str,
+)
+def test_command_line_refuses_before_anything_starts(tmp_path, arguments, message):
+    done = command_line(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_lists_every_group_and_option_and_three_examples(tmp_path):
+    text = command_line(tmp_path, "--help").stdout
+    for group in sorted({file.parent.name for file in OPTIONS}):
+        (line,) = [row for row in text.splitlines() if row.startswith(f"  {group} ")]
+        for file in OPTIONS:
+            assert file.parent.name != group or file.stem in line
+    assert text.count("python -m simulations.run ") == 1 + 3
+    assert "halves: flwr.serverapp.strategy.FedAvg" in text

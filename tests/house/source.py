@@ -1,0 +1,36 @@
+"""The product's source files, as the house tests read them."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("fedsplit", "strategies", "simulations", "conf")
+FILES = sorted(
+    file.relative_to(ROOT).as_posix()
+    for package in PACKAGES
+    for file in (ROOT / package).rglob("*.py")
+    if "_pb2" not in file.name
+)
+
+
+DOORS = ("transport", "config", "flower", "cli", "run_folder", "card", "console")
+CORE = [
+    file
+    for file in FILES
+    if file.startswith("fedsplit/") and Path(file).parts[1].removesuffix(".py") not in DOORS
+]
+
+
+@cache
+def text(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+@cache
+def tree(file: str) -> ast.Module:
+    return ast.parse(text(file))
+
+
+def module(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")

@@ -1,0 +1,99 @@
+"""Who may import whom; and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.house.source import CORE, FILES, ROOT, module, tree
+
+IMPORT_CORE = "\n".join(f"import {module(file)}" for file in CORE)
+LIBRARIES = {"torch", "transformers", "peft", "safetensors", "numpy", "tokenizers"}
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def alone(statement: str) -> subprocess.CompletedProcess[str]:
+    return python("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{statement}")
+
+
+def without_doors(statement: str) -> subprocess.CompletedProcess[str]:
+    file = str(Path(__file__).with_name("alone.py"))
+    return python(file, f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{statement}")
+
+
+def test_import_contracts_hold():
+    run = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
+    done = python("-c", run)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_doors_cannot_be_imported_without_their_libraries():
+    done = without_doors("import fedsplit.config")
+    assert "the core needs hydra" in done.stderr
+
+
+@pytest.mark.parametrize("file", CORE)
+def test_the_core_imports_few_libraries(file):
+    roots = {name.partition(".")[0] for name in imported(tree(file))} - sys.stdlib_module_names
+    also = {"datasets"} if file == "fedsplit/data/corpora.py" else set()  # the extra `hub`
+    assert roots - {"fedsplit"} <= LIBRARIES | also
+
+
+def imported(code: ast.AST) -> Iterator[str]:
+    for node in ast.walk(code):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_one_step_runs_without_the_doors():
+    done = without_doors("from simulations.one_step import main; main()")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "loss" in done.stdout
+
+
+def test_importing_fedsplit_imports_nothing_heavy():
+    done = alone("import fedsplit; print(*{n.partition('.')[0] for n in sys.modules})")
+    loaded = set(done.stdout.split())
+    assert "fedsplit" in loaded
+    assert not loaded & {"torch", "transformers", "peft", "flwr", "hydra", "grpc", "numpy"}
+
+
+def test_importing_the_core_does_nothing_and_needs_no_door():
+    done = without_doors(
+        textwrap.dedent(
+            """
+            import logging, os, random, sys, threading, warnings
+            import peft, tokenizers, torch, transformers
+            def state():
+                return {
+                    "environment": dict(os.environ),
+                    "threads": threading.active_count(),
+                    "random": (random.getstate(), torch.get_rng_state().tolist()),
+                    "torch": (torch.get_num_threads(), torch.get_default_dtype()),
+                    "grad": torch.is_grad_enabled(),
+                    "handlers": list(logging.getLogger().handlers),
+                    "filters": list(warnings.filters),
+                    "path": list(sys.path),
+                }
+            before = state()
+            """
+        )
+        + IMPORT_CORE
+        + "\nafter = state()\nprint([k for k in before if before[k] != after[k]])"
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_simulation_runs_only_when_it_is_run():
+    names = (module(file) for file in FILES if file.startswith("simulations/"))
+    done = alone("\n".join(f"import {name}" for name in names))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
