@@ -92,5 +92,6 @@ def _torch_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.
     ]
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[train.optimizer]
+    decoupled = train.optimizer == "adamw"
+    kind: type[torch.optim.Adam] = torch.optim.AdamW if decoupled else torch.optim.Adam
     return kind(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import TokenizersBackend
 
 from fedsplit import metrics
 from fedsplit.card import model_card
@@ -70,7 +71,7 @@ class RunFolder:
         loss.plot(numbers, [s.loss for s in rounds], "o-", color="tab:blue", label="training loss")
         loss.set_xlabel("round")
         loss.set_ylabel("training loss (nats per token)", color="tab:blue")
-        loss.xaxis.get_major_locator().set_params(integer=True)
+        loss.xaxis.set_major_locator(MaxNLocator(integer=True))
         held_out = loss.twinx()
         held_out.plot(numbers, [s.bits_per_byte for s in rounds], "s--", color="tab:orange")
         held_out.set_ylabel("held-out bits per byte", color="tab:orange")
@@ -80,7 +81,7 @@ class RunFolder:
     def keep(
         self,
         parts: SplitModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: TokenizersBackend,
         corpus: Corpus,
         run: RunSpec,
         moments: dict[str, Tensor],

@@ -15,11 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
@@ -69,7 +70,7 @@ class Parity:
             ConfigError: A name or value is not allowed.
         """
         kinds = {field.name: type(getattr(Parity(), field.name)) for field in fields(Parity)}
-        values = {}
+        values: dict[str, Any] = {}
         for word in words:
             name, _, text = word.partition("=")
             if name not in kinds:
@@ -103,7 +104,7 @@ def compare(asked: Parity) -> Difference:
     run = _run(asked)
     config = _config(asked)
     parts = initial_parts(config, run.split, run.seed)
-    whole = join_model(parts.client, parts.trunk)
+    whole: nn.Module = join_model(parts.client, parts.trunk)
     if asked.lora:
         for part in (parts.client, parts.trunk):
             add_adapters(part, run.lora, run.seed)
@@ -159,10 +160,11 @@ def _config(asked: Parity) -> PretrainedConfig:
     return config
 
 
-def _with_same_adapters(whole: PreTrainedModel, parts: SplitModel) -> PeftModel:
+def _with_same_adapters(whole: nn.Module, parts: SplitModel) -> PeftModel:
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(parts.client, parts.trunk, folder)
-        return PeftModel.from_pretrained(whole, folder, is_trainable=True)
+        adapted: PeftModel = PeftModel.from_pretrained(whole, folder, is_trainable=True)
+        return adapted
 
 
 def _by_plain_name(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -6,7 +6,6 @@ python -m simulations.run --help
 """
 
 import logging
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,4 +109,4 @@ def _left(folder: RunFolder) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(fedsplit.config.main(run_one))
+    fedsplit.config.main(run_one)

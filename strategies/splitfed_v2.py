@@ -140,8 +140,8 @@ class SplitFedV2(Strategy):
 
     def summary(self) -> None:
         """Say what is about to run."""
-        log(INFO, "\t├── SplitFed V2: model %s, split %s", self._run.model.family, self._run.split)
-        log(INFO, "\t└── halves:")
+        log(INFO, "\tSplitFed V2: model %s, split %s", self._run.model.family, self._run.split)
+        log(INFO, "\tHalves:")
         self._halves.summary()
 
     def _stats(
@@ -192,7 +192,7 @@ class SplitFedV2(Strategy):
             told = reply.content.config_records["hello"]
             if told["config"] != self._run.fingerprint:
                 raise ModelMismatch(
-                    f"{told['client']} runs configuration {told['config']}, the server "
+                    f"{told['client']!s} runs configuration {told['config']!s}, the server "
                     f"{self._run.fingerprint}; start both from the same code, conf/ and overrides"
                 )
             self._clients[reply.metadata.src_node_id] = str(told["client"])

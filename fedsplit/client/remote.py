@@ -6,7 +6,7 @@ PyTorch: `loss.backward()` crosses the wire.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -129,8 +129,8 @@ class RemoteTrunk:
         # Autograd calls a backward only if an input needs a gradient; the trunk always does.
         below_trains = hidden_BTD.requires_grad
         entering_BTD = hidden_BTD if below_trains else hidden_BTD.detach().requires_grad_()
-        crossed: Tensor = _Crossing.apply(entering_BTD, self, request, below_trains)
-        return crossed
+        cross: Callable[..., Tensor] = _Crossing.apply
+        return cross(entering_BTD, self, request, below_trains)
 
     @property
     def next_call(self) -> int:
@@ -226,7 +226,7 @@ class _Crossing(torch.autograd.Function):
         return reply.trunk_out_BTD.to(hidden_BTD.device)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_trunk_out_BTD: Tensor) -> tuple[Tensor | None, None, None, None]:
         grad_BTD = ctx.trunk._backward(ctx.request, ctx.version, grad_trunk_out_BTD, ctx.below)
         moved_BTD = None if grad_BTD is None else grad_BTD.to(grad_trunk_out_BTD.device)

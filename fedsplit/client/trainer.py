@@ -128,7 +128,7 @@ class ClientTrainer:
     def evaluate(self, batches: Iterable[Batch], *, round: int = 0) -> EvalStats:
         """Loss on held-out batches; nothing is trained and no barrier waits for it."""
         nats, num_tokens, num_bytes = 0.0, 0, 0
-        self._model.eval()
+        self._model.train(False)
         with self._trunk.session(round, training=False), torch.no_grad():
             for batch in batches:
                 nats += self._loss(batch).item() * batch.num_tokens
@@ -147,7 +147,7 @@ class ClientTrainer:
 
     def _backward(self, batch: Batch, weight: float) -> float:
         loss = self._loss(batch) * weight
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.item()
 
     def _loss(self, batch: Batch) -> Tensor:

@@ -12,9 +12,10 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import TokenizersBackend
 
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
@@ -34,7 +35,15 @@ from fedsplit.data import (
     training_batches,
 )
 from fedsplit.errors import ConfigError, ModelMismatch
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Ticket, load_arrays, to_arrays
+from fedsplit.flower.records import (
+    ARRAYS,
+    METRICS,
+    WEIGHT,
+    Memory,
+    Ticket,
+    load_arrays,
+    to_arrays,
+)
 from fedsplit.metrics import bits_per_byte
 from fedsplit.model import connect
 from fedsplit.model.describe import client_of, config_of
@@ -42,7 +51,8 @@ from fedsplit.model.lora import trainable
 from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
 from fedsplit.transport.client import GrpcLink
 
-_MOMENTS, _PROGRESS = "moments", "progress"
+Numbers = dict[str, int | float | list[int] | list[float]]
+"""What Flower takes for the numbers of a reply."""
 
 app = ClientApp()
 
@@ -105,16 +115,14 @@ def train(message: Message, context: Context) -> Message:
     """Train the halves together with the trunk for a round."""
     begin = time.monotonic()
     with _half(message, context) as half:
-        progress = context.state.config_records.get(_PROGRESS, ConfigRecord())
-        steps, batches = int(progress.get("steps", 0)), int(progress.get("batches", 0))  # type: ignore[arg-type]
-        trainer = ClientTrainer(half.model, half.trunk, half.run, step=steps)
-        moments = context.state.array_records.get(_MOMENTS, ArrayRecord())
-        trainer.optimizer.load_state(moments.to_torch_state_dict())
-        stats = trainer.fit(half.groups(batches), round=half.ticket.round)
-    batches += half.run.train.local_steps * half.run.train.accumulation
-    context.state[_PROGRESS] = ConfigRecord({"steps": trainer.steps, "batches": batches})
-    context.state[_MOMENTS] = to_arrays(trainer.optimizer.state())
-    numbers = {
+        memory = Memory.of(context.state)
+        trainer = ClientTrainer(half.model, half.trunk, half.run, step=memory.steps)
+        trainer.optimizer.load_state(memory.moments)
+        stats = trainer.fit(half.groups(memory.batches), round=half.ticket.round)
+    read = memory.batches + half.run.train.local_steps * half.run.train.accumulation
+    moments = trainer.optimizer.state()
+    Memory(steps=trainer.steps, batches=read, moments=moments).put_into(context.state)
+    numbers: Numbers = {
         WEIGHT: stats.num_tokens,
         "loss": stats.loss,
         "steps": stats.steps,
@@ -123,8 +131,9 @@ def train(message: Message, context: Context) -> Message:
         "seconds": time.monotonic() - begin,
         **half.traffic,
     }
-    content = {ARRAYS: to_arrays(trainable(half.model)), METRICS: MetricRecord(numbers)}
-    return Message(RecordDict(content), reply_to=message)
+    content = RecordDict({METRICS: MetricRecord(numbers)})
+    content[ARRAYS] = to_arrays(trainable(half.model))
+    return Message(content, reply_to=message)
 
 
 @app.evaluate()
@@ -134,7 +143,7 @@ def evaluate(message: Message, context: Context) -> Message:
         trainer = ClientTrainer(half.model, half.trunk, half.run)
         batches = evaluation_batches(half.held_out, half.run.train.batch_size)
         stats = trainer.evaluate(batches, round=half.ticket.round)
-    numbers = {
+    numbers: Numbers = {
         WEIGHT: stats.num_tokens,
         "loss": stats.nats / max(1, stats.num_tokens),
         "bits-per-byte": bits_per_byte(stats.nats, stats.num_bytes),
@@ -155,7 +164,8 @@ class _Half:
         named_tokenizer = (run.model.pretrained, run.model.revision, self.ticket.tokenizer)
         tokenizer = _tokenizer(*named_tokenizer)
         node = Node.of(context, run)
-        self.model = client_of(run, config_of(run.model, tokenizer)).to(node.device)
+        self.model = client_of(run, config_of(run.model, tokenizer))
+        nn.Module.to(self.model, node.device)
         load_arrays(trainable(self.model), message.content.array_records[ARRAYS])
         self.trunk = RemoteTrunk(link, self.model, run, client=self.ticket.client)
         connect(self.model, self.trunk)
@@ -200,7 +210,7 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(pretrained: str, revision: str, text: str) -> PreTrainedTokenizerBase:
+def _tokenizer(pretrained: str, revision: str, text: str) -> TokenizersBackend:
     return load_tokenizer(pretrained, revision) if pretrained else tokenizer_from_json(text)
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsplit.errors import ModelMismatch
@@ -15,7 +16,7 @@ METRICS = "metrics"
 """Key of a reply's metrics."""
 WEIGHT = "num-examples"
 """Flower's key of a client's weight; here it counts tokens."""
-_TICKET = "fedsplit"
+_TICKET, _COUNTS, _MOMENTS = "fedsplit", "counts", "moments"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,34 @@ class Ticket:
         """The ticket in a message's content."""
         record = content.config_records[_TICKET]
         return Ticket(**dict(record))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a client keeps from one message to the next, in Flower's `context.state`.
+
+    `steps` it has taken, `batches` it has read, and the `moments` of its optimizer.
+    """
+
+    steps: int
+    batches: int
+    moments: dict[str, Tensor]
+
+    @staticmethod
+    def of(state: RecordDict) -> "Memory":
+        """What was kept; nothing yet for a new client."""
+        counts = dict(state.metric_records.get(_COUNTS, {}))
+        moments = state.array_records.get(_MOMENTS, ArrayRecord())
+        return Memory(
+            steps=cast(int, counts.get("steps", 0)),
+            batches=cast(int, counts.get("batches", 0)),
+            moments=dict(moments.to_torch_state_dict()),
+        )
+
+    def put_into(self, state: RecordDict) -> None:
+        """Keep this, in place of what was kept."""
+        state[_COUNTS] = MetricRecord({"steps": self.steps, "batches": self.batches})
+        state[_MOMENTS] = to_arrays(self.moments)
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:

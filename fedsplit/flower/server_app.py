@@ -6,7 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
-from transformers import PreTrainedTokenizerBase
+from transformers import TokenizersBackend
 
 from fedsplit.config import build, from_run_config, to_yaml
 from fedsplit.console import quiet_libraries
@@ -63,7 +63,7 @@ def main(grid: Grid, context: Context) -> None:
     log.info("Run %s is done: %s", run.name, folder.path)
 
 
-def _tokenizer(run: RunSpec, corpus: Corpus) -> PreTrainedTokenizerBase:
+def _tokenizer(run: RunSpec, corpus: Corpus) -> TokenizersBackend:
     if run.model.pretrained:
         return load_tokenizer(run.model.pretrained, run.model.revision)
     training, _ = hold_out(corpus, run.data.held_out, run.seed)

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, StaticCache
 
 from fedsplit.errors import UnsupportedModel
@@ -18,7 +18,7 @@ class RemoteCache(Protocol):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Put the rows in another order."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -49,7 +49,7 @@ class Hole:
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing to forget."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Nothing to reorder."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -73,7 +73,7 @@ class RemoteSlot(Hole):
         """Forget the last tokens at the trunk."""
         self.remote.crop(tokens_to_remove)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Put the trunk's rows in another order."""
         self.remote.reorder_cache(beam_idx)
 

@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, TokenizersBackend
 
 from fedsplit.errors import ConfigError
 from fedsplit.model.hollow import ClientPart
@@ -17,7 +17,7 @@ from fedsplit.spec import ModelSpec, RunSpec
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def config_of(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+def config_of(model: ModelSpec, tokenizer: TokenizersBackend) -> PretrainedConfig:
     """The config of the checkpoint, or of a new model of the family for this tokenizer.
 
     Raises:

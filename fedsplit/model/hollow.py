@@ -6,13 +6,15 @@ part's state dict is a subset of the whole model's. Shapes: B batch, T tokens, D
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import ConfigError, UnsupportedModel
-from fedsplit.model.caches import RemoteSlot, part_cache
+from fedsplit.model.caches import RemoteCache, RemoteSlot, part_cache
 from fedsplit.model.plan import Plan
 from fedsplit.model.standins import (
     Absent,
@@ -115,7 +117,8 @@ class TrunkPart(Part):
             cache: One of `new_cache`, in generation.
         """
         named: dict[str, Any] = {
-            self.plan.trunk_input: smashed_BTD,
+            # Only its shape matters, Entry brings in the values; some families write into it.
+            self.plan.trunk_input: torch.zeros_like(smashed_BTD),
             "attention_mask": attention_mask_BT,
             "position_ids": position_ids_BT,
             "past_key_values": cache,
@@ -226,7 +229,11 @@ class ClientPart(Part):
         return attention_mask
 
 
-def connect(client: ClientPart, carry: Carry, new_remote_cache: Any = None) -> None:
+def connect(
+    client: ClientPart,
+    carry: Carry,
+    new_remote_cache: Callable[[int | None], RemoteCache] | None = None,
+) -> None:
     """Give the client's `Remote` layer its trunk.
 
     Args:
@@ -238,7 +245,7 @@ def connect(client: ClientPart, carry: Carry, new_remote_cache: Any = None) -> N
     client.remote.far = FarTrunk(carry=carry, new_cache=new_remote_cache or _keeps_no_cache)
 
 
-def _keeps_no_cache(max_length: int | None) -> Any:
+def _keeps_no_cache(max_length: int | None) -> RemoteCache:
     raise ConfigError("this trunk keeps no KV cache; generate with use_cache=False")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import ConfigError
+from fedsplit.model.caches import RemoteCache
 
 
 @dataclass(slots=True)
@@ -134,7 +135,7 @@ class FarTrunk:
     """How a `Remote` reaches the trunk: one call, and where its KV caches come from."""
 
     carry: Carry
-    new_cache: Callable[[int | None], Any]
+    new_cache: Callable[[int | None], RemoteCache]
 
 
 def _not_connected(*args: Any, **kwargs: Any) -> Any:

@@ -273,7 +273,8 @@ class TrunkService:
                 future = session.replies[name] = submit(session.worker, request)
                 while len(session.replies) > _REMEMBERED:
                     session.replies.popitem(last=False)
-        return self._wait(future)
+        reply: T = self._wait(future)
+        return reply
 
     def _wait(self, future: "Future[T]") -> T:
         bound = self._run.wire.call_deadline_s

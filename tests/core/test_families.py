@@ -1,5 +1,7 @@
 """The unsplit model of every family of the suite judges its two parts, bit by bit."""
 
+import json
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from simulations.families import (
     closing_lines,
     difference,
     judge,
+    main,
     random_model,
     time_limit,
 )
@@ -82,6 +85,7 @@ def test_greedy_tokens_are_equal(family):
     ("model_type", "outcome", "detail"),
     [
         ("llama", "exact", ""),
+        ("ctrl", "exact", ""),  # writes into its input
         ("mamba", "refused", "MambaForCausalLM: keeps its state in a cache of its own kind"),
         ("gemma3", "no tiny config", "made of several models"),
         ("youtu", "differs", "largest difference"),
@@ -91,6 +95,19 @@ def test_a_verdict_says_why(model_type, outcome, detail):
     verdict = judge(model_type)
     assert verdict.outcome == outcome
     assert detail in verdict.detail
+
+
+def test_the_script_prints_the_table_and_the_counts(capsys, tmp_path):
+    main(["gpt2", "xlnet", "gemma3", "--json", str(tmp_path / "table.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["gpt2", "exact"],
+        ["xlnet", "refused"],
+        ["gemma3", "no"],
+    ]
+    assert lines[-1] == "families: 1 exact, 1 refused, 1 without a tiny config"
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["outcome"] for row in table] == ["exact", "refused", "no tiny config"]
 
 
 def test_the_closing_line_counts_only_what_is_exact():

@@ -143,6 +143,11 @@ def test_targets_that_are_not_there_are_refused(targets):
         _adapted(_whole("llama"), targets=targets)
 
 
+def test_dropout_on_fused_experts_is_refused():
+    with pytest.raises(ConfigError, match="does not work for OlmoeForCausalLM .*lora_dropout"):
+        _adapted(_whole("olmoe"), dropout=0.1)
+
+
 def test_there_must_be_an_adapter_to_save(tmp_path):
     parts = split_model(_whole("llama"), "1/2/1")
     with pytest.raises(ConfigError, match="neither client nor trunk has adapters to save"):

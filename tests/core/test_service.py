@@ -10,7 +10,7 @@ import torch
 
 from fedsplit import errors
 from fedsplit.link import LocalLink
-from fedsplit.spec import PolicySpec, WireSpec
+from fedsplit.spec import PolicySpec
 from fedsplit.wire import messages as m
 from tests.core.worlds import batch, same, small_run, world
 
