@@ -100,7 +100,7 @@ def _write_part(
         format=FORMAT,
         part=name,
         model=origin.name,
-        revision=getattr(part.config, "_commit_hash", None) or origin.revision,
+        revision=origin.commit(),
         model_class=part.family.__name__,
         split=str(split),
         trunk_blocks=[part.trunk_blocks.start, part.trunk_blocks.stop],

@@ -26,7 +26,7 @@ class Manifest:
         format: Version of this layout.
         part: "bottom-top" (the client's) or "trunk".
         model: The local directory or hub id that was split.
-        revision: Of a hub id; the commit where it is known.
+        revision: The commit of a hub id; empty for a directory.
         model_class: Name of the family's class in transformers.
         split: Blocks of bottom, trunk and top.
         trunk_blocks: First block of the trunk, and first block after it.

@@ -81,6 +81,12 @@ class Source:
             found.update(read_tensors(self._shard(file), here))
         return found
 
+    def commit(self) -> str:
+        """The commit that a hub id's files are of; empty for a directory."""
+        path = self._file("config.json")
+        is_cached = path is not None and path.parent.parent.name == "snapshots"
+        return path.parent.name if path is not None and is_cached else ""
+
     def copy_tokenizer(self, directory: Path) -> None:
         """Copy what there is of the model's tokenizer."""
         for name in TOKENIZER_FILES:

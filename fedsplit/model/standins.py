@@ -3,9 +3,9 @@
 Shapes: B batch, T tokens, D width.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,27 +31,32 @@ class Crossing:
     cache: Any = None
 
 
-# One per thread and call: several threads may run the same part at once.
-_CROSSING: ContextVar[Crossing] = ContextVar("fedsplit_crossing")
+class _Calls(threading.local):
+    """The crossing of the call that this thread is in; several may run one part at once."""
+
+    crossing: Crossing | None = None
+
+
+_CALLS = _Calls()
 
 
 @contextmanager
 def crossing_at(crossing: Crossing) -> Iterator[None]:
     """Make `crossing` the one that the stand-ins of this thread see."""
-    token = _CROSSING.set(crossing)
+    outer, _CALLS.crossing = _CALLS.crossing, crossing
     try:
         yield
     finally:
-        _CROSSING.reset(token)
+        _CALLS.crossing = outer
 
 
 def _current(stand_in: str) -> Crossing:
-    try:
-        return _CROSSING.get()
-    except LookupError:
+    crossing = _CALLS.crossing
+    if crossing is None:
         raise ConfigError(
             f"{stand_in} was reached without its model: call the part itself, not its backbone"
-        ) from None
+        )
+    return crossing
 
 
 class StandIn(nn.Module):

@@ -1,6 +1,7 @@
 """Parts on disk: each loads alone, reads only its own, and joins to the unsplit model."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -81,12 +82,7 @@ def test_a_part_reads_its_own_tensors_only(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_a_part_needs_its_own_shards_only(model_type, tmp_path):
     whole = _saved(tmp_path, model_type, "1KB")
-    files = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    trunk = ("model.layers.1.", "model.layers.2.")
-    foreign = set(files.values()) - {f for name, f in files.items() if not name.startswith(trunk)}
-    assert len(foreign) > len(set(files.values())) // 3
-    for file in foreign:
-        (tmp_path / file).unlink()
+    _without_the_trunk_s_shards(tmp_path)
     client = build_client(whole.config, SPLIT, source=str(tmp_path))
     assert torch.equal(client.lm_head.weight, whole.lm_head.weight)
     with pytest.raises(CheckpointError, match=r"model-\d+-of-\d+.safetensors is missing"):
@@ -124,6 +120,54 @@ def test_the_trunk_is_never_in_the_client_s_memory(tmp_path):
     assert int(told.stdout) < trunk_kib // 2
 
 
+FROM_HUB = """
+import sys
+from fedsplit.errors import CheckpointError
+from fedsplit.model import build_client, build_trunk
+from fedsplit.model.source import Source
+from fedsplit.spec import SplitSpec
+
+source, split = Source(name="somebody/tiny"), SplitSpec.parse("1/2/1")
+client = build_client(source.config(), split, source=source.name)
+print(source.commit(), len(client.state_dict()), client.generation_config.top_k)
+try:
+    build_trunk(source.config(), split, source=source.name)
+except CheckpointError as exc:
+    print(exc)
+"""
+
+
+def test_a_hub_id_needs_the_part_s_shards_only(tmp_path):
+    # What the hub's client leaves after a download, without the shards that only the trunk needs.
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--somebody--tiny"
+    whole = random_model(tiny_config("llama", num_hidden_layers=4))
+    whole.generation_config.top_k = 7
+    whole.save_pretrained(cached / "snapshots" / commit, max_shard_size="1KB")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    missing = _without_the_trunk_s_shards(cached / "snapshots" / commit)
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    told = subprocess.run(
+        [sys.executable, "-c", FROM_HUB],
+        capture_output=True, text=True, check=True, timeout=120, env=env,
+    )  # fmt: skip
+    first, second = told.stdout.splitlines()
+    assert first == f"{commit} {len(split_model(whole, SPLIT).client.state_dict())} 7"
+    assert any(file in second for file in missing)
+
+
+def _without_the_trunk_s_shards(directory):
+    """Delete the files that hold nothing but tensors of blocks 1 and 2; says which."""
+    files = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    trunk = ("model.layers.1.", "model.layers.2.")
+    foreign = set(files.values()) - {f for name, f in files.items() if not name.startswith(trunk)}
+    assert len(foreign) > len(set(files.values())) // 3
+    for file in foreign:
+        (directory / file).unlink()
+    return foreign
+
+
 def test_a_part_s_directory_is_no_model_of_its_own(tmp_path):
     _saved(tmp_path / "whole")
     made = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")
@@ -144,7 +188,7 @@ def test_the_manifest_says_what_the_part_is_of(tmp_path):
     whole = _saved(tmp_path / "whole")
     made = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")
     told = json.loads((made["trunk"] / "manifest.json").read_text())
-    assert told["part"] == "trunk"
+    assert (told["part"], told["revision"]) == ("trunk", "")
     assert told["model"] == str(tmp_path / "whole")
     assert told["model_class"] == "LlamaForCausalLM"
     assert (told["split"], told["trunk_blocks"]) == ("1/2/1", [1, 3])

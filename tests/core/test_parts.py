@@ -215,6 +215,13 @@ def test_threads_may_share_a_trunk(whole):
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
+def test_a_trunk_compiles_into_one_graph(whole):
+    trunk = split_model(whole, SPLIT).trunk
+    smashed_BTD = torch.ones(2, 5, 16)
+    compiled = torch.compile(trunk.run, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(smashed_BTD), trunk.run(smashed_BTD))
+
+
 def test_a_trunk_can_be_copied(whole):
     trunk = split_model(whole, SPLIT).trunk
     smashed_BTD = torch.ones(1, 3, 16)

@@ -1,0 +1,61 @@
+"""The stash: one backward each, for a time, within a budget."""
+
+import pytest
+import torch
+from torch import nn
+
+from fedsplit.errors import ActivationExpired
+from fedsplit.trunk.stash import ByteCount, Graph, Stash
+
+
+def graph(num_bytes=10, expires_at=100.0, version=0):
+    x = torch.zeros(1, requires_grad=True)
+    return Graph(
+        smashed_BTD=x,
+        trunk_out_BTD=x * 2,
+        version=version,
+        num_bytes=num_bytes,
+        expires_at=expires_at,
+    )
+
+
+def test_a_graph_is_handed_out_once():
+    stash, kept = Stash(100), graph()
+    assert stash.put("s", 1, kept) == []
+    assert stash.take("s", 1) is kept
+    assert (len(stash), stash.num_bytes) == (0, 0)
+    with pytest.raises(ActivationExpired, match="graph of call 1 is gone.*repeat the forward"):
+        stash.take("s", 1)
+
+
+def test_the_oldest_make_way_and_the_newest_is_always_kept():
+    stash = Stash(25)
+    first, second, huge = graph(), graph(), graph(num_bytes=1000)
+    assert stash.put("a", 1, first) == []
+    assert stash.put("b", 1, second) == []
+    assert stash.put("c", 1, huge) == [first, second]
+    assert stash.num_bytes == 1000
+
+
+def test_a_repeated_forward_replaces_its_graph():
+    stash, old = Stash(100), graph()
+    stash.put("s", 1, old)
+    assert stash.put("s", 1, graph()) == [old]
+    assert stash.num_bytes == 10
+
+
+def test_sessions_and_old_graphs_are_dropped():
+    stash = Stash(100)
+    old, young, other = graph(expires_at=5.0), graph(expires_at=50.0), graph(expires_at=50.0)
+    stash.put("a", 1, old), stash.put("a", 2, young), stash.put("b", 1, other)
+    assert stash.drop_expired(5.0) == [old]
+    assert stash.drop_session("a") == [young]
+    assert stash.num_bytes == 10
+
+
+def test_what_a_forward_keeps_is_counted_without_the_weights():
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+    count = ByteCount(layer.parameters())
+    with count.counting():
+        layer(x).tanh()
+    assert count.num_bytes == 2 * x.nbytes, "the input of the product and the output of tanh"

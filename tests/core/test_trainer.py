@@ -1,0 +1,220 @@
+"""The client's loop against an ordinary loop on the unsplit model."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedsplit import errors
+from fedsplit.client.remote import RemoteTrunk
+from fedsplit.client.retry import Retry
+from fedsplit.client.trainer import ClientTrainer
+from fedsplit.link import LocalLink
+from fedsplit.model import connect, initial_parts, join_model
+from fedsplit.model.lora import add_adapters, trainable
+from fedsplit.optimization import PartOptimizer
+from fedsplit.spec import LoraSpec, TrainSpec
+from fedsplit.trunk.service import TrunkService
+from fedsplit.wire import messages as m
+from tests.core.worlds import batch, same, small_run, world
+
+
+def unsplit_loss(model, each):
+    return model(each.ids_BT, attention_mask=each.attention_mask_BT, labels=each.labels_BT).loss
+
+
+def test_accumulated_batches_are_one_batch_weighted_by_tokens(tiny_llama):
+    batches = [batch(0), batch(1, pad=7), batch(2, rows=1)]
+    with world(tiny_llama()) as here:
+        alice = here.add("alice")
+        whole = join_model(alice.model, here.parts.trunk)
+        with alice.trunk.session():
+            stats = alice.trainer.step(batches)
+    total = sum(b.num_tokens for b in batches)
+    loss = sum(unsplit_loss(whole, b) * b.num_tokens for b in batches) / total
+    loss.backward()
+    PartOptimizer(trainable(whole), here.run.train).step(0)
+    assert stats.num_tokens == total == 22 + 15 + 11
+    assert stats.loss == pytest.approx(loss.item(), abs=1e-6)
+    after = join_model(alice.model, here.parts.trunk).state_dict()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_clipping_is_by_the_norm_of_all_three_parts(tiny_llama):
+    run = small_run(train=replace(small_run().train, clip_norm=0.05))
+    with world(tiny_llama(), run) as here:
+        alice = here.add("alice")
+        whole = join_model(alice.model, here.parts.trunk)
+        with alice.trunk.session():
+            alice.trainer.step([batch()])
+    unsplit_loss(whole, batch()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.05)
+    assert norm > 0.05, "else nothing is clipped here"
+    torch.optim.SGD(whole.parameters(), lr=0.1).step()
+    after = join_model(alice.model, here.parts.trunk).state_dict()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-7, rtol=0)
+
+
+LORA_ON_THE_TRUNK = LoraSpec(enabled=True, rank=2, alpha=4, bottom=False, top=False)
+
+
+def test_the_gradient_reaches_the_trunk_when_everything_at_the_client_is_frozen(tiny_llama):
+    run = small_run(lora=LORA_ON_THE_TRUNK)
+    parts = initial_parts(tiny_llama(), run.split, run.seed)
+    for part in (parts.client, parts.trunk):
+        add_adapters(part, run.lora, run.seed)
+    assert not trainable(parts.client)
+    before = {k: p.detach().clone() for k, p in trainable(parts.trunk).items()}
+    frozen = {k: p.detach().clone() for k, p in parts.client.named_parameters()}
+    with TrunkService(parts.trunk, run) as service:
+        trunk = RemoteTrunk(
+            LocalLink(service, service.admit("alice")), parts.client, run, client="alice"
+        )
+        connect(parts.client, trunk)
+        ClientTrainer(parts.client, trunk, run).fit([[batch(0)], [batch(1)]])
+    moved = {k for k, p in trainable(parts.trunk).items() if not torch.equal(p, before[k])}
+    assert {k for k in before if "lora_B" in k} <= moved, "lora_A follows once lora_B is not 0"
+    assert same(dict(parts.client.named_parameters()), frozen)
+
+
+def test_evaluation_is_the_unsplit_models(tiny_gpt2):
+    config = tiny_gpt2(resid_pdrop=0.3)
+    batches = [batch(0), batch(1, pad=5)]
+    with world(config) as here:
+        alice = here.add("alice")
+        whole = join_model(alice.model, here.parts.trunk).eval()
+        stats = alice.trainer.evaluate(batches)
+    nats = sum(unsplit_loss(whole, b).item() * b.num_tokens for b in batches)
+    assert stats.nats == pytest.approx(nats, abs=1e-5)
+    assert (stats.num_tokens, stats.num_bytes) == (22 + 17, 22 + 17)
+
+
+class Poison(LocalLink):
+    """A link over which the trunk's answers to some forwards come back as NaN."""
+
+    def __init__(self, service, token, calls):
+        super().__init__(service, token)
+        self.calls = calls
+
+    def exchange(self, request):
+        reply = super().exchange(request)
+        if isinstance(request, m.ForwardRequest) and request.call in self.calls:
+            return replace(reply, trunk_out_BTD=reply.trunk_out_BTD * float("nan"))
+        return reply
+
+
+def poisoned(config, calls):
+    with world(config) as here:
+        alice = here.add("alice", Poison(here.service, here.service.admit("alice"), calls))
+        stats = alice.trainer.fit([batch(i)] for i in range(5))
+    assert all(p.isfinite().all() for p in here.parts.trunk.parameters())
+    assert all(p.isfinite().all() for p in alice.model.parameters())
+    return stats
+
+
+def test_a_batch_that_is_not_finite_is_skipped(tiny_llama):
+    stats = poisoned(tiny_llama(), calls={1, 3})
+    assert (stats.steps, stats.skipped) == (3, 2)
+
+
+def test_three_in_a_row_end_the_round(tiny_llama):
+    with pytest.raises(errors.NonFinite):
+        poisoned(tiny_llama(), calls={1, 2, 3})
+
+
+class Flaky(LocalLink):
+    """A link that loses the reply of every third exchange, after the trunk has worked."""
+
+    def __init__(self, service, token):
+        super().__init__(service, token)
+        self.count = 0
+
+    def exchange(self, request):
+        reply = super().exchange(request)
+        self.count += 1
+        if self.count % 3 == 0:
+            raise errors.ConnectionLost("the reply was lost")
+        return reply
+
+
+def test_lost_replies_change_no_number(tiny_llama):
+    def final(flaky):
+        with world(tiny_llama()) as here:
+            token = here.service.admit("alice")
+            link = (Flaky if flaky else LocalLink)(here.service, token)
+            alice = here.add("alice", link)
+            alice.trunk._retry = Retry(60.0, random.Random(0), sleep=lambda seconds: None)
+            stats = alice.trainer.fit([batch(i), batch(i + 50)] for i in range(6))
+        return stats, here.trunk_weights(), dict(alice.model.named_parameters())
+
+    (stats, trunk, client), (other, trunk_too, client_too) = final(False), final(True)
+    assert stats == other
+    assert same(trunk, trunk_too)
+    assert same(client, client_too)
+
+
+# --- retries ---------------------------------------------------------------------------------
+
+
+class Attempts:
+    """Fails with the given errors one after the other, then succeeds; keeps its own time."""
+
+    def __init__(self, *failures):
+        self.failures, self.now, self.waits = list(failures), 0.0, []
+
+    def __call__(self):
+        self.now += 1.0
+        if self.failures:
+            raise self.failures.pop(0)
+        return "done"
+
+    def sleep(self, seconds):
+        self.waits.append(seconds)
+        self.now += seconds
+
+    def run(self, budget_s=100.0):
+        return Retry(budget_s, random.Random(0), sleep=self.sleep, clock=lambda: self.now)(self)
+
+
+def test_what_may_pass_is_tried_again_with_growing_waits():
+    attempts = Attempts(*(errors.ConnectionLost("gone") for _ in range(5)))
+    assert attempts.run() == "done"
+    assert len(attempts.waits) == 5
+    assert all(0 <= wait <= 0.2 * 2**i for i, wait in enumerate(attempts.waits))
+
+
+def test_a_peer_that_names_a_time_is_heeded():
+    attempts = Attempts(errors.Overloaded("full", retry_after_s=7.0))
+    assert attempts.run() == "done"
+    assert attempts.waits == [7.0]
+
+
+def test_what_cannot_pass_is_raised_at_once():
+    attempts = Attempts(errors.ModelMismatch("other model"))
+    with pytest.raises(errors.ModelMismatch):
+        attempts.run()
+    assert attempts.waits == []
+
+
+def test_the_budget_ends_it_with_the_last_error():
+    attempts = Attempts(*(errors.Draining(f"try {i}") for i in range(1000)))
+    with pytest.raises(errors.Draining, match="try"):
+        attempts.run(budget_s=30.0)
+    assert attempts.now <= 30.0 + 1.0
+
+
+def test_the_schedule_is_in_step_at_both_sides(tiny_llama):
+    train = TrainSpec(rounds=2, local_steps=2, batch_size=2, warmup_steps=2, lr=0.1)
+    with world(tiny_llama(), small_run(train=train)) as here:
+        alice = here.add("alice")
+        seen = []
+        for i in range(4):
+            with alice.trunk.session(round=i):
+                alice.trainer.step([batch(i)])
+            with alice.trunk.session(round=i):
+                seen.append(alice.trunk.training_state())
+    assert [state.step for state in seen] == [1, 2, 3, 4] == [i + 1 for i in range(4)]
+    assert [state.lr for state in seen] == [train.lr_at(i) for i in (1, 2, 3, 4)]
