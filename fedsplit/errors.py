@@ -156,7 +156,7 @@ class Quarantined(FedsplitError):
 
 
 class ProtocolError(FedsplitError):
-    """A request that the state of its session does not allow."""
+    """A frame that cannot be read, or a request that its session's state does not allow."""
 
     code = "PROTOCOL"
     status = "FAILED_PRECONDITION"

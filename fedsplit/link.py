@@ -15,6 +15,14 @@ from fedsplit.wire.messages import R, Request
 class Service(Protocol):
     """The trunk's side of every link."""
 
+    def check_token(self, token: str) -> None:
+        """Let the holder of `token` in, before anything is read from it.
+
+        Raises:
+            Unauthenticated: It is nobody's token.
+        """
+        ...
+
     def handle(self, request: Request[R], token: str) -> R:
         """Answer a request of the caller who holds `token`; blocks until the reply is there.
 

@@ -190,8 +190,8 @@ class TrainSpec:
     optimizer steps per client and round. `momentum` is SGD's.
     """
 
-    rounds: int = 10
-    local_steps: int = 20
+    rounds: int = 16
+    local_steps: int = 15
     batch_size: int = 8
     accumulation: int = 1
     optimizer: str = "adamw"
@@ -203,7 +203,7 @@ class TrainSpec:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     schedule: str = "cosine"
-    warmup_steps: int = 20
+    warmup_steps: int = 40
     mode: str = "joint"
 
     def __post_init__(self) -> None:

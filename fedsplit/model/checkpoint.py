@@ -59,7 +59,8 @@ def split_checkpoint(
 ) -> dict[str, Path]:
     """Write the parts of a model to `out_dir/bottom-top` and `out_dir/trunk`.
 
-    One part is in memory at a time. The client's directory gets the tokenizer too.
+    One part is in memory at a time. The client's directory gets the tokenizer and the
+    generation config too.
 
     Args:
         source: Local directory or hub id of the whole model.
@@ -79,12 +80,13 @@ def split_checkpoint(
     config = origin.config()
     directories = {}
     for name, build in _BUILD.items():
-        part = build(config, split, source=source, revision=revision, model_class=model_class)
         directory = Path(out_dir) / name
         directory.mkdir(parents=True, exist_ok=True)
         if name == "bottom-top":
-            origin.copy_tokenizer(directory)
+            origin.copy_texts(directory)
+        part = build(config, split, source=source, revision=revision, model_class=model_class)
         _write_part(part, name, split, origin, directory)
+        del part  # before the next one is read
         directories[name] = directory
     return directories
 
@@ -93,8 +95,6 @@ def _write_part(
     part: ClientPart | TrunkPart, name: str, split: SplitSpec, origin: Source, directory: Path
 ) -> None:
     part.config.save_pretrained(directory)
-    if isinstance(part, ClientPart) and part.can_generate():
-        part.generation_config.save_pretrained(directory)
     save_file(_untied_state(part), directory / WEIGHTS, metadata={"format": "pt"})
     Manifest(
         format=FORMAT,

@@ -23,6 +23,7 @@ from fedsplit.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,7 +61,7 @@ class Source:
 
     def generation_config(self) -> GenerationConfig | None:
         """How the model's author wants it to generate, if that was said."""
-        if self._file("generation_config.json") is None:
+        if self._file(GENERATION) is None:
             return None
         config: GenerationConfig = GenerationConfig.from_pretrained(
             self.name, revision=self.revision
@@ -87,9 +88,9 @@ class Source:
         is_cached = path is not None and path.parent.parent.name == "snapshots"
         return path.parent.name if path is not None and is_cached else ""
 
-    def copy_tokenizer(self, directory: Path) -> None:
-        """Copy what there is of the model's tokenizer."""
-        for name in TOKENIZER_FILES:
+    def copy_texts(self, directory: Path) -> None:
+        """Copy what there is of the model's tokenizer and generation config."""
+        for name in (GENERATION, *TOKENIZER_FILES):
             path = self._file(name)
             if path is not None:
                 shutil.copyfile(path, directory / name)

@@ -148,6 +148,7 @@ class _Door:
     def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         stream, reader = object(), Reader(self.max_bytes)
         try:
+            self._service.check_token(_token_of(context))
             self._streams.enter(stream)
             context.add_callback(lambda: self._streams.leave(stream))
             for frame in frames:
@@ -172,9 +173,8 @@ class _Door:
     def _answer(self, message: Body, context: grpc.ServicerContext) -> Reply:
         if not isinstance(message, Request):
             raise ProtocolError(f"{type(message).__name__} is not a request")
-        token = dict(context.invocation_metadata()).get(TOKEN_KEY, "")
         try:
-            reply: Reply = self._service.handle(message, str(token))
+            reply: Reply = self._service.handle(message, _token_of(context))
         except FedsplitError:
             raise
         except Exception as exc:
@@ -196,3 +196,7 @@ class _Door:
             with self._changed:
                 self._in_work -= 1
                 self._changed.notify_all()
+
+
+def _token_of(context: grpc.ServicerContext) -> str:
+    return str(dict(context.invocation_metadata()).get(TOKEN_KEY, ""))

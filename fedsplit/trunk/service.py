@@ -121,17 +121,21 @@ class TrunkService:
 
     # --- fedsplit.link.Service ----------------------------------------------------------------
 
+    def check_token(self, token: str) -> None:
+        """Let only clients of the run in; see `fedsplit.link.Service`."""
+        if token not in self._clients:
+            raise Unauthenticated(
+                "the token is missing or not one of this run; use the one that the run's first "
+                "message brought"
+            )
+
     def handle(self, request: m.Request[m.R], token: str) -> m.R:
         """Answer one request; see `fedsplit.link.Service`."""
         check_request(request, self.limits)
         if isinstance(request, m.ServiceInfoRequest):
             return self._info()  # type: ignore[return-value]
-        client = self._clients.get(token)
-        if client is None:
-            raise Unauthenticated(
-                "the token is missing or not one of this run; use the one that the run's first "
-                "message brought"
-            )
+        self.check_token(token)
+        client = self._clients[token]
         if isinstance(request, m.OpenRequest):
             return self._open(request, client)  # type: ignore[return-value]
         session = self._session(request.session, client)  # type: ignore[attr-defined]
@@ -142,11 +146,8 @@ class TrunkService:
         """Give a broken connection's client `policy.deadline_s` to come back to its session."""
         with self._lock:
             found = self._sessions.get(session)
-            if found is None or found.farewell:
-                return
-            found.farewell = threading.Timer(self._run.policy.deadline_s, self._drop, [found])
-            found.farewell.daemon = True
-            found.farewell.start()
+            if found and not found.farewell:
+                self._await_word(found, self._run.policy.deadline_s)
 
     # --- one method a request -----------------------------------------------------------------
 
@@ -169,7 +170,8 @@ class TrunkService:
         )
         with self._lock:
             same = [s for s in self._sessions.values() if _in_place_of(worker, s.worker)]
-            self._sessions[worker.session] = _Session(worker=worker)
+            opened = self._sessions[worker.session] = _Session(worker=worker)
+            self._await_word(opened, self._run.wire.stash_ttl_s)
         for old in same:
             self._drop(old, replaced=True)
         version = self.engine.join(worker).result() if worker.training else self.engine.version
@@ -257,6 +259,12 @@ class TrunkService:
                 session.farewell.cancel()
                 session.farewell = None
             return session
+
+    def _await_word(self, session: _Session, seconds: float) -> None:
+        """Drop a session unless its client says something in time."""
+        session.farewell = threading.Timer(seconds, self._drop, [session])
+        session.farewell.daemon = True
+        session.farewell.start()
 
     def _once(
         self,

@@ -142,7 +142,7 @@ def test_a_hub_id_needs_the_part_s_shards_only(tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "models--somebody--tiny"
     whole = random_model(tiny_config("llama", num_hidden_layers=4))
-    whole.generation_config.top_k = 7
+    whole.generation_config.update(do_sample=True, top_k=7)
     whole.save_pretrained(cached / "snapshots" / commit, max_shard_size="1KB")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)

@@ -30,9 +30,12 @@ class EchoService:
         self._gone: list[str] = []
         self._changed = threading.Condition()
 
-    def handle(self, request: Any, token: str) -> Any:
+    def check_token(self, token: str) -> None:
         if token != TOKEN:
             raise Unauthenticated("the token is wrong")
+
+    def handle(self, request: Any, token: str) -> Any:
+        self.check_token(token)
         check_request(request, LIMITS)
         if self.refusal:
             raise self.refusal
