@@ -54,7 +54,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refuse:
-    """The contribution is stale: the trunk is at version `current`."""
+    """The contribution is stale, or its client's second: the trunk is at version `current`."""
 
     current: int
 
@@ -109,7 +109,9 @@ def sync(
             state = _awaiting(state, client)
         case Left(client=client):
             state = replace(state, awaited=state.awaited - {client})
-        case Contributed(version=version) if version != state.version:
+        case Contributed(client=client, version=version) if version != state.version or state.has(
+            client
+        ):
             return state, Refuse(current=state.version)
         case Contributed(client=client, num_tokens=num_tokens):
             state = _awaiting(state, client) if client not in state.awaited else state

@@ -239,14 +239,7 @@ class TrunkEngine:
         leaves = self._versions.leaves(graph.version)
         wanted = [*leaves.values(), *([graph.smashed_BTD] if request.want_grad else [])]
         try:
-            self._set_mode(True)
-            with self._versions.installed(graph.version):
-                found = torch.autograd.grad(
-                    graph.trunk_out_BTD,
-                    wanted,
-                    request.grad_trunk_out_BTD.to(self._device),
-                    allow_unused=True,
-                )
+            found = self._gradients_of(graph, wanted, request.grad_trunk_out_BTD)
         finally:
             self._unpin([graph])
         self._accumulate(worker.session, dict(zip(leaves, found, strict=False)), graph.version)
@@ -254,6 +247,20 @@ class TrunkEngine:
             grad_smashed_BTD=_moved(found[-1], torch.device("cpu")) if request.want_grad else None,
             trunk_sq_norm=squared_norm(self._gradients[worker.session].tensors.values()),
         )
+
+    def _gradients_of(
+        self, graph: Graph, wanted: list[Tensor], grad_trunk_out_BTD: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if not wanted:
+            return ()
+        self._set_mode(True)
+        with self._versions.installed(graph.version):
+            return torch.autograd.grad(
+                graph.trunk_out_BTD,
+                wanted,
+                grad_trunk_out_BTD.to(self._device),
+                allow_unused=True,
+            )
 
     def _accumulate(self, session: str, found: Mapping[str, Tensor | None], version: int) -> None:
         total = self._gradients.setdefault(session, _Gradient(tensors={}, version=version))

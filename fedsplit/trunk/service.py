@@ -199,8 +199,8 @@ class TrunkService:
             return self._once(session, request, Event.BACKWARD, self.engine.backward)
         except ActivationExpired:
             with session.lock:
-                session.replies.pop((m.BackwardRequest, request.call), None)
-                session.state = advance(session.state, Event.EXPIRED, request.call)
+                if session.replies.pop((m.BackwardRequest, request.call), None):
+                    session.state = advance(session.state, Event.EXPIRED, request.call)
             raise
         finally:
             with session.lock:

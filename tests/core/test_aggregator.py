@@ -102,6 +102,12 @@ def test_a_barrier_nobody_contributed_to_has_no_deadline():
     assert state.deadline == math.inf
 
 
+def test_a_client_counts_once_in_a_barrier():
+    state, decisions = play(*joined("a", "b"), (1.0, gave("a")), (2.0, gave("a")))
+    assert decisions[-1] == Refuse(current=0)
+    assert state.tokens == (("a", 1),)
+
+
 @dataclass
 class World:
     """Clients that follow the rules, in an order and at times of hypothesis's choosing."""

@@ -238,6 +238,19 @@ def test_evaluation_waits_for_nobody(tiny_llama):
         assert alice.trainer.evaluate([batch(1)]).num_tokens == 22
 
 
+def test_activation_checkpointing_at_the_trunk_changes_no_number(tiny_gpt2):
+    config = tiny_gpt2(resid_pdrop=0.2)
+
+    def final(checkpointing):
+        with world(config) as here:
+            if checkpointing:
+                here.parts.trunk.activation_checkpointing_enable()
+            here.add("alice").trainer.fit([batch(i), batch(i + 10)] for i in range(3))
+        return here.trunk_weights()
+
+    assert same(final(True), final(False))
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 OPEN = dict(
