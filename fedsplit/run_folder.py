@@ -1,10 +1,12 @@
 """The folder that a run leaves behind: config, metrics, picture, checkpoint, state.
 
-`config.yaml` is written first and is what makes a folder taken; `metrics.jsonl` grows by a line
-a round; the rest is there when the run is over.
+`config.yaml` is written first, when the run begins; `metrics.jsonl` grows by a line a round; the
+rest is there when the run is over.
 """
 
 import itertools
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -28,7 +30,7 @@ class RunFolder:
     """One run's folder.
 
     Args:
-        path: The folder; `claim` finds one that no other run has.
+        path: The folder; `claim` and `begin` find one that no other run has.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,18 +38,29 @@ class RunFolder:
 
     @staticmethod
     def claim(parent: Path, name: str) -> "RunFolder":
-        """A folder `name` in `parent`, or `name-2`, `name-3`, ... if other runs have those."""
-        for number in itertools.count(1):
-            folder = parent / (name if number == 1 else f"{name}-{number}")
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "config.yaml").exists():
+        """A new folder `name` in `parent`, or `name-2`, `name-3`, ...; for a run to begin in."""
+        for folder in _candidates(parent, name):
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
                 return RunFolder(folder.resolve())
-        raise AssertionError("count() does not end")
+        raise AssertionError("the candidates do not end")
 
-    def write_config(self, text: str) -> None:
-        """Keep the resolved config; exclusive, so that two runs cannot share a folder."""
-        with (self.path / "config.yaml").open("x", encoding="utf-8") as file:
-            file.write(text)
+    @staticmethod
+    def begin(parent: Path, name: str, config: str) -> "RunFolder":
+        """The folder that was claimed under this name, else a new one, with `config` in it."""
+        for folder in _candidates(parent, name):
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                # Exclusive, so that two runs cannot share a folder.
+                with (folder / "config.yaml").open("x", encoding="utf-8") as file:
+                    file.write(config)
+                return RunFolder(folder.resolve())
+        raise AssertionError("the candidates do not end")
+
+    def give_back(self) -> None:
+        """Remove the folder if the run left nothing in it."""
+        with suppress(OSError):
+            self.path.rmdir()
 
     def append(self, stats: RoundStats) -> None:
         """Keep one round."""
@@ -107,3 +120,9 @@ class RunFolder:
             kept = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
             save_file(kept, state / f"{name}.safetensors", metadata={"config": run.fingerprint})
         self.plot()
+
+
+def _candidates(parent: Path, name: str) -> Iterator[Path]:
+    yield parent / name
+    for number in itertools.count(2):
+        yield parent / f"{name}-{number}"

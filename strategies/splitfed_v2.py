@@ -10,7 +10,7 @@ of any Flower strategy, FedAvg by default; this one wraps it.
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -103,7 +103,7 @@ class SplitFedV2(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Have the wrapped strategy aggregate the halves, in the order of the clients' names."""
         heard = self._in_order(replies)
-        good = _finished(heard, f"round {server_round}, training", self._asked)
+        good = self._finished(heard, f"round {server_round}, training")
         tokens = int(_sum(good, WEIGHT))
         self._training = _Training(
             loss=sum(_number(m, "loss") * _number(m, WEIGHT) for m in good) / max(1, tokens),
@@ -133,7 +133,7 @@ class SplitFedV2(Strategy):
     ) -> MetricRecord | None:
         """Sum up the held-out losses, weighted by tokens, and report the round."""
         heard = self._in_order(replies)
-        good = _finished(heard, f"round {server_round}, evaluation", self._asked)
+        good = self._finished(heard, f"round {server_round}, evaluation")
         if self._training is not None:
             self._on_round(self._stats(server_round, self._training, good))
         return self._halves.aggregate_evaluate(server_round, heard)
@@ -219,21 +219,27 @@ class SplitFedV2(Strategy):
         message.content = ticket.put_into(message.content)
         return message
 
+    def _finished(self, replies: list[Message], what: str) -> list[MetricRecord]:
+        """The metrics of the clients that finished; if none did, there is no going on."""
+        reasons = []
+        for reply in replies:
+            if reply.has_error():
+                reasons.append(reply.error.reason)
+                log(WARNING, "%s: %s failed: %s", what, self._name_of(reply), reasons[-1])
+        good = [reply.content.metric_records[METRICS] for reply in replies if reply.has_content()]
+        if not good:
+            raise Diverged(
+                f"{what}: none of {self._asked} clients finished; the first said: "
+                f"{reasons[0] if reasons else 'nothing before the timeout'}"
+            )
+        return good
+
+    def _name_of(self, reply: Message) -> str:
+        return self._clients[reply.metadata.src_node_id]
+
     def _in_order(self, replies: Iterable[Message]) -> list[Message]:
         # Sums of floats depend on the order; the order in which clients answer is chance.
-        return sorted(replies, key=lambda reply: self._clients[reply.metadata.src_node_id])
-
-
-def _finished(replies: list[Message], what: str, asked: int) -> list[MetricRecord]:
-    """The metrics of the clients that finished; if none did, there is no going on."""
-    good = [reply.content.metric_records[METRICS] for reply in replies if reply.has_content()]
-    if good:
-        return good
-    reasons = [reply.error.reason for reply in replies if reply.has_error()]
-    raise Diverged(
-        f"{what}: none of {asked} clients finished; the first said: "
-        f"{reasons[0] if reasons else 'nothing before the timeout'}"
-    )
+        return sorted(replies, key=self._name_of)
 
 
 def _number(metrics: MetricRecord, key: str) -> float:

@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,6 +22,7 @@ from fedsplit.config import from_run_config
 from fedsplit.console import quiet_libraries
 from fedsplit.data import (
     Batch,
+    Corpus,
     Sequences,
     evaluation_batches,
     hold_out,
@@ -106,6 +106,7 @@ def hello(message: Message, context: Context) -> Message:
     """Say who this is and how it is configured, before any work is done."""
     run = from_run_config(context.run_config)
     node = Node.of(context, run)
+    _texts(run.data, run.sharding, run.seed, node)  # better now than in the middle of a round
     told = ConfigRecord({"client": node.name, "config": run.fingerprint})
     return Message(RecordDict({"hello": told}), reply_to=message)
 
@@ -202,16 +203,27 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
             f"the server runs configuration {ticket.config}, this client {run.fingerprint}; start "
             "both from the same code, conf/ and overrides"
         )
-    tls_ca = Node.of(context, run).tls_ca
-    roots = Path(tls_ca).read_bytes() if tls_ca else b""
-    link = GrpcLink(ticket.address, token=ticket.token, wire=run.wire, ca=roots)
-    with closing(link):
+    wire = replace(run.wire, tls_ca=Node.of(context, run).tls_ca)
+    with closing(GrpcLink(ticket.address, token=ticket.token, wire=wire)) as link:
         yield _Half(message, context, run, link)
 
 
 @lru_cache(maxsize=4)
 def _tokenizer(pretrained: str, revision: str, text: str) -> TokenizersBackend:
     return load_tokenizer(pretrained, revision) if pretrained else tokenizer_from_json(text)
+
+
+@lru_cache(maxsize=64)
+def _texts(data: DataSpec, sharding: ShardingSpec, seed: int, node: Node) -> tuple[Corpus, Corpus]:
+    """A node's text to train on and its held-out text; the same in every round, so read once."""
+    if node.data_path:
+        corpus = load_corpus(replace(data, kind="text", path=node.data_path))
+        return hold_out(corpus, data.held_out, seed)
+    whole, held_out = hold_out(load_corpus(data), data.held_out, seed)
+    return (
+        shard(whole, sharding, node.partitions, seed)[node.partition],
+        shard_held_out(held_out, sharding, node.partitions, seed)[node.partition],
+    )
 
 
 @lru_cache(maxsize=64)
@@ -222,13 +234,6 @@ def _sequences(
     node: Node,
     named_tokenizer: tuple[str, str, str],
 ) -> tuple[Sequences, Sequences]:
-    """A node's text to train on and its held-out text; the same in every round, so read once."""
-    if node.data_path:
-        corpus = load_corpus(replace(data, kind="text", path=node.data_path))
-        training, held_out = hold_out(corpus, data.held_out, seed)
-    else:
-        whole, held_out = hold_out(load_corpus(data), data.held_out, seed)
-        training = shard(whole, sharding, node.partitions, seed)[node.partition]
-        held_out = shard_held_out(held_out, sharding, node.partitions, seed)[node.partition]
+    training, held_out = _texts(data, sharding, seed, node)
     tokenizer, length = _tokenizer(*named_tokenizer), data.sequence_length
     return tokenize(training, tokenizer, length), tokenize(held_out, tokenizer, length)

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, FedsplitError
 
 log = logging.getLogger("flwr.fedsplit")
 
@@ -40,7 +40,7 @@ def run_inline(
 
     Every client has a `Context` of its own that lasts for the run, with `partition-id` and
     `num-partitions` in its `node_config` as in a Flower simulation. Returns when all threads
-    are gone, also after an exception.
+    are gone, also after an exception; only an interrupt does not wait for clients.
 
     Args:
         server_app: Called once, in the calling thread; its exceptions reach the caller.
@@ -60,11 +60,14 @@ def run_inline(
     run_id = uuid4().int >> 66  # 62 bits: fits Flower's signed 64-bit fields
     _identify_this_process()
     nodes = _nodes(client_app, num_clients, run_id, run_config)
-    with ThreadPoolExecutor(workers or num_clients, "fedsplit-client") as pool:
-        try:
-            server_app(InlineGrid(run_id, nodes, pool), _context(run_id, run_config))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(workers or num_clients, "fedsplit-client")
+    try:
+        server_app(InlineGrid(run_id, nodes, pool), _context(run_id, run_config))
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _identify_this_process() -> None:
@@ -122,7 +125,8 @@ class _Node:
             try:
                 reply = deepcopy(self._client_app(message, context))
             except Exception as exc:  # the door to foreign code: Flower replies with an error
-                log.exception("ClientApp of node %d failed", context.node_id)
+                if not isinstance(exc, FedsplitError):  # else its line in the reply says it all
+                    log.exception("ClientApp of node %d failed", context.node_id)
                 return _refusal(
                     message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(exc).__name__}: {exc}"
                 )

@@ -36,9 +36,6 @@ def main(grid: Grid, context: Context) -> None:
     """Train, and leave the run's folder behind."""
     quiet_libraries()
     run = from_run_config(context.run_config)
-    folder = RunFolder.claim(Path(run.launch.run_dir), run.name)
-    folder.write_config(to_yaml(run))
-    log.info("Run %s: configuration %s, folder %s", run.name, run.fingerprint, folder.path)
     corpus = load_corpus(run.data)
     tokenizer = _tokenizer(run, corpus)
     parts = parts_of(run, config_of(run.model, tokenizer))
@@ -56,6 +53,9 @@ def main(grid: Grid, context: Context) -> None:
         tokenizer="" if run.model.pretrained else tokenizer_to_json(tokenizer),
         on_round=on_round,
     )
+    # A run that is refused until here leaves no folder.
+    folder = RunFolder.begin(Path(run.launch.run_dir), run.name, to_yaml(run))
+    log.info("Run %s: configuration %s, folder %s", run.name, run.fingerprint, folder.path)
     halves = trainable(parts.client)
     result = strategy.start(grid, to_arrays(halves), num_rounds=run.train.rounds)
     load_arrays(halves, result.arrays)

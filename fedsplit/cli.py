@@ -1,0 +1,196 @@
+"""The `fedsplit` command: cut and join checkpoints, ask a trunk server, draw a run's loss.
+
+Libraries are imported by the command that needs them, so that `fedsplit --help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fedsplit.errors import ConfigError, DataError, FedsplitError
+from fedsplit.spec import SplitSpec, WireSpec
+
+if TYPE_CHECKING:
+    from fedsplit.metrics import RoundStats
+    from fedsplit.run_folder import RunFolder
+
+_EXAMPLES = """\
+examples:
+  fedsplit split gpt2 --split 1/10/1 --out parts
+  fedsplit join parts/bottom-top parts/trunk --out whole
+  fedsplit info 127.0.0.1:9500
+  fedsplit plot runs/default
+"""
+_INFO_DEADLINE_S = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (the process's own arguments by default) describes.
+
+    Returns:
+        The exit status: 0, or 1 after one line on stderr, or 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except (FedsplitError, OSError) as exc:
+        print(f"error: {_one_line(str(exc))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedsplit",
+        description="Federated split learning of Hugging Face language models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+        epilog = f"example: fedsplit {name} {example}"
+        command = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
+        command.set_defaults(command=run)
+        return command
+
+    split = add(
+        "split", _split, "cut a model into its two parts", "gpt2 --split 1/10/1 --out parts"
+    )
+    split.add_argument("model", metavar="MODEL", help="directory of a whole model, or a hub id")
+    split.add_argument("--split", required=True, metavar="1/2/1", help="blocks of bottom/trunk/top")
+    split.add_argument("--out", required=True, metavar="DIR", help="new or empty directory")
+    split.add_argument("--revision", default="main", metavar="R", help="of a hub id; default main")
+    example = "parts/bottom-top parts/trunk --out whole"
+    join = add("join", _join, "make the whole model of its two parts", example)
+    join.add_argument("client", metavar="CLIENT_DIR", help="the bottom-top part's directory")
+    join.add_argument("trunk", metavar="TRUNK_DIR", help="the trunk part's directory")
+    join.add_argument("--out", required=True, metavar="DIR", help="new or empty directory")
+    info = add("info", _info, "ask a running trunk server what it is", "127.0.0.1:9500")
+    info.add_argument("address", metavar="ADDRESS", help="host:port, or unix:path")
+    info.add_argument("--tls-ca", default="", metavar="FILE", help="PEM of the authority to trust")
+    plot = add("plot", _plot, "draw the loss of a run again", "runs/default")
+    plot.add_argument("run_dir", metavar="RUN_DIR", help="the folder that a run left")
+    return parser
+
+
+# --- one function a command -------------------------------------------------------------------
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    from fedsplit.console import quiet_libraries
+    from fedsplit.model.checkpoint import split_checkpoint
+
+    quiet_libraries()
+    split = SplitSpec.parse(arguments.split)
+    with _filled_whole(Path(arguments.out)) as folder:
+        made = split_checkpoint(arguments.model, split, folder, revision=arguments.revision)
+    for name in made:
+        print(_part_line(Path(arguments.out, name)))
+
+
+def _part_line(directory: Path) -> str:
+    from fedsplit.metrics import in_mib
+    from fedsplit.model.checkpoint import WEIGHTS
+    from fedsplit.model.manifest import Manifest
+    from fedsplit.model.source import tensor_names
+
+    manifest, weights = Manifest.read(directory), directory / WEIGHTS
+    first, end = manifest.trunk_blocks
+    split = SplitSpec.parse(manifest.split)
+    num_blocks = end - first if manifest.part == "trunk" else split.bottom + split.top
+    return (
+        f"{directory}: {num_blocks} blocks, {len(tensor_names(weights))} tensors, "
+        f"{in_mib(weights.stat().st_size)}, fingerprint {manifest.fingerprint}"
+    )
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    from fedsplit.console import quiet_libraries
+    from fedsplit.model.checkpoint import join_checkpoint
+    from fedsplit.model.source import Source
+
+    quiet_libraries()
+    with _filled_whole(Path(arguments.out)) as folder:
+        join_checkpoint(arguments.client, arguments.trunk, folder)
+        Source(name=arguments.client).copy_texts(folder)
+    print(f"{arguments.out}: the whole model, for AutoModelForCausalLM.from_pretrained")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from fedsplit.transport.client import GrpcLink
+    from fedsplit.wire.messages import ServiceInfoRequest
+
+    if ":" not in arguments.address:
+        raise ConfigError(f"ADDRESS={arguments.address!r} is neither host:port nor unix:path")
+    wire = WireSpec(tls_ca=arguments.tls_ca, call_deadline_s=_INFO_DEADLINE_S)
+    with closing(GrpcLink(arguments.address, wire=wire)) as link:
+        told = link.exchange(ServiceInfoRequest())
+    limits = told.limits
+    rows = {
+        "family": told.family,
+        "blocks (bottom/trunk/top)": told.blocks,
+        "fingerprint of model and cut": told.model,
+        "parameter version": told.version,
+        "open sessions": told.sessions,
+        "largest request": f"{limits.max_rows} sequences of {limits.max_tokens} tokens",
+        "hidden size": limits.hidden_size,
+        "wire protocol": told.protocol,
+        "incarnation of the server": told.incarnation,
+    }
+    for name, value in rows.items():
+        print(f"{name:<28}  {_one_line(str(value))}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    path = Path(arguments.run_dir)
+    if not (path / "config.yaml").is_file():
+        raise DataError(
+            f"{path} is not a run's folder: it has no config.yaml; give one that a run left, "
+            "such as runs/default"
+        )
+    from fedsplit.run_folder import RunFolder
+
+    folder = RunFolder(path)
+    if not _rounds(folder):
+        raise DataError(f"{path} has no finished round yet; plot it when the first one is over")
+    folder.plot()
+    print(path / "loss.png")
+
+
+def _rounds(folder: "RunFolder") -> "list[RoundStats]":
+    try:
+        return folder.rounds()
+    except (ValueError, TypeError) as exc:
+        file = folder.path / "metrics.jsonl"
+        raise DataError(f"{file} does not hold the rounds of a run: {exc}") from exc
+
+
+# --- what they share --------------------------------------------------------------------------
+
+
+@contextmanager
+def _filled_whole(out: Path) -> Iterator[Path]:
+    """A folder to write to; what it holds at the end moves to `out`, and after an error nothing.
+
+    Raises:
+        ConfigError: There is something at `out` already.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there already; give a new or an empty directory")
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
+        yield Path(folder)
+        for written in Path(folder).iterdir():
+            written.rename(out / written.name)
+
+
+def _one_line(text: str) -> str:
+    """What a peer or a library wrote, without the line ends and control characters in it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
