@@ -25,6 +25,7 @@ from fedsplit.errors import (
 from fedsplit.link import Link
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import ClientPart
+from fedsplit.randomness import Turn, draws
 from fedsplit.spec import RunSpec
 from fedsplit.wire import messages as m
 
@@ -44,6 +45,7 @@ class RemoteTrunk:
 
     def __init__(self, link: Link, model: ClientPart, run: RunSpec, *, client: str) -> None:
         self.client = client
+        self.turn = Turn(needed=draws(model))
         self._link = link
         self._identity = {
             "client": client,
@@ -206,7 +208,8 @@ class RemoteTrunk:
             )
 
     def _exchange(self, request: m.Request[m.R]) -> m.R:
-        return self._retry(lambda: self._link.exchange(request))
+        with self.turn.paused():
+            return self._retry(lambda: self._link.exchange(request))
 
     def _named_session(self) -> str:
         if not self._session:

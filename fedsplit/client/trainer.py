@@ -4,7 +4,6 @@ A step reads: for each batch bottom, trunk, top, loss, backward; then both sides
 token ids never leave; what crosses is the model's own business (`fedsplit.client.remote`).
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -80,10 +79,10 @@ class ClientTrainer:
             NonFinite: A tensor held NaN or Inf; nothing was changed here.
         """
         num_tokens = sum(batch.num_tokens for batch in batches)
-        torch.manual_seed(self._dropout_seed())
         self._model.train()
         self.optimizer.zero_grad()
-        losses = [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
+        with self._trunk.turn.drawing(f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"):
+            losses = [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
         ends_sq_norm = self.optimizer.sq_norm()
         sq_norm = ends_sq_norm + self._trunk.trunk_sq_norm
         if not math.isfinite(sq_norm):
@@ -159,7 +158,3 @@ class ClientTrainer:
             use_cache=False,
         ).loss
         return loss
-
-    def _dropout_seed(self) -> int:
-        name = f"{self._run.seed}/{self._trunk.client}/{self.steps}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")

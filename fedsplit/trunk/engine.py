@@ -5,14 +5,12 @@ state below (parameter versions, stash, accumulated gradients, barrier) belongs 
 so none of it needs a lock. Backwards and steps go before forwards: they free memory.
 """
 
-import hashlib
 import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +21,7 @@ from fedsplit.errors import Draining, ProtocolError, SessionLost, StaleVersion
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import clip_coefficient, squared_norm
+from fedsplit.randomness import Turn, draws
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.guard import require_finite
@@ -78,6 +77,7 @@ class TrunkEngine:
         self._trunk = trunk
         self._run = run
         self._clock = clock
+        self._turn = Turn(needed=draws(trunk))
         self._device = next(trunk.parameters()).device
         self._versions = ParameterVersions(trunk, tuple(trainable(trunk)), run.train)
         self._stash = Stash(run.wire.stash_bytes)
@@ -220,7 +220,8 @@ class TrunkEngine:
             return ForwardReply(trunk_out_BTD=trunk_out_BTD.cpu(), version=self.version)
         smashed_BTD.requires_grad_()
         count = ByteCount(self._trunk.parameters())
-        with self._randomness(worker, request.call), torch.enable_grad(), count.counting():
+        name = f"trunk/{self._run.seed}/{worker.client}/{worker.round}/{request.call}"
+        with self._turn.drawing(name), torch.enable_grad(), count.counting():
             trunk_out_BTD = self._trunk.run(smashed_BTD, **inputs)
         graph = Graph(
             smashed_BTD=smashed_BTD,
@@ -348,16 +349,6 @@ class TrunkEngine:
     def _set_mode(self, training: bool) -> None:
         if self._trunk.training != training:
             self._trunk.train(training)
-
-    @contextmanager
-    def _randomness(self, worker: Worker, call: int) -> Iterator[None]:
-        """A block whose dropout depends on seed, client, round and call alone."""
-        name = f"{self._run.seed}/{worker.client}/{worker.round}/{call}"
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
 
     def _copy_of_gradient(self, worker: Worker) -> dict[str, Tensor]:
         gradient = self._gradients.get(worker.session)
