@@ -4,6 +4,7 @@ Libraries are imported by the command that needs them, so that `fedsplit --help`
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -124,6 +125,7 @@ def _join(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would stand beside our one line
     from fedsplit.transport.client import GrpcLink
     from fedsplit.wire.messages import ServiceInfoRequest
 
