@@ -20,6 +20,7 @@ from fedsplit.errors import (
     FedsplitError,
     ModelMismatch,
     ProtocolError,
+    SessionLost,
     StaleVersion,
 )
 from fedsplit.link import Link
@@ -86,7 +87,8 @@ class RemoteTrunk:
 
     def close(self) -> None:
         """End the session; the link stays open."""
-        self._exchange(m.CloseRequest(session=self._named_session()))
+        with suppress(SessionLost):  # it is gone already, perhaps by an attempt before
+            self._exchange(m.CloseRequest(session=self._named_session()))
         self._session = ""
 
     @contextmanager

@@ -63,11 +63,10 @@ def run_inline(
     pool = ThreadPoolExecutor(workers or num_clients, "fedsplit-client")
     try:
         server_app(InlineGrid(run_id, nodes, pool), _context(run_id, run_config))
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
+    except BaseException as exc:
+        pool.shutdown(wait=isinstance(exc, Exception), cancel_futures=True)
         raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    pool.shutdown()
 
 
 def _identify_this_process() -> None:

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 import transformers
@@ -113,14 +113,17 @@ def versions(fedsplit: str) -> dict[str, str]:
 
 
 def _checked(path: Path, told: Any) -> Manifest:
-    expected = {field.name: field.type for field in fields(Manifest)}
+    expected = get_type_hints(Manifest)
     if not isinstance(told, dict) or set(told) != set(expected):
         there = sorted(told) if isinstance(told, dict) else type(told).__name__
         raise CheckpointError(f"{path}: has {there}, but needs {sorted(expected)}")
+    for name, kind in expected.items():
+        if not isinstance(told[name], get_origin(kind) or kind):
+            raise CheckpointError(f"{path}: {name}={told[name]!r} is not {kind}")
     if told["format"] != FORMAT:
         raise CheckpointError(f"{path}: format={told['format']}; this fedsplit reads {FORMAT}")
     if told["part"] not in PARTS:
         raise CheckpointError(f"{path}: part={told['part']!r} is not one of: {', '.join(PARTS)}")
-    if not isinstance(told["files"], dict) or any("/" in str(name) for name in told["files"]):
+    if any("/" in name for name in told["files"]):
         raise CheckpointError(f"{path}: files must map plain file names to their sha256")
     return Manifest(**told)

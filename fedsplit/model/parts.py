@@ -118,7 +118,7 @@ def load_tensors(
             None, config=config, state_dict=tensors, output_loading_info=True, **options
         )
     except RuntimeError as exc:
-        raise CheckpointError(f"{origin}: {str(exc).strip().splitlines()[-1]}") from exc
+        raise CheckpointError(f"{origin}: {_misfit(cls, config, tensors)}") from exc
     model, report = cast(tuple[M, dict[str, Any]], loaded)
     missing = sorted(report["missing_keys"])
     if missing:
@@ -127,6 +127,20 @@ def load_tensors(
             f"({len(missing)} missing, {len(tensors)} found)"
         )
     return model
+
+
+def _misfit(
+    cls: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, Tensor]
+) -> str:
+    """Which tensor has another shape than the model, in words."""
+    held = on_meta(cls, copy.deepcopy(config)).state_dict()
+    for name, tensor in tensors.items():
+        if name in held and held[name].shape != tensor.shape:
+            return (
+                f"tensor '{name}' has shape {tuple(tensor.shape)}, but {cls.__name__} with this "
+                f"config.json takes {tuple(held[name].shape)}"
+            )
+    return f"the tensors do not fit {cls.__name__} with this config.json"
 
 
 def split_model(

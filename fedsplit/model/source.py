@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -51,8 +52,10 @@ class Source:
             CheckpointError: Nothing is there that transformers can read as a model.
         """
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.name, revision=self.revision)
-        except (OSError, ValueError, KeyError) as exc:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.name, revision=self.revision, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, StrictDataclassError) as exc:
             raise CheckpointError(
                 f"{self.name}: not a model that transformers {transformers.__version__} can read "
                 f"({_first_line(exc)}); give a directory with config.json or a hub id"
@@ -60,12 +63,19 @@ class Source:
         return config
 
     def generation_config(self) -> GenerationConfig | None:
-        """How the model's author wants it to generate, if that was said."""
+        """How the model's author wants it to generate, if that was said.
+
+        Raises:
+            CheckpointError: It was said in a file that cannot be read.
+        """
         if self._file(GENERATION) is None:
             return None
-        config: GenerationConfig = GenerationConfig.from_pretrained(
-            self.name, revision=self.revision
-        )
+        try:
+            config: GenerationConfig = GenerationConfig.from_pretrained(
+                self.name, revision=self.revision
+            )
+        except (OSError, ValueError, TypeError) as exc:
+            raise CheckpointError(f"{self.name}: {GENERATION}: {_first_line(exc)}") from exc
         return config
 
     def tensors_of(self, part: PreTrainedModel) -> dict[str, Tensor]:
@@ -100,7 +110,7 @@ class Source:
         if index is not None:
             try:
                 files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as exc:
+            except (ValueError, KeyError, TypeError) as exc:
                 raise CheckpointError(f"{index}: not an index of tensors ({exc!r})") from exc
             return files
         single = self._file(SINGLE)

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 OPTIONS = {
     "grpc.http2.min_recv_ping_interval_without_data_ms": 5000,
+    # Pings pile up while a busy machine is not reading; that must not cost a client its stream.
+    "grpc.http2.max_ping_strikes": 0,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.keepalive_time_ms": 10000,
     "grpc.keepalive_timeout_ms": 5000,

@@ -5,19 +5,26 @@ state below (parameter versions, stash, accumulated gradients, barrier) belongs 
 so none of it needs a lock. Backwards and steps go before forwards: they free memory.
 """
 
-import itertools
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsplit.errors import Draining, ProtocolError, SessionLost, StaleVersion
+from fedsplit.errors import (
+    BadTensor,
+    Draining,
+    FedsplitError,
+    Internal,
+    ProtocolError,
+    SessionLost,
+    StaleVersion,
+)
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import clip_coefficient, squared_norm
@@ -25,6 +32,7 @@ from fedsplit.randomness import Turn, draws
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.guard import require_finite
+from fedsplit.trunk.inbox import Inbox, Task
 from fedsplit.trunk.stash import ByteCount, Graph, Stash
 from fedsplit.trunk.versions import ParameterVersions
 from fedsplit.wire.messages import (
@@ -38,6 +46,8 @@ from fedsplit.wire.messages import (
 
 _FIRST, _LAST = 0, 1
 _IDLE_S = 1.0
+_OLDEST = 4
+"""Versions that a graph may be behind; each one that is kept costs as much as the parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +97,7 @@ class TrunkEngine:
         self._parked: list[tuple[Worker, ForwardRequest, Future[ForwardReply]]] = []
         self._due: Mapping[str, float] = {}
         self._steps = 0
-        self._order = itertools.count()
-        self._queue: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = (
-            queue.PriorityQueue()
-        )
-        self._stopping = False
+        self._inbox = Inbox()
         self._thread = threading.Thread(target=self._loop, name="trunk-engine", daemon=True)
 
     # --- called from any thread ---------------------------------------------------------------
@@ -102,14 +108,15 @@ class TrunkEngine:
 
     def stop(self) -> None:
         """Finish what is being computed, refuse what waits, end the thread."""
-        if self._thread.is_alive():
+        with suppress(FedsplitError):  # it may have ended by itself
             self._submit(_LAST, self._shut_down)
+        if self._thread.is_alive():
             self._thread.join()
 
     def forward(self, worker: Worker, request: ForwardRequest) -> "Future[ForwardReply]":
         """Run smashed data through the trunk; waits for the barrier if `worker` has stepped."""
         future: Future[ForwardReply] = Future()
-        self._enqueue(_LAST, lambda: self._forward_or_park(worker, request, future))
+        self._inbox.put(_LAST, future, lambda: self._forward_or_park(worker, request, future))
         return future
 
     def backward(self, worker: Worker, request: BackwardRequest) -> "Future[BackwardReply]":
@@ -133,7 +140,8 @@ class TrunkEngine:
 
         A client whose session is `replaced` by another is still waited for.
         """
-        return self._submit(_FIRST, lambda: self._leave(worker, replaced))
+        # After the forwards that it still has in the queue, so that nothing comes back to stay.
+        return self._submit(_LAST, lambda: self._leave(worker, replaced))
 
     def gradients(self, worker: Worker) -> "Future[dict[str, Tensor]]":
         """What a session has accumulated since its last step, by parameter name."""
@@ -161,23 +169,24 @@ class TrunkEngine:
     # --- the engine's thread ------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while not self._stopping:
-            work = self._next()
-            self._look_at_the_clock()
-            work()
-            self._step_if_due()
-        while not self._queue.empty():
-            self._queue.get()[2]()
-            self._step_if_due()
-        for _, _, future in self._parked:
-            future.set_exception(Draining("the trunk is shutting down"))
-
-    def _next(self) -> Callable[[], None]:
-        patience = min(_IDLE_S, max(0.0, self._barrier.deadline - self._clock()))
+        task: Task | None = None
         try:
-            return self._queue.get(timeout=patience)[2]
-        except queue.Empty:
-            return lambda: None
+            while not self._inbox.closed:
+                patience = max(0.0, self._barrier.deadline - self._clock())
+                task = self._inbox.take(min(_IDLE_S, patience))
+                self._look_at_the_clock()
+                if task:
+                    task.run()
+                self._step_if_due()
+        finally:
+            self._refuse_what_waits([task.future] if task else [])
+
+    def _refuse_what_waits(self, in_hand: "list[Future[Any]]") -> None:
+        why = Internal("the trunk's engine failed; the server's log has the details")
+        self._inbox.close(why)  # or it was closed on purpose
+        for future in (*in_hand, *(future for _, _, future in self._parked)):
+            if not future.done():
+                future.set_exception(self._inbox.closed or why)
 
     def _look_at_the_clock(self) -> None:
         self._unpin(self._stash.drop_expired(self._clock()))
@@ -185,18 +194,13 @@ class TrunkEngine:
             self._tell(aggregator.Ticked())
             self._step_if_due()
 
-    def _enqueue(self, priority: int, work: Callable[[], None]) -> None:
-        if self._stopping:
-            raise Draining("the trunk is shutting down; no new work is taken")
-        self._queue.put((priority, next(self._order), work))
-
     def _submit(self, priority: int, work: Callable[[], Any]) -> "Future[Any]":
         future: Future[Any] = Future()
-        self._enqueue(priority, lambda: _resolve(future, work))
+        self._inbox.put(priority, future, lambda: _resolve(future, work))
         return future
 
     def _shut_down(self) -> None:
-        self._stopping = True
+        self._inbox.close(Draining("the trunk is shutting down; no new work is taken"))
 
     def _forward_or_park(
         self, worker: Worker, request: ForwardRequest, future: "Future[ForwardReply]"
@@ -240,6 +244,7 @@ class TrunkEngine:
         leaves = self._versions.leaves(graph.version)
         wanted = [*leaves.values(), *([graph.smashed_BTD] if request.want_grad else [])]
         try:
+            _check_shape(request.grad_trunk_out_BTD, graph)
             found = self._gradients_of(graph, wanted, request.grad_trunk_out_BTD)
         finally:
             self._unpin([graph])
@@ -284,18 +289,17 @@ class TrunkEngine:
         if coefficient != 1.0:
             for tensor in gradient.tensors.values():
                 tensor.mul_(coefficient)
-        self._contributions[worker.client] = gradient.tensors, request.step
         decision = self._tell(
             aggregator.Contributed(
                 client=worker.client, version=gradient.version, num_tokens=request.num_tokens
             )
         )
         if isinstance(decision, aggregator.Refuse):
-            del self._contributions[worker.client]
             raise StaleVersion(
                 f"step {request.step} of {worker.client} was made with version "
                 f"{gradient.version}, but the trunk is at {decision.current}; repeat the step"
             )
+        self._contributions[worker.client] = gradient.tensors, request.step
         return StepReply(version=gradient.version + 1)
 
     def _tell(self, event: aggregator.Event) -> aggregator.Decision:
@@ -313,6 +317,7 @@ class TrunkEngine:
         steps = [self._contributions[client][1] for client in self._due]
         self._versions.step(self._mean(self._due), max(steps))
         self._steps = max(steps) + 1
+        self._unpin(self._stash.drop_older(self.version - _OLDEST))
         self._contributions.clear()
         self._due = {}
         waiting, self._parked = self._parked, []
@@ -363,6 +368,14 @@ def _resolve(future: "Future[Any]", work: Callable[[], Any]) -> None:
         future.set_exception(failure)
     else:
         future.set_result(result)
+
+
+def _check_shape(grad_trunk_out_BTD: Tensor, graph: Graph) -> None:
+    if grad_trunk_out_BTD.shape != graph.trunk_out_BTD.shape:
+        raise BadTensor(
+            f"grad_trunk_out of shape {tuple(grad_trunk_out_BTD.shape)} came for a trunk_out of "
+            f"shape {tuple(graph.trunk_out_BTD.shape)}; they must be the same"
+        )
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -1,7 +1,8 @@
 """The trunk as a service: who may ask what, in which order, and everything exactly once.
 
 A request is named by (session, call, kind). A repeated request gets the first one's reply, also
-while that one is still being worked on; a forward runs again only when its graph is gone.
+while that one is still being worked on; a forward runs again only when its graph is gone, and
+a step is known to have been taken even when its session is gone.
 """
 
 import secrets
@@ -11,13 +12,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from fedsplit.errors import (
     ActivationExpired,
     BadTensor,
     DeadlineExceeded,
+    FedsplitError,
     Forbidden,
     ModelMismatch,
     ProtocolError,
@@ -36,8 +41,10 @@ from fedsplit.wire.session import Event, SessionState, advance
 
 T = TypeVar("T")
 
-_REMEMBERED = 8
-"""Replies kept per session: more than a client, which has one call at a time, can ask again."""
+_Steps = dict[tuple[str, int], "Future[m.StepReply]"]
+_REMEMBERED = 2
+"""Replies kept per session. A client has one call at a time, so it asks for the last one again;
+they hold tensors, so no more are kept than that and one to spare."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -49,6 +56,21 @@ class _Session:
     replies: "OrderedDict[tuple[type, int], Future[Any]]" = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     farewell: threading.Timer | None = None
+    dropped: bool = False
+
+    def cancel_farewell(self) -> None:
+        """The client has said something, or will never again."""
+        if self.farewell:
+            self.farewell.cancel()
+            self.farewell = None
+
+    def steps(self) -> _Steps:
+        """What became of the steps that are remembered."""
+        return {
+            (self.worker.session, call): future
+            for (kind, call), future in self.replies.items()
+            if kind is m.StepRequest
+        }
 
 
 class TrunkService:
@@ -77,6 +99,8 @@ class TrunkService:
         self._round = 0
         self._clients: dict[str, str] = {}
         self._sessions: dict[str, _Session] = {}
+        self._last_steps: dict[str, _Steps] = {}
+        self._closing = False
         self._lock = threading.Lock()
         self._answers: dict[type, Callable[[Any, Any], Any]] = {
             m.ForwardRequest: self._forward,
@@ -95,10 +119,9 @@ class TrunkService:
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            sessions = list(self._sessions.values())
-        for session in sessions:
-            if session.farewell:
-                session.farewell.cancel()
+            self._closing = True
+            for session in self._sessions.values():
+                session.cancel_farewell()
         self.engine.stop()
 
     def admit(self, client: str) -> str:
@@ -112,7 +135,7 @@ class TrunkService:
     def open_round(self, number: int, expected: int) -> None:
         """Begin round `number`: the first step waits until `expected` clients have joined."""
         self._round = number
-        self.engine.open_round(expected).result()
+        self._wait(self.engine.open_round(expected))
 
     @property
     def num_sessions(self) -> int:
@@ -138,6 +161,8 @@ class TrunkService:
         client = self._clients[token]
         if isinstance(request, m.OpenRequest):
             return self._open(request, client)  # type: ignore[return-value]
+        if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
+            return self._wait(step)  # type: ignore[return-value]
         session = self._session(request.session, client)  # type: ignore[attr-defined]
         reply: m.R = self._answers[type(request)](session, request)
         return reply
@@ -174,7 +199,8 @@ class TrunkService:
             self._await_word(opened, self._run.wire.stash_ttl_s)
         for old in same:
             self._drop(old, replaced=True)
-        version = self.engine.join(worker).result() if worker.training else self.engine.version
+        join = self.engine.join
+        version = self._wait(join(worker)) if worker.training else self.engine.version
         return m.OpenReply(
             session=worker.session,
             incarnation=self.incarnation,
@@ -183,31 +209,29 @@ class TrunkService:
         )
 
     def _forward(self, session: _Session, request: m.ForwardRequest) -> m.ForwardReply:
-        if request.smashed_BTD.dtype != self._dtype:
-            raise BadTensor(
-                f"smashed_BTD is {request.smashed_BTD.dtype}, but this trunk computes in "
-                f"{self._dtype}; set model.dtype alike at both sides"
-            )
+        self._check_dtype("smashed_BTD", request.smashed_BTD)
         if request.training and not session.worker.training:
             raise ProtocolError("a training forward in a session that was not opened for training")
         if not request.training:
             return self._wait(self.engine.forward(session.worker, request))
-        return self._once(session, request, Event.FORWARD, self.engine.forward)
+        return self._wait(self._once(session, request, Event.FORWARD, self.engine.forward))
 
     def _backward(self, session: _Session, request: m.BackwardRequest) -> m.BackwardReply:
+        self._check_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD)
+        future = self._once(session, request, Event.BACKWARD, self.engine.backward)
+        with session.lock:
+            session.replies.pop((m.ForwardRequest, request.call), None)
         try:
-            return self._once(session, request, Event.BACKWARD, self.engine.backward)
+            return self._wait(future)
         except ActivationExpired:
-            with session.lock:
-                if session.replies.pop((m.BackwardRequest, request.call), None):
+            with session.lock:  # several may wait for it, and only the first takes it back
+                if session.replies.get((m.BackwardRequest, request.call)) is future:
+                    del session.replies[m.BackwardRequest, request.call]
                     session.state = advance(session.state, Event.EXPIRED, request.call)
             raise
-        finally:
-            with session.lock:
-                session.replies.pop((m.ForwardRequest, request.call), None)
 
     def _step(self, session: _Session, request: m.StepRequest) -> m.StepReply:
-        return self._once(session, request, Event.STEP, self.engine.step)
+        return self._wait(self._once(session, request, Event.STEP, self.engine.step))
 
     def _close(self, session: _Session, request: m.CloseRequest) -> m.CloseReply:
         self._drop(session)
@@ -252,19 +276,26 @@ class TrunkService:
         with self._lock:
             session = self._sessions.get(name)
             if session is None:
-                raise SessionLost(f"no session {name} here (any more); open a new one")
+                raise _no_session(name)
             if session.worker.client != client:
                 raise Forbidden(f"session {name} belongs to another client")
-            if session.farewell:
-                session.farewell.cancel()
-                session.farewell = None
+            session.cancel_farewell()
             return session
+
+    def _last_step(self, request: m.StepRequest, client: str) -> "Future[m.StepReply] | None":
+        """A step of the session that was dropped last: its reply may have been lost before."""
+        return self._last_steps.get(client, {}).get((request.session, request.call))
 
     def _await_word(self, session: _Session, seconds: float) -> None:
         """Drop a session unless its client says something in time."""
-        session.farewell = threading.Timer(seconds, self._drop, [session])
-        session.farewell.daemon = True
-        session.farewell.start()
+        if not self._closing:
+            session.farewell = threading.Timer(seconds, self._give_up, [session])
+            session.farewell.daemon = True
+            session.farewell.start()
+
+    def _give_up(self, session: _Session) -> None:
+        with suppress(FedsplitError):  # an engine that has ended keeps nothing anyway
+            self._drop(session)
 
     def _once(
         self,
@@ -272,17 +303,19 @@ class TrunkService:
         request: Any,
         event: Event,
         submit: Callable[[Worker, Any], "Future[T]"],
-    ) -> T:
+    ) -> "Future[T]":
+        """What became, or becomes, of a request; only the first one of its name is worked on."""
         name = type(request), request.call
         with session.lock:
+            if session.dropped:
+                raise _no_session(session.worker.session)
             future = session.replies.get(name)
             if future is None:
                 session.state = advance(session.state, event, request.call)
                 future = session.replies[name] = submit(session.worker, request)
                 while len(session.replies) > _REMEMBERED:
                     session.replies.popitem(last=False)
-        reply: T = self._wait(future)
-        return reply
+        return future
 
     def _wait(self, future: "Future[T]") -> T:
         bound = self._run.wire.call_deadline_s
@@ -293,12 +326,21 @@ class TrunkService:
 
     def _drop(self, session: _Session, *, replaced: bool = False) -> None:
         with self._lock:
-            known = self._sessions.pop(session.worker.session, None)
-        if known is None:
-            return
-        if session.farewell:
-            session.farewell.cancel()
-        self.engine.leave(session.worker, replaced=replaced).result()
+            if not self._sessions.pop(session.worker.session, None):
+                return
+            session.cancel_farewell()
+        with session.lock:
+            session.dropped = True
+            if session.worker.training:
+                self._last_steps[session.worker.client] = session.steps()
+        self._wait(self.engine.leave(session.worker, replaced=replaced))
+
+    def _check_dtype(self, name: str, tensor: Tensor) -> None:
+        if tensor.dtype != self._dtype:
+            raise BadTensor(
+                f"{name} is {tensor.dtype}, but this trunk computes in {self._dtype}; "
+                "set model.dtype alike at both sides"
+            )
 
     @staticmethod
     def _check_same(what: str, theirs: object, ours: object) -> None:
@@ -311,6 +353,10 @@ class TrunkService:
 
 def _in_place_of(new: Worker, old: Worker) -> bool:
     return (new.client, new.training) == (old.client, old.training)
+
+
+def _no_session(name: str) -> SessionLost:
+    return SessionLost(f"no session {name} here (any more); open a new one")
 
 
 def _block_of(name: str) -> str:

@@ -1,5 +1,6 @@
 """Outstanding forward graphs: kept for one backward each, for a time, within a byte budget."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Stash:
     """The graphs of all sessions, oldest first.
 
     Args:
-        budget_bytes: What all graphs together may hold; the oldest make way for a new one.
+        budget_bytes: What all graphs together may hold; of the session that holds most, the oldest
+            make way for a new one.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -40,7 +42,7 @@ class Stash:
         """Keep a graph; returns those that it replaced or that had to make way."""
         dropped = self.drop(session, call)
         while self._graphs and self.num_bytes + graph.num_bytes > self._budget:
-            dropped += self.drop(*next(iter(self._graphs)))
+            dropped += self.drop(*self._first_to_go())
         self._graphs[session, call] = graph
         self.num_bytes += graph.num_bytes
         return dropped
@@ -76,6 +78,19 @@ class Stash:
         """Forget the graphs whose time is over."""
         old = [key for key, graph in self._graphs.items() if graph.expires_at <= now]
         return [graph for key in old for graph in self.drop(*key)]
+
+    def drop_older(self, version: int) -> list[Graph]:
+        """Forget the graphs of versions before `version`."""
+        old = [key for key, graph in self._graphs.items() if graph.version < version]
+        return [graph for key in old for graph in self.drop(*key)]
+
+    def _first_to_go(self) -> tuple[str, int]:
+        """The oldest graph of the session that holds most, so that one cannot evict the others."""
+        held: Counter[str] = Counter()
+        for (session, _), graph in self._graphs.items():
+            held[session] += graph.num_bytes
+        most = max(held.values())
+        return next(key for key in self._graphs if held[key[0]] == most)
 
 
 class ByteCount:

@@ -41,7 +41,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _IDS = ("session", "client", "model", "config")
-_COUNTS = ("call", "step", "round", "num_tokens", "ends_sq_norm")
+_LEAST = {"call": 0, "step": 0, "round": 0, "num_tokens": 1, "ends_sq_norm": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,16 +131,16 @@ def check_request(request: Request[Any], limits: Limits) -> None:
     """Refuse a request whose ids, counts or shapes are not what was agreed.
 
     Raises:
-        ProtocolError: An id is no name, or a count is negative.
+        ProtocolError: An id is no name, or a count is too small.
         BadTensor: A tensor has the wrong rank, dtype or width, or does not fit the others.
         TooLarge: A tensor has more sequences or tokens than agreed.
     """
     for name in _IDS:
         _check_id(name, getattr(request, name, "-"))
-    for name in _COUNTS:
-        value = getattr(request, name, 0)
-        if not value >= 0:
-            raise ProtocolError(f"{name}={value} must be at least 0")
+    for name, least in _LEAST.items():
+        value = getattr(request, name, least)
+        if not value >= least:
+            raise ProtocolError(f"{name}={value} must be at least {least}")
     if check := _SHAPES.get(type(request)):
         check(request, limits)
 

@@ -246,6 +246,7 @@ DAMAGE = {
     "the format": (lambda d: _edit_manifest(d, format=9), r"format=9; this fedsplit reads 1"),
     "the class": (lambda d: _edit_manifest(d, model_class="os"), r"no model class 'os'"),
     "a path": (lambda d: _edit_manifest(d, files={"../x": ""}), r"plain file names"),
+    "a type": (lambda d: _edit_manifest(d, split=5), r"split=5 is not <class 'str'>"),
 }
 
 
@@ -273,6 +274,45 @@ def test_a_source_without_a_tensor_is_one_clear_line(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="'model.layers.3.mlp.up_proj.weight' of Llama"):
         build_client(whole.config, SPLIT, source=str(tmp_path))
+
+
+def _edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+RUNS_CODE = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+
+SOURCE_DAMAGE = {
+    "an index that is a list": (
+        lambda d: (d / "model.safetensors.index.json").write_text("[]"),
+        r"index.json: not an index of tensors",
+    ),
+    "a config of another width": (
+        lambda d: _edit(d / "config.json", intermediate_size=48),
+        r"tensor 'model.layers.0.mlp.\w+_proj.weight' has shape \(\d+, \d+\), but LlamaForCausalLM",
+    ),
+    "a config with text for a number": (
+        lambda d: _edit(d / "config.json", num_hidden_layers="x"),
+        r"not a model that transformers .* can read",
+    ),
+    "a generation config that is cut off": (
+        lambda d: (d / "generation_config.json").write_text("{"),
+        r"generation_config.json: ",
+    ),
+    "code of its own": (
+        lambda d: _edit(d / "config.json", model_type="own", auto_map=RUNS_CODE),
+        r"not a model that transformers .* can read",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "text"), SOURCE_DAMAGE.values(), ids=SOURCE_DAMAGE)
+def test_a_damaged_source_is_one_clear_line(damage, text, tmp_path):
+    _saved(tmp_path, shard="20KB")
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=text) as error:
+        split_model(str(tmp_path), SPLIT)
+    assert "\n" not in str(error.value)
 
 
 def test_pickled_weights_are_not_read(tmp_path):
