@@ -1,7 +1,7 @@
 """The optimizer of one part, in the same arithmetic at every part and in the unsplit model.
 
-Clipping is by the global norm over all three parts, so it takes the squared norms of both sides;
-they are summed in float64, in the same order everywhere, so that both sides scale alike.
+Clipping is by the global norm over all three parts, so it takes the squared norms of both sides.
+Each tensor's norm is torch's; their squares are summed exactly, so no order of summing shows.
 """
 
 import math
@@ -15,8 +15,8 @@ from fedsplit.spec import TrainSpec
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> float:
-    """Sum of squares of all entries of all tensors, in float64."""
-    return math.fsum(t.detach().double().square().sum().item() for t in tensors)
+    """Sum of squares of all entries of all tensors."""
+    return math.fsum(torch.linalg.vector_norm(t.detach()).item() ** 2 for t in tensors)
 
 
 def clip_coefficient(sq_norm: float, clip_norm: float) -> float:
@@ -82,7 +82,10 @@ class PartOptimizer:
                 raise CheckpointError(
                     f"optimizer state {key!r} belongs to no trained parameter here"
                 )
-            self._torch.state[self.parameters[name]][moment] = value.clone()
+            parameter = self.parameters[name]
+            # On its way it may have left the parameter's device and dtype; steps are counted apart.
+            kept = value if moment == "step" else value.to(parameter.device, parameter.dtype)
+            self._torch.state[parameter][moment] = kept.clone()
 
 
 def _torch_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.optim.Optimizer:

@@ -105,7 +105,10 @@ def _tried(model_type: str) -> tuple[str, str]:
     if fault:
         return NO_CONFIG, f"the whole tiny model does not run by itself ({fault})"
     split = f"2/*/{plan.num_blocks - 4}" if plan.num_blocks > 4 else "1/*/1"
-    parts = split_model(whole, split)
+    try:
+        parts = split_model(whole, split)
+    except UnsupportedModel as exc:
+        return REFUSED, str(exc)
     worst = max(difference(whole, parts, batch) for batch in batches(family).values())
     return (EXACT, "") if worst == 0.0 else (DIFFERS, f"largest difference {worst:.3g}")
 

@@ -30,7 +30,7 @@ from fedsplit.randomness import Turn, draws
 from fedsplit.spec import RunSpec
 from fedsplit.wire import messages as m
 
-_REFORWARDS = 3
+_REFORWARDS = 6
 """How often a graph that expired is made again before its backward is given up."""
 
 
@@ -193,10 +193,12 @@ class RemoteTrunk:
     def _backward_at_last(
         self, backward: m.BackwardRequest, forward: m.ForwardRequest, version: int
     ) -> m.BackwardReply:
-        for _ in range(_REFORWARDS):
+        for tries in range(_REFORWARDS):
             try:
                 return self._exchange(backward)
             except ActivationExpired:
+                if tries:  # others need the trunk's memory as well; make room for one another
+                    self._retry.pause(tries)
                 self._forward_again(forward, version)
         return self._exchange(backward)
 

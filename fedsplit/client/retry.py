@@ -47,9 +47,15 @@ class Retry:
             try:
                 return attempt()
             except FedsplitError as failure:
-                most = min(_MOST_S, _FIRST_S * 2**tries)
-                wait = failure.retry_after_s or self._chance.uniform(0.0, most)
+                wait = failure.retry_after_s or self._wait_s(tries)
                 if not failure.retryable or self._clock() + wait - begin > self._budget_s:
                     raise
             self._sleep(wait)
             tries += 1
+
+    def pause(self, tries: int) -> None:
+        """Wait as after `tries` attempts that failed."""
+        self._sleep(self._wait_s(tries))
+
+    def _wait_s(self, tries: int) -> float:
+        return self._chance.uniform(0.0, min(_MOST_S, _FIRST_S * 2**tries))

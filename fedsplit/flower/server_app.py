@@ -71,10 +71,10 @@ def _tokenizer(run: RunSpec, corpus: Corpus) -> TokenizersBackend:
 
 
 def _halves(run: RunSpec) -> Strategy:
-    """The wrapped strategy; by default it takes all clients and waits for all of them."""
-    everybody = dict.fromkeys(
-        ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), run.clients
-    )
-    options = {"weighted_by_key": WEIGHT, **everybody, **run.strategy.halves_options}
+    """The wrapped strategy; by default it takes all clients that are connected."""
+    # The run begins with all of them. Flower waits without end for a minimum of nodes, so that
+    # one that is gone for good would keep the others from every later round.
+    anybody = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
+    options = {"weighted_by_key": WEIGHT, **anybody, **run.strategy.halves_options}
     halves: Strategy = build(run.strategy.halves, **options)
     return halves

@@ -78,7 +78,8 @@ class Part(PreTrainedModel):
                 raise UnsupportedModel(
                     f"{self.family.__name__}: '{target}' and '{source}' are tied across the cut"
                 )
-        self.all_tied_weights_keys = {t: s for t, s in ties.items() if t in names}
+        self.ties = {t: s for t, s in ties.items() if t in names}
+        self.all_tied_weights_keys = dict(self.ties)  # the loader may empty it
         if not self.all_tied_weights_keys:
             self._tied_weights_keys = {}
 

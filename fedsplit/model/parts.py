@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
 from fedsplit.model.hollow import ClientPart, Part, TrunkPart, connect, part_class
 from fedsplit.model.lora import folded_state
 from fedsplit.model.plan import model_class_for, plan_for
@@ -126,7 +126,19 @@ def load_tensors(
             f"{origin}: tensor '{missing[0]}' of {cls.__name__} is missing "
             f"({len(missing)} missing, {len(tensors)} found)"
         )
+    _require_ties(model)
     return model
+
+
+def _require_ties(model: PreTrainedModel) -> None:
+    """Refuse a family whose own loading changes one of two tied tensors and so unties them."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in getattr(model, "ties", {}).items():
+        if held[target] is not held[source]:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: its own loading unties '{target}' and '{source}', so no "
+                "part can be what the unsplit model is"
+            )
 
 
 def _misfit(

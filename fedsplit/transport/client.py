@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import grpc
 
-from fedsplit.errors import ConnectionLost, FedsplitError, ProtocolError
+from fedsplit.errors import FedsplitError, ProtocolError
 from fedsplit.link import Link
 from fedsplit.spec import WireSpec
 from fedsplit.transport.frames import (
@@ -116,12 +116,13 @@ class GrpcLink(Link):
             self._idle.clear()
 
     def _check_open(self) -> None:
+        # Not a lost connection: no attempt after this one could succeed.
         if os.getpid() != self._process:
-            raise ConnectionLost(
+            raise ProtocolError(
                 f"the link to {self._address} was made before a fork; make a new one after it"
             )
         if self._closed:
-            raise ConnectionLost(f"the link to {self._address} is closed; make a new one")
+            raise ProtocolError(f"the link to {self._address} is closed; make a new one")
 
     def _unary(self, method: str, request: Request[Any]) -> Body:
         send = self._channel.unary_unary(f"/{SERVICE}/{method}", bytes, bytes)

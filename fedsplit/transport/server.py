@@ -63,8 +63,9 @@ class GrpcServer:
         self._door = _Door(service, max_bytes=largest_payload(limits), max_clients=max_clients)
         workers = 2 * max_clients + 8  # streams whose client went away, and unary calls
         options = {**OPTIONS, "grpc.max_receive_message_length": self._door.max_bytes}
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fedsplit-call")
         self._server = grpc.server(
-            ThreadPoolExecutor(workers, thread_name_prefix="fedsplit-call"),
+            self._pool,
             maximum_concurrent_rpcs=workers,
             options=tuple(options.items()),
         )
@@ -95,6 +96,7 @@ class GrpcServer:
         self._health.enter_graceful_shutdown()
         self._door.drain(grace_s)
         self._server.stop(grace=0).wait()
+        self._pool.shutdown(wait=False)  # a call may still wait for the service to stop
 
 
 def largest_payload(limits: Limits) -> int:

@@ -210,6 +210,12 @@ class TrunkService:
 
     def _forward(self, session: _Session, request: m.ForwardRequest) -> m.ForwardReply:
         self._check_dtype("smashed_BTD", request.smashed_BTD)
+        mask_BT = request.attention_mask_BT
+        if mask_BT is not None and mask_BT.shape != request.smashed_BTD.shape[:2]:
+            raise ProtocolError(
+                f"a mask of shape {tuple(mask_BT.shape)} for {tuple(request.smashed_BTD.shape)} "
+                "needs a KV cache at the trunk, which is not available yet"
+            )
         if request.training and not session.worker.training:
             raise ProtocolError("a training forward in a session that was not opened for training")
         if not request.training:

@@ -18,7 +18,8 @@ def parameters() -> dict[str, nn.Parameter]:
 def set_gradients(of: dict[str, nn.Parameter], scale: float = 1.0) -> None:
     chance = torch.Generator().manual_seed(1)
     for parameter in of.values():
-        parameter.grad = scale * torch.randn(parameter.shape, generator=chance)
+        gradient = scale * torch.randn(parameter.shape, generator=chance)
+        parameter.grad = gradient.to(parameter.dtype)
 
 
 def test_clipping_is_torchs_own():
@@ -71,6 +72,24 @@ def test_moments_carry_over_to_a_new_process():
         for optimizer in (first, second):
             set_gradients(optimizer.parameters, scale=step + 1.0)
             optimizer.step(step)
+    assert all(torch.equal(straight[k], broken[k]) for k in straight)
+
+
+def test_moments_come_back_in_the_dtype_of_their_parameter():
+    train = TrainSpec(lr=0.1)
+
+    def narrow():
+        return {k: nn.Parameter(p.detach().bfloat16()) for k, p in parameters().items()}
+
+    straight, broken = narrow(), narrow()
+    first, second = PartOptimizer(straight, train), PartOptimizer(broken, train)
+    for step in range(3):
+        for optimizer in (first, second):
+            set_gradients(optimizer.parameters)
+            optimizer.step(step)
+        moments = {name: moment.float() for name, moment in second.state().items()}  # on its way
+        second = PartOptimizer(broken, train)
+        second.load_state(moments)
     assert all(torch.equal(straight[k], broken[k]) for k in straight)
 
 

@@ -330,6 +330,26 @@ REFUSED_REQUESTS = [
         id="dtype",
     ),
     pytest.param(
+        lambda alice: forward_of(
+            alice, smashed_BTD=torch.zeros(2, 6, 16), attention_mask_BT=torch.ones(2, 12).long()
+        ),
+        errors.ProtocolError,
+        "needs a KV cache at the trunk, which is not available yet",
+        id="mask of a cache",
+    ),
+    pytest.param(
+        lambda alice: backward_of(forward_of(alice, smashed_BTD=torch.ones(1, 1, 16).double())),
+        errors.BadTensor,
+        "grad_trunk_out_BTD is torch.float64",
+        id="dtype of a gradient",
+    ),
+    pytest.param(
+        lambda alice: step_of(forward_of(alice), num_tokens=0),
+        errors.ProtocolError,
+        "num_tokens=0 must be at least 1",
+        id="step of nothing",
+    ),
+    pytest.param(
         lambda alice: backward_of(forward_of(alice, call=5)),
         errors.ProtocolError,
         "needs an outstanding forward",

@@ -37,6 +37,25 @@ def test_the_oldest_make_way_and_the_newest_is_always_kept():
     assert stash.num_bytes == 1000
 
 
+def test_one_that_floods_the_stash_evicts_itself():
+    stash = Stash(30)
+    quiet = graph()
+    stash.put("quiet", 0, quiet)
+    flood = [graph() for _ in range(5)]
+    dropped = [stash.put("flood", call, each) for call, each in enumerate(flood)]
+    assert dropped == [[], [], [flood[0]], [flood[1]], [flood[2]]]
+    assert stash.take("quiet", 0) is quiet
+
+
+def test_graphs_of_old_versions_go():
+    stash = Stash(100)
+    graphs = [graph(version=version) for version in range(4)]
+    for call, each in enumerate(graphs):
+        stash.put("s", call, each)
+    assert stash.drop_older(2) == graphs[:2]
+    assert len(stash) == 2
+
+
 def test_a_repeated_forward_replaces_its_graph():
     stash, old = Stash(100), graph()
     stash.put("s", 1, old)

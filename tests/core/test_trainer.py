@@ -1,6 +1,7 @@
 """The client's loop against an ordinary loop on the unsplit model."""
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from fedsplit.link import LocalLink
 from fedsplit.model import connect, initial_parts, join_model
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.optimization import PartOptimizer
-from fedsplit.spec import LoraSpec, TrainSpec
+from fedsplit.spec import LoraSpec, PolicySpec, TrainSpec
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
 from tests.core.worlds import batch, same, small_run, world
@@ -152,6 +153,47 @@ def test_lost_replies_change_no_number(tiny_llama):
 
     (stats, trunk, client), (other, trunk_too, client_too) = final(False), final(True)
     assert stats == other
+    assert same(trunk, trunk_too)
+    assert same(client, client_too)
+
+
+class LosesOne(LocalLink):
+    """A link that loses the first reply of a kind, and is down for `away` seconds after it."""
+
+    def __init__(self, service, token, kind, away=0.0):
+        super().__init__(service, token)
+        self.kind, self.away = kind, away
+
+    def exchange(self, request):
+        reply = super().exchange(request)
+        if self.kind and isinstance(request, self.kind):
+            self.kind = None
+            if self.away:
+                self._service.disconnected(request.session)
+                time.sleep(self.away)
+            raise errors.ConnectionLost("the reply was lost")
+        return reply
+
+
+LOST = [
+    pytest.param(m.OpenRequest, 0.0, id="open"),
+    pytest.param(m.CloseRequest, 0.0, id="close"),
+    pytest.param(m.StepRequest, 0.5, id="step, and away until the session is gone"),
+]
+
+
+@pytest.mark.parametrize(("kind", "away"), LOST)
+def test_a_lost_reply_is_made_good_once(tiny_llama, kind, away):
+    def final(kind):
+        with world(tiny_llama(), small_run(policy=PolicySpec(deadline_s=0.1))) as here:
+            link = LosesOne(here.service, here.service.admit("alice"), kind, away)
+            alice = here.add("alice", link)
+            stats = alice.trainer.fit([batch(i)] for i in range(2))
+        assert here.service.engine.version == stats.steps == 2
+        return stats.loss, here.trunk_weights(), dict(alice.model.named_parameters())
+
+    (loss, trunk, client), (other, trunk_too, client_too) = final(kind), final(None)
+    assert loss == other
     assert same(trunk, trunk_too)
     assert same(client, client_too)
 

@@ -1,0 +1,108 @@
+"""The engine when clients break the rules, and when it fails itself: nobody waits in vain."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from fedsplit import errors
+from fedsplit.spec import PolicySpec
+from tests.core.test_service import ask, backward_of, forward_of, step, step_of
+from tests.core.worlds import same, small_run, world
+
+
+def two_clients(config, *, greedy):
+    """The trunk's weights after alice and bob have stepped; alice twice if she is greedy."""
+    with world(config) as here:
+        alice, bob = here.add("alice"), here.add("bob")
+        alice.trunk.open(), bob.trunk.open()
+        first, second = forward_of(alice, call=0), forward_of(alice, call=1)
+        for request in (first, second, backward_of(first), step_of(first)):
+            ask(here, "alice", request)
+        if greedy:
+            ask(here, "alice", backward_of(second))
+            with pytest.raises(errors.StaleVersion, match="repeat the step"):
+                ask(here, "alice", step_of(second))
+        step(bob, 0)
+        bob.trunk.close(), alice.trunk.close()
+    assert here.service.engine.version == 1
+    return here.trunk_weights()
+
+
+def test_a_second_contribution_to_a_barrier_leaves_the_first_alone(tiny_llama):
+    once, twice = (two_clients(tiny_llama(), greedy=greedy) for greedy in (False, True))
+    assert same(once, twice)
+
+
+def test_one_that_never_goes_back_keeps_a_few_versions_only(tiny_llama):
+    with world(tiny_llama(), small_run(policy=PolicySpec(deadline_s=0.01))) as here:
+        alice, bob = here.add("alice"), here.add("bob")
+        alice.trunk.open(), bob.trunk.open()
+        for call in range(12):
+            ask(here, "bob", forward_of(bob, call=call))
+            step(alice, call)
+        with pytest.raises(errors.ActivationExpired, match="graph of call 0 is gone"):
+            ask(here, "bob", backward_of(forward_of(bob, call=0)))
+        assert len(here.service.engine._versions._leaves) <= 6
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_fails_tells_all_who_wait(tiny_llama):
+    def no_memory(*_):
+        raise RuntimeError("no memory for this step")
+
+    with world(tiny_llama()) as here:
+        alice, bob = here.add("alice"), here.add("bob")
+        alice.trunk.open(), bob.trunk.open()
+        here.service.engine._versions.step = no_memory
+        step(alice, 0)
+        outcome = []
+
+        def wait_at_the_barrier():
+            try:
+                step(alice, 1)
+            except errors.FedsplitError as error:
+                outcome.append(error)
+
+        waiting = threading.Thread(target=wait_at_the_barrier)
+        waiting.start()
+        while not here.service.engine._parked:
+            time.sleep(0.01)
+        step(bob, 0)
+        waiting.join(10.0)
+        assert [type(error) for error in outcome] == [errors.Internal]
+        with pytest.raises(errors.Internal, match="engine failed; the server's log"):
+            bob.trunk.open()
+        with pytest.raises(errors.Internal, match="engine failed"):
+            here.service.open_round(2, expected=1)
+
+
+def test_what_comes_after_the_end_is_refused(tiny_llama):
+    with world(tiny_llama()) as here:
+        alice = here.add("alice")
+        alice.trunk.open()
+    with pytest.raises(errors.Draining, match="shutting down; no new work"):
+        ask(here, "alice", forward_of(alice))
+
+
+def test_a_connection_that_breaks_after_the_end_starts_no_clock(tiny_llama):
+    with world(tiny_llama()) as here:
+        alice = here.add("alice")
+        alice.trunk.open()
+        ask(here, "alice", forward_of(alice))
+    before = threading.active_count()
+    here.service.disconnected(alice.trunk._session)
+    assert threading.active_count() == before
+
+
+def test_a_gradient_of_another_shape_is_refused(tiny_llama):
+    with world(tiny_llama()) as here:
+        alice = here.add("alice")
+        alice.trunk.open()
+        request = forward_of(alice)
+        ask(here, "alice", request)
+        short = replace(request, smashed_BTD=request.smashed_BTD[:, :3])
+        with pytest.raises(errors.BadTensor, match=r"shape \(2, 3, 16\) .* shape \(2, 12, 16\)"):
+            ask(here, "alice", backward_of(short))
+        assert here.service.engine.stashed_bytes == 0
