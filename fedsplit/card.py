@@ -41,13 +41,16 @@ weights themselves may also remember training text, as any language model's may.
 """
 
 
-def model_card(run: RunSpec, corpus: Corpus, rounds: Sequence[RoundStats]) -> str:
+def model_card(
+    run: RunSpec, trunk_blocks: range, num_blocks: int, corpus: Corpus, rounds: Sequence[RoundStats]
+) -> str:
     """The card as markdown, with the metadata that hubs read on top."""
+    cut = (trunk_blocks.start, len(trunk_blocks), num_blocks - trunk_blocks.stop)
     return _TEXT.format(
         name=run.name,
         clients=run.clients,
         model=run.model.pretrained or f"{run.model.family}, made from scratch",
-        split=run.split,
+        split="/".join(str(count) for count in cut),
         corpus=corpus.name,
         corpus_bytes=corpus.num_bytes,
         sha256=corpus.sha256,

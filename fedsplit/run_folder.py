@@ -108,7 +108,9 @@ class RunFolder:
         model, state = self.path / "model", self.path / "state"
         join_checkpoint(parts.client, parts.trunk, model)
         tokenizer.save_pretrained(model)
-        (model / "README.md").write_text(model_card(run, corpus, self.rounds()), encoding="utf-8")
+        blocks, num_blocks = parts.client.trunk_blocks, parts.client.plan.num_blocks
+        card = model_card(run, blocks, num_blocks, corpus, self.rounds())
+        (model / "README.md").write_text(card, encoding="utf-8")
         if run.lora.enabled:
             save_adapter(parts.client, parts.trunk, self.path / "adapter")
         state.mkdir(exist_ok=True)
