@@ -4,6 +4,7 @@ A step reads: for each batch bottom, trunk, top, loss, backward; then both sides
 token ids never leave; what crosses is the model's own business (`fedsplit.client.remote`).
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from fedsplit.model.hollow import ClientPart
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient
 from fedsplit.spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 """How often a step is tried, and how many batches in a row may be refused."""
@@ -109,7 +112,8 @@ class ClientTrainer:
                 try:
                     done.append(self._step_at_last(group, round))
                     in_a_row = 0
-                except NonFinite:
+                except NonFinite as reason:
+                    log.warning("%s skips a step: %s", self._trunk.client, reason)
                     skipped, in_a_row = skipped + 1, in_a_row + 1
                     if in_a_row == _ATTEMPTS:
                         raise

@@ -44,6 +44,9 @@ class ParameterVersions:
     @contextmanager
     def installed(self, version: int) -> Iterator[None]:
         """Have the model compute with `version`, as recomputation inside a backward must."""
+        if version == self.current:
+            yield
+            return
         self._install(self._leaves[version])
         try:
             yield
@@ -87,5 +90,7 @@ class ParameterVersions:
         self._install(self._leaves[self.current])
 
     def _install(self, leaves: Mapping[str, nn.Parameter]) -> None:
+        # Not by setattr: libraries that build models replace `register_parameter` of all modules
+        # for a while, and a client may be building its own in another thread of this process.
         for owner, name in self._places:
-            setattr(owner, name.rpartition(".")[2], leaves[name])
+            owner._parameters[name.rpartition(".")[2]] = leaves[name]
