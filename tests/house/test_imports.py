@@ -13,6 +13,7 @@ from tests.house.source import CORE, FILES, ROOT, module, tree
 
 IMPORT_CORE = "\n".join(f"import {module(file)}" for file in CORE)
 LIBRARIES = {"torch", "transformers", "peft", "safetensors", "numpy", "tokenizers"}
+LIBRARIES |= {"huggingface_hub"}  # whose errors transformers lets through
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
