@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -36,6 +36,8 @@ from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.service import TrunkService
 from simulations.tiny import tiny_config
+
+_READERS: dict[type, Callable[[str], object]] = {bool: {"true": True, "false": False}.__getitem__}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +78,8 @@ class Parity:
             if name not in kinds:
                 raise ConfigError(f"{name!r} is not one of: {', '.join(kinds)}")
             try:
-                values[name] = text == "true" if kinds[name] is bool else kinds[name](text)
-            except ValueError as exc:
+                values[name] = _READERS.get(kinds[name], kinds[name])(text)
+            except (ValueError, KeyError) as exc:
                 raise ConfigError(f"{word}: {text!r} is not {kinds[name].__name__}") from exc
         return Parity(**values)
 

@@ -6,6 +6,8 @@ python -m simulations.run --help
 """
 
 import logging
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +33,12 @@ def run_one(run: RunSpec) -> None:
     folder = RunFolder.claim(Path(run.launch.run_dir), run.name)
     run = replace(run, name=folder.path.name)
     print(_heading(run), flush=True)
-    with _printing_rounds(folder):
-        if run.launch.kind == "inline":
-            _inline(run, folder)
-        else:
-            _flwr(run, folder)
+    launch = _inline if run.launch.kind == "inline" else _flwr
+    try:
+        with _printing_rounds(folder):
+            launch(run, folder)
+    finally:
+        folder.give_back()
     print(f"\n{closing_table(folder.rounds())}")
     print(f"\nleft in {folder.path}: {_left(folder)}", flush=True)
 
@@ -109,4 +112,8 @@ def _left(folder: RunFolder) -> str:
 
 
 if __name__ == "__main__":
-    fedsplit.config.main(run_one)
+    try:
+        fedsplit.config.main(run_one)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # a plain exit waits for clients, and those for a trunk that is gone

@@ -7,6 +7,7 @@ other in random order; here it takes them as the run's policy says. The halves a
 of any Flower strategy, FedAvg by default; this one wraps it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +19,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedsplit.errors import ConfigError, DeadlineExceeded, Diverged, ModelMismatch
+from fedsplit.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    Diverged,
+    FedsplitError,
+    ModelMismatch,
+)
 from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Ticket, num_bytes
 from fedsplit.metrics import RoundStats, bits_per_byte
@@ -81,19 +88,20 @@ class SplitFedV2(Strategy):
             ModelMismatch: A client is configured for another run.
             Diverged: No client finished a round.
         """
+        # Clients answer first: a process that a simulation forks while gRPC starts here would die.
+        self._meet(grid, self._await_nodes(grid, self._run.clients))
         with self._host:
             log(INFO, "Trunk is served at %s", self._host.address)
-            self._await_clients(grid)
             return super().start(grid, *args, **options)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Give every client that the wrapped strategy chose a ticket to the trunk."""
+        self._await_nodes(grid, 1)
         chosen = self._halves.configure_train(server_round, arrays, config, grid)
-        messages = [self._with_ticket(server_round, message, grid) for message in chosen]
-        self._asked, self._since = len(messages), time.monotonic()
-        self._sent_bytes = sum(_halves_bytes(message) for message in messages)
+        messages = self._with_tickets(server_round, list(chosen), grid)
+        self._since = time.monotonic()
         at_once = self._run.launch.workers or len(messages)
         self._host.service.open_round(server_round, expected=min(at_once, len(messages)))
         return messages
@@ -122,18 +130,17 @@ class SplitFedV2(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Give every client that is to evaluate a ticket to the trunk."""
+        self._await_nodes(grid, 1)
         chosen = self._halves.configure_evaluate(server_round, arrays, config, grid)
-        messages = [self._with_ticket(server_round, message, grid) for message in chosen]
-        self._asked = len(messages)
-        self._sent_bytes = sum(_halves_bytes(message) for message in messages)
-        return messages
+        return self._with_tickets(server_round, list(chosen), grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Sum up the held-out losses, weighted by tokens, and report the round."""
         heard = self._in_order(replies)
-        good = self._finished(heard, f"round {server_round}, evaluation")
+        what = f"round {server_round}, evaluation"
+        good = self._finished(heard, what) if self._asked else []
         if self._training is not None:
             self._on_round(self._stats(server_round, self._training, good))
         return self._halves.aggregate_evaluate(server_round, heard)
@@ -148,12 +155,13 @@ class SplitFedV2(Strategy):
         self, server_round: int, training: _Training, evaluated: list[MetricRecord]
     ) -> RoundStats:
         nats, tokens = _sum(evaluated, "nats"), _sum(evaluated, WEIGHT)
+        num_bytes = int(_sum(evaluated, "bytes"))
         return RoundStats(
             round=server_round,
             rounds=self._run.train.rounds,
             loss=training.loss,
-            eval_loss=nats / max(1, tokens),
-            bits_per_byte=bits_per_byte(nats, int(_sum(evaluated, "bytes"))),
+            eval_loss=nats / tokens if tokens else math.nan,
+            bits_per_byte=bits_per_byte(nats, num_bytes) if num_bytes else math.nan,
             tokens=training.tokens,
             seconds=training.seconds,
             bytes_up=training.bytes_up + int(_sum(evaluated, "bytes-up")),
@@ -165,19 +173,20 @@ class SplitFedV2(Strategy):
             version=self._host.service.engine.version,
         )
 
-    def _await_clients(self, grid: Grid) -> None:
-        """Wait until the run's clients are connected, and meet them."""
-        wanted, patience = self._run.clients, self._run.launch.start_timeout_s
+    def _await_nodes(self, grid: Grid, wanted: int) -> list[int]:
+        """The nodes that are connected, once there are as many as wanted."""
+        clients, patience = self._run.clients, self._run.launch.start_timeout_s
         until = time.monotonic() + patience
         while len(nodes := list(grid.get_node_ids())) < wanted:
             if time.monotonic() > until:
                 raise DeadlineExceeded(
-                    f"{len(nodes)} of clients={wanted} are connected after {patience:.0f} s; "
-                    f"start {wanted - len(nodes)} more, or lower clients. In a simulation: "
-                    f"--federation-config 'num-supernodes={wanted} client-resources-num-cpus=1'"
+                    f"{len(nodes)} of clients={clients} are connected after {patience:.0f} s; "
+                    f"start {clients - len(nodes)} more, or lower clients. In a simulation: "
+                    f"--federation-config 'num-supernodes={clients} init-args-num-cpus={clients} "
+                    "client-resources-num-cpus=1'"
                 )
             time.sleep(_POLL_S)
-        self._meet(grid, nodes)
+        return nodes
 
     def _meet(self, grid: Grid, nodes: list[int]) -> None:
         """Ask nodes for their names and configuration, before any work is done."""
@@ -196,6 +205,11 @@ class SplitFedV2(Strategy):
                     f"{self._run.fingerprint}; start both from the same code, conf/ and overrides"
                 )
             self._clients[reply.metadata.src_node_id] = str(told["client"])
+        if silent := [node for node in nodes if node not in self._clients]:
+            raise DeadlineExceeded(
+                f"{len(silent)} of {len(nodes)} nodes did not say within {patience:.0f} s who they "
+                "are; look at their logs"
+            )
         names = [name for node, name in self._clients.items() if node in nodes]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(
@@ -203,11 +217,28 @@ class SplitFedV2(Strategy):
                 f"{sorted(twice)[0]}; give each its own partition-id"
             )
 
-    def _with_ticket(self, server_round: int, message: Message, grid: Grid) -> Message:
-        node = message.metadata.dst_node_id
-        if node not in self._clients:
+    def _with_tickets(self, server_round: int, chosen: list[Message], grid: Grid) -> list[Message]:
+        """The messages with a ticket each; who came late and cannot take part gets none."""
+        for node in [message.metadata.dst_node_id for message in chosen]:
+            if node not in self._clients:
+                self._meet_late(grid, node)
+        messages = [
+            self._with_ticket(server_round, message)
+            for message in chosen
+            if message.metadata.dst_node_id in self._clients
+        ]
+        self._asked = len(chosen)
+        self._sent_bytes = sum(_halves_bytes(message) for message in messages)
+        return messages
+
+    def _meet_late(self, grid: Grid, node: int) -> None:
+        try:
             self._meet(grid, [node])
-        client = self._clients[node]
+        except FedsplitError as error:
+            log(WARNING, "Node %s is left out of this round: %s", node, error)
+
+    def _with_ticket(self, server_round: int, message: Message) -> Message:
+        client = self._clients[message.metadata.dst_node_id]
         ticket = Ticket(
             client=client,
             round=server_round,
@@ -235,7 +266,8 @@ class SplitFedV2(Strategy):
         return good
 
     def _name_of(self, reply: Message) -> str:
-        return self._clients[reply.metadata.src_node_id]
+        # For a node that is gone a SuperLink answers, in its own name.
+        return self._clients.get(reply.metadata.src_node_id, "a node that is gone")
 
     def _in_order(self, replies: Iterable[Message]) -> list[Message]:
         # Sums of floats depend on the order; the order in which clients answer is chance.

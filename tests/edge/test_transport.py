@@ -308,7 +308,7 @@ def test_closing_a_link_ends_its_call_and_its_threads(address: str, service: Ech
         link.close()
         with pytest.raises(errors.ConnectionLost):
             waiting.result(10)
-        with pytest.raises(errors.ConnectionLost, match="is closed; make a new one"):
+        with pytest.raises(errors.ProtocolError, match="is closed; make a new one"):
             link.exchange(forward())
         link.close()
     service.gate.set()
@@ -326,7 +326,7 @@ def test_a_forked_child_is_told_to_make_its_own_link(link: GrpcLink) -> None:
     if not child:
         try:
             link.exchange(forward())
-        except errors.ConnectionLost as exc:
+        except errors.ProtocolError as exc:
             os.write(write, str(exc).encode())
         link.close()
         os._exit(0)

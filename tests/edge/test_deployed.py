@@ -1,0 +1,205 @@
+"""The run in its real places: under `flwr run`, simulated and deployed, with real processes."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import tomli_w
+
+from fedsplit.config import from_yaml
+from fedsplit.run_folder import RunFolder
+from tests.edge.federation import federate, overrides_for, spec_for, without_seconds
+from tests.edge.test_transport import self_signed
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PATIENCE_S = 240.0
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[str]:
+    """A mark in the environment that every process of a test inherits; none may be left."""
+    os.environ["FEDSPLIT_TEST_MARK"] = value = str(tmp_path)
+    yield value
+    del os.environ["FEDSPLIT_TEST_MARK"]
+    assert marked(value) == []
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            is_marked = process.environ().get("FEDSPLIT_TEST_MARK") == mark
+            if is_marked and process.pid != os.getpid() and process.status() != "zombie":
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@contextmanager
+def driver(*words: str) -> Iterator["subprocess.Popen[str]"]:
+    """`python -m simulations.run launch=flwr ...`; SIGTERM makes it stop all it started."""
+    command = [sys.executable, "-m", "simulations.run", "launch=flwr", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def output(process: "subprocess.Popen[str]") -> str:
+    text, _ = process.communicate(timeout=PATIENCE_S)
+    return text
+
+
+# --- simulated -----------------------------------------------------------------------------------
+
+
+def test_flwr_run_gives_the_numbers_of_the_inline_run(tmp_path: Path, mark: str) -> None:
+    words = overrides_for(tmp_path, "train.rounds=2", "sharding=iid")
+    inline = federate(spec_for(tmp_path, "train.rounds=2", "sharding=iid"))
+    with driver(*words) as process:
+        text = output(process)
+    assert process.returncode == 0, text
+    simulated = RunFolder(tmp_path / "runs" / "tiny-2")
+    assert without_seconds(simulated.rounds()) == without_seconds(inline.rounds())
+    specs = [from_yaml((f.path / "config.yaml").read_text()) for f in (inline, simulated)]
+    assert [spec.launch.kind for spec in specs] == ["inline", "flwr"]
+    assert len({spec.fingerprint for spec in specs}) == 1
+    weights = [(f.path / "model" / "model.safetensors").read_bytes() for f in (inline, simulated)]
+    assert weights[0] == weights[1]
+
+
+def test_a_client_that_is_killed_in_a_step_leaves_the_others_to_finish(
+    tmp_path: Path, mark: str
+) -> None:
+    steps = ["train.rounds=2", "train.local_steps=150", "policy.deadline_s=2", "sharding=iid"]
+    folder = RunFolder(tmp_path / "runs" / "tiny")
+    with driver(*overrides_for(tmp_path, *steps)) as process:
+        await_that(lambda: folder.rounds() or process.poll() is not None)
+        log = (folder.path / "flower.log").read_text(encoding="utf-8")
+        port = int(re.findall(r"Trunk is served at 127\.0\.0\.1:(\d+)", log)[0])
+        await_that(lambda: connected(mark, port) or process.poll() is not None)
+        connected(mark, port)[0].kill()  # its steps take seconds, and none is done yet
+        text = output(process)
+    assert process.returncode == 0, text
+    assert [(s.clients, s.failed) for s in folder.rounds()] == [(3, 0), (2, 1)]
+    assert folder.rounds()[1].version == 300
+
+
+def connected(mark: str, port: int) -> list[psutil.Process]:
+    """The simulated clients that are connected to the trunk."""
+    return [
+        process
+        for process in marked(mark)
+        if "ray::ClientApp" in process.cmdline()[0]
+        and any(c.raddr and c.raddr.port == port for c in process.net_connections())
+    ]
+
+
+def await_that(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# --- deployed ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def background(*command: str, env: dict[str, str], cwd: Path) -> Iterator[None]:
+    """A process that runs while the block does; its children go with it."""
+    with (cwd / f"{command[0]}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [str(BIN / command[0]), *command[1:]],
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
+        process.terminate()
+        process.wait(timeout=PATIENCE_S)
+        psutil.wait_procs(family, timeout=PATIENCE_S)  # the others take a second more
+
+
+def free_ports(number: int) -> list[int]:
+    with ExitStack() as open_sockets:
+        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1.0):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path, mark: str) -> None:
+    wire = self_signed(tmp_path, "trunk")
+    words = overrides_for(tmp_path, "clients=2", f"wire.tls_cert={wire.tls_cert}")
+    words += [f"wire.tls_key={wire.tls_key}"]
+    results = tmp_path / "runs"
+    place, home = tmp_path / "place", tmp_path / "home"
+    place.mkdir()
+    home.mkdir()
+    env = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    link, *nodes = free_ports(3)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{link}"\n'
+        "insecure = true\n"
+    )
+    (home / "run.toml").write_text(
+        tomli_w.dumps({"overrides": " ".join(words), "run-dir": str(results)})
+    )
+    with ExitStack() as deployment:
+        superlink = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link)]
+        deployment.enter_context(background(*superlink, env=env, cwd=place))
+        await_that(lambda: answers(f"http://127.0.0.1:{link}/health"))
+        for partition, port in enumerate(nodes):
+            node = f'partition-id={partition} num-partitions=2 tls-ca="{wire.tls_ca}"'
+            supernode = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}"]
+            supernode += ["--port", str(port), "--node-config", node]
+            deployment.enter_context(background(*supernode, env=env, cwd=place))
+        flwr = {"env": env, "cwd": place, "capture_output": True, "text": True, "check": False}
+        command = [str(BIN / "flwr"), "run", str(ROOT), "own", "--stream"]
+        done = subprocess.run(
+            [*command, "--run-config", str(home / "run.toml")], timeout=PATIENCE_S, **flwr
+        )
+        listed = subprocess.run([str(BIN / "flwr"), "ls", "--format", "json"], **flwr)
+    assert json.loads(listed.stdout)["runs"][0]["status"] == "finished:completed", done.stdout
+    folder = RunFolder(results / "tiny")
+    assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0)]
+    spec = from_yaml((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    plain = spec_for(tmp_path, "clients=2")
+    assert spec.wire.tls_cert and spec.model == plain.model
+    assert folder.rounds()[0].loss == federate(plain).rounds()[0].loss

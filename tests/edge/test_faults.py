@@ -1,0 +1,126 @@
+"""Faults of the network between clients and their trunk: no number may show that there were any."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+
+import pytest
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fedsplit.client.trainer import FitStats
+from fedsplit.errors import ProtocolError
+from fedsplit.spec import PolicySpec, WireSpec
+from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.server import GrpcServer
+from tests.core.worlds import Member, World, batch, same, small_run, world
+from tests.edge.proxy import Proxy, proxied
+
+STEPS = 8
+
+
+@contextmanager
+def federation(
+    config: PretrainedConfig, clients: int, *, reset_every: int = 0, deadline_s: float = 30.0
+) -> Iterator[tuple[World, Proxy]]:
+    """A served trunk and its clients, a proxy between them."""
+    wire = WireSpec(budget_s=60.0, call_deadline_s=20.0)
+    run = small_run(wire=wire, policy=PolicySpec(deadline_s=deadline_s))
+    with ExitStack() as stack:
+        here = stack.enter_context(world(config, run))
+        limits = here.service.limits
+        server = GrpcServer(here.service, wire=wire, limits=limits, max_clients=2 * clients)
+        stack.callback(server.stop)
+        proxy = stack.enter_context(proxied(server.start(), reset_every))
+        for name in (f"client-{i}" for i in range(clients)):
+            link = GrpcLink(proxy.address, token=here.service.admit(name), wire=wire)
+            here.add(name, stack.enter_context(closing(link)))
+        yield here, proxy
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All numbers of a training."""
+
+    stats: list[FitStats]
+    version: int
+    trunk: dict[str, Tensor]
+    ends: list[dict[str, Tensor]]
+
+    def equals(self, other: "Outcome") -> bool:
+        """Whether nothing differs, not in one bit."""
+        told = (self.stats, self.version) == (other.stats, other.version)
+        ends = zip(self.ends, other.ends, strict=True)
+        return told and same(self.trunk, other.trunk) and all(same(a, b) for a, b in ends)
+
+
+def fit(member: Member, number: int) -> FitStats:
+    groups = ([batch(100 * number + i), batch(100 * number + i + 50, pad=3)] for i in range(STEPS))
+    return member.trainer.fit(groups)
+
+
+def train(here: World) -> Outcome:
+    """All clients at once, to the end."""
+    members = list(here.members.values())
+    here.service.open_round(0, expected=len(members))
+    with ThreadPoolExecutor(len(members)) as pool:
+        stats = list(pool.map(fit, members, range(len(members))))
+    ends = [dict(member.model.named_parameters()) for member in members]
+    return Outcome(stats, here.service.engine.version, here.trunk_weights(), ends)
+
+
+@pytest.fixture
+def config(tiny_gpt2) -> PretrainedConfig:
+    """With dropout, so that a repeated forward shows if it drops anything else."""
+    return tiny_gpt2(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+
+
+@pytest.mark.parametrize(("clients", "reset_every"), [(1, 50), (1, 17), (3, 50)])
+def test_connections_that_are_reset_change_no_number(
+    config: PretrainedConfig, clients: int, reset_every: int
+) -> None:
+    with federation(config, clients) as (here, _):
+        expected = train(here)
+    with federation(config, clients, reset_every=reset_every) as (here, proxy):
+        got = train(here)
+    assert proxy.resets > 0
+    assert got.version == STEPS
+    assert got.equals(expected)
+
+
+def test_a_network_that_stands_still_changes_no_number(config: PretrainedConfig) -> None:
+    with federation(config, 3) as (here, _):
+        expected = train(here)
+    with federation(config, 3) as (here, proxy):
+        threading.Timer(0.05, proxy.hold).start()
+        threading.Timer(1.05, proxy.heal).start()
+        got = train(here)
+    assert got.equals(expected)
+
+
+def test_clients_that_go_while_they_wait_at_the_barrier_leave_nothing_behind(
+    config: PretrainedConfig,
+) -> None:
+    with federation(config, 2, deadline_s=0.5) as (here, _):
+        alice, bob = here.members.values()
+        engine = here.service.engine
+        alice.trunk.open(), bob.trunk.open()
+        bob.model(batch(1).ids_BT)  # a forward that never gets its backward
+        alice.trainer.step([batch(0)])
+        with ThreadPoolExecutor(1) as pool:
+            parked = pool.submit(alice.trainer.step, [batch(2)])
+            while not engine._parked:
+                time.sleep(0.01)
+            for member in (alice, bob):
+                member.trunk._link.close()
+            with pytest.raises(ProtocolError, match="is closed; make a new one"):
+                parked.result()
+        until = time.monotonic() + 10.0
+        while here.service.num_sessions and time.monotonic() < until:
+            time.sleep(0.01)
+        assert (here.service.num_sessions, engine.stashed_bytes, engine._parked) == (0, 0, [])
+        carol = here.add("carol")
+        assert carol.trainer.fit([[batch(3)]]).steps == 1

@@ -1,0 +1,98 @@
+"""Split training and unsplit training, side by side: no digit of loss or weight differs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsplit.errors import ConfigError
+from simulations.parity import Parity, compare
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning"),
+]
+ROOT = Path(__file__).parents[2]
+FAMILIES = (
+    "gpt2 llama qwen2 qwen3 mistral gemma2 gemma3_text opt gpt_neox phi3 bloom falcon olmoe granite"
+)
+
+
+def difference(**asked: object) -> tuple[float, float]:
+    found = compare(Parity(**asked))  # type: ignore[arg-type]
+    return found.max_loss_diff, found.max_weight_diff
+
+
+@pytest.mark.parametrize("family", FAMILIES.split())
+def test_every_family(family: str) -> None:
+    assert difference(family=family, steps=2) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_over_the_wire(family: str, lora: bool, tied: str) -> None:
+    asked = {"family": family, "lora": lora, "tied": tied, "steps": 3, "link": "grpc"}
+    assert difference(**asked, clip_norm=0.5, accumulation=2) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("link", ["local", "grpc"])
+def test_every_optimizer(optimizer: str, link: str) -> None:
+    assert difference(optimizer=optimizer, link=link, steps=3, seed=7) == (0.0, 0.0)
+
+
+def test_a_difference_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the trunk's norm is left out, clipping differs; the comparison says so."""
+    monkeypatch.setattr("fedsplit.client.remote.RemoteTrunk.trunk_sq_norm", 0.0)
+    loss_diff, weight_diff = difference(steps=3, clip_norm=0.01, optimizer="sgd")
+    assert loss_diff > 0.0 and weight_diff > 0.0
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("link=tcp", "link=tcp is not one of: local, grpc"),
+        ("tied=maybe", "tied=maybe is not one of: default, true, false"),
+        ("steps=0", "steps=0 is too small; it must be at least 1"),
+        ("steps=two", "steps=two: 'two' is not int"),
+        ("speed=1", "'speed' is not one of: family, steps, link"),
+        ("optimizer=lion", "train.optimizer='lion' is not one of: adamw, adam, sgd"),
+        ("lora=maybe", "lora=maybe: 'maybe' is not bool"),
+    ],
+)
+def test_a_wrong_setting_is_refused(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare(Parity.parse([word]))
+
+
+def program(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "simulations.parity", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_program_s_last_line() -> None:
+    done = program("family=llama", "steps=2", "link=grpc")
+    line = "parity: llama steps=2 link=grpc max_loss_diff=0.0 max_weight_diff=0.0"
+    assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, line, "")
+
+
+def test_the_program_as_json() -> None:
+    done = program("family=gpt2", "steps=1", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {
+        "family": "gpt2",
+        "steps": 1,
+        "link": "local",
+        "max_loss_diff": 0.0,
+        "max_weight_diff": 0.0,
+    }
+
+
+def test_the_program_refuses_in_a_line() -> None:
+    done = program("family=nope", "steps=1")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("parity: ")
