@@ -285,6 +285,11 @@ class WireSpec:
                 f"wire.bind={self.bind} can be reached from other machines without encryption; "
                 "set wire.tls_cert and wire.tls_key, or wire.insecure=true if you mean it"
             )
+        if not self.advertise and self.bind.startswith(("0.0.0.0:", "[::]:")):
+            raise ConfigError(
+                f"wire.bind={self.bind} is every address of this machine and none that a client "
+                "can call; set wire.advertise=host:port"
+            )
 
     @property
     def is_local(self) -> bool:

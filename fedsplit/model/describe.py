@@ -1,10 +1,11 @@
 """The model that a run describes: its config, and the parts that each side starts from."""
 
+import difflib
 import threading
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, TokenizersBackend
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, TokenizersBackend
 
 from fedsplit.errors import ConfigError
 from fedsplit.model.hollow import ClientPart
@@ -32,6 +33,10 @@ def config_of(model: ModelSpec, tokenizer: TokenizersBackend) -> PretrainedConfi
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if model.family not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model.family, list(CONFIG_MAPPING), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"model.family={model.family} is not a model type of transformers{hint}")
     try:
         config: PretrainedConfig = AutoConfig.for_model(model.family, **{**ids, **model.config})
     except (ValueError, TypeError) as exc:

@@ -133,7 +133,8 @@ class TrunkEngine:
 
     def join(self, worker: Worker) -> "Future[int]":
         """Count a training session's client in; the current version."""
-        return self._submit(_FIRST, lambda: self._join(worker))
+        # As late as a leave, so that a client's new session is never undone by the end of its old.
+        return self._submit(_LAST, lambda: self._join(worker))
 
     def leave(self, worker: Worker, *, replaced: bool = False) -> "Future[None]":
         """Drop all that is kept for a session; what it contributed stays.

@@ -331,15 +331,18 @@ class TrunkService:
             raise DeadlineExceeded(f"the trunk did not answer inside {bound} s") from exc
 
     def _drop(self, session: _Session, *, replaced: bool = False) -> None:
-        with self._lock:
-            if not self._sessions.pop(session.worker.session, None):
-                return
-            session.cancel_farewell()
         with session.lock:
+            if session.dropped:
+                return
             session.dropped = True
             if session.worker.training:
                 self._last_steps[session.worker.client] = session.steps()
-        self._wait(self.engine.leave(session.worker, replaced=replaced))
+        try:
+            self._wait(self.engine.leave(session.worker, replaced=replaced))
+        finally:
+            with self._lock:  # only now is nothing kept for it any more
+                session.cancel_farewell()
+                del self._sessions[session.worker.session]
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype != self._dtype:

@@ -1,4 +1,4 @@
-"""What a session may do next: one table of events, when each is legal, and what it changes.
+"""What a training session may do next: one table of events, when each is legal, what it changes.
 
 Knows no role and no I/O. Both sides could hold one; a call that was answered before is replayed
 by the service and never reaches this table.
@@ -18,11 +18,9 @@ class Event(Enum):
     """What a client can do in a session."""
 
     FORWARD = "forward"
-    EVAL = "eval forward"
     BACKWARD = "backward"
     EXPIRED = "expired backward"
     STEP = "step"
-    CLOSE = "close"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +31,11 @@ class SessionState:
     backward, in order, and `backwards` counts the ones since the last step.
     """
 
-    closed: bool = False
     last_call: int = -1
     outstanding: tuple[int, ...] = ()
     backwards: int = 0
 
     def __str__(self) -> str:
-        if self.closed:
-            return "closed"
         waiting = f"{len(self.outstanding)} forwards outstanding"
         return f"open at call {self.last_call}, {waiting}, {self.backwards} backwards to step with"
 
@@ -55,10 +50,10 @@ def advance(state: SessionState, event: Event, call: int = 0) -> SessionState:
 
     >>> state = advance(SessionState(), Event.FORWARD, call=7)
     >>> advance(advance(state, Event.BACKWARD, call=7), Event.STEP)
-    SessionState(closed=False, last_call=7, outstanding=(), backwards=0)
+    SessionState(last_call=7, outstanding=(), backwards=0)
     """
     rule = _TABLE[event]
-    if state.closed or not rule.legal(state, call):
+    if not rule.legal(state, call):
         raise ProtocolError(f"{event.value} (call {call}) needs {rule.needs}; session is {state}")
     return rule.after(state, call)
 
@@ -72,11 +67,7 @@ class _Rule:
 
 def _forward(state: SessionState, call: int) -> SessionState:
     waiting = sorted({*state.outstanding, call})[-MAX_OUTSTANDING:]
-    return replace(_eval(state, call), outstanding=tuple(waiting))
-
-
-def _eval(state: SessionState, call: int) -> SessionState:
-    return replace(state, last_call=max(state.last_call, call))
+    return replace(state, last_call=max(state.last_call, call), outstanding=tuple(waiting))
 
 
 def _backward(state: SessionState, call: int) -> SessionState:
@@ -91,11 +82,10 @@ def _expired(state: SessionState, call: int) -> SessionState:
 
 _TABLE = {
     Event.FORWARD: _Rule(
-        "an open session and a new call",
+        "a new call",
         lambda s, call: call > s.last_call or call in s.outstanding,
         _forward,
     ),
-    Event.EVAL: _Rule("an open session", lambda s, call: True, _eval),
     Event.BACKWARD: _Rule(
         "an outstanding forward of the same call", lambda s, call: call in s.outstanding, _backward
     ),
@@ -106,8 +96,5 @@ _TABLE = {
         "a backward since the last step",
         lambda s, call: s.backwards > 0,
         lambda s, call: replace(s, backwards=0),
-    ),
-    Event.CLOSE: _Rule(
-        "an open session", lambda s, call: True, lambda s, call: replace(s, closed=True)
     ),
 }

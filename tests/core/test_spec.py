@@ -68,6 +68,7 @@ REFUSED = [
     (lambda: PolicySpec(deadline_s=0), "policy.deadline_s=0 must be greater than 0"),
     (lambda: WireSpec(codec="int8"), "wire.codec=int8 is not available yet; allowed: none"),
     (lambda: WireSpec(tls_cert="a"), "wire.tls_cert and wire.tls_key go together"),
+    (lambda: WireSpec(bind="0.0.0.0:1", insecure=True), "set wire.advertise=host:port"),
     (lambda: WireSpec(bind="0.0.0.0:1"), "without encryption; set wire.tls_cert and wire.tls_key"),
     (lambda: LaunchSpec(kind="ray"), "launch='ray' is not one of: inline, flwr"),
     (lambda: TrainSpec(rounds=0), "train.rounds=0 is too small"),
@@ -94,13 +95,13 @@ def test_a_wrong_value_is_refused_by_name(make, message):
         WireSpec(bind="localhost:0"),
         WireSpec(bind="[::1]:5"),
         WireSpec(bind="unix:/tmp/trunk.sock"),
-        WireSpec(bind="0.0.0.0:1", insecure=True),
-        WireSpec(bind="0.0.0.0:1", tls_cert="c", tls_key="k"),
+        WireSpec(bind="0.0.0.0:1", advertise="trunk:1", insecure=True),
+        WireSpec(bind="192.0.2.1:1", tls_cert="c", tls_key="k"),
     ],
     ids=lambda wire: wire.bind,
 )
 def test_an_address_is_local_or_said_to_be_open(wire):
-    assert wire.is_local == (not wire.bind.startswith("0.0.0.0"))
+    assert wire.is_local == (not wire.bind.startswith(("0.0.0.0", "192.0.2")))
 
 
 @pytest.mark.parametrize(
