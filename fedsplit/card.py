@@ -49,7 +49,7 @@ def model_card(
     return _TEXT.format(
         name=run.name,
         clients=run.clients,
-        model=run.model.pretrained or f"{run.model.family}, made from scratch",
+        model=run.model,
         split="/".join(str(count) for count in cut),
         corpus=corpus.name,
         corpus_bytes=corpus.num_bytes,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +66,18 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 def append(path: Path, stats: RoundStats) -> None:
-    """Add one round to a file of JSON lines."""
+    """Add one round to a file of JSON lines; a number that is not finite is null there."""
+    told = {key: value if math.isfinite(value) else None for key, value in asdict(stats).items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(stats)) + "\n")
+        file.write(json.dumps(told, allow_nan=False) + "\n")
 
 
 def parse(lines: Iterable[str]) -> list[RoundStats]:
     """The rounds in JSON lines that `append` wrote."""
-    return [RoundStats(**json.loads(line)) for line in lines if line.strip()]
+    told: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+    for one in told:
+        one.update({key: math.nan for key, value in one.items() if value is None})
+    return [RoundStats(**one) for one in told]
 
 
 def closing_table(rounds: Sequence[RoundStats]) -> str:

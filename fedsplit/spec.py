@@ -119,6 +119,9 @@ class ModelSpec:
         if not self.pretrained and not self.family:
             raise ConfigError("model.pretrained and model.family are both empty; set one of them")
 
+    def __str__(self) -> str:
+        return self.pretrained or f"{self.family} from scratch"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSpec:

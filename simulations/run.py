@@ -98,11 +98,10 @@ def _printing_rounds(folder: RunFolder) -> Iterator[None]:
 
 
 def _heading(run: RunSpec) -> str:
-    model = run.model.pretrained or f"{run.model.family} from scratch"
     return (
-        f"run {run.name} ({run.fingerprint}): {model}, split {run.split}, {run.data.kind} corpus, "
-        f"{run.sharding.kind} sharding over {run.clients} clients, policy {run.policy.kind}, "
-        f"launch {run.launch.kind}"
+        f"run {run.name} ({run.fingerprint}): {run.model}, split {run.split}, "
+        f"{run.data.kind} corpus, {run.sharding.kind} sharding over {run.clients} clients, "
+        f"policy {run.policy.kind}, launch {run.launch.kind}"
     )
 
 

@@ -147,7 +147,7 @@ class SplitFedV2(Strategy):
 
     def summary(self) -> None:
         """Say what is about to run."""
-        log(INFO, "\tSplitFed V2: model %s, split %s", self._run.model.family, self._run.split)
+        log(INFO, "\tSplitFed V2: model %s, split %s", self._run.model, self._run.split)
         log(INFO, "\tHalves:")
         self._halves.summary()
 
