@@ -38,7 +38,11 @@ RUN_CONFIG_KEYS = {
     "lr": "train.lr",
     "policy": "policy",
     "wire": "wire",
+    "halves": "halves",
     "strategy": "strategy",
+    "task": "task",
+    "baseline": "baseline",
+    "resume": "resume",
 }
 """Keys of `[tool.flwr.app.config]`, and the group or field that each one sets."""
 

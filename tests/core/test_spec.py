@@ -8,6 +8,7 @@ import pytest
 from fedsplit.errors import ConfigError
 from fedsplit.spec import (
     DataSpec,
+    HalvesSpec,
     LaunchSpec,
     LoraSpec,
     ModelSpec,
@@ -15,6 +16,7 @@ from fedsplit.spec import (
     RunSpec,
     ShardingSpec,
     SplitSpec,
+    SweepSpec,
     TrainSpec,
     WireSpec,
 )
@@ -49,6 +51,10 @@ def test_a_split_that_is_not_three_numbers_is_refused(text):
         SplitSpec.parse(text)
 
 
+def simulated(client="client-0", **changes):
+    return RunSpec(policy=PolicySpec(sim_slowdown={client: 2.0}), **changes)
+
+
 REFUSED = [
     (lambda: SplitSpec(bottom=0), "split.bottom=0 is too small"),
     (lambda: SplitSpec.parse("1/0/1"), "leaves the trunk no block"),
@@ -59,13 +65,24 @@ REFUSED = [
     (lambda: LoraSpec(rank=0), "lora.rank=0 is too small"),
     (lambda: LoraSpec(dropout=1.0), r"lora.dropout=1.0 is out of range; it must be in \[0.0, 1.0"),
     (lambda: LoraSpec(enabled=True, bottom=False, trunk=False, top=False), "nothing would train"),
-    (lambda: DataSpec(kind="csv"), "data='csv' is not one of: embedded, text, jsonl, hub"),
+    (lambda: DataSpec(kind="csv"), "data='csv' is not one of: embedded, text, jsonl, hub, digits"),
     (lambda: DataSpec(kind="text"), "data.path is empty, but data=text needs one"),
     (lambda: DataSpec(sequence_length=1), "data.sequence_length=1 is too small"),
-    (lambda: ShardingSpec(kind="dirichlet"), "sharding=dirichlet is not available yet; allowed"),
-    (lambda: PolicySpec(kind="async"), "policy=async is not available yet; allowed: sync"),
-    (lambda: PolicySpec(kind="quorum"), "policy=quorum is not available yet; allowed: sync"),
+    (lambda: ShardingSpec(kind="random"), "sharding='random' is not one of: iid, natural"),
+    (lambda: ShardingSpec(alpha=0), "sharding.alpha=0 must be greater than 0"),
+    (lambda: ShardingSpec(classes=0), "sharding.classes=0 is too small"),
+    (lambda: ShardingSpec(skew=1), "sharding.skew=1 goes with sharding=iid or shards"),
+    (lambda: ShardingSpec(target="a.B"), "a target goes with sharding=partitioner"),
+    (lambda: ShardingSpec(kind="partitioner"), "needs one, such as flwr_datasets"),
+    (lambda: PolicySpec(kind="fast"), "policy='fast' is not one of: sync, async, quorum"),
     (lambda: PolicySpec(deadline_s=0), "policy.deadline_s=0 must be greater than 0"),
+    (lambda: PolicySpec(quorum=2.5), "policy.quorum=2.5 is neither a fraction"),
+    (lambda: PolicySpec(quorum=0), "policy.quorum=0 must be greater than 0"),
+    (lambda: PolicySpec(mixing=1.5), r"policy.mixing=1.5 is out of range; it must be in \(0, 1\]"),
+    (lambda: PolicySpec(buffer=0), "policy.buffer=0 is too small"),
+    (lambda: PolicySpec(discount="log"), "policy.discount='log' is not one of: constant"),
+    (lambda: PolicySpec(sim_slowdown={"client-0": 0.5}), "sim_slowdown of client-0=0.5 is too sm"),
+    (lambda: HalvesSpec(personal="head"), "halves.personal='head' is not one of: none, bottom"),
     (lambda: WireSpec(codec="int8"), "wire.codec=int8 is not available yet; allowed: none"),
     (lambda: WireSpec(tls_cert="a"), "wire.tls_cert and wire.tls_key go together"),
     (lambda: WireSpec(bind="0.0.0.0:1", insecure=True), "set wire.advertise=host:port"),
@@ -75,11 +92,26 @@ REFUSED = [
     (lambda: TrainSpec(lr=math.nan), "train.lr=nan must be greater than 0"),
     (lambda: TrainSpec(lr=math.inf), "train.lr=inf must be greater than 0"),
     (lambda: TrainSpec(beta1=1.0), "train.beta1=1.0 is out of range"),
-    (lambda: TrainSpec(mode="isolated"), "train.mode=isolated is not available yet; allowed"),
+    (lambda: TrainSpec(mode="half"), "train.mode='half' is not one of: joint, frozen_trunk, iso"),
+    (lambda: TrainSpec(clip="value"), "train.clip='value' is not one of: global, parts"),
+    (lambda: TrainSpec(label_smoothing=1), "train.label_smoothing=1 is out of range"),
+    (lambda: TrainSpec(trunk_steps=2, mode="isolated"), "trunk_steps=2 trains the trunk, but in"),
+    (lambda: TrainSpec(local_epochs=1), "a number of steps to end at, .* set train.max_steps"),
+    (lambda: TrainSpec(evaluate_every=0), "train.evaluate_every=0 is too small"),
+    (lambda: TrainSpec(save_every=-1), "train.save_every=-1 is too small"),
     (lambda: TrainSpec(optimizer="lion"), "train.optimizer='lion' is not one of: adamw"),
     (lambda: RunSpec(name="a b"), "name='a b' must be 1 to 64 of the characters"),
     (lambda: RunSpec(clients=0), "clients=0 is too small; it must be at least 1"),
     (lambda: RunSpec(seed=-1), "seed=-1 is too small"),
+    (lambda: RunSpec(task="chat"), "task='chat' is not one of: causal_lm, sequence_classification"),
+    (lambda: RunSpec(baseline="best"), "baseline='best' is not one of: none, central, fedavg"),
+    (lambda: RunSpec(task="image_classification"), "does not go with data=embedded; images are"),
+    (lambda: simulated(launch=LaunchSpec(workers=2)), "all 4 clients at work at once, but launch."),
+    (lambda: simulated("client-7"), "names client-7, but the clients of this run are client-0 to"),
+    (lambda: simulated(train=TrainSpec(mode="isolated")), "goes by the trunk's steps"),
+    (lambda: simulated(baseline="fedavg"), "baseline=fedavg has no trunk"),
+    (lambda: SweepSpec(variants={"a": ""}), "sweep.variants and sweep.seeds go together"),
+    (lambda: SweepSpec(variants={"a b": ""}, seeds=[0]), "'a b' must be of A-Z a-z 0-9"),
 ]
 
 
@@ -132,7 +164,10 @@ def test_a_spec_is_frozen():
     [
         (dict(name="other"), True),
         (dict(launch=LaunchSpec(kind="flwr", run_dir="/elsewhere")), True),
+        (dict(resume="auto"), True),
+        (dict(sweep=SweepSpec(variants={"a": "seed=1"}, seeds=[0])), True),
         (dict(seed=1), False),
+        (dict(halves=HalvesSpec(personal="top")), False),
         (dict(clients=5), False),
         (dict(split=SplitSpec(bottom=2)), False),
         (dict(model=ModelSpec(config={"n_layer": 3})), False),
@@ -142,3 +177,55 @@ def test_a_spec_is_frozen():
 )
 def test_the_fingerprint_tells_runs_with_other_numbers_apart(change, same):
     assert (replace(RunSpec(), **change).fingerprint == RunSpec().fingerprint) is same
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_clients", "enough"),
+    [
+        (PolicySpec(kind="sync", quorum=0.5), 5, 5),
+        (PolicySpec(kind="async"), 5, 1),
+        (PolicySpec(kind="async"), 0, 0),
+        (PolicySpec(kind="quorum", quorum=0.5), 5, 3),
+        (PolicySpec(kind="quorum", quorum=3), 5, 3),
+        (PolicySpec(kind="quorum", quorum=9), 5, 5),
+        (PolicySpec(kind="quorum", quorum=0.01), 5, 1),
+    ],
+)
+def test_quorum(policy, num_clients, enough):
+    assert policy.quorum_of(num_clients) == enough
+
+
+@pytest.mark.parametrize(
+    ("kind", "discounts"),
+    [
+        ("constant", [1.0, 1.0, 1.0]),
+        ("polynomial", [1.0, 2**-0.5, 9**-0.5]),
+        ("hinge", [1.0, 1.0, 1 / (0.5 * 4 + 1)]),
+    ],
+)
+def test_staleness_discount(kind, discounts):
+    policy = PolicySpec(discount=kind, discount_a=0.5, discount_b=4)
+    assert [policy.discount_of(staleness) for staleness in (0, 1, 8)] == pytest.approx(discounts)
+
+
+@pytest.mark.parametrize(
+    ("train", "taken", "steps"),
+    [
+        (TrainSpec(local_steps=7), 100, 7),
+        (TrainSpec(local_steps=7, max_steps=10), 7, 3),
+        (TrainSpec(local_steps=7, max_steps=10), 10, 0),
+        (TrainSpec(local_epochs=2, batch_size=4, schedule="constant"), 0, 15),
+        (TrainSpec(local_epochs=0.1, batch_size=50, schedule="constant"), 0, 1),
+        (TrainSpec(local_epochs=1, accumulation=2, batch_size=5, max_steps=4), 2, 2),
+    ],
+)
+def test_steps_in_a_round(train, taken, steps):
+    assert train.steps_in_round(num_sequences=30, taken=taken) == steps
+
+
+def test_settings_name_everything_that_decides_the_numbers():
+    settings = RunSpec(policy=PolicySpec(sim_slowdown={"client-1": 2.0})).settings
+    assert settings["train.lr"] == 0.003
+    assert settings["policy.sim_slowdown.client-1"] == 2.0
+    assert settings["sharding.options"] == {}
+    assert not {"name", "resume", "launch.kind", "sweep.seeds"} & settings.keys()

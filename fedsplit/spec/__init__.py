@@ -1,0 +1,28 @@
+"""The frozen dataclasses that describe a run: the one place with defaults and range checks.
+
+`conf/` names alternatives and `fedsplit.config` composes them, but every default and every
+allowed value stands here. A value that is planned and does not work yet is refused by name.
+"""
+
+from fedsplit.spec.data import DataSpec, ShardingSpec
+from fedsplit.spec.federation import HalvesSpec, PolicySpec, StrategySpec
+from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
+from fedsplit.spec.run import NAME_PATTERN, LaunchSpec, RunSpec, SweepSpec, WireSpec
+from fedsplit.spec.train import TrainSpec
+
+__all__ = [
+    "NAME_PATTERN",
+    "DataSpec",
+    "HalvesSpec",
+    "LaunchSpec",
+    "LoraSpec",
+    "ModelSpec",
+    "PolicySpec",
+    "RunSpec",
+    "ShardingSpec",
+    "SplitSpec",
+    "StrategySpec",
+    "SweepSpec",
+    "TrainSpec",
+    "WireSpec",
+]

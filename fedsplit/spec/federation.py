@@ -1,0 +1,115 @@
+"""How clients and trunk work together: when the trunk steps, and what becomes of the halves."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsplit.errors import ConfigError
+from fedsplit.spec.checks import at_least, one_of, positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySpec:
+    """When the trunk steps and when a round closes; one setting for both.
+
+    `sync` waits for all clients, `quorum` for `quorum` of them (a count from 1 on, below 1 a
+    fraction), `async` for nobody. At the trunk a barrier waits at most `deadline_s` after its
+    first contribution; a round closes at the latest `round_deadline_s` after it began, and what
+    comes later is merged into a later one.
+
+    A gradient, or a half, that was made `s` versions ago weighs `discount_of(s)`, and is refused
+    beyond `max_staleness`; with `late=refuse` the trunk of a quorum takes none that is stale.
+    In `async`, halves are mixed in with weight `mixing` times the discount (FedAsync), `buffer`
+    of them at a time (FedBuff).
+
+    `sim_slowdown` simulates machines of different speed: by client, how many times slower than
+    the others it is. The trunk then keeps a virtual clock, on which a step of a normal machine
+    takes one second, and takes requests in the order of that clock: such a run is reproducible
+    under any policy. All times above are then virtual ones.
+    """
+
+    kind: str = "sync"
+    deadline_s: float = 30.0
+    round_deadline_s: float = 3600.0
+    quorum: float = 0.8
+    late: str = "discount"
+    discount: str = "polynomial"
+    discount_a: float = 0.5
+    discount_b: float = 4.0
+    max_staleness: int = 32
+    mixing: float = 0.6
+    buffer: int = 1
+    sim_slowdown: dict[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        one_of("policy", self.kind, ("sync", "async", "quorum"))
+        one_of("policy.late", self.late, ("discount", "refuse"))
+        one_of("policy.discount", self.discount, ("constant", "polynomial", "hinge"))
+        for name in ("deadline_s", "round_deadline_s", "quorum"):
+            positive(f"policy.{name}", getattr(self, name))
+        if self.quorum > 1 and self.quorum != int(self.quorum):
+            raise ConfigError(
+                f"policy.quorum={self.quorum} is neither a fraction (below 1) nor a whole number"
+            )
+        for name in ("discount_a", "discount_b", "max_staleness"):
+            at_least(f"policy.{name}", getattr(self, name), 0)
+        at_least("policy.buffer", self.buffer, 1)
+        if not 0 < self.mixing <= 1:
+            raise ConfigError(f"policy.mixing={self.mixing} is out of range; it must be in (0, 1]")
+        for client, factor in self.sim_slowdown.items():
+            at_least(f"policy.sim_slowdown of {client}", factor, 1)
+
+    def quorum_of(self, num_clients: int) -> int:
+        """How many of `num_clients` are enough.
+
+        >>> PolicySpec(kind="quorum", quorum=0.75).quorum_of(5), PolicySpec().quorum_of(5)
+        (4, 5)
+        """
+        if self.kind == "sync":
+            return num_clients
+        if self.kind == "async":
+            return min(1, num_clients)
+        wanted = self.quorum if self.quorum >= 1 else math.ceil(self.quorum * num_clients)
+        return min(int(wanted), num_clients)
+
+    def discount_of(self, staleness: int) -> float:
+        """What something `staleness` versions old weighs, in (0, 1].
+
+        Xie, Koyejo and Gupta 2019, "Asynchronous Federated Optimization", arXiv 1903.03934, 5.2.
+
+        >>> PolicySpec(discount="polynomial", discount_a=0.5).discount_of(3)
+        0.5
+        """
+        if self.discount == "constant":
+            return 1.0
+        if self.discount == "polynomial":
+            return float((staleness + 1) ** -self.discount_a)
+        over = staleness - self.discount_b
+        return 1.0 if over <= 0 else 1.0 / (self.discount_a * over + 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalvesSpec:
+    """What becomes of bottom and top: aggregated by a Flower strategy, or personal.
+
+    `strategy` is the import path of any Flower strategy and `options` what it is made with.
+    `personal` parts never leave their client.
+    """
+
+    strategy: str = "flwr.serverapp.strategy.FedAvg"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    personal: str = "none"
+
+    def __post_init__(self) -> None:
+        one_of("halves.personal", self.personal, ("none", "bottom", "top", "both"))
+
+    def is_personal(self, place: str) -> bool:
+        """Whether the `place`, bottom or top, stays at its client."""
+        return self.personal in (place, "both")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategySpec:
+    """The method of split learning: a Flower strategy by its import path."""
+
+    target: str = "strategies.SplitFedV2"

@@ -1,0 +1,115 @@
+"""What a model is: where it comes from, where it is cut, and which adapters it gets."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsplit.errors import ConfigError
+from fedsplit.spec.checks import at_least, one_of, within
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitSpec:
+    """How many blocks each part holds; `trunk=0` stands for all the others.
+
+    >>> SplitSpec.parse("1/2/1").cut(4)
+    (1, 3)
+    >>> SplitSpec.parse("2/*/1").cut(12)
+    (2, 11)
+    """
+
+    bottom: int = 1
+    trunk: int = 0
+    top: int = 1
+
+    def __post_init__(self) -> None:
+        at_least("split.bottom", self.bottom, 1)
+        at_least("split.trunk", self.trunk, 0)
+        at_least("split.top", self.top, 1)
+
+    @staticmethod
+    def parse(text: str) -> "SplitSpec":
+        """Read `bottom/trunk/top`, where the trunk may be `*` (all the other blocks).
+
+        Raises:
+            ConfigError: The text is not three numbers.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+|\*)/(\d+)", text.strip())
+        if not found:
+            raise ConfigError(
+                f"split={text!r} is not of the form bottom/trunk/top, e.g. 1/2/1 or 1/*/1"
+            )
+        bottom, trunk, top = found.groups()
+        if trunk == "0":
+            raise ConfigError(f"split={text!r} leaves the trunk no block; it needs at least 1")
+        return SplitSpec(bottom=int(bottom), trunk=0 if trunk == "*" else int(trunk), top=int(top))
+
+    def cut(self, num_blocks: int, model: str = "the model") -> tuple[int, int]:
+        """First block of the trunk, and first block after it.
+
+        Raises:
+            ConfigError: The model does not have as many blocks as the split asks for.
+        """
+        ends, trunk = self.bottom + self.top, self.trunk
+        if ends + max(trunk, 1) > num_blocks:
+            raise ConfigError(
+                f"split.bottom + split.top = {ends}, but {model} has {num_blocks} blocks of which "
+                f"the trunk needs at least {max(trunk, 1)}; lower one of them"
+            )
+        if trunk and ends + trunk != num_blocks:
+            raise ConfigError(
+                f"split {self} covers {ends + trunk} blocks, but {model} has {num_blocks}; make "
+                f"them equal, or write {self.bottom}/*/{self.top} to give the trunk all the others"
+            )
+        return self.bottom, num_blocks - self.top
+
+    def __str__(self) -> str:
+        return f"{self.bottom}/{self.trunk or '*'}/{self.top}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A checkpoint to start from, or a family and the settings of a model to make.
+
+    `pretrained` is a hub id or a local directory and wins over `family`; `config` holds fields
+    of the family's own Hugging Face config.
+    """
+
+    pretrained: str = ""
+    revision: str = "main"
+    family: str = "gpt2"
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+    attention: str = "sdpa"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        one_of("model.attention", self.attention, ("eager", "sdpa"), later=("flash_attention_2",))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"), later=("float16",))
+        if not self.pretrained and not self.family:
+            raise ConfigError("model.pretrained and model.family are both empty; set one of them")
+
+    def __str__(self) -> str:
+        return self.pretrained or f"{self.family} from scratch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """Adapters instead of full training; `targets` is peft's own default, or names with commas."""
+
+    enabled: bool = False
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    targets: str = "auto"
+    bottom: bool = True
+    trunk: bool = True
+    top: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("lora.rank", self.rank, 1)
+        at_least("lora.alpha", self.alpha, 1)
+        within("lora.dropout", self.dropout, 0.0, 1.0)
+        if self.enabled and not (self.bottom or self.trunk or self.top):
+            raise ConfigError(
+                "lora.bottom, lora.trunk and lora.top are all false: nothing would train"
+            )

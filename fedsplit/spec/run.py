@@ -1,0 +1,207 @@
+"""A run, whole: its parts, the wire it uses, and where it takes place."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fedsplit.errors import ConfigError
+from fedsplit.spec.checks import at_least, one_of, positive
+from fedsplit.spec.data import DataSpec, ShardingSpec
+from fedsplit.spec.federation import HalvesSpec, PolicySpec, StrategySpec
+from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
+from fedsplit.spec.train import TrainSpec
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireSpec:
+    """The stream between client and trunk. Times are in seconds, sizes in bytes.
+
+    `bind` is where the trunk server listens (port 0 picks a free one) and `advertise` the
+    address clients are told, if it is another. TLS needs `tls_cert` and `tls_key` at the server;
+    clients trust `tls_ca`. `call_deadline_s` bounds one call, `budget_s` one call with retries.
+    """
+
+    bind: str = "127.0.0.1:0"
+    advertise: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
+    insecure: bool = False
+    codec: str = "none"
+    call_deadline_s: float = 120.0
+    budget_s: float = 300.0
+    stash_ttl_s: float = 300.0
+    stash_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        one_of("wire.codec", self.codec, ("none",), ("bf16", "fp16", "int8", "int4", "topk"))
+        for name in ("call_deadline_s", "budget_s", "stash_ttl_s", "stash_bytes"):
+            positive(f"wire.{name}", getattr(self, name))
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("wire.tls_cert and wire.tls_key go together; set both or neither")
+        if not (self.is_local or self.tls_cert or self.insecure):
+            raise ConfigError(
+                f"wire.bind={self.bind} can be reached from other machines without encryption; "
+                "set wire.tls_cert and wire.tls_key, or wire.insecure=true if you mean it"
+            )
+        if not self.advertise and self.bind.startswith(("0.0.0.0:", "[::]:")):
+            raise ConfigError(
+                f"wire.bind={self.bind} is every address of this machine and none that a client "
+                "can call; set wire.advertise=host:port"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the trunk server can be reached from this machine only."""
+        host = self.bind.rpartition(":")[0]
+        return self.bind.startswith("unix:") or host in ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSpec:
+    """Where the run takes place; changes no number of it.
+
+    `workers` is how many simulated clients work at once (0: all of them), and `run_dir` the
+    folder that holds one folder per run. `start_timeout_s` bounds the wait for the first sign.
+    """
+
+    kind: str = "inline"
+    workers: int = 0
+    run_dir: str = "runs"
+    start_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        one_of("launch", self.kind, ("inline", "flwr"))
+        at_least("launch.workers", self.workers, 0)
+        positive("launch.start_timeout_s", self.start_timeout_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepSpec:
+    """An experiment of several runs: each variant with each seed, on top of the run itself.
+
+    `variants` are overrides by name, as on the command line: `{slow: "policy=sync seed=3"}`.
+    They end in a table, to which a `kind` other than `compare` adds figures of its own; of kind
+    `memory` nothing is trained. `at_once` runs work at a time (0: one for each core).
+    """
+
+    kind: str = "compare"
+    at_once: int = 0
+    variants: dict[str, str] = field(default_factory=dict, hash=False)
+    seeds: list[int] = field(default_factory=list, hash=False)
+
+    def __post_init__(self) -> None:
+        kinds = ("compare", "convergence", "straggler", "noniid", "memory")
+        one_of("sweep.kind", self.kind, kinds)
+        at_least("sweep.at_once", self.at_once, 0)
+        for name in self.variants:
+            if not NAME_PATTERN.fullmatch(name):
+                raise ConfigError(f"sweep.variants: {name!r} must be of A-Z a-z 0-9 _ - only")
+        if bool(self.variants) != bool(self.seeds):
+            raise ConfigError("sweep.variants and sweep.seeds go together; set both or neither")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """One run, whole. Everything but `name`, `launch`, `resume` and `sweep` decides its numbers.
+
+    `task` is what the model's head does. `baseline` replaces split learning by what it is
+    measured against: the unsplit model on all data (`central`), FedAvg of whole models
+    (`fedavg`), or each client alone (`local`). `resume` continues the run in a folder, or with
+    `auto` the latest one of this name, if there is one.
+
+    >>> RunSpec(seed=1).fingerprint == RunSpec(seed=1, name="again").fingerprint
+    True
+    """
+
+    name: str = "default"
+    seed: int = 0
+    clients: int = 4
+    task: str = "causal_lm"
+    baseline: str = "none"
+    resume: str = ""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    split: SplitSpec = field(default_factory=SplitSpec)
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    sharding: ShardingSpec = field(default_factory=ShardingSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    policy: PolicySpec = field(default_factory=PolicySpec)
+    halves: HalvesSpec = field(default_factory=HalvesSpec)
+    wire: WireSpec = field(default_factory=WireSpec)
+    strategy: StrategySpec = field(default_factory=StrategySpec)
+    launch: LaunchSpec = field(default_factory=LaunchSpec)
+    sweep: SweepSpec = field(default_factory=SweepSpec)
+
+    def __post_init__(self) -> None:
+        if not NAME_PATTERN.fullmatch(self.name):
+            raise ConfigError(
+                f"name={self.name!r} must be 1 to 64 of the characters A-Z a-z 0-9 _ -"
+            )
+        at_least("seed", self.seed, 0)
+        at_least("clients", self.clients, 1)
+        tasks = ("causal_lm", "sequence_classification", "image_classification")
+        one_of("task", self.task, tasks)
+        one_of("baseline", self.baseline, ("none", "central", "fedavg", "local"))
+        if (self.task == "image_classification") != (self.data.kind == "digits"):
+            raise ConfigError(
+                f"task={self.task} does not go with data={self.data.kind}; images are data=digits "
+                "with task=image_classification"
+            )
+        if self.baseline != "none" and (self.policy.sim_slowdown or self.train.mode != "joint"):
+            raise ConfigError(
+                f"baseline={self.baseline} has no trunk: it takes neither policy.sim_slowdown nor "
+                f"train.mode={self.train.mode}"
+            )
+        if self.policy.sim_slowdown and self.train.mode != "joint":
+            raise ConfigError(
+                f"policy.sim_slowdown goes by the trunk's steps, and in train.mode="
+                f"{self.train.mode} it takes none; use train.mode=joint"
+            )
+        if self.policy.sim_slowdown and 0 < self.launch.workers < self.clients:
+            raise ConfigError(
+                f"policy.sim_slowdown needs all {self.clients} clients at work at once, but "
+                f"launch.workers={self.launch.workers}; set launch.workers=0"
+            )
+        names = [f"client-{number}" for number in range(self.clients)]
+        if strangers := sorted(set(self.policy.sim_slowdown) - set(names)):
+            raise ConfigError(
+                f"policy.sim_slowdown names {strangers[0]}, but the clients of this run are "
+                f"{names[0]} to {names[-1]}"
+            )
+
+    @property
+    def num_nodes(self) -> int:
+        """Flower nodes at work: one per client; all data is at one of them for `central`."""
+        return 1 if self.baseline == "central" else self.clients
+
+    @property
+    def shares_halves(self) -> bool:
+        """Whether clients give anything of their halves away."""
+        return self.baseline != "local" and self.halves.personal != "both"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the run's numbers, by dotted name."""
+        aside = ("name", "launch", "resume", "sweep")
+        told = {k: v for k, v in asdict(self).items() if k not in aside}
+        return dict(_flat(told, ""))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal for two runs that must give the same numbers."""
+        text = json.dumps(self.settings, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flat(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,117 @@
+"""What the optimizers of a run do, at the clients and at the trunk alike."""
+
+import math
+from dataclasses import dataclass
+
+from fedsplit.errors import ConfigError
+from fedsplit.spec.checks import at_least, one_of, positive, within
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec:
+    """What every optimizer of the run, at the clients and at the trunk, does.
+
+    `batch_size` is in sequences and `accumulation` in batches per optimizer step. A client takes
+    `local_steps` optimizer steps a round, or, if that is above 0, `local_epochs` over its data,
+    and in all at most `max_steps` (0: no bound), which is then the horizon of the schedule.
+
+    `clip_norm` is the largest norm of the gradient, over all three parts (`clip=global`) or of
+    the client's and the trunk's each (`clip=parts`); 0 turns clipping off. `momentum` is SGD's.
+    Weight decay is for matrices only.
+
+    `mode` says what trains: `joint` all three parts, `frozen_trunk` the halves with gradients that
+    pass through a trunk that stays as it is, `isolated` the halves alone: the top on what the
+    trunk sends, the bottom on an auxiliary head of its own. `trunk_steps` are steps of the trunk
+    per step of the clients, from stored activations.
+
+    Held-out loss is measured every `evaluate_every` rounds and in the last. Training stops early
+    after `patience` such rounds without improvement (0: never), `load_best` keeps the best of
+    them as the result, and every `save_every` rounds (0: never) a checkpoint is written from
+    which a run can `resume`.
+    """
+
+    rounds: int = 16
+    local_steps: int = 15
+    local_epochs: float = 0.0
+    max_steps: int = 0
+    batch_size: int = 8
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float = 1.0
+    clip: str = "global"
+    schedule: str = "cosine"
+    warmup_steps: int = 40
+    mode: str = "joint"
+    trunk_steps: int = 1
+    evaluate_every: int = 1
+    patience: int = 0
+    load_best: bool = False
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "local_steps", "batch_size", "accumulation", "trunk_steps"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+        one_of("train.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+        one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
+        one_of("train.clip", self.clip, ("global", "parts"))
+        one_of("train.mode", self.mode, ("joint", "frozen_trunk", "isolated"))
+        positive("train.lr", self.lr)
+        positive("train.eps", self.eps)
+        for name in ("beta1", "beta2", "momentum", "label_smoothing"):
+            within(f"train.{name}", getattr(self, name), 0.0, 1.0)
+        counts = ("local_epochs", "max_steps", "warmup_steps", "patience", "save_every")
+        for name in ("weight_decay", "clip_norm", *counts):
+            at_least(f"train.{name}", getattr(self, name), 0)
+        at_least("train.evaluate_every", self.evaluate_every, 1)
+        if self.local_epochs and not self.max_steps and self.schedule != "constant":
+            raise ConfigError(
+                f"train.schedule={self.schedule} needs a number of steps to end at, and with "
+                "train.local_epochs it depends on the data; set train.max_steps, or "
+                "train.schedule=constant"
+            )
+        if self.trunk_steps > 1 and self.mode != "joint":
+            raise ConfigError(
+                f"train.trunk_steps={self.trunk_steps} trains the trunk, but in "
+                f"train.mode={self.mode} it stays as it is; use mode=joint or trunk_steps=1"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of one client over the whole run; where the schedule ends."""
+        return self.max_steps or self.rounds * self.local_steps
+
+    def steps_in_round(self, num_sequences: int, taken: int) -> int:
+        """Optimizer steps that a client with so many sequences takes in its next round.
+
+        Args:
+            num_sequences: Of the client's own data.
+            taken: Optimizer steps that it has taken before.
+        """
+        steps = self.local_steps
+        if self.local_epochs:
+            per_step = self.batch_size * self.accumulation
+            steps = max(1, math.ceil(self.local_epochs * num_sequences / per_step))
+        return min(steps, self.max_steps - taken) if self.max_steps else steps
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step` (the first is 0), the same at every part.
+
+        Linear warm-up over `warmup_steps`, then constant, or down to 0 at `total_steps`,
+        linearly or along half a cosine (Loshchilov and Hutter 2017, without restarts).
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        span = max(1, self.total_steps - self.warmup_steps)
+        done = min(1.0, (step - self.warmup_steps) / span)
+        return self.lr * (
+            1.0 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        )
