@@ -14,10 +14,11 @@ class TrunkHost:
     Args:
         trunk: The trunk part; it trains while the host is entered.
         run: The run it is for.
+        replicas: Whether every client trains a copy of the trunk of its own.
     """
 
-    def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
-        self.service = TrunkService(trunk, run)
+    def __init__(self, trunk: TrunkPart, run: RunSpec, *, replicas: bool = False) -> None:
+        self.service = TrunkService(trunk, run, replicas=replicas)
         self.address = ""
         self._run = run
         self._open = ExitStack()

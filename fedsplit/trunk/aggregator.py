@@ -1,19 +1,27 @@
 """When the trunk steps, and with which weights: pure decisions, no torch, no threads, no clock.
 
-`sync` is one step per barrier over the clients that are in the round and connected. A barrier
-waits for those; from its first contribution on it waits at most `deadline_s`, then it steps with
-what is there and no longer waits for the missing ones until they show up again.
+One machine for all policies. A barrier collects contributions and closes with a step once
+`policy.quorum_of` the clients that it awaits have contributed (all of them in `sync`, one in
+`async`), or `deadline_s` after the first contribution. Whoever is missing at the deadline is no
+longer awaited until it shows up again; whoever is late for a quorum is.
+
+A contribution that was made some steps ago is discounted. Where it shares a step with others it
+weighs less than theirs. In `async` it is the whole step, and to scale a gradient means nothing to
+an optimizer that normalizes it, such as Adam; so there the learning rate is scaled.
 """
 
 import math
 from dataclasses import dataclass, replace
 
+from fedsplit.spec import PolicySpec
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundOpened:
-    """A round begins: no step before `expected` clients have joined (or the deadline)."""
+class Expected:
+    """These clients were sent work; at most `at_once` of them will be at it at a time."""
 
-    expected: int
+    clients: frozenset[str]
+    at_once: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +33,14 @@ class Joined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """A client's session ended; what it contributed stays."""
+    """A client's work is over, done or not; what it contributed stays."""
 
     client: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contributed:
-    """A client's gradient, made with parameter version `version`, that weighs `num_tokens`."""
+    """A client's gradient, made when `version` barriers had closed; it weighs `num_tokens`."""
 
     client: str
     version: int
@@ -44,7 +52,7 @@ class Ticked:
     """Time has passed."""
 
 
-Event = RoundOpened | Joined | Left | Contributed | Ticked
+Event = Expected | Joined | Left | Contributed | Ticked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,42 +62,75 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refuse:
-    """The contribution is stale, or its client's second: the trunk is at version `current`."""
+    """The contribution is too old, or its client's second; `current` barriers have closed."""
 
     current: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Step now with these clients' gradients; the weights sum to one."""
+    """Step now with these clients' gradients: weights that sum to one, in the order of names.
+
+    `scale` is a factor on the learning rate.
+    """
 
     weights: dict[str, float]
+    scale: float
 
 
 Decision = Wait | Refuse | Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """A contribution that waits for its barrier; `discount` is for its age."""
+
+    client: str
+    num_tokens: int
+    discount: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Barrier:
     """The state of the aggregator.
 
-    `awaited` clients hold a barrier up, `tokens` are the contributions so far, `gate` is how many
-    clients have yet to join before the first step, and `deadline` when waiting ends (seconds).
+    `version` barriers have closed before this one. `present` clients are at work, `expected` ones
+    have yet to join, and there is room for `room` of both at a time. `given` is what was
+    contributed so far, and `deadline` when waiting ends (seconds).
     """
 
     version: int = 0
-    awaited: frozenset[str] = frozenset()
-    tokens: tuple[tuple[str, int], ...] = ()
-    gate: int = 0
+    present: frozenset[str] = frozenset()
+    expected: frozenset[str] = frozenset()
+    room: int = 0
+    given: tuple[Given, ...] = ()
     deadline: float = math.inf
 
-    def has(self, client: str) -> bool:
-        """Whether the client has contributed to this barrier, and so waits for its end."""
-        return any(name == client for name, _ in self.tokens)
+    @property
+    def givers(self) -> frozenset[str]:
+        """Who has contributed, and so waits for the end of this barrier."""
+        return frozenset(given.client for given in self.given)
+
+    @property
+    def about_to_join(self) -> int:
+        """How many of the expected clients there is room for now."""
+        return min(len(self.expected), max(0, self.room - len(self.present)))
+
+    @property
+    def num_awaited(self) -> int:
+        """Of how many clients this barrier is: contributed, at work, or about to join."""
+        return len(self.present | self.givers) + self.about_to_join
 
 
-def sync(
-    state: Barrier, event: Event, *, now: float, deadline_s: float
+def oldest(policy: PolicySpec) -> int:
+    """How many steps a contribution may be behind."""
+    if policy.kind == "sync" or (policy.kind == "quorum" and policy.late == "refuse"):
+        return 0
+    return policy.max_staleness
+
+
+def advance(
+    state: Barrier, event: Event, *, now: float, policy: PolicySpec
 ) -> tuple[Barrier, Decision]:
     """Take one event in.
 
@@ -97,42 +138,55 @@ def sync(
         state: The barrier before the event.
         event: What happened.
         now: The time of the event, in seconds of any clock that does not run backwards.
-        deadline_s: How long a barrier waits after its first contribution.
+        policy: What the run asks for.
 
     Returns:
         The barrier after the event, and what to do.
     """
     match event:
-        case RoundOpened(expected=expected):
-            state = replace(state, gate=max(0, expected - len(state.awaited)))
-        case Joined(client=client) if client not in state.awaited:
-            state = _awaiting(state, client)
-        case Left(client=client):
-            state = replace(state, awaited=state.awaited - {client})
-        case Contributed(client=client, version=version) if version != state.version or state.has(
-            client
-        ):
-            return state, Refuse(current=state.version)
-        case Contributed(client=client, num_tokens=num_tokens):
-            state = _awaiting(state, client) if client not in state.awaited else state
-            state = replace(
-                state,
-                tokens=(*state.tokens, (client, num_tokens)),
-                deadline=min(state.deadline, now + deadline_s),
+        case Expected(clients=clients, at_once=at_once):
+            others = replace(
+                state, present=state.present - clients, expected=state.expected - clients
             )
-    return _decide(state, now)
+            room = at_once + len(others.present) + others.about_to_join
+            expected = (state.expected | clients) - state.present
+            state = replace(state, expected=expected, room=room)
+        case Joined(client=client):
+            state = _with(state, client)
+        case Left(client=client):
+            gone = {client}
+            state = replace(state, present=state.present - gone, expected=state.expected - gone)
+        case Contributed(client=client, version=version, num_tokens=num_tokens):
+            staleness = state.version - version
+            if client in state.givers or staleness > oldest(policy):
+                return state, Refuse(current=state.version)
+            discount = policy.discount_of(staleness)
+            given = Given(client=client, num_tokens=num_tokens, discount=discount)
+            deadline = min(state.deadline, now + policy.deadline_s)
+            state = replace(_with(state, client), given=(*state.given, given), deadline=deadline)
+    return _close_if_due(state, now, policy)
 
 
-def _awaiting(state: Barrier, client: str) -> Barrier:
-    return replace(state, awaited=state.awaited | {client}, gate=max(0, state.gate - 1))
+def _with(state: Barrier, client: str) -> Barrier:
+    both = {client}
+    return replace(state, present=state.present | both, expected=state.expected - both)
 
 
-def _decide(state: Barrier, now: float) -> tuple[Barrier, Decision]:
-    given = {client for client, _ in state.tokens}
-    complete = state.gate == 0 and state.awaited <= given
-    if not given or not (complete or now >= state.deadline):
+def _close_if_due(state: Barrier, now: float, policy: PolicySpec) -> tuple[Barrier, Decision]:
+    enough = len(state.given) >= policy.quorum_of(state.num_awaited)
+    if not state.given or not (enough or now >= state.deadline):
         return state, Wait()
-    total = sum(tokens for _, tokens in state.tokens)
-    weights = {client: tokens / total for client, tokens in sorted(state.tokens)}
-    following = Barrier(version=state.version + 1, awaited=state.awaited & frozenset(given))
-    return following, Step(weights=weights)
+    following = replace(state, version=state.version + 1, given=(), deadline=math.inf)
+    if not enough:
+        present = state.present & state.givers
+        following = replace(following, present=present, expected=frozenset())
+    return following, _step(state.given, policy)
+
+
+def _step(given: tuple[Given, ...], policy: PolicySpec) -> Step:
+    weights = {each.client: each.num_tokens * each.discount for each in given}
+    total = sum(weights.values())
+    return Step(
+        weights={client: weights[client] / total for client in sorted(weights)},
+        scale=given[0].discount if policy.kind == "async" else 1.0,
+    )

@@ -1,10 +1,12 @@
-"""What is refused before it can reach a parameter: NaN and Inf, by name."""
+"""What is refused before it can reach a parameter: NaN, Inf and counts that cannot be, by name."""
 
 import math
 
 from torch import Tensor
 
-from fedsplit.errors import NonFinite
+from fedsplit.errors import NonFinite, ProtocolError
+from fedsplit.spec import RunSpec
+from fedsplit.wire.messages import StepRequest
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
@@ -22,4 +24,32 @@ def require_finite(tensor: Tensor, name: str) -> None:
         raise NonFinite(
             f"{name} holds {bad} of {tensor.numel()} values that are NaN or Inf; it was refused "
             "and nothing was changed; lower the learning rate or look at this batch"
+        )
+
+
+def require_plausible(request: StepRequest, num_positions: int, run: RunSpec) -> None:
+    """Refuse a step that claims more tokens than were sent for it, or more steps than there are.
+
+    The first would be a weight over all others, the second a place in the schedule that pulls
+    the others' after it. Where no client waits for another, a fast one may take the steps of all.
+    How many steps `train.local_epochs` are, only the data tell.
+
+    Args:
+        request: The step.
+        num_positions: Sequences times tokens of all backwards since the last step.
+        run: The run.
+
+    Raises:
+        ProtocolError: Names the count, and what it may be at most.
+    """
+    if request.num_tokens > num_positions:
+        raise ProtocolError(
+            f"num_tokens={request.num_tokens} for a step of {num_positions} positions; count the "
+            "tokens of the batches that went through the trunk since the last step"
+        )
+    train, most = run.train, run.train.total_steps * run.clients
+    if request.step > most and (train.max_steps or not train.local_epochs):
+        raise ProtocolError(
+            f"step={request.step}, but the {run.clients} clients of this run take at most {most} "
+            "steps together; count the optimizer steps of this client from 0"
         )

@@ -5,15 +5,14 @@ while that one is still being worked on; a forward runs again only when its grap
 a step is known to have been taken even when its session is gone.
 """
 
+import math
 import secrets
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -27,50 +26,20 @@ from fedsplit.errors import (
     ModelMismatch,
     ProtocolError,
     ProtocolVersion,
-    SessionLost,
     Unauthenticated,
 )
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.optimization import squared_norm
 from fedsplit.spec import RunSpec
-from fedsplit.trunk.engine import TrunkEngine, Worker
+from fedsplit.trunk.engine import TrunkEngine
+from fedsplit.trunk.sessions import Session, Steps, no_session
+from fedsplit.trunk.training import Worker
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import check_request
-from fedsplit.wire.session import Event, SessionState, advance
+from fedsplit.wire.session import Event
 
 T = TypeVar("T")
-
-_Steps = dict[tuple[str, int], "Future[m.StepReply]"]
-_REMEMBERED = 2
-"""Replies kept per session. A client has one call at a time, so it asks for the last one again;
-they hold tensors, so no more are kept than that and one to spare."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Session:
-    """What the service keeps for one session; `lock` is held while a request is looked at."""
-
-    worker: Worker
-    state: SessionState = field(default_factory=SessionState)
-    replies: "OrderedDict[tuple[type, int], Future[Any]]" = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    farewell: threading.Timer | None = None
-    dropped: bool = False
-
-    def cancel_farewell(self) -> None:
-        """The client has said something, or will never again."""
-        if self.farewell:
-            self.farewell.cancel()
-            self.farewell = None
-
-    def steps(self) -> _Steps:
-        """What became of the steps that are remembered."""
-        return {
-            (self.worker.session, call): future
-            for (kind, call), future in self.replies.items()
-            if kind is m.StepRequest
-        }
 
 
 class TrunkService:
@@ -80,12 +49,18 @@ class TrunkService:
         trunk: The trunk part, on its device; the parameters that require a gradient train.
         run: The run it serves.
         clock: Seconds that do not run backwards.
+        replicas: Whether every client trains a copy of the trunk of its own (SplitFed V1).
     """
 
     def __init__(
-        self, trunk: TrunkPart, run: RunSpec, clock: Callable[[], float] = time.monotonic
+        self,
+        trunk: TrunkPart,
+        run: RunSpec,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        replicas: bool = False,
     ) -> None:
-        self.engine = TrunkEngine(trunk, run, clock)
+        self.engine = TrunkEngine(trunk, run, clock, replicas=replicas)
         self.incarnation = secrets.token_hex(8)
         self.limits = m.Limits(
             max_rows=run.train.batch_size,
@@ -98,8 +73,8 @@ class TrunkService:
         self._dtype = trunk.dtype
         self._round = 0
         self._clients: dict[str, str] = {}
-        self._sessions: dict[str, _Session] = {}
-        self._last_steps: dict[str, _Steps] = {}
+        self._sessions: dict[str, Session] = {}
+        self._last_steps: dict[str, Steps] = {}
         self._closing = False
         self._lock = threading.Lock()
         self._answers: dict[type, Callable[[Any, Any], Any]] = {
@@ -132,10 +107,61 @@ class TrunkService:
             self._clients[token] = client
             return token
 
-    def open_round(self, number: int, expected: int) -> None:
-        """Begin round `number`: the first step waits until `expected` clients have joined."""
-        self._round = number
-        self._wait(self.engine.open_round(expected))
+    def expect(
+        self,
+        clients: Sequence[str],
+        *,
+        round: int,
+        at_once: int,
+        close_after: int,
+        until: float = math.inf,
+    ) -> None:
+        """Count on clients that are about to be sent training work of a round.
+
+        On a virtual clock (`policy.sim_slowdown`) nothing moves but between this and one of the
+        ends named below, so call it before the work is sent, and `release` a client before it is
+        expected again. To go on after an end without new work, expect nobody.
+
+        Args:
+            clients: Their names. The trunk's next steps await them as the policy says.
+            round: The round's number.
+            at_once: How many of them work at a time.
+            close_after: Virtual time stands still once so many of the clients that were expected
+                since the last `close` have left since this call. Whose work ends without a
+                session has left when it is released.
+            until: Virtual time does not pass this.
+        """
+        self._round = round
+        self._wait(
+            self.engine.expect(clients, at_once=at_once, close_after=close_after, until=until)
+        )
+
+    def close(self) -> None:
+        """End a round: virtual time stands still until somebody is expected again."""
+        self._wait(self.engine.close())
+
+    def release(self, client: str) -> None:
+        """Wait no longer for a client: its work is over, or it is gone."""
+        self._wait(self.engine.release(client))
+
+    def now(self) -> float:
+        """Seconds of the clock that policies go by: virtual with `policy.sim_slowdown`."""
+        return self.engine.now
+
+    def average(self, weights: Mapping[str, float]) -> None:
+        """Give every replica of the trunk the mean of these clients' replicas.
+
+        Thapa, Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
+        Learning", AAAI 36(8), arXiv 2004.12088, algorithm 1. Moments stay each client's own, and
+        a client that joins later begins with the mean.
+
+        Args:
+            weights: By client; they sum to one.
+
+        Raises:
+            ConfigError: There are no replicas, or the weights do not sum to one.
+        """
+        self._wait(self.engine.average(weights))
 
     @property
     def num_sessions(self) -> int:
@@ -194,8 +220,8 @@ class TrunkService:
             training=request.training,
         )
         with self._lock:
-            same = [s for s in self._sessions.values() if _in_place_of(worker, s.worker)]
-            opened = self._sessions[worker.session] = _Session(worker=worker)
+            same = [each for each in self._sessions.values() if each.is_of(worker)]
+            opened = self._sessions[worker.session] = Session(worker=worker)
             self._await_word(opened, self._run.wire.stash_ttl_s)
         for old in same:
             self._drop(old, replaced=True)
@@ -208,7 +234,7 @@ class TrunkService:
             limits=self.limits,
         )
 
-    def _forward(self, session: _Session, request: m.ForwardRequest) -> m.ForwardReply:
+    def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:
         self._check_dtype("smashed_BTD", request.smashed_BTD)
         mask_BT = request.attention_mask_BT
         if mask_BT is not None and mask_BT.shape != request.smashed_BTD.shape[:2]:
@@ -220,30 +246,26 @@ class TrunkService:
             raise ProtocolError("a training forward in a session that was not opened for training")
         if not request.training:
             return self._wait(self.engine.forward(session.worker, request))
-        return self._wait(self._once(session, request, Event.FORWARD, self.engine.forward))
+        return self._wait(session.once(request, Event.FORWARD, self.engine.forward))
 
-    def _backward(self, session: _Session, request: m.BackwardRequest) -> m.BackwardReply:
+    def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
         self._check_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD)
-        future = self._once(session, request, Event.BACKWARD, self.engine.backward)
-        with session.lock:
-            session.replies.pop((m.ForwardRequest, request.call), None)
+        future = session.once(request, Event.BACKWARD, self.engine.backward)
+        session.forget(m.ForwardRequest, request.call)
         try:
             return self._wait(future)
         except ActivationExpired:
-            with session.lock:  # several may wait for it, and only the first takes it back
-                if session.replies.get((m.BackwardRequest, request.call)) is future:
-                    del session.replies[m.BackwardRequest, request.call]
-                    session.state = advance(session.state, Event.EXPIRED, request.call)
+            session.take_back(m.BackwardRequest, request.call, future)
             raise
 
-    def _step(self, session: _Session, request: m.StepRequest) -> m.StepReply:
-        return self._wait(self._once(session, request, Event.STEP, self.engine.step))
+    def _step(self, session: Session, request: m.StepRequest) -> m.StepReply:
+        return self._wait(session.once(request, Event.STEP, self.engine.step))
 
-    def _close(self, session: _Session, request: m.CloseRequest) -> m.CloseReply:
+    def _close(self, session: Session, request: m.CloseRequest) -> m.CloseReply:
         self._drop(session)
         return m.CloseReply()
 
-    def _gradients(self, session: _Session, request: m.GradientsRequest) -> m.GradientsReply:
+    def _gradients(self, session: Session, request: m.GradientsRequest) -> m.GradientsReply:
         found = self._wait(self.engine.gradients(session.worker))
         groups: dict[str, list[Any]] = {}
         for name, gradient in found.items():
@@ -255,7 +277,7 @@ class TrunkService:
         )
 
     def _training_state(
-        self, session: _Session, request: m.TrainingStateRequest
+        self, session: Session, request: m.TrainingStateRequest
     ) -> m.TrainingStateReply:
         return m.TrainingStateReply(
             round=self._round,
@@ -278,11 +300,11 @@ class TrunkService:
 
     # --- what they share ----------------------------------------------------------------------
 
-    def _session(self, name: str, client: str) -> _Session:
+    def _session(self, name: str, client: str) -> Session:
         with self._lock:
             session = self._sessions.get(name)
             if session is None:
-                raise _no_session(name)
+                raise no_session(name)
             if session.worker.client != client:
                 raise Forbidden(f"session {name} belongs to another client")
             session.cancel_farewell()
@@ -292,36 +314,16 @@ class TrunkService:
         """A step of the session that was dropped last: its reply may have been lost before."""
         return self._last_steps.get(client, {}).get((request.session, request.call))
 
-    def _await_word(self, session: _Session, seconds: float) -> None:
+    def _await_word(self, session: Session, seconds: float) -> None:
         """Drop a session unless its client says something in time."""
         if not self._closing:
             session.farewell = threading.Timer(seconds, self._give_up, [session])
             session.farewell.daemon = True
             session.farewell.start()
 
-    def _give_up(self, session: _Session) -> None:
+    def _give_up(self, session: Session) -> None:
         with suppress(FedsplitError):  # an engine that has ended keeps nothing anyway
             self._drop(session)
-
-    def _once(
-        self,
-        session: _Session,
-        request: Any,
-        event: Event,
-        submit: Callable[[Worker, Any], "Future[T]"],
-    ) -> "Future[T]":
-        """What became, or becomes, of a request; only the first one of its name is worked on."""
-        name = type(request), request.call
-        with session.lock:
-            if session.dropped:
-                raise _no_session(session.worker.session)
-            future = session.replies.get(name)
-            if future is None:
-                session.state = advance(session.state, event, request.call)
-                future = session.replies[name] = submit(session.worker, request)
-                while len(session.replies) > _REMEMBERED:
-                    session.replies.popitem(last=False)
-        return future
 
     def _wait(self, future: "Future[T]") -> T:
         bound = self._run.wire.call_deadline_s
@@ -330,19 +332,25 @@ class TrunkService:
         except FutureTimeout as exc:
             raise DeadlineExceeded(f"the trunk did not answer inside {bound} s") from exc
 
-    def _drop(self, session: _Session, *, replaced: bool = False) -> None:
+    def _drop(self, session: Session, *, replaced: bool = False) -> None:
         with session.lock:
-            if session.dropped:
+            if session.leaving is None:
+                if session.worker.training:
+                    self._last_steps[session.worker.client] = session.steps()
+                session.leaving = self.engine.leave(session.worker, replaced=replaced)
+            elif replaced:  # who has come back need not wait for the turn to leave
                 return
-            session.dropped = True
-            if session.worker.training:
-                self._last_steps[session.worker.client] = session.steps()
         try:
-            self._wait(self.engine.leave(session.worker, replaced=replaced))
-        finally:
-            with self._lock:  # only now is nothing kept for it any more
-                session.cancel_farewell()
-                del self._sessions[session.worker.session]
+            self._wait(session.leaving)
+        except DeadlineExceeded:  # virtual time may stand still for long
+            session.leaving.add_done_callback(lambda _: self._gone(session))
+            raise
+        self._gone(session)
+
+    def _gone(self, session: Session) -> None:
+        with self._lock:  # only now is nothing kept for it any more
+            session.cancel_farewell()
+            self._sessions.pop(session.worker.session, None)
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype != self._dtype:
@@ -358,14 +366,6 @@ class TrunkService:
                 f"{what}: the client has {theirs}, the trunk {ours}; start both from the same "
                 "model, split and configuration"
             )
-
-
-def _in_place_of(new: Worker, old: Worker) -> bool:
-    return (new.client, new.training) == (old.client, old.training)
-
-
-def _no_session(name: str) -> SessionLost:
-    return SessionLost(f"no session {name} here (any more); open a new one")
 
 
 def _block_of(name: str) -> str:

@@ -1,23 +1,27 @@
 """Outstanding forward graphs: kept for one backward each, for a time, within a byte budget."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedsplit.errors import ActivationExpired
+from fedsplit.trunk.compute import Inputs
+from fedsplit.trunk.replica import Replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Graph:
-    """One forward of the trunk, from its input leaf to its output, on a parameter version."""
+    """One forward of the trunk, from its inputs to its output, on a version of a replica.
 
-    smashed_BTD: Tensor
+    `barrier` counts the barriers that had closed when that version was chosen.
+    """
+
+    inputs: Inputs
     trunk_out_BTD: Tensor
+    replica: Replica
     version: int
+    barrier: int
     num_bytes: int
     expires_at: float
 
@@ -79,9 +83,13 @@ class Stash:
         old = [key for key, graph in self._graphs.items() if graph.expires_at <= now]
         return [graph for key in old for graph in self.drop(*key)]
 
-    def drop_older(self, version: int) -> list[Graph]:
-        """Forget the graphs of versions before `version`."""
-        old = [key for key, graph in self._graphs.items() if graph.version < version]
+    def drop_older(self, replica: Replica, barrier: int) -> list[Graph]:
+        """Forget the graphs on one replica that are older than `barrier`."""
+        old = [
+            key
+            for key, graph in self._graphs.items()
+            if graph.replica is replica and graph.barrier < barrier
+        ]
         return [graph for key in old for graph in self.drop(*key)]
 
     def _first_to_go(self) -> tuple[str, int]:
@@ -91,33 +99,3 @@ class Stash:
             held[session] += graph.num_bytes
         most = max(held.values())
         return next(key for key in self._graphs if held[key[0]] == most)
-
-
-class ByteCount:
-    """How many bytes of activations a forward leaves behind for its backward.
-
-    Args:
-        weights: Tensors that are there anyway and do not count.
-    """
-
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
-        self._storages: dict[int, int] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all storages seen, each once."""
-        return sum(self._storages.values())
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what autograd saves in this block."""
-
-        def see(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
-                self._storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-            yield

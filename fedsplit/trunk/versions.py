@@ -11,10 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
+from fedsplit.errors import CheckpointError
 from fedsplit.optimization import PartOptimizer
 from fedsplit.spec import TrainSpec
+
+_PARAMETER, _MOMENT, _VERSION = "parameter/", "moment/", "version"
 
 
 class ParameterVersions:
@@ -23,15 +27,23 @@ class ParameterVersions:
     Only the thread that owns the model may use it.
 
     Args:
-        trunk: The model; from now on its trained parameters are replaced at every step.
+        trunk: The model.
         trained: Names of the parameters that train.
         train: What the optimizer does.
+        resident: Whether the model itself holds the current version from now on. If not, these
+            are a copy of what it holds, and are in it while `installed` only.
     """
 
-    def __init__(self, trunk: nn.Module, trained: Sequence[str], train: TrainSpec) -> None:
+    def __init__(
+        self, trunk: nn.Module, trained: Sequence[str], train: TrainSpec, *, resident: bool = True
+    ) -> None:
         self.current = 0
+        self._resident = resident
         self._places = [(trunk.get_submodule(name.rpartition(".")[0]), name) for name in trained]
-        masters = {name: nn.Parameter(trunk.get_parameter(name).data) for name in trained}
+        values = {name: trunk.get_parameter(name).data for name in trained}
+        if not resident:
+            values = {name: value.clone() for name, value in values.items()}
+        masters = {name: nn.Parameter(value) for name, value in values.items()}
         self._optimizer = PartOptimizer(masters, train)
         self._leaves: dict[int, dict[str, nn.Parameter]] = {}
         self._pins: Counter[int] = Counter()
@@ -44,14 +56,15 @@ class ParameterVersions:
     @contextmanager
     def installed(self, version: int) -> Iterator[None]:
         """Have the model compute with `version`, as recomputation inside a backward must."""
-        if version == self.current:
+        if self._resident and version == self.current:
             yield
             return
+        before = {name: owner.get_parameter(_leaf(name)) for owner, name in self._places}
         self._install(self._leaves[version])
         try:
             yield
         finally:
-            self._install(self._leaves[self.current])
+            self._install(before)
 
     def pin(self, version: int) -> None:
         """Keep a version's tensors until they are unpinned."""
@@ -65,32 +78,78 @@ class ParameterVersions:
             if version != self.current:
                 del self._leaves[version]
 
-    def step(self, gradients: Mapping[str, Tensor], step: int) -> None:
+    def step(self, gradients: Mapping[str, Tensor], step: int, lr_scale: float = 1.0) -> None:
         """Apply gradients as optimizer step `step` and publish the next version."""
+        self._leave_current()
         masters = self._optimizer.parameters
-        if self._pins[self.current]:
-            for master in masters.values():
-                master.data = master.data.clone()
-        else:
-            del self._leaves[self.current]
         for name, gradient in gradients.items():
             masters[name].grad = gradient
-        self._optimizer.step(step)
+        self._optimizer.step(step, lr_scale=lr_scale)
+        self.current += 1
+        self._publish()
+
+    def values(self) -> dict[str, Tensor]:
+        """The current version's tensors, by name; they change in place with the next step."""
+        return {name: master.data for name, master in self._optimizer.parameters.items()}
+
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        """Publish these values as the next version; the moments stay."""
+        self._leave_current()
+        for name, master in self._optimizer.parameters.items():
+            master.data.copy_(values[name])
         self.current += 1
         self._publish()
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's moments, by name."""
-        return self._optimizer.state()
+        """A copy of all that training goes on from, by name."""
+        kept = {
+            **{_PARAMETER + name: value for name, value in self.values().items()},
+            **{_MOMENT + name: moment for name, moment in self._optimizer.state().items()},
+            _VERSION: torch.tensor(self.current),
+        }
+        return {name: tensor.cpu().clone() for name, tensor in kept.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` handed out; no graph may be outstanding.
+
+        Raises:
+            CheckpointError: The state is not that of these parameters.
+        """
+        names = {name.removeprefix(_PARAMETER) for name in state if name.startswith(_PARAMETER)}
+        values = self.values()
+        if odd := sorted(names ^ values.keys()):
+            raise CheckpointError(
+                f"the trunk's state and this trunk do not train the same parameters ({odd[0]} is "
+                "in one of them only); resume with the model, split and lora it was saved with"
+            )
+        for name, value in values.items():
+            value.copy_(state[_PARAMETER + name])
+        moments = {k: v for k, v in state.items() if k.startswith(_MOMENT)}
+        self._optimizer.load_state({k.removeprefix(_MOMENT): v for k, v in moments.items()})
+        self._leaves[int(state[_VERSION])] = self._leaves.pop(self.current)
+        self.current = int(state[_VERSION])
+
+    def _leave_current(self) -> None:
+        """Let the masters change: what a graph needs keeps the memory, nothing else does."""
+        if self._pins[self.current]:
+            for master in self._optimizer.parameters.values():
+                master.data = master.data.clone()
+        else:
+            del self._leaves[self.current]
 
     def _publish(self) -> None:
         # `.data` shares the memory but not autograd's count of in-place changes.
         masters = self._optimizer.parameters.items()
         self._leaves[self.current] = {name: nn.Parameter(master.data) for name, master in masters}
-        self._install(self._leaves[self.current])
+        if self._resident:
+            self._install(self._leaves[self.current])
 
     def _install(self, leaves: Mapping[str, nn.Parameter]) -> None:
         # Not by setattr: libraries that build models replace `register_parameter` of all modules
         # for a while, and a client may be building its own in another thread of this process.
         for owner, name in self._places:
-            owner._parameters[name.rpartition(".")[2]] = leaves[name]
+            owner._parameters[_leaf(name)] = leaves[name]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -39,12 +39,14 @@ def test_one_that_never_goes_back_keeps_a_few_versions_only(tiny_llama):
     with world(tiny_llama(), small_run(policy=PolicySpec(deadline_s=0.01))) as here:
         alice, bob = here.add("alice"), here.add("bob")
         alice.trunk.open(), bob.trunk.open()
-        for call in range(12):
-            ask(here, "bob", forward_of(bob, call=call))
-            step(alice, call)
+        ask(here, "bob", forward_of(bob))
+        for number in range(6):
+            step(alice, number)
+        assert len(here.service.engine._training._shared.versions._leaves) <= 3
         with pytest.raises(errors.ActivationExpired, match="graph of call 0 is gone"):
-            ask(here, "bob", backward_of(forward_of(bob, call=0)))
-        assert len(here.service.engine._versions._leaves) <= 6
+            ask(here, "bob", backward_of(forward_of(bob)))
+        with pytest.raises(errors.StaleVersion, match="bob began this step with version 0"):
+            ask(here, "bob", forward_of(bob))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -55,7 +57,7 @@ def test_an_engine_that_fails_tells_all_who_wait(tiny_llama):
     with world(tiny_llama()) as here:
         alice, bob = here.add("alice"), here.add("bob")
         alice.trunk.open(), bob.trunk.open()
-        here.service.engine._versions.step = no_memory
+        here.service.engine._training._shared.versions.step = no_memory
         step(alice, 0)
         outcome = []
 
@@ -67,7 +69,7 @@ def test_an_engine_that_fails_tells_all_who_wait(tiny_llama):
 
         waiting = threading.Thread(target=wait_at_the_barrier)
         waiting.start()
-        while not here.service.engine._parked:
+        while not here.service.engine.num_waiting:
             time.sleep(0.01)
         step(bob, 0)
         waiting.join(10.0)
@@ -75,7 +77,7 @@ def test_an_engine_that_fails_tells_all_who_wait(tiny_llama):
         with pytest.raises(errors.Internal, match="engine failed; the server's log"):
             bob.trunk.open()
         with pytest.raises(errors.Internal, match="engine failed"):
-            here.service.open_round(2, expected=1)
+            here.service.expect(["alice"], round=2, at_once=1, close_after=1)
 
 
 def test_what_comes_after_the_end_is_refused(tiny_llama):

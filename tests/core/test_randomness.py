@@ -63,7 +63,7 @@ def trained(config):
     """Three clients in threads of one process, two steps each; all weights at the end."""
     with world(config, small_run()) as here:
         members = [here.add(f"c{i}") for i in range(3)]
-        here.service.open_round(1, expected=3)
+        here.service.expect(list(here.members), round=1, at_once=3, close_after=3)
         threads = [
             threading.Thread(target=m.trainer.fit, args=([[batch(i)], [batch(i + 10)]],))
             for i, m in enumerate(members)

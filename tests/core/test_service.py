@@ -17,7 +17,7 @@ from tests.core.worlds import batch, same, small_run, world
 
 def forward_of(member, call=0, session=None, **changes):
     """A training forward of the client's embeddings for a batch, as it would cross."""
-    smashed_BTD = member.model.get_input_embeddings()(batch().ids_BT).detach()
+    smashed_BTD = member.model.get_input_embeddings()(batch().inputs["input_ids"]).detach()
     fields = dict(
         session=session or member.trunk._session,
         call=call,
@@ -36,10 +36,9 @@ def backward_of(request, scale=1.0):
     )
 
 
-def step_of(request, num_tokens=22):
-    return m.StepRequest(
-        session=request.session, call=request.call, step=0, num_tokens=num_tokens, ends_sq_norm=0.0
-    )
+def step_of(request, **changes):
+    fields = dict(step=0, num_tokens=22, ends_sq_norm=0.0)
+    return m.StepRequest(session=request.session, call=request.call, **(fields | changes))
 
 
 def ask(here, name, request):
@@ -174,7 +173,7 @@ def test_one_that_was_too_late_repeats_its_step_and_is_counted(tiny_llama):
 
         def slow_batches():
             for each in held_up:
-                smashed = bob.model(each.ids_BT, labels=each.labels_BT, use_cache=False)
+                smashed = bob.model(each.inputs["input_ids"], labels=each.labels, use_cache=False)
                 step(alice, 0)
                 while here.service.engine.version == 0:
                     time.sleep(0.01)
@@ -391,6 +390,25 @@ def test_nonfinite_gradients_never_reach_a_parameter(tiny_llama):
             ask(here, "alice", step_of(request))
 
 
+LIES = [
+    pytest.param({"num_tokens": 25}, "num_tokens=25 for a step of 24 positions", id="tokens"),
+    pytest.param({"step": 10**9}, "clients of this run take at most 960 steps", id="steps"),
+]
+
+
+@pytest.mark.parametrize(("lie", "text"), LIES)
+def test_a_step_that_cannot_be_is_refused_and_changes_nothing(tiny_llama, lie, text):
+    with world(tiny_llama()) as here:
+        alice = here.add("alice")
+        alice.trunk.open()
+        before, request = here.trunk_weights(), forward_of(alice)
+        ask(here, "alice", request), ask(here, "alice", backward_of(request))
+        with pytest.raises(errors.ProtocolError, match=text):
+            ask(here, "alice", step_of(request, **lie))
+        assert same(here.trunk_weights(), before)
+        assert here.service.engine.steps == 0
+
+
 # --- what one can ask ------------------------------------------------------------------------
 
 
@@ -398,7 +416,7 @@ def test_gradients_and_training_state_and_info(tiny_llama):
     with world(tiny_llama()) as here:
         alice = here.add("alice")
         with alice.trunk.session(round=3):
-            loss = alice.model(batch().ids_BT, labels=batch().labels_BT, use_cache=False).loss
+            loss = alice.model(batch().inputs["input_ids"], labels=batch().labels).loss
             loss.backward()
             told = alice.trunk.gradients(tensors=True)
             assert sorted(told.norms) == ["model.layers.1", "model.layers.2"]

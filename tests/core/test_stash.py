@@ -5,15 +5,23 @@ import torch
 from torch import nn
 
 from fedsplit.errors import ActivationExpired
-from fedsplit.trunk.stash import ByteCount, Graph, Stash
+from fedsplit.memory import ByteCount
+from fedsplit.trunk.compute import Inputs
+from fedsplit.trunk.stash import Graph, Stash
+
+ALICES, BOBS = object(), object()
+"""Replicas; a stash tells them apart and nothing more."""
 
 
-def graph(num_bytes=10, expires_at=100.0, version=0):
+def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES):
     x = torch.zeros(1, requires_grad=True)
+    inputs = Inputs(smashed_BTD=x, attention_mask_BT=None, position_ids_BT=None, dropout="")
     return Graph(
-        smashed_BTD=x,
+        inputs=inputs,
         trunk_out_BTD=x * 2,
-        version=version,
+        replica=replica,
+        version=barrier,
+        barrier=barrier,
         num_bytes=num_bytes,
         expires_at=expires_at,
     )
@@ -47,13 +55,14 @@ def test_one_that_floods_the_stash_evicts_itself():
     assert stash.take("quiet", 0) is quiet
 
 
-def test_graphs_of_old_versions_go():
+def test_old_graphs_of_a_replica_go():
     stash = Stash(100)
-    graphs = [graph(version=version) for version in range(4)]
+    graphs = [graph(barrier=barrier) for barrier in range(4)]
     for call, each in enumerate(graphs):
         stash.put("s", call, each)
-    assert stash.drop_older(2) == graphs[:2]
-    assert len(stash) == 2
+    stash.put("t", 0, graph(replica=BOBS))
+    assert stash.drop_older(ALICES, 2) == graphs[:2]
+    assert len(stash) == 3
 
 
 def test_a_repeated_forward_replaces_its_graph():

@@ -13,7 +13,7 @@ from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.data import Batch
 from fedsplit.link import Link, LocalLink
-from fedsplit.model import ClientPart, SplitModel, connect, initial_parts
+from fedsplit.model import ClientPart, SplitModel, connect, initial_parts, model_class_for
 from fedsplit.spec import DataSpec, PolicySpec, RunSpec, SplitSpec, TrainSpec, WireSpec
 from fedsplit.trunk.service import TrunkService
 
@@ -41,9 +41,8 @@ def batch(seed: int = 0, rows: int = 2, tokens: int = 12, pad: int = 0) -> Batch
     labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
     counted = int((labels_BT[:, 1:] != -100).sum())
     return Batch(
-        ids_BT=ids_BT,
-        attention_mask_BT=mask_BT,
-        labels_BT=labels_BT,
+        inputs={"input_ids": ids_BT, "attention_mask": mask_BT},
+        labels=labels_BT,
         num_tokens=counted,
         num_bytes=counted,
     )
@@ -70,7 +69,7 @@ class World:
 
     def add(self, name: str, link: Link | None = None) -> Member:
         """A client with the initial halves, on a local link by default."""
-        model = initial_parts(self.config, self.run.split, self.run.seed).client
+        model = _initial_parts(self.config, self.run).client
         link = link or LocalLink(self.service, self.service.admit(name))
         trunk = RemoteTrunk(link, model, self.run, client=name)
         connect(model, trunk)
@@ -88,12 +87,19 @@ def world(
     config: PretrainedConfig,
     run: RunSpec | None = None,
     clock: Callable[[], float] = time.monotonic,
+    *,
+    replicas: bool = False,
 ) -> Iterator[World]:
     """Serve the trunk of a fresh model."""
     run = run or small_run()
-    parts = initial_parts(config, run.split, run.seed)
-    with TrunkService(parts.trunk, run, clock) as service:
+    parts = _initial_parts(config, run)
+    with TrunkService(parts.trunk, run, clock, replicas=replicas) as service:
         yield World(config=config, run=run, parts=parts, service=service)
+
+
+def _initial_parts(config: PretrainedConfig, run: RunSpec) -> SplitModel:
+    family = model_class_for(config, run.task)
+    return initial_parts(config, run.split, run.seed, model_class=family)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -65,7 +65,8 @@ def fit(member: Member, number: int) -> FitStats:
 def train(here: World) -> Outcome:
     """All clients at once, to the end."""
     members = list(here.members.values())
-    here.service.open_round(0, expected=len(members))
+    names = list(here.members)
+    here.service.expect(names, round=0, at_once=len(names), close_after=len(names))
     with ThreadPoolExecutor(len(members)) as pool:
         stats = list(pool.map(fit, members, range(len(members))))
     ends = [dict(member.model.named_parameters()) for member in members]
@@ -108,11 +109,11 @@ def test_clients_that_go_while_they_wait_at_the_barrier_leave_nothing_behind(
         alice, bob = here.members.values()
         engine = here.service.engine
         alice.trunk.open(), bob.trunk.open()
-        bob.model(batch(1).ids_BT)  # a forward that never gets its backward
+        bob.model(batch(1).inputs["input_ids"])  # a forward that never gets its backward
         alice.trainer.step([batch(0)])
         with ThreadPoolExecutor(1) as pool:
             parked = pool.submit(alice.trainer.step, [batch(2)])
-            while not engine._parked:
+            while not engine.num_waiting:
                 time.sleep(0.01)
             for member in (alice, bob):
                 member.trunk._link.close()
@@ -121,6 +122,6 @@ def test_clients_that_go_while_they_wait_at_the_barrier_leave_nothing_behind(
         until = time.monotonic() + 10.0
         while here.service.num_sessions and time.monotonic() < until:
             time.sleep(0.01)
-        assert (here.service.num_sessions, engine.stashed_bytes, engine._parked) == (0, 0, [])
+        assert (here.service.num_sessions, engine.stashed_bytes, engine.num_waiting) == (0, 0, 0)
         carol = here.add("carol")
         assert carol.trainer.fit([[batch(3)]]).steps == 1

@@ -1,0 +1,310 @@
+"""What the engine's thread works on: parameters, graphs, and what sessions have accumulated.
+
+Shapes: B sequences, T tokens, D hidden width. Knows no thread and no queue; who calls decides
+when, and one thread alone calls.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedsplit.errors import BadTensor, CheckpointError, ConfigError, ProtocolError
+from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.lora import trainable
+from fedsplit.optimization import squared_norm
+from fedsplit.spec import RunSpec
+from fedsplit.trunk import aggregator
+from fedsplit.trunk.compute import Compute
+from fedsplit.trunk.guard import require_finite, require_plausible
+from fedsplit.trunk.replica import Replay, Replica, Work
+from fedsplit.trunk.stash import Graph, Stash
+from fedsplit.trunk.versions import ParameterVersions
+from fedsplit.wire.messages import (
+    BackwardReply,
+    BackwardRequest,
+    ForwardReply,
+    ForwardRequest,
+    StepReply,
+    StepRequest,
+)
+
+_SHARED, _REPLICA = "trunk/", "replica/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """Whom work is done for: a client in one session, in one round."""
+
+    client: str
+    session: str
+    round: int
+    training: bool
+
+
+class Training:
+    """A trunk in training; see `fedsplit.trunk.engine.TrunkEngine` for the arguments.
+
+    Without replicas there is one set of parameters and one barrier, the shared one. With them
+    every client has a set and a barrier to itself, so that it waits for nobody, and the shared
+    set is the mean as of the last `average`.
+    """
+
+    def __init__(
+        self, trunk: TrunkPart, run: RunSpec, clock: Callable[[], float], *, replicas: bool
+    ) -> None:
+        self._trunk = trunk
+        self._run = run
+        self._clock = clock
+        self._apart = replicas
+        self._compute = Compute(trunk)
+        self._stash = Stash(run.wire.stash_bytes)
+        self._trained = tuple(trainable(trunk))
+        self._shared = self._new_replica(resident=True)
+        self._replicas: dict[str, Replica] = {}
+        self._works: dict[str, Work] = {}
+
+    # --- how it stands ------------------------------------------------------------------------
+
+    @property
+    def barrier(self) -> aggregator.Barrier:
+        """The barrier at which clients wait for one another."""
+        return self._shared.barrier
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps taken, with replicas those of all."""
+        return sum(replica.steps for replica in self._all())
+
+    @property
+    def steps(self) -> int:
+        """Where the learning rate schedule stands: the clients' own count of optimizer steps."""
+        return max(replica.position for replica in self._all())
+
+    @property
+    def stashed_bytes(self) -> int:
+        """Activations that are kept for outstanding backwards."""
+        return self._stash.num_bytes
+
+    def gradients(self, worker: Worker) -> dict[str, Tensor]:
+        """What a session has accumulated since its last step, by parameter name."""
+        work = self._works.get(worker.session)
+        return {k: v.cpu().clone() for k, v in work.gradients.items()} if work else {}
+
+    # --- who takes part -----------------------------------------------------------------------
+
+    def tell_all(self, event: aggregator.Expected | aggregator.Ticked, now: float) -> None:
+        """Tell the barrier at which clients wait for one another."""
+        if not self._apart:
+            self._shared.tell(event, now)
+
+    def join(self, client: str, now: float) -> int:
+        """Count a client in; the version it begins with."""
+        replica = self._replica_of(client)
+        replica.tell(aggregator.Joined(client=client), now)
+        return replica.versions.current
+
+    def leave(self, client: str, now: float) -> None:
+        """Wait no longer for a client."""
+        self._replica_of(client).tell(aggregator.Left(client=client), now)
+
+    def forget(self, session: str) -> None:
+        """Drop what is kept for a session; what it contributed stays."""
+        self._unpin(self._stash.drop_session(session))
+        if work := self._works.pop(session, None):
+            work.end()
+
+    def drop_expired(self) -> None:
+        """Drop graphs whose time is over."""
+        self._unpin(self._stash.drop_expired(self._clock()))
+
+    # --- forward, backward, step --------------------------------------------------------------
+
+    def evaluate(self, worker: Worker, request: ForwardRequest) -> ForwardReply:
+        """Run smashed data through, as in evaluation."""
+        versions = self._replicas.get(worker.client, self._shared).versions
+        out_BTD = self._compute.evaluate(self._compute.inputs(request, ""), versions)
+        return ForwardReply(trunk_out_BTD=out_BTD.cpu(), version=versions.current)
+
+    def forward(self, worker: Worker, request: ForwardRequest) -> ForwardReply:
+        """Run smashed data through and keep the graph.
+
+        Raises:
+            StaleVersion: The trunk has moved on too far since the session's step began.
+        """
+        dropout = f"trunk/{self._run.seed}/{worker.client}/{worker.round}/{request.call}"
+        inputs = self._compute.inputs(request, dropout)
+        work = self._works.get(worker.session)
+        if work is None:
+            work = self._works[worker.session] = self._replica_of(worker.client).begin()
+        work.require_current(worker.client)
+        versions = work.replica.versions
+        output = self._compute.forward(inputs, versions, work.version)
+        graph = Graph(
+            inputs=inputs,
+            trunk_out_BTD=output.trunk_out_BTD,
+            replica=work.replica,
+            version=work.version,
+            barrier=work.barrier,
+            num_bytes=output.num_bytes,
+            expires_at=self._clock() + self._run.wire.stash_ttl_s,
+        )
+        versions.pin(graph.version)
+        self._unpin(self._stash.put(worker.session, request.call, graph))
+        return ForwardReply(
+            trunk_out_BTD=output.trunk_out_BTD.detach().cpu(), version=graph.version
+        )
+
+    def backward(self, worker: Worker, request: BackwardRequest) -> BackwardReply:
+        """Run a gradient back through a stashed graph and accumulate the parameters' gradients.
+
+        Raises:
+            ActivationExpired: The graph is gone.
+        """
+        grad_BTD = request.grad_trunk_out_BTD
+        require_finite(grad_BTD, "grad_trunk_out_BTD")
+        graph = self._stash.take(worker.session, request.call)
+        versions, version = graph.replica.versions, graph.version
+        leaves = versions.leaves(version)
+        smashed = [graph.inputs.smashed_BTD] if request.want_grad else []
+        wanted, out_BTD = [*leaves.values(), *smashed], graph.trunk_out_BTD
+        try:
+            _check_shape(grad_BTD, out_BTD)
+            found = self._compute.backward(out_BTD, wanted, grad_BTD, versions, version)
+            work = self._work_of(worker.session, graph)
+        finally:
+            self._unpin([graph])
+        work.add(dict(zip(leaves, found, strict=False)), grad_BTD.shape[:2].numel())
+        if self._run.train.trunk_steps > 1:
+            work.replays.append(Replay(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD))
+        grad_smashed_BTD = found[-1] if smashed else None
+        return BackwardReply(
+            grad_smashed_BTD=None if grad_smashed_BTD is None else grad_smashed_BTD.cpu(),
+            trunk_sq_norm=squared_norm(work.gradients.values()),
+        )
+
+    def contribute(self, worker: Worker, request: StepRequest, now: float) -> StepReply:
+        """Hand what a session accumulated to its barrier.
+
+        Raises:
+            StaleVersion: It is too old, or the client's second to this barrier.
+            ProtocolError: There is none, or its counts cannot be.
+        """
+        work = self._works.get(worker.session)
+        if work is None or not work.num_positions:
+            raise ProtocolError("there is nothing to step with: no backward since the last step")
+        require_plausible(request, work.num_positions, self._run)
+        del self._works[worker.session]
+        return work.replica.contribute(worker.client, work, request, now)
+
+    def step_if_due(self) -> None:
+        """Take the steps that barriers have decided on."""
+        for replica in self._all():
+            # On a virtual clock a slow client's backward may come, in real time, after steps that
+            # are long after it; what becomes of it is decided when its turn to step has come.
+            if replica.step_if_due() and not self._run.policy.sim_slowdown:
+                self._drop_outdated(replica)
+
+    # --- all of it ----------------------------------------------------------------------------
+
+    def average(self, weights: Mapping[str, float]) -> None:
+        """Give every replica, and the shared set, the mean of these clients' parameters.
+
+        Args:
+            weights: By client; they sum to one. A client without a replica counts as the mean
+                before.
+
+        Raises:
+            ConfigError: There are no replicas, or the weights do not sum to one.
+        """
+        if not self._apart:
+            raise ConfigError("this trunk has no replicas to average; host it with replicas=True")
+        if not math.isclose(math.fsum(weights.values()), 1.0, rel_tol=1e-6):
+            raise ConfigError(f"the weights of an average sum to {sum(weights.values())}, not to 1")
+        mean: dict[str, Tensor] = {}
+        for client, weight in sorted(weights.items()):
+            for name, value in self._replicas.get(client, self._shared).versions.values().items():
+                part = value * weight
+                mean[name] = mean[name].add_(part) if name in mean else part
+        for replica in self._all():
+            replica.versions.assign(mean)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of all that training goes on from, by name, while nobody is at work."""
+        owners = {_SHARED: self._shared}
+        owners |= {f"{_REPLICA}{client}/": each for client, each in self._replicas.items()}
+        return {
+            prefix + name: tensor
+            for prefix, replica in owners.items()
+            for name, tensor in replica.state().items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` handed out.
+
+        Raises:
+            CheckpointError: It is not the state of such a trunk, or somebody is at work.
+        """
+        if self._works or len(self._stash):
+            raise CheckpointError("somebody is at work; load the trunk's state between rounds")
+        clients = {name.split("/")[1] for name in state if name.startswith(_REPLICA)}
+        if clients and not self._apart:
+            raise CheckpointError(
+                f"this state has a replica of the trunk for {min(clients)} and others, but here "
+                "all share one; resume with the strategy it was saved with"
+            )
+        self._shared.load_state(_under(_SHARED, state))
+        self._replicas.clear()
+        for client in sorted(clients):
+            self._replica_of(client).load_state(_under(f"{_REPLICA}{client}/", state))
+
+    def _all(self) -> list[Replica]:
+        return [self._shared, *self._replicas.values()]
+
+    def _replica_of(self, client: str) -> Replica:
+        if not self._apart:
+            return self._shared
+        if client not in self._replicas:
+            self._replicas[client] = self._new_replica(resident=False)
+        return self._replicas[client]
+
+    def _new_replica(self, *, resident: bool) -> Replica:
+        versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
+        return Replica(versions, self._run, self._compute)
+
+    def _work_of(self, session: str, graph: Graph) -> Work:
+        """What the session is at; if it has stepped since this graph, something of its own."""
+        if session not in self._works:
+            self._works[session] = Work(
+                replica=graph.replica, version=graph.version, barrier=graph.barrier
+            )
+        work = self._works[session]
+        work.barrier = min(work.barrier, graph.barrier)
+        return work
+
+    def _drop_outdated(self, replica: Replica) -> None:
+        """Let go of versions so old that nothing made with them would be taken."""
+        # One version more than is taken is kept, so that who comes just too late is told so.
+        barrier = replica.barrier.version - max(1, aggregator.oldest(self._run.policy))
+        self._unpin(self._stash.drop_older(replica, barrier))
+        for work in self._works.values():
+            if work.replica is replica and work.barrier < barrier and not work.outdated:
+                work.outdate()
+
+    @staticmethod
+    def _unpin(graphs: Iterable[Graph]) -> None:
+        for graph in graphs:
+            graph.replica.versions.unpin(graph.version)
+
+
+def _check_shape(grad_trunk_out_BTD: Tensor, trunk_out_BTD: Tensor) -> None:
+    if grad_trunk_out_BTD.shape != trunk_out_BTD.shape:
+        raise BadTensor(
+            f"grad_trunk_out of shape {tuple(grad_trunk_out_BTD.shape)} came for a trunk_out of "
+            f"shape {tuple(trunk_out_BTD.shape)}; they must be the same"
+        )
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
