@@ -33,7 +33,10 @@ def clip_coefficient(sq_norm: float, clip_norm: float) -> float:
 class PartOptimizer:
     """A torch optimizer over the trained parameters of one part, by name.
 
-    Weight decay is for matrices only; vectors (biases, norms) are left alone.
+    Weight decay is for matrices, embeddings among them, and not for vectors (biases, norms). Of
+    GPT-2, Llama and most families these are the parameters that the Hugging Face `Trainer` decays;
+    it goes by names, so it also decays vectors that are neither bias nor norm (state-space and
+    attention-sink scalars) and leaves out matrices that are named a bias (experts of gpt-oss).
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainSpec) -> None:
@@ -45,14 +48,20 @@ class PartOptimizer:
         """Squared norm of the gradients that are there now."""
         return squared_norm(p.grad for p in self.parameters.values() if p.grad is not None)
 
-    def step(self, step: int, coefficient: float = 1.0) -> None:
-        """Scale the gradients, take optimizer step number `step` (from 0) and drop them."""
+    def step(self, step: int, coefficient: float = 1.0, lr_scale: float = 1.0) -> None:
+        """Scale the gradients, take optimizer step number `step` (from 0) and drop them.
+
+        Args:
+            step: Where the schedule of the learning rate stands.
+            coefficient: Of the gradients, as clipping wants it.
+            lr_scale: Of the learning rate, below 1 for gradients that are stale.
+        """
         if coefficient != 1.0:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(coefficient)
         for group in self._torch.param_groups:
-            group["lr"] = self._train.lr_at(step)
+            group["lr"] = self._train.lr_at(step) * lr_scale
         self._torch.step()
         self.zero_grad()
 

@@ -54,6 +54,7 @@ class RemoteTrunk:
             "config": run.fingerprint,
         }
         self._hidden_size: int = model.config.hidden_size
+        self._is_isolated = run.train.mode == "isolated"
         self._retry = Retry(run.wire.budget_s, random.Random(client))
         self._session = ""
         self._next_call = 0
@@ -63,7 +64,8 @@ class RemoteTrunk:
         """Begin a session, in place of the one before; the trunk's parameter version.
 
         The trunk's dropout depends on the seed, the round and the number of the call; who repeats
-        work says with `first_call` where to count on from.
+        work says with `first_call` where to count on from. In `isolated` mode the trunk only ever
+        evaluates: it keeps no graph, drops nothing out, and no barrier waits for this client.
 
         Raises:
             FedsplitError: The trunk refuses this client, or cannot be reached.
@@ -72,7 +74,7 @@ class RemoteTrunk:
             protocol=m.PROTOCOL,
             hidden_size=self._hidden_size,
             round=round,
-            training=training,
+            training=training and not self._is_isolated,
             **self._identity,
         )
         reply = self._exchange(request)
@@ -92,9 +94,11 @@ class RemoteTrunk:
         self._session = ""
 
     @contextmanager
-    def session(self, round: int = 0, *, training: bool = True) -> Iterator[None]:
+    def session(
+        self, round: int = 0, *, training: bool = True, first_call: int = 0
+    ) -> Iterator[None]:
         """A block with a session, closed at its end; after a failure the trunk is told once."""
-        self.open(round, training=training)
+        self.open(round, training=training, first_call=first_call)
         try:
             yield
         except BaseException:
@@ -112,6 +116,8 @@ class RemoteTrunk:
     ) -> Tensor:
         """Carry hidden states through the trunk; takes part in autograd where it is enabled.
 
+        In `isolated` mode it takes no part: what comes back is a constant.
+
         Raises:
             FedsplitError: The trunk refused, or could not be reached inside the budget.
         """
@@ -122,7 +128,7 @@ class RemoteTrunk:
         request = m.ForwardRequest(
             session=self._named_session(),
             call=self._next_call,
-            training=torch.is_grad_enabled(),
+            training=torch.is_grad_enabled() and not self._is_isolated,
             smashed_BTD=hidden_BTD.detach(),
             attention_mask_BT=attention_mask_BT,
             position_ids_BT=position_ids_BT,
@@ -229,6 +235,8 @@ class _Crossing(torch.autograd.Function):
         ctx: Any, hidden_BTD: Tensor, trunk: RemoteTrunk, request: m.ForwardRequest, below: bool
     ) -> Tensor:
         reply = trunk._forward(request)
+        # The request holds it, for a forward to be repeated; so whoever counts activations sees it.
+        ctx.save_for_backward(hidden_BTD)
         ctx.trunk, ctx.request, ctx.version, ctx.below = trunk, request, reply.version, below
         return reply.trunk_out_BTD.to(hidden_BTD.device)
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from fedsplit.errors import FedsplitError
+from fedsplit.errors import FedsplitError, Internal
 
 T = TypeVar("T")
 
@@ -13,7 +13,7 @@ _FIRST_S, _MOST_S = 0.2, 10.0
 
 
 class Retry:
-    """Repeats what failed in a way that may pass.
+    """Repeats what failed in a way that may pass; a fault of the other side, once.
 
     Source: "Exponential backoff and jitter", Brooker 2015 (full jitter).
 
@@ -42,13 +42,16 @@ class Retry:
         Raises:
             FedsplitError: The last failure.
         """
-        begin, tries = self._clock(), 0
+        begin, tries, faults = self._clock(), 0, 0
         while True:
             try:
                 return attempt()
             except FedsplitError as failure:
                 wait = failure.retry_after_s or self._wait_s(tries)
-                if not failure.retryable or self._clock() + wait - begin > self._budget_s:
+                is_fault = isinstance(failure, Internal)
+                faults += is_fault
+                may_pass = failure.retryable or (is_fault and faults == 1)
+                if not may_pass or self._clock() + wait - begin > self._budget_s:
                     raise
             self._sleep(wait)
             tries += 1

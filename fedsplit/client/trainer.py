@@ -6,16 +6,22 @@ token ids never leave; what crosses is the model's own business (`fedsplit.clien
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from fedsplit.client.footprint import Footprint
+from fedsplit.client.losses import prediction_loss
+from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
+from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch
 from fedsplit.errors import NonFinite, SessionLost, StaleVersion
-from fedsplit.model.hollow import ClientPart
+from fedsplit.model.auxiliary import AuxiliaryHead, auxiliary_head_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient
 from fedsplit.spec import RunSpec
@@ -37,42 +43,72 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitStats:
-    """Some steps: mean loss per token, tokens, and steps that were repeated or skipped."""
+    """Some steps: their mean loss per token, their tokens, and what became of the others.
+
+    `steps` were taken, with `repeated` attempts before; `refused` ones came too late for the trunk
+    at every attempt, `skipped` ones were not finite. `peak_bytes` is what weights, gradients,
+    moments and saved activations took together, measured in the first step.
+    """
 
     loss: float
     num_tokens: int
     steps: int
     repeated: int
+    refused: int
     skipped: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalStats:
-    """Held-out text: summed loss in nats, tokens, and the UTF-8 bytes they stand for."""
+    """Held-out data: summed loss in nats, tokens, and the UTF-8 bytes they stand for.
+
+    `num_correct` counts the rows of a classifier whose class was found; 0 for language models.
+    """
 
     nats: float
     num_tokens: int
     num_bytes: int
+    num_correct: int
 
 
 class ClientTrainer:
-    """Trains a client's model together with its trunk.
+    """Trains a client's model together with its trunk, or as `train.mode` says.
 
     Args:
-        model: The client's model, connected to `trunk`; what requires a gradient trains.
-        trunk: The session with the trunk; `fit` and `evaluate` open it.
+        model: The client's model, connected to `trunk`, or an unsplit one; what requires a
+            gradient trains.
+        trunk: The session with the trunk, or what stands for none; `fit` and `evaluate` open it.
         run: The run: what the optimizers do, and the seed of dropout.
         step: How many optimizer steps this client has taken before.
+        proximal_mu: Weight of FedProx's term, which pulls back to the values of now.
+        shared: Names of the parameters that this term is for; all that train by default.
+
+    Raises:
+        ConfigError: The mode is `isolated`, but the model has no auxiliary head.
     """
 
     def __init__(
-        self, model: ClientPart, trunk: RemoteTrunk, run: RunSpec, *, step: int = 0
+        self,
+        model: PreTrainedModel,
+        trunk: RemoteTrunk | NoTrunk,
+        run: RunSpec,
+        *,
+        step: int = 0,
+        proximal_mu: float = 0.0,
+        shared: Collection[str] | None = None,
     ) -> None:
-        self.optimizer = PartOptimizer(trainable(model), run.train)
+        trained = trainable(model)
+        self.optimizer = PartOptimizer(trained, run.train)
         self.steps = step
         self._model = model
         self._trunk = trunk
         self._run = run
+        self._mode = run.train.mode
+        self._auxiliary = auxiliary_head_of(model) if self._mode == "isolated" else None
+        pulled = [p for name, p in trained.items() if shared is None or name in shared]
+        self._proximal = ProximalTerm(pulled, proximal_mu)
+        self._footprint = Footprint(model)
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One optimizer step at both sides, on the mean over all tokens of `batches`.
@@ -86,12 +122,17 @@ class ClientTrainer:
         self.optimizer.zero_grad()
         with self._trunk.turn.drawing(f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"):
             losses = [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
+        self._proximal.add_gradient()
         ends_sq_norm = self.optimizer.sq_norm()
         sq_norm = ends_sq_norm + self._trunk.trunk_sq_norm
         if not math.isfinite(sq_norm):
             raise NonFinite(f"the gradient of step {self.steps} has norm {sq_norm}; it was skipped")
-        self._trunk.step(step=self.steps, num_tokens=num_tokens, ends_sq_norm=ends_sq_norm)
-        self.optimizer.step(self.steps, clip_coefficient(sq_norm, self._run.train.clip_norm))
+        if self._mode == "joint":
+            self._trunk.step(step=self.steps, num_tokens=num_tokens, ends_sq_norm=ends_sq_norm)
+        train = self._run.train
+        clipped_sq_norm = sq_norm if train.clip == "global" else ends_sq_norm
+        self.optimizer.step(self.steps, clip_coefficient(clipped_sq_norm, train.clip_norm))
+        self._footprint.stepped(self.optimizer)
         self.steps += 1
         return StepStats(loss=sum(losses), num_tokens=num_tokens)
 
@@ -99,25 +140,33 @@ class ClientTrainer:
         """Train one step on each group of batches, in a session of its own.
 
         A step that the trunk could not take is repeated on the same batches with the same
-        dropout; one whose numbers are not finite is skipped.
+        dropout; one that it refuses as stale again and again, and one whose numbers are not
+        finite, is given up: it changes nothing at either side.
 
         Raises:
             NonFinite: Three steps in a row were not finite.
             FedsplitError: The trunk cannot be reached, or refuses for good.
         """
         done: list[StepStats] = []
-        skipped = in_a_row = 0
-        with self._trunk.session(round):
+        refused = skipped = in_a_row = 0
+        # An asynchronous round may see a client twice, which needs dropout of its own each time.
+        first_call = self.steps * self._run.train.accumulation
+        with self._trunk.session(round, first_call=first_call):
             for group in batches:
+                next_call = self._trunk.next_call + len(group)
                 try:
                     done.append(self._step_at_last(group, round))
                     in_a_row = 0
+                    continue
+                except StaleVersion as reason:
+                    log.warning("%s gives a step up: %s", self._trunk.client, reason)
+                    refused += 1
                 except NonFinite as reason:
                     log.warning("%s skips a step: %s", self._trunk.client, reason)
                     skipped, in_a_row = skipped + 1, in_a_row + 1
                     if in_a_row == _ATTEMPTS:
                         raise
-                    self._trunk.open(round, first_call=self._trunk.next_call)
+                self._trunk.open(round, first_call=next_call)
         num_tokens = sum(stats.num_tokens for stats in done)
         nats = sum(stats.loss * stats.num_tokens for stats in done)
         return FitStats(
@@ -125,19 +174,32 @@ class ClientTrainer:
             num_tokens=num_tokens,
             steps=len(done),
             repeated=sum(stats.repeats for stats in done),
+            refused=refused,
             skipped=skipped,
+            peak_bytes=self._footprint.num_bytes,
         )
 
     def evaluate(self, batches: Iterable[Batch], *, round: int = 0) -> EvalStats:
         """Loss on held-out batches; nothing is trained and no barrier waits for it."""
-        nats, num_tokens, num_bytes = 0.0, 0, 0
+        nats, num_tokens, num_bytes, num_correct = 0.0, 0, 0, 0
         self._model.train(False)
         with self._trunk.session(round, training=False), torch.no_grad():
             for batch in batches:
-                nats += self._loss(batch).item() * batch.num_tokens
+                output = self._evaluated(batch, round)
+                nats += output.loss.item() * batch.num_tokens
                 num_tokens += batch.num_tokens
                 num_bytes += batch.num_bytes
-        return EvalStats(nats=nats, num_tokens=num_tokens, num_bytes=num_bytes)
+                num_correct += _num_correct(output.logits, batch.labels)
+        return EvalStats(
+            nats=nats, num_tokens=num_tokens, num_bytes=num_bytes, num_correct=num_correct
+        )
+
+    def _evaluated(self, batch: Batch, round: int) -> Any:
+        try:
+            return self._output(batch)
+        except SessionLost:
+            self._trunk.open(round, training=False)
+            return self._output(batch)
 
     def _step_at_last(self, group: Sequence[Batch], round: int) -> StepStats:
         first_call = self._trunk.next_call
@@ -149,16 +211,36 @@ class ClientTrainer:
         return replace(self.step(group), repeats=_ATTEMPTS - 1)
 
     def _backward(self, batch: Batch, weight: float) -> float:
-        loss = self._loss(batch) * weight
-        loss.backward()
+        with self._footprint.forward():
+            loss = self._loss(batch) * weight
+            objective = loss
+            if self._auxiliary is not None:
+                objective = loss + self._auxiliary_loss(self._auxiliary, batch) * weight
+        objective.backward()
         return loss.item()
 
     def _loss(self, batch: Batch) -> Tensor:
-        device = self._model.device
-        loss: Tensor = self._model(
-            input_ids=batch.ids_BT.to(device),
-            attention_mask=batch.attention_mask_BT.to(device),
-            labels=batch.labels_BT.to(device),
-            use_cache=False,
-        ).loss
-        return loss
+        smoothing = self._run.train.label_smoothing
+        if smoothing == 0.0:
+            loss: Tensor = self._output(batch).loss
+            return loss
+        logits = self._model(**self._inputs(batch)).logits
+        return prediction_loss(logits, self._labels(batch), smoothing)
+
+    def _auxiliary_loss(self, head: AuxiliaryHead, batch: Batch) -> Tensor:
+        logits = head(self._inputs(batch).get("attention_mask"))
+        return prediction_loss(logits, self._labels(batch), self._run.train.label_smoothing)
+
+    def _output(self, batch: Batch) -> Any:
+        """What the family's own forward returns, with `loss` and `logits`."""
+        return self._model(**self._inputs(batch), labels=self._labels(batch))
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: tensor.to(self._model.device) for name, tensor in batch.inputs.items()}
+
+    def _labels(self, batch: Batch) -> Tensor:
+        return batch.labels.to(self._model.device)
+
+
+def _num_correct(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.argmax(dim=-1).cpu() == labels.cpu()).sum()) if labels.ndim == 1 else 0

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer
 
 from fedsplit.errors import CheckpointError
+from fedsplit.model import model_class_for, split_model
+from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient, squared_norm
 from fedsplit.spec import TrainSpec
+from simulations.tiny import tiny_config
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -96,6 +100,39 @@ def test_moments_come_back_in_the_dtype_of_their_parameter():
 def test_a_moment_of_an_unknown_parameter_is_refused():
     with pytest.raises(CheckpointError, match="'head|exp_avg' belongs to no trained parameter"):
         PartOptimizer(parameters(), TrainSpec()).load_state({"head|exp_avg": torch.zeros(1)})
+
+
+def test_the_learning_rate_can_be_scaled_for_one_step():
+    train = TrainSpec(optimizer="sgd", lr=0.1, schedule="constant", warmup_steps=0)
+    ours, theirs = parameters(), parameters()
+    optimizer, reference = PartOptimizer(ours, train), torch.optim.SGD(theirs.values(), lr=0.1)
+    for step, scale in enumerate((0.25, 1.0)):
+        set_gradients(ours)
+        set_gradients(theirs)
+        reference.param_groups[0]["lr"] = 0.1 * scale
+        optimizer.step(step, lr_scale=scale)
+        reference.step()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bert"])
+def test_the_parameters_that_decay_are_those_of_the_hf_trainer(model_type):
+    config = tiny_config(model_type, num_hidden_layers=3)
+    whole = model_class_for(config)._from_config(config)
+    wanted = set(Trainer.get_decay_parameter_names(None, whole))
+    parts = split_model(whole, "1/1/1")
+    found = set()
+    for part in (parts.client, parts.trunk):
+        train = TrainSpec(optimizer="sgd", lr=1.0, weight_decay=0.5, warmup_steps=0)
+        optimizer = PartOptimizer(trainable(part), train)
+        for parameter in optimizer.parameters.values():
+            parameter.data = torch.ones_like(parameter)
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(0)
+        found |= {k for k, p in optimizer.parameters.items() if (p == 0.5).all()}
+    trained = {name for name, _ in whole.named_parameters()}
+    assert found == wanted & trained
+    assert any("emb" in name or "wte" in name for name in found), "embeddings decay, as there"
 
 
 def test_a_part_that_trains_nothing_steps():

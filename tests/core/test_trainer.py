@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GPT2ForSequenceClassification
 
 from fedsplit import errors
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.retry import Retry
 from fedsplit.client.trainer import ClientTrainer
+from fedsplit.client.unsplit import NoTrunk
+from fedsplit.data import Batch
 from fedsplit.link import LocalLink
 from fedsplit.model import connect, initial_parts, join_model
 from fedsplit.model.lora import add_adapters, trainable
-from fedsplit.optimization import PartOptimizer
+from fedsplit.optimization import PartOptimizer, clip_coefficient
 from fedsplit.spec import LoraSpec, PolicySpec, TrainSpec
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
@@ -22,7 +25,7 @@ from tests.core.worlds import batch, same, small_run, world
 
 
 def unsplit_loss(model, each):
-    return model(each.ids_BT, attention_mask=each.attention_mask_BT, labels=each.labels_BT).loss
+    return model(**each.inputs, labels=each.labels).loss
 
 
 def test_accumulated_batches_are_one_batch_weighted_by_tokens(tiny_llama):
@@ -93,6 +96,55 @@ def test_evaluation_is_the_unsplit_models(tiny_gpt2):
     assert (stats.num_tokens, stats.num_bytes) == (22 + 17, 22 + 17)
 
 
+class Forgetful(LocalLink):
+    """A link whose trunk drops the session before some forwards, by number."""
+
+    def __init__(self, service, token, lost):
+        super().__init__(service, token)
+        self.lost, self.count = lost, 0
+
+    def exchange(self, request):
+        if isinstance(request, m.ForwardRequest):
+            if self.count in self.lost:
+                super().exchange(m.CloseRequest(session=request.session))
+            self.count += 1
+        return super().exchange(request)
+
+
+def evaluated(config, lost):
+    with world(config) as here:
+        link = Forgetful(here.service, here.service.admit("alice"), lost)
+        return here.add("alice", link).trainer.evaluate([batch(0), batch(1), batch(2)])
+
+
+def test_evaluation_goes_on_in_a_new_session(tiny_llama):
+    assert evaluated(tiny_llama(), [1]) == evaluated(tiny_llama(), [])
+
+
+def test_evaluation_of_a_batch_is_tried_twice_and_no_more(tiny_llama):
+    with pytest.raises(errors.SessionLost):
+        evaluated(tiny_llama(), [1, 2])
+
+
+def test_hits_are_counted_for_classes_and_not_for_tokens(tiny_gpt2):
+    config = tiny_gpt2(num_labels=3, pad_token_id=0)
+    rows = [batch(i).inputs for i in range(4)]
+    run = small_run()
+    parts = initial_parts(config, run.split, 0, model_class=GPT2ForSequenceClassification)
+    whole = join_model(parts.client, parts.trunk).eval()
+    with torch.no_grad():
+        found = [whole(**row).logits.argmax(dim=-1) for row in rows]
+    truth = [classes.clone() for classes in found]
+    truth[2][0] = (truth[2][0] + 1) % 3
+    batches = [
+        Batch(inputs=row, labels=labels, num_tokens=2, num_bytes=0)
+        for row, labels in zip(rows, truth, strict=True)
+    ]
+    trainer = ClientTrainer(parts.client, NoTrunk(parts.client, client="alice"), run)
+    assert trainer.evaluate(batches).num_correct == 7
+    assert evaluated(tiny_gpt2(), []).num_correct == 0
+
+
 class Poison(LocalLink):
     """A link over which the trunk's answers to some forwards come back as NaN."""
 
@@ -124,6 +176,82 @@ def test_a_batch_that_is_not_finite_is_skipped(tiny_llama):
 def test_three_in_a_row_end_the_round(tiny_llama):
     with pytest.raises(errors.NonFinite):
         poisoned(tiny_llama(), calls={1, 2, 3})
+
+
+class Late(LocalLink):
+    """A link whose client is too late with some of its steps, by number of the attempt."""
+
+    def __init__(self, service, token, attempts):
+        super().__init__(service, token)
+        self.attempts, self.tried, self.calls = attempts, 0, []
+
+    def exchange(self, request):
+        if isinstance(request, m.ForwardRequest):
+            self.calls.append(request.call)
+        if isinstance(request, m.StepRequest):
+            self.tried += 1
+            if self.tried - 1 in self.attempts:
+                raise errors.StaleVersion("the trunk has moved on; repeat the step")
+        return super().exchange(request)
+
+
+def fit_late(config, attempts, numbers):
+    """Four batches in groups of two, of the given numbers; what came of them at both sides."""
+    with world(config) as here:
+        link = Late(here.service, here.service.admit("alice"), attempts)
+        alice = here.add("alice", link)
+        stats = alice.trainer.fit([batch(i), batch(i + 50, pad=3)] for i in numbers)
+    assert alice.trainer.steps == here.service.engine.version == stats.steps
+    return stats, link.calls, here.trunk_weights(), dict(alice.model.named_parameters())
+
+
+def test_a_step_that_is_always_too_late_is_given_up_and_changes_nothing(tiny_llama):
+    stats, calls, trunk, client = fit_late(tiny_llama(), {1, 2, 3}, [0, 1, 2])
+    assert (stats.steps, stats.refused, stats.repeated, stats.skipped) == (2, 1, 0, 0)
+    assert calls == [0, 1, *[2, 3] * 3, 4, 5], "dropout is that of the batch, at every attempt"
+    _, _, wanted_trunk, wanted_client = fit_late(tiny_llama(), (), [0, 2])
+    assert same(trunk, wanted_trunk)
+    assert same(client, wanted_client)
+
+
+def test_a_step_that_is_in_time_at_last_counts_once(tiny_llama):
+    stats, calls, trunk, client = fit_late(tiny_llama(), {1, 2}, [0, 1])
+    assert (stats.steps, stats.refused, stats.repeated) == (2, 0, 2)
+    _, _, wanted_trunk, wanted_client = fit_late(tiny_llama(), (), [0, 1])
+    assert same(trunk, wanted_trunk)
+    assert same(client, wanted_client)
+
+
+def test_who_is_always_too_late_ends_the_round_without_a_step(tiny_llama):
+    stats, *_ = fit_late(tiny_llama(), range(100), range(4))
+    assert (stats.steps, stats.refused, stats.num_tokens) == (0, 4, 0)
+
+
+class Overtaken(LocalLink):
+    """A link on which somebody else steps before each of the first steps arrives."""
+
+    def __init__(self, service, token, overtakes):
+        super().__init__(service, token)
+        self.overtakes = overtakes
+
+    def exchange(self, request):
+        if isinstance(request, m.StepRequest) and self.overtakes:
+            self.overtakes.pop()()
+        return super().exchange(request)
+
+
+def test_a_slow_client_under_an_asynchronous_trunk_goes_on(tiny_llama):
+    run = small_run(policy=PolicySpec(kind="async", max_staleness=0))
+    with world(tiny_llama(), run) as here:
+        bob = here.add("bob")
+        overtakes = [lambda: bob.trainer.step([batch(9)])] * 4
+        link = Overtaken(here.service, here.service.admit("alice"), overtakes)
+        alice = here.add("alice", link)
+        with bob.trunk.session():
+            stats = alice.trainer.fit([batch(i)] for i in range(3))
+        assert here.service.engine.version == 4 + 2
+        assert here.service.engine.stashed_bytes == 0
+    assert (stats.steps, stats.refused, stats.repeated) == (2, 1, 1)
 
 
 class Flaky(LocalLink):
@@ -198,54 +326,30 @@ def test_a_lost_reply_is_made_good_once(tiny_llama, kind, away):
     assert same(client, client_too)
 
 
-# --- retries ---------------------------------------------------------------------------------
-
-
-class Attempts:
-    """Fails with the given errors one after the other, then succeeds; keeps its own time."""
-
-    def __init__(self, *failures):
-        self.failures, self.now, self.waits = list(failures), 0.0, []
-
-    def __call__(self):
-        self.now += 1.0
-        if self.failures:
-            raise self.failures.pop(0)
-        return "done"
-
-    def sleep(self, seconds):
-        self.waits.append(seconds)
-        self.now += seconds
-
-    def run(self, budget_s=100.0):
-        return Retry(budget_s, random.Random(0), sleep=self.sleep, clock=lambda: self.now)(self)
-
-
-def test_what_may_pass_is_tried_again_with_growing_waits():
-    attempts = Attempts(*(errors.ConnectionLost("gone") for _ in range(5)))
-    assert attempts.run() == "done"
-    assert len(attempts.waits) == 5
-    assert all(0 <= wait <= 0.2 * 2**i for i, wait in enumerate(attempts.waits))
-
-
-def test_a_peer_that_names_a_time_is_heeded():
-    attempts = Attempts(errors.Overloaded("full", retry_after_s=7.0))
-    assert attempts.run() == "done"
-    assert attempts.waits == [7.0]
-
-
-def test_what_cannot_pass_is_raised_at_once():
-    attempts = Attempts(errors.ModelMismatch("other model"))
-    with pytest.raises(errors.ModelMismatch):
-        attempts.run()
-    assert attempts.waits == []
-
-
-def test_the_budget_ends_it_with_the_last_error():
-    attempts = Attempts(*(errors.Draining(f"try {i}") for i in range(1000)))
-    with pytest.raises(errors.Draining, match="try"):
-        attempts.run(budget_s=30.0)
-    assert attempts.now <= 30.0 + 1.0
+@pytest.mark.parametrize("clip", ["global", "parts"])
+def test_clipping_and_schedule_are_those_of_two_ordinary_optimizers(tiny_llama, clip):
+    train = replace(small_run().train, clip=clip, clip_norm=0.05, optimizer="adamw", warmup_steps=2)
+    groups = [[batch(i), batch(i + 10)] for i in range(3)]
+    with world(tiny_llama(), small_run(train=train)) as here:
+        alice = here.add("alice")
+        whole = join_model(alice.model, here.parts.trunk)
+        trunk_names = {name for name, _ in here.parts.trunk.named_parameters()}
+        alice.trainer.fit(groups)
+        found = join_model(alice.model, here.parts.trunk).state_dict()
+    everything = trainable(whole)
+    ends = {k: p for k, p in everything.items() if k not in trunk_names}
+    trunk = {k: p for k, p in everything.items() if k in trunk_names}
+    parts = [everything] if clip == "global" else [ends, trunk]
+    optimizers = [PartOptimizer(part, train) for part in parts]
+    for step, group in enumerate(groups):
+        for each in group:
+            (unsplit_loss(whole, each) * 0.5).backward()
+        for optimizer in optimizers:
+            sq_norm = optimizer.sq_norm()
+            assert sq_norm > 0.05**2, "else nothing is clipped here"
+            optimizer.step(step, clip_coefficient(sq_norm, 0.05))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
 
 
 def test_the_schedule_is_in_step_at_both_sides(tiny_llama):

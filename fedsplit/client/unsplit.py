@@ -1,0 +1,38 @@
+"""In the trunk's place, for a model that is not split: the baselines train with the same loop."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from fedsplit.randomness import Turn, draws
+
+
+class NoTrunk:
+    """Answers what `fedsplit.client.trainer` asks a `RemoteTrunk`, for a model that holds all.
+
+    Args:
+        model: The unsplit model.
+        client: Who trains it.
+    """
+
+    next_call = 0
+    trunk_sq_norm = 0.0
+
+    def __init__(self, model: PreTrainedModel, *, client: str) -> None:
+        self.client = client
+        self.turn = Turn(needed=draws(model))
+
+    def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
+        """Nothing is opened; the version never changes."""
+        return 0
+
+    @contextmanager
+    def session(
+        self, round: int = 0, *, training: bool = True, first_call: int = 0
+    ) -> Iterator[None]:
+        """A block like any other."""
+        yield
+
+    def step(self, *, step: int, num_tokens: int, ends_sq_norm: float) -> None:
+        """There is nobody to step with."""
