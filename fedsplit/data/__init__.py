@@ -1,8 +1,17 @@
-"""Text for a federation: corpora, their shards, tokenizers, and batches of tokens."""
+"""Data for a federation: corpora, their shards, tokenizers, and batches of examples."""
 
-from fedsplit.data.batches import Batch, Sequences, evaluation_batches, training_batches
-from fedsplit.data.corpora import Corpus, Document, hold_out, load_corpus
+from fedsplit.data.batches import (
+    Batch,
+    Examples,
+    Labelled,
+    Sequences,
+    evaluation_batches,
+    training_batches,
+)
+from fedsplit.data.corpora import Corpus, Document, hold_out, labels_of
 from fedsplit.data.sharding import shard, shard_held_out
+from fedsplit.data.sources import load_corpus
+from fedsplit.data.tasks import examples
 from fedsplit.data.tokenizing import (
     load_tokenizer,
     tokenize,
@@ -15,9 +24,13 @@ __all__ = [
     "Batch",
     "Corpus",
     "Document",
+    "Examples",
+    "Labelled",
     "Sequences",
     "evaluation_batches",
+    "examples",
     "hold_out",
+    "labels_of",
     "load_corpus",
     "load_tokenizer",
     "shard",

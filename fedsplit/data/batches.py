@@ -1,4 +1,4 @@
-"""Batches: tokenized text as sequences of one length, and the order in which they are served.
+"""Batches: what a model trains on, as rows of one shape, and the order in which they are served.
 
 Shapes: N sequences, B sequences of a batch, T tokens of a sequence, V vocabulary.
 """
@@ -6,6 +6,7 @@ Shapes: N sequences, B sequences of a batch, T tokens of a sequence, V vocabular
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,19 +17,30 @@ IGNORED = -100  # the label that Hugging Face losses skip
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """What one call of a causal language model needs, all int64, and how much it counts.
+    """What one call of a model needs, and how much it counts.
 
-    `attention_mask_BT` is 0 and `labels_BT` is -100 at padding. `num_tokens` is how many tokens
-    the shifted loss is the mean of (`labels_BT[:, 1:] != -100`); weigh losses by it.
-    `num_bytes` is how many UTF-8 bytes of text these tokens stand for:
-    `loss * num_tokens / num_bytes / ln 2` is in bits per byte.
+    `inputs` are the arguments of the model's forward beside `labels`. Of a language model these
+    are `input_ids` and `attention_mask` [B, T], 0 at padding, where `labels` [B, T] are -100; of
+    a classifier `labels` [B] are classes. `num_tokens` is how many predictions the loss is the
+    mean of (tokens, of a classifier rows): weigh losses by it. `num_bytes` is how many UTF-8
+    bytes of text these stand for: `loss * num_tokens / num_bytes / ln 2` is in bits per byte;
+    classes stand for none.
     """
 
-    ids_BT: Tensor
-    attention_mask_BT: Tensor
-    labels_BT: Tensor
+    inputs: dict[str, Tensor]
+    labels: Tensor
     num_tokens: int
     num_bytes: int
+
+
+class Examples(Protocol):
+    """What batches are made of: numbered rows."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows with these numbers, in this order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,43 +66,68 @@ class Sequences:
         is_real_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
         counted = ids_BT[:, 1:][is_real_BT[:, 1:]]
         return Batch(
-            ids_BT=ids_BT,
-            attention_mask_BT=is_real_BT.long(),
-            labels_BT=ids_BT.masked_fill(~is_real_BT, IGNORED),
+            inputs={"input_ids": ids_BT, "attention_mask": is_real_BT.long()},
+            labels=ids_BT.masked_fill(~is_real_BT, IGNORED),
             num_tokens=counted.numel(),
             num_bytes=int(self.bytes_V[counted].sum()),
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Labelled:
+    """Rows of a class each: texts as tokens, or images.
+
+    `inputs` are the arguments of a classifier's forward with N rows each, `labels_N` the numbers
+    of the classes, int64.
+    """
+
+    inputs: dict[str, Tensor]
+    labels_N: Tensor
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.labels_N)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows with these numbers, in this order."""
+        index_B = torch.tensor(rows)
+        return Batch(
+            inputs={name: tensor[index_B] for name, tensor in self.inputs.items()},
+            labels=self.labels_N[index_B],
+            num_tokens=len(index_B),
+            num_bytes=0,
+        )
+
+
 def training_batches(
-    sequences: Sequences, *, batch_size: int, num_batches: int, seed: int, start: int
+    examples: Examples, *, batch_size: int, num_batches: int, seed: int, start: int
 ) -> Iterator[Batch]:
     """Batches number `start`, `start + 1`, ... of an endless stream of shuffled epochs.
 
-    The stream depends on the sequences, `batch_size` and `seed` alone, so whoever continues it
+    The stream depends on the examples, `batch_size` and `seed` alone, so whoever continues it
     needs no state but the number of the next batch. Every batch is full: one that ends an epoch
     is filled up from the next.
 
     Args:
-        sequences: What to train on.
-        batch_size: Sequences per batch.
+        examples: What to train on.
+        batch_size: Examples per batch.
         num_batches: How many batches to yield.
         seed: Decides the order within each epoch.
         start: Number of the first batch; the stream begins with 0.
 
     Yields:
-        Batches of `batch_size` sequences.
+        Batches of `batch_size` examples.
     """
-    rows = _shuffled_rows(len(sequences), seed, start * batch_size)
+    rows = _shuffled_rows(len(examples), seed, start * batch_size)
     for _ in range(num_batches):
-        yield sequences.batch(list(islice(rows, batch_size)))
+        yield examples.batch(list(islice(rows, batch_size)))
 
 
-def evaluation_batches(sequences: Sequences, batch_size: int) -> Iterator[Batch]:
-    """Every sequence once, in order; the last batch may be smaller."""
-    rows = range(len(sequences))
+def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in order; the last batch may be smaller."""
+    rows = range(len(examples))
     for start in range(0, len(rows), batch_size):
-        yield sequences.batch(rows[start : start + batch_size])
+        yield examples.batch(rows[start : start + batch_size])
 
 
 def _shuffled_rows(num_rows: int, seed: int, first: int) -> Iterator[int]:

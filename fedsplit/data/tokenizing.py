@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -25,14 +25,19 @@ END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def train_tokenizer(corpus: Corpus, vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    corpus: Corpus, vocabulary: int, task: str = "causal_lm"
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (as GPT-2's) on a corpus; the same corpus gives the same tokenizer.
 
     One token, `<|endoftext|>`, ends documents and pads; padding is known by the attention mask.
+    A text to classify begins with it: encoders classify by their first token. Decoders do by the
+    last one that is not padding, so nothing follows the text.
 
     Args:
         corpus: What to train on.
         vocabulary: Most tokens, at least 257; a small corpus may give fewer.
+        task: Of the run.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,6 +49,10 @@ def train_tokenizer(corpus: Corpus, vocabulary: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in corpus.documents), trainer)
+    if task != "causal_lm":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+        )
     return _wrap(tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 

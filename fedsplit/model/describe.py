@@ -1,81 +1,167 @@
 """The model that a run describes: its config, and the parts that each side starts from."""
 
 import difflib
-import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, TokenizersBackend
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
 
 from fedsplit.errors import ConfigError
+from fedsplit.model.auxiliary import add_auxiliary_head
 from fedsplit.model.hollow import ClientPart
-from fedsplit.model.lora import add_adapters
-from fedsplit.model.parts import SplitModel, build_client, initial_parts, split_model
+from fedsplit.model.lora import add_adapters, trainable
+from fedsplit.model.parts import SplitModel, build_client, initial_parts, initial_whole, split_model
+from fedsplit.model.plan import classifier_fields, model_class_for
 from fedsplit.model.source import Source
-from fedsplit.spec import ModelSpec, RunSpec
-
-# transformers builds models under settings of the whole process (device, initialization).
-_ONE_AT_A_TIME = threading.Lock()
+from fedsplit.randomness import Turn
+from fedsplit.spec import RunSpec
 
 
-def config_of(model: ModelSpec, tokenizer: TokenizersBackend) -> PretrainedConfig:
-    """The config of the checkpoint, or of a new model of the family for this tokenizer.
+def config_of(
+    run: RunSpec, tokenizer: TokenizersBackend | None, labels: tuple[str, ...] = ()
+) -> PretrainedConfig:
+    """The config of the checkpoint, or of a new model of the family, for tokenizer and labels.
 
     Raises:
         ConfigError: transformers knows no such family, or it refuses the settings.
         CheckpointError: The checkpoint has no config that can be read.
     """
+    model, pad = run.model, tokenizer.pad_token_id if tokenizer else None
+    classes = classifier_fields(labels, pad) if labels else {}
     if model.pretrained:
-        return Source(name=model.pretrained, revision=model.revision).config()
-    ids = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.eos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+        config = Source(name=model.pretrained, revision=model.revision).config()
+        config.update(classes)
+        return config
     if model.family not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model.family, list(CONFIG_MAPPING), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"model.family={model.family} is not a model type of transformers{hint}")
+    fields = {**(_ids_of(tokenizer) if tokenizer else {}), **classes, **model.config}
     try:
-        config: PretrainedConfig = AutoConfig.for_model(model.family, **{**ids, **model.config})
+        made: PretrainedConfig = AutoConfig.for_model(model.family, **fields)
     except (ValueError, TypeError) as exc:
         raise ConfigError(f"model.family={model.family}: {str(exc).splitlines()[0]}") from exc
-    return config
+    return made
 
 
 def parts_of(run: RunSpec, config: PretrainedConfig) -> SplitModel:
     """Both parts as the run begins, with adapters if it trains those."""
-    with _ONE_AT_A_TIME:
+    with _building():
         return _parts(run, config)
 
 
 def client_of(run: RunSpec, config: PretrainedConfig) -> ClientPart:
     """The client's part as the run begins; of a checkpoint, only its own tensors are read."""
-    with _ONE_AT_A_TIME:
+    with _building():
         return _client(run, config)
 
 
+def whole_of(run: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
+    """The unsplit model as the run begins, for a baseline."""
+    with _building():
+        return _whole(run, config)
+
+
+def shared(model: PreTrainedModel, run: RunSpec) -> dict[str, nn.Parameter]:
+    """The trained parameters that a client gives away, by name."""
+    kept = set(_personal_names(model, run))
+    return {name: p for name, p in trainable(model).items() if name not in kept}
+
+
+def personal(model: PreTrainedModel, run: RunSpec) -> dict[str, nn.Parameter]:
+    """The trained parameters that stay at their client, by name."""
+    kept = set(_personal_names(model, run))
+    return {name: p for name, p in trainable(model).items() if name in kept}
+
+
+def _personal_names(model: PreTrainedModel, run: RunSpec) -> Iterator[str]:
+    for name in trainable(model):
+        if run.baseline == "local":
+            yield name
+        elif isinstance(model, ClientPart):
+            if run.halves.is_personal(model.place_of(name.rpartition(".")[0])):
+                yield name
+
+
+def _building() -> AbstractContextManager[None]:
+    """A block with the process to itself.
+
+    transformers builds models under settings of the whole process (device, initialization), and
+    both it and peft draw from its generators.
+    """
+    return Turn(needed=True).drawing("build")
+
+
+def _ids_of(tokenizer: TokenizersBackend) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def _parts(run: RunSpec, config: PretrainedConfig) -> SplitModel:
+    options = {"model_class": model_class_for(config, run.task), **_options(run)}
     if run.model.pretrained:
         source, revision = run.model.pretrained, run.model.revision
-        parts = split_model(source, run.split, revision=revision, **_options(run.model))
+        parts = split_model(
+            source, run.split, config=config, revision=revision, seed=run.seed, **options
+        )
     else:
-        parts = initial_parts(config, run.split, run.seed, **_options(run.model))
+        parts = initial_parts(config, run.split, run.seed, **options)
     for part in (parts.client, parts.trunk):
         add_adapters(part, run.lora, run.seed)
+    if run.train.mode != "joint":
+        parts.trunk.requires_grad_(False)
+    if run.train.mode == "isolated":
+        add_auxiliary_head(parts.client, run.task, run.seed)
     return parts
 
 
 def _client(run: RunSpec, config: PretrainedConfig) -> ClientPart:
     if not run.model.pretrained:
         return _parts(run, config).client
-    source, revision = run.model.pretrained, run.model.revision
-    options = _options(run.model)
-    client = build_client(config, run.split, source=source, revision=revision, **options)
+    client = build_client(
+        config,
+        run.split,
+        source=run.model.pretrained,
+        revision=run.model.revision,
+        model_class=model_class_for(config, run.task),
+        seed=run.seed,
+        **_options(run),
+    )
     add_adapters(client, run.lora, run.seed)
+    if run.train.mode == "isolated":
+        add_auxiliary_head(client, run.task, run.seed)
     return client
 
 
-def _options(model: ModelSpec) -> dict[str, Any]:
-    return {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
+def _whole(run: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
+    family = model_class_for(config, run.task)
+    if run.model.pretrained:
+        source, revision = run.model.pretrained, run.model.revision
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)  # of a head that the checkpoint lacks
+            whole: PreTrainedModel = family.from_pretrained(
+                source, config=config, revision=revision, **_options(run)
+            )
+    else:
+        whole = initial_whole(config, run.seed, model_class=family, **_options(run))
+    whole.config.use_cache = False
+    add_adapters(whole, run.lora, run.seed)
+    return whole
+
+
+def _options(run: RunSpec) -> dict[str, Any]:
+    dtype = getattr(torch, run.model.dtype)
+    return {"dtype": dtype, "attn_implementation": run.model.attention}

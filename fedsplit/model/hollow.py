@@ -30,6 +30,9 @@ from fedsplit.model.standins import (
 
 P = TypeVar("P", bound="Part")
 
+AUXILIARY = "auxiliary"
+"""Name of a head that the bottom may train on; see `fedsplit.model.auxiliary`."""
+
 
 class Part(PreTrainedModel):
     """A family's model of which only some blocks, and perhaps only they, are there.
@@ -61,7 +64,8 @@ class Part(PreTrainedModel):
             index = int(module[len(prefix) :].split(".")[0])
             early, late = index < self.trunk_blocks.start, index >= self.trunk_blocks.stop
             return "bottom" if early else "top" if late else "trunk"
-        is_before = any(f"{module}.".startswith(f"{name}.") for name in self.plan.before)
+        names = (*self.plan.before, AUXILIARY)
+        is_before = any(f"{module}.".startswith(f"{name}.") for name in names)
         return "bottom" if is_before else "top"
 
     def holds(self, module: str) -> bool:

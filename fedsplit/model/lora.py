@@ -1,7 +1,8 @@
 """Low-rank adapters on the parts of a model; which parameters train.
 
 The targets are those that peft picks on the unsplit model, so that adapters of all parts together
-are one ordinary peft adapter of it. (Hu et al. 2021, "LoRA", arXiv 2106.09685.)
+are one ordinary peft adapter of it. A classifier's head trains beside them in full, as in peft's
+`modules_to_save`: it is often new. (Hu et al. 2021, "LoRA", arXiv 2106.09685.)
 """
 
 import copy
@@ -21,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedsplit.errors import ConfigError
-from fedsplit.model.hollow import ClientPart, Part, TrunkPart
+from fedsplit.model.hollow import AUXILIARY, ClientPart, Part, TrunkPart
+from fedsplit.model.plan import plan_for
 from fedsplit.model.source import on_meta
 from fedsplit.spec import LoraSpec
 
@@ -30,14 +32,15 @@ _BASE = ".base_layer"
 _SAVED_PREFIX = "base_model.model."
 
 
-def add_adapters(part: Part, lora: LoraSpec, seed: int = 0) -> None:
+def add_adapters(part: PreTrainedModel, lora: LoraSpec, seed: int = 0) -> None:
     """Freeze the part and put adapters where `lora` wants them; nothing if it is not enabled.
 
     Bottom and top are switched separately though one model holds both. The adapters change
-    nothing until they are trained. The random state of the caller is left alone.
+    nothing until they are trained. A classifier's head trains in full, whatever the switches say.
+    The random state of the caller is left alone.
 
     Args:
-        part: Client or trunk, changed in place.
+        part: Client, trunk, or the unsplit model with adapters everywhere; changed in place.
         lora: Rank, alpha, dropout, targets, and which parts get adapters.
         seed: Of the adapters' first values.
 
@@ -47,18 +50,28 @@ def add_adapters(part: Part, lora: LoraSpec, seed: int = 0) -> None:
     if not lora.enabled:
         return
     part.requires_grad_(False)
-    wanted = {"bottom": lora.bottom, "trunk": lora.trunk, "top": lora.top}
     config = _config_for_whole(part, lora)
     for field in ("target_modules", "target_parameters"):
-        names = [n for n in getattr(config, field) if part.holds(n) and wanted[part.place_of(n)]]
-        setattr(config, field, names)
-    if not (config.target_modules or config.target_parameters):
-        return
-    with torch.random.fork_rng(devices=[]), _quiet_about_experts():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, part, _ADAPTER)
-    # New modules are in training mode whatever the part is in.
-    part.train(part.training)
+        setattr(config, field, [n for n in getattr(config, field) if _gets_adapter(part, n, lora)])
+    if config.target_modules or config.target_parameters:
+        with torch.random.fork_rng(devices=[]), _quiet_about_experts():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, part, _ADAPTER)
+        # New modules are in training mode whatever the part is in.
+        part.train(part.training)
+    for name in plan_for(_family_of(part), part.config).head:
+        part.get_submodule(name).requires_grad_(True)
+
+
+def _gets_adapter(part: PreTrainedModel, module: str, lora: LoraSpec) -> bool:
+    if not isinstance(part, Part):
+        return True
+    wanted = {"bottom": lora.bottom, "trunk": lora.trunk, "top": lora.top}
+    return part.holds(module) and wanted[part.place_of(module)]
+
+
+def _family_of(part: PreTrainedModel) -> type[PreTrainedModel]:
+    return part.family if isinstance(part, Part) else type(part)
 
 
 def trainable(part: nn.Module) -> dict[str, nn.Parameter]:
@@ -68,6 +81,8 @@ def trainable(part: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) -> None:
     """Write the adapters of both parts as one that `PeftModel.from_pretrained` loads.
+
+    The head of a classifier goes with them.
 
     Args:
         client: The part with bottom and top.
@@ -90,6 +105,10 @@ def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) ->
     joined = copy.deepcopy(configs[0])
     joined.target_modules = sorted(n for c in configs for n in c.target_modules or ())
     joined.target_parameters = sorted(n for c in configs for n in c.target_parameters or ())
+    for head in client.plan.head:
+        for name, tensor in client.get_submodule(head).state_dict(prefix=f"{head}.").items():
+            tensors[_SAVED_PREFIX + name] = tensor.detach().contiguous()
+    joined.modules_to_save = list(client.plan.head) or None
     joined.inference_mode = True
     joined.base_model_name_or_path = client.config.name_or_path or None
     joined.save_pretrained(str(directory))
@@ -97,11 +116,14 @@ def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) ->
 
 
 def folded_state(part: PreTrainedModel) -> dict[str, Tensor]:
-    """The part's tensors under the unsplit model's names, with adapters added to the weights."""
+    """The part's tensors under the unsplit model's names, with adapters added to the weights.
+
+    An auxiliary head is none of the unsplit model's and is left out.
+    """
     state = {
         name.replace(_BASE, ""): tensor
         for name, tensor in part.state_dict().items()
-        if f".{_ADAPTER}." not in name
+        if f".{_ADAPTER}." not in name and not name.startswith(f"{AUXILIARY}.")
     }
     for name, layer in _adapted(part).items():
         weight = f"{name.replace(_BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}"
@@ -113,15 +135,16 @@ def _adapted(part: PreTrainedModel) -> dict[str, LoraLayer]:
     return {name: m for name, m in part.named_modules() if isinstance(m, LoraLayer)}
 
 
-def _config_for_whole(part: Part, lora: LoraSpec) -> LoraConfig:
+def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
     """What peft makes of `lora` for the unsplit model, with every target by its full name."""
-    whole = on_meta(part.family, copy.deepcopy(part.config))
+    family = _family_of(part)
+    whole = on_meta(family, copy.deepcopy(part.config))
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=_asked_targets(part.config.model_type, lora.targets),
-        task_type="CAUSAL_LM" if part.can_generate() else None,
+        task_type="CAUSAL_LM" if family.can_generate() else None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in whole.modules()),
     )
     try:
@@ -129,10 +152,13 @@ def _config_for_whole(part: Part, lora: LoraSpec) -> LoraConfig:
             tuned = LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as exc:
         raise ConfigError(
-            f"lora.targets={lora.targets} does not work for {part.family.__name__} "
+            f"lora.targets={lora.targets} does not work for {family.__name__} "
             f"({str(exc).splitlines()[0]}); name its linear layers, such as q_proj,v_proj"
         ) from exc
-    config.target_modules = list(tuned.targeted_module_names)
+    head = tuple(f"{module}." for module in plan_for(family, part.config).head)
+    config.target_modules = [
+        name for name in tuned.targeted_module_names if not f"{name}.".startswith(head)
+    ]
     config.target_parameters = list(tuned.targeted_parameter_names)
     return config
 

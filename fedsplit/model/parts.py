@@ -1,6 +1,7 @@
 """Cut a model into the client's part and the trunk, and put it together again."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -35,6 +36,7 @@ def build_client(
     state_dict: dict[str, Tensor] | None = None,
     model_class: type[PreTrainedModel] | None = None,
     revision: str = "main",
+    seed: int = 0,
     **options: Any,
 ) -> ClientPart:
     """Bottom and top as one model of the family's class; `connect` gives it its trunk.
@@ -46,6 +48,7 @@ def build_client(
         state_dict: The whole model's tensors, or just the part's; taken over, not copied.
         model_class: The family's class; the causal language model of `config` by default.
         revision: Of a hub id.
+        seed: Of a classifier's head, where the source is a model without one.
         options: For `from_pretrained`: dtype, attn_implementation, device_map.
 
     Raises:
@@ -54,7 +57,9 @@ def build_client(
         CheckpointError: A tensor is missing, has another shape, or cannot be read.
     """
     cls = _class_of(ClientPart, config, split, model_class)
-    return _load(cls, config, source, state_dict, revision, options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _load(cls, config, source, state_dict, revision, options)
 
 
 def build_trunk(
@@ -98,7 +103,7 @@ def _load(
         return load_tensors(cls, config, state_dict or {}, "state_dict", **options)
     origin = Source(name=source, revision=revision)
     tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)))
-    part = load_tensors(cls, config, tensors, source, **options)
+    part = load_tensors(cls, config, tensors, source, new=cls.plan.head, **options)
     generation = origin.generation_config()
     if generation is not None and part.can_generate():
         part.generation_config = generation
@@ -106,9 +111,17 @@ def _load(
 
 
 def load_tensors(
-    cls: type[M], config: PretrainedConfig, tensors: dict[str, Tensor], origin: str, **options: Any
+    cls: type[M],
+    config: PretrainedConfig,
+    tensors: dict[str, Tensor],
+    origin: str,
+    *,
+    new: Sequence[str] = (),
+    **options: Any,
 ) -> M:
     """A model of class `cls` with these tensors; `origin` names them in errors.
+
+    Modules named in `new` may be missing; the family draws fresh weights for them.
 
     Raises:
         CheckpointError: A tensor is missing or has another shape.
@@ -120,7 +133,8 @@ def load_tensors(
     except RuntimeError as exc:
         raise CheckpointError(f"{origin}: {_misfit(cls, config, tensors)}") from exc
     model, report = cast(tuple[M, dict[str, Any]], loaded)
-    missing = sorted(report["missing_keys"])
+    may_miss = tuple(f"{module}." for module in new)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(may_miss))
     if missing:
         raise CheckpointError(
             f"{origin}: tensor '{missing[0]}' of {cls.__name__} is missing "
@@ -159,8 +173,10 @@ def split_model(
     model: PreTrainedModel | str,
     split: SplitSpec | str = "1/2/1",
     *,
+    config: PretrainedConfig | None = None,
     model_class: type[PreTrainedModel] | None = None,
     revision: str = "main",
+    seed: int = 0,
     **options: Any,
 ) -> SplitModel:
     """Cut a model into the client's part and the trunk, connected in this process.
@@ -170,8 +186,10 @@ def split_model(
     Args:
         model: A model in memory (its tensors are copied), a local directory or a hub id.
         split: Blocks of bottom, trunk and top, such as "1/2/1" or "1/*/1".
+        config: Of a directory or hub id, in place of its own.
         model_class: As in `build_client`.
         revision: Of a hub id.
+        seed: As in `build_client`.
         options: For `from_pretrained`: dtype, attn_implementation, device_map.
 
     Raises:
@@ -193,7 +211,7 @@ def split_model(
     """
     spec = SplitSpec.parse(split) if isinstance(split, str) else split
     if isinstance(model, str):
-        config = Source(name=model, revision=revision).config()
+        config = config or Source(name=model, revision=revision).config()
         given: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
         generation = None
     else:
@@ -201,7 +219,7 @@ def split_model(
         tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
         given = {"state_dict": tensors, "model_class": model_class or type(model)}
         options = {"dtype": model.dtype, "attn_implementation": _attention(config), **options}
-    client = build_client(config, spec, **given, **options)
+    client = build_client(config, spec, seed=seed, **given, **options)
     trunk = build_trunk(config, spec, **given, **options)
     if generation is not None:
         client.generation_config = copy.deepcopy(generation)
@@ -246,6 +264,22 @@ def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
     return whole
 
 
+def folded_model(whole: PreTrainedModel) -> PreTrainedModel:
+    """An unsplit model with its adapters added to its weights; itself if it has none."""
+    state = folded_state(whole)
+    if state.keys() == whole.state_dict().keys():
+        return whole
+    attention = _attention(whole.config)
+    return load_tensors(
+        type(whole),
+        whole.config,
+        state,
+        "the trained model",
+        dtype=whole.dtype,
+        attn_implementation=attention,
+    )
+
+
 def initial_parts(
     config: PretrainedConfig,
     split: SplitSpec,
@@ -254,16 +288,31 @@ def initial_parts(
     model_class: type[PreTrainedModel] | None = None,
     **options: Any,
 ) -> SplitModel:
-    """Parts with fresh weights: those of the whole model built under `torch.manual_seed(seed)`.
+    """Parts of `initial_whole`. Takes the whole model's memory for a moment.
 
-    The random state of the caller is left alone. Takes the whole model's memory for a moment.
+    Raises:
+        UnsupportedModel: The model cannot be cut exactly; before anything is built.
+    """
+    plan_for(model_class or model_class_for(config), config)
+    return split_model(initial_whole(config, seed, model_class=model_class, **options), split)
+
+
+def initial_whole(
+    config: PretrainedConfig,
+    seed: int,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The unsplit model with fresh weights, as it is built under `torch.manual_seed(seed)`.
+
+    The random state of the caller is left alone.
     """
     family = model_class or model_class_for(config)
-    plan_for(family, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        whole = family._from_config(copy.deepcopy(config), **options)
-    return split_model(whole, split)
+        whole: PreTrainedModel = family._from_config(copy.deepcopy(config), **options)
+    return whole
 
 
 def _attention(config: PretrainedConfig) -> str | None:

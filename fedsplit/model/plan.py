@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -11,9 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
-from fedsplit.errors import UnsupportedModel
+from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.dryrun import FAMILY_ERRORS, Journal, observe
 
 
@@ -32,6 +37,8 @@ class Plan:
         after: Modules that only the top holds: the last norm and the head.
         returns_tuple: Whether a block returns a tuple whose first item is the hidden states.
         trunk_input: The argument of the backbone that takes the smashed data's place.
+        head: Of a classifier, the modules with weights behind its backbone, which a checkpoint
+            made for another task does not have.
     """
 
     backbone: str
@@ -41,6 +48,7 @@ class Plan:
     after: tuple[str, ...]
     returns_tuple: bool
     trunk_input: str
+    head: tuple[str, ...]
 
 
 # Config fields that, when set, tie blocks together in a way a cut would sever.
@@ -58,20 +66,56 @@ _REFUSED_FIELDS = {
 }
 
 
-def model_class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model class of a config.
+_CLASSES: Mapping[str, tuple[str, Any]] = {
+    "causal_lm": ("causal language", MODEL_FOR_CAUSAL_LM_MAPPING),
+    "sequence_classification": (
+        "sequence classification",
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    ),
+    "image_classification": ("image classification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+}
+
+
+def model_class_for(config: PretrainedConfig, task: str = "causal_lm") -> type[PreTrainedModel]:
+    """The class of a config with the head for a task, as `RunSpec` names it.
 
     Raises:
         UnsupportedModel: transformers has none for it.
     """
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    words, classes = _CLASSES[task]
+    found: Any = classes.get(type(config), None)
     if found is None:
         raise UnsupportedModel(
-            f"{type(config).__name__}: transformers has no causal language model for model type "
-            f"'{config.model_type}'; pass model_class to cut another kind of model"
+            f"{type(config).__name__}: transformers has no {words} model for model type "
+            f"'{config.model_type}'; set another task, or pass model_class"
         )
     family: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
     return family
+
+
+def classifier_fields(labels: Sequence[str], pad_token_id: int | None = None) -> dict[str, Any]:
+    """The fields of a config that make a model tell these classes apart.
+
+    Args:
+        labels: The classes in the order of their numbers.
+        pad_token_id: The tokenizer's; decoders classify by the last token that is another. Of
+            images None.
+
+    Raises:
+        ConfigError: There are fewer than two classes.
+    """
+    if len(labels) < 2:
+        found = ", ".join(labels) or "none"
+        raise ConfigError(
+            f"a classifier needs at least 2 classes, but the data has: {found}; set data.label to "
+            "the field that tells them apart"
+        )
+    fields = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+    return fields if pad_token_id is None else {**fields, "pad_token_id": pad_token_id}
 
 
 def plan_for(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Plan:
@@ -140,14 +184,16 @@ def _trace(model: PreTrainedModel) -> Plan:
         raise UnsupportedModel("; ".join(sorted(set(journal.faults))[:3]))
     before, after = _sort(beside, journal)
     prefix = model.base_model_prefix
+    backbone = prefix if name.startswith(f"{prefix}.") else ""
     return Plan(
-        backbone=prefix if name.startswith(f"{prefix}.") else "",
+        backbone=backbone,
         blocks=name,
         num_blocks=len(blocks),
         before=before,
         after=after,
         returns_tuple=returns_tuple,
         trunk_input=_trunk_input(model),
+        head=_head(model, backbone, after),
     )
 
 
@@ -234,6 +280,17 @@ def _trunk_input(model: PreTrainedModel) -> str:
     return "inputs_embeds" if takes_embeds else str(model.main_input_name)
 
 
+def _head(model: PreTrainedModel, backbone: str, after: tuple[str, ...]) -> tuple[str, ...]:
+    if not (backbone and type(model).__name__.endswith("Classification")):
+        return ()
+    outside = (name for name in after if not name.startswith(f"{backbone}."))
+    return tuple(name for name in outside if _has_weights(model.get_submodule(name)))
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return bool(module.state_dict()) or any(True for _ in module.parameters())
+
+
 def _sort(
     beside: dict[str, nn.Module], journal: Journal
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -241,7 +298,7 @@ def _sort(
     before, after = [], []
     for name, module in beside.items():
         phases = journal.ran.get(name, set())
-        has_weights = bool(module.state_dict()) or any(True for _ in module.parameters())
+        has_weights = _has_weights(module)
         if "between" in phases:
             raise UnsupportedModel(f"'{name}' runs between layers")
         if has_weights and not phases:

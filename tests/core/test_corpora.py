@@ -3,15 +3,19 @@
 import json
 import random
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.data import Corpus, Document, hold_out, load_corpus
+from fedsplit.data import Corpus, Document, hold_out, labels_of, load_corpus
 from fedsplit.errors import DataError
 from fedsplit.spec import DataSpec
+
+TEXTS = "sequence_classification"
 
 
 def corpus_of(*sizes: int) -> Corpus:
@@ -43,6 +47,17 @@ def test_embedded_without_pydoc_data_says_what_to_do(monkeypatch):
         load_corpus(DataSpec())
 
 
+def test_embedded_passages_are_of_the_six_largest_topics():
+    topics = load_corpus(DataSpec()).documents
+    largest = sorted(topics, key=lambda topic: -topic.num_bytes)[:6]
+    corpus = load_corpus(DataSpec(), TEXTS)
+    assert labels_of(corpus) == tuple(sorted(topic.group for topic in largest))
+    whole = {topic.group: topic.text for topic in largest}
+    assert all(document.text in whole[document.label] for document in corpus.documents)
+    assert min(len(document.text) for document in corpus.documents) >= 100
+    assert min(Counter(document.label for document in corpus.documents).values()) > 30
+
+
 # --- text ------------------------------------------------------------------------------------
 
 
@@ -72,10 +87,39 @@ def test_text_directory_has_a_document_per_file(tmp_path):
     )
 
 
+def test_text_sub_directories_are_classes(tmp_path):
+    for path in ("ham/a.txt", "ham/deep/b.txt", "spam/a.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    spec = DataSpec(kind="text", path=str(tmp_path))
+    found = {d.group: d.label for d in load_corpus(spec, TEXTS).documents}
+    assert found == {"ham/a.txt": "ham", "ham/deep/b.txt": "ham", "spam/a.txt": "spam"}
+    assert labels_of(load_corpus(spec)) == ()
+    (tmp_path / "stray.txt").write_text("of no class")
+    with pytest.raises(DataError, match="stray.txt lies in no sub-directory and so has no class"):
+        load_corpus(spec, TEXTS)
+
+
+def test_a_text_file_names_no_classes(tmp_path):
+    (tmp_path / "lines.txt").write_text("one\ntwo")
+    spec = DataSpec(kind="text", path=str(tmp_path / "lines.txt"))
+    with pytest.raises(DataError, match="is one file, and a text file names no classes; give a d"):
+        load_corpus(spec, TEXTS)
+
+
 def test_sha256_tells_documents_apart():
-    one = Corpus(name="a", documents=(Document(text="ab", group="g"),))
-    two = Corpus(name="a", documents=tuple(Document(text=t, group="g") for t in "ab"))
-    assert one.sha256 != two.sha256
+    one = Document(text="ab", group="g")
+    image = Document(text="", group="g", pixels=(0.5, 0.25))
+    others = {
+        "one text": (one,),
+        "two texts": tuple(Document(text=t, group="g") for t in "ab"),
+        "a label": (replace(one, label="x"),),
+        "another label": (replace(one, label="y"),),
+        "an image": (image,),
+        "another image": (replace(image, pixels=(0.5, 0.75)),),
+    }
+    found = {Corpus(name="a", documents=documents).sha256 for documents in others.values()}
+    assert len(found) == len(others)
 
 
 # --- jsonl -----------------------------------------------------------------------------------
@@ -111,6 +155,60 @@ def test_jsonl_names_the_bad_line(tmp_path, line, message):
     path.write_text(f'{{"text": "fine"}}\n{line}\n')
     with pytest.raises(DataError, match=f"docs.jsonl, {message}"):
         load_corpus(DataSpec(kind="jsonl", path=str(path)))
+
+
+LABELS = {
+    "text": (["ham", "spam"], ("ham", "spam")),
+    "number": ([1, 0], ("0", "1")),
+    "boolean": ([True, False], ("False", "True")),
+}
+
+
+@pytest.mark.parametrize(("values", "labels"), LABELS.values(), ids=LABELS)
+def test_jsonl_reads_the_class(tmp_path, values, labels):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "t", "kind": value}) for value in values))
+    spec = DataSpec(kind="jsonl", path=str(path), label="kind")
+    corpus = load_corpus(spec, TEXTS)
+    assert [document.label for document in corpus.documents] == [str(value) for value in values]
+    assert labels_of(corpus) == labels
+    assert labels_of(load_corpus(spec)) == ()
+
+
+BAD_LABELS = {
+    "missing": ('{"text": "t"}', "line 2 has no field 'label': found 'text'; set data.label to"),
+    "empty": ('{"text": "t", "label": ""}', r"line 2, field 'label' is no class: found '' \(str\)"),
+    "null": ('{"text": "t", "label": null}', r"line 2, field 'label' is no class: found 'None'"),
+    "fraction": ('{"text": "t", "label": 0.5}', r"is no class: found '0.5' \(float\); set data.l"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LABELS.values(), ids=BAD_LABELS)
+def test_jsonl_names_the_line_without_a_class(tmp_path, line, message):
+    path = tmp_path / "docs.jsonl"
+    path.write_text(f'{{"text": "fine", "label": 1}}\n{line}\n')
+    with pytest.raises(DataError, match=message):
+        load_corpus(DataSpec(kind="jsonl", path=str(path)), TEXTS)
+
+
+# --- digits ----------------------------------------------------------------------------------
+
+
+def test_digits_are_images_with_a_class():
+    pytest.importorskip("sklearn")
+    corpus = load_corpus(DataSpec(kind="digits"), "image_classification")
+    assert len(corpus.documents) == len(corpus.groups) == 1797
+    assert labels_of(corpus) == tuple("0123456789")
+    assert corpus.num_bytes == 1797 * 64
+    pixels = {pixel for document in corpus.documents for pixel in document.pixels}
+    assert pixels == {step / 16 for step in range(17)}
+    assert {type(pixel) for pixel in pixels} == {float}
+
+
+def test_digits_without_the_extra_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'fedsplit\[images\]'"):
+        load_corpus(DataSpec(kind="digits"), "image_classification")
 
 
 # --- what cannot be read ---------------------------------------------------------------------
@@ -190,9 +288,16 @@ def test_hub_loads_a_split(local_dataset):
     assert len(corpus.groups) == 2
 
 
+def test_hub_reads_the_class(local_dataset):
+    spec = DataSpec(kind="hub", path=str(local_dataset), label="id")
+    assert labels_of(load_corpus(spec, TEXTS)) == ("1", "2")
+    with pytest.raises(DataError, match="has no field 'label': found 'text', 'id'; set data.label"):
+        load_corpus(replace(spec, label="label"), TEXTS)
+
+
 HUB_ERRORS = {
     "no_field": ({"field": "body"}, "has no field 'body': found 'text', 'id'"),
-    "not_text": ({"field": "id"}, r"row 1 is not a string: found '1' \(int\)"),
+    "not_text": ({"field": "id"}, r"row 1, field 'id' is not a string: found '1' \(int\)"),
     "no_split": ({"split": "dev"}, "with data.split=dev cannot be loaded: "),
 }
 
@@ -247,3 +352,29 @@ def test_hold_out_refuses_an_empty_side(share):
 def test_hold_out_needs_two_groups():
     with pytest.raises(DataError, match="data.held_out=0.1 of sample with 1 group leaves one side"):
         hold_out(corpus_of(3), 0.1, seed=0)
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=2, max_size=5).filter(lambda c: max(c) > 1),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 9),
+)
+def test_hold_out_takes_its_share_of_every_label(counts, share, seed):
+    documents = tuple(
+        Document(text=f"{label} {i}", group="g", label=str(label))
+        for label, count in enumerate(counts)
+        for i in range(count)
+    )
+    train, held = hold_out(Corpus(name="sample", documents=documents), share, seed)
+    assert sorted([*train.documents, *held.documents], key=documents.index) == [*documents]
+    in_train, in_held = (Counter(int(d.label) for d in side.documents) for side in (train, held))
+    for label, count in enumerate(counts):
+        assert in_train[label] >= 1
+        assert in_held[label] >= (count > 1)
+        assert abs(in_held[label] - share * count) <= 1 or in_held[label] in (1, count - 1)
+
+
+def test_hold_out_needs_two_documents_of_a_label():
+    documents = tuple(Document(text=label, group=label, label=label) for label in "abc")
+    with pytest.raises(DataError, match="leaves one side empty; .* or 2 documents of a label"):
+        hold_out(Corpus(name="sample", documents=documents), 0.3, seed=0)

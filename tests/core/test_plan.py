@@ -123,6 +123,28 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(family, config, text):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_config_without_a_language_model_is_refused():
-    with pytest.raises(UnsupportedModel, match="no causal language model for model type 'vit'"):
-        model_class_for(hf.ViTConfig())
+CLASSES = {
+    "causal_lm": (hf.GPT2Config, hf.GPT2LMHeadModel),
+    "sequence_classification": (hf.BertConfig, hf.BertForSequenceClassification),
+    "image_classification": (hf.DeiTConfig, hf.DeiTForImageClassification),
+}
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_a_task_decides_the_class(task):
+    config_class, family = CLASSES[task]
+    assert model_class_for(config_class(), task) is family
+
+
+NO_CLASS = {
+    "causal_lm": (hf.ViTConfig, "no causal language model for model type 'vit'"),
+    "sequence_classification": (hf.ViTConfig, "no sequence classification model for model type"),
+    "image_classification": (hf.BertConfig, "no image classification model for model type 'bert'"),
+}
+
+
+@pytest.mark.parametrize("task", NO_CLASS)
+def test_a_config_without_a_model_for_the_task_is_refused(task):
+    config_class, text = NO_CLASS[task]
+    with pytest.raises(UnsupportedModel, match=text):
+        model_class_for(config_class(), task)

@@ -192,16 +192,16 @@ def numbered(num_sequences: int, last: int = 4) -> Sequences:
 
 
 def rows(batches) -> list[list[int]]:
-    return [batch.ids_BT[:, 0].tolist() for batch in batches]
+    return [batch.inputs["input_ids"][:, 0].tolist() for batch in batches]
 
 
 def test_batch_marks_and_ignores_padding():
     batch = numbered(3, last=2).batch([1, 2])
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.labels_BT.tolist() == [[1, 1, 1, 1], [2, 2, -100, -100]]
-    assert batch.num_tokens == int((batch.labels_BT[:, 1:] != -100).sum()) == 4
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.labels.tolist() == [[1, 1, 1, 1], [2, 2, -100, -100]]
+    assert batch.num_tokens == int((batch.labels[:, 1:] != -100).sum()) == 4
     assert batch.num_bytes == 3 * 1 + 1 * 2
-    for tensor in (batch.ids_BT, batch.attention_mask_BT, batch.labels_BT):
+    for tensor in (batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.labels):
         assert tensor.dtype == torch.int64
 
 

@@ -1,0 +1,280 @@
+"""Sources: where a corpus comes from; one loader per kind of `DataSpec`."""
+
+import json
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fedsplit.data.corpora import Corpus, Document
+from fedsplit.errors import DataError
+from fedsplit.spec import DataSpec
+
+EMBEDDED_CLASSES = 6
+PASSAGE_CHARS = 100  # a passage to classify has at least this many characters
+
+
+def load_corpus(spec: DataSpec, task: str = "causal_lm") -> Corpus:
+    """Read the corpus that `spec.kind` names; blank documents are left out.
+
+    For a task with classes every document gets a label: from `spec.label` of a record (jsonl,
+    hub), from the sub-directory it lies in (text), or as `_embedded` and `_digits` say.
+
+    Raises:
+        DataError: Nothing is there, it is not text, it holds no document, or one has no class.
+    """
+    name, documents = _LOADERS[spec.kind](spec, task != "causal_lm")
+    kept = tuple(document for document in documents if document.text.strip() or document.pixels)
+    if not kept:
+        raise DataError(f"{name} holds no text; data.path must name something with words in it")
+    return Corpus(name=name, documents=kept)
+
+
+# --- one loader per kind: (name, documents) --------------------------------------------------
+
+_Loaded = tuple[str, Iterable[Document]]
+
+
+def _embedded(spec: DataSpec, labelled: bool) -> _Loaded:
+    """CPython's own documentation, each paragraph once: in the smallest topic that has it.
+
+    With labels, the documents are passages of a paragraph or more out of the six largest topics
+    (such as `string-methods`, `compound` and `debugger`), and the topic is the class: about 500
+    passages that a bag of words tells apart in four of five cases.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as exc:
+        raise DataError(
+            "data=embedded needs CPython's pydoc_data, and this Python has none; "
+            "install the full standard library, or set data=text data.path=..."
+        ) from exc
+    seen: set[tuple[str, ...]] = set()
+    kept = {}
+    for topic in sorted(topics, key=lambda name: (len(topics[name]), name)):
+        kept[topic] = "\n\n".join(_new_paragraphs(topics[topic], seen))
+    documents = [Document(text=kept[topic], group=topic) for topic in sorted(kept)]
+    if labelled:
+        largest = sorted(documents, key=lambda document: -document.num_bytes)[:EMBEDDED_CLASSES]
+        documents = [
+            Document(text=passage, group=topic.group, label=topic.group)
+            for topic in largest
+            for passage in _passages(topic.text)
+        ]
+    return f"CPython {platform.python_version()} documentation (pydoc_data.topics)", documents
+
+
+def _new_paragraphs(text: str, seen: set[tuple[str, ...]]) -> Iterator[str]:
+    """The paragraphs not seen before; footnote numbers and line breaks make no difference."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        words = tuple(re.findall(r"[A-Za-z]+", paragraph))
+        if words not in seen:
+            seen.add(words)
+            yield paragraph
+
+
+def _passages(text: str) -> Iterator[str]:
+    """Paragraphs, each with the next ones until it is long enough to tell its class."""
+    passage = ""
+    for paragraph in re.split(r"(?<=\n\n)", text):
+        passage += paragraph
+        if len(passage.strip()) >= PASSAGE_CHARS:
+            yield passage.strip()
+            passage = ""
+
+
+def _text(spec: DataSpec, labelled: bool) -> _Loaded:
+    """A directory has a document per file, a file one per line; a sub-directory is a class."""
+    root = _existing(spec)
+    if root.is_file() and labelled:
+        raise DataError(
+            f"data.path={root} is one file, and a text file names no classes; give a directory "
+            "whose sub-directories are the classes, or use data=jsonl with data.label"
+        )
+    if root.is_file():
+        return str(root), _lines(root)
+    paths = (
+        path
+        for path in sorted(root.rglob("*"), key=Path.as_posix)
+        if path.is_file() and not _is_hidden(path.relative_to(root))
+    )
+    return str(root), _files(root, paths, labelled)
+
+
+def _files(root: Path, paths: Iterable[Path], labelled: bool) -> Iterator[Document]:
+    for path in paths:
+        place = path.relative_to(root)
+        label = place.parts[0] if labelled and len(place.parts) > 1 else ""
+        if labelled and not label:
+            raise DataError(
+                f"{path} lies in no sub-directory and so has no class; data=text takes the classes "
+                "from data.path/CLASS/FILE"
+            )
+        yield Document(text=_read(path), group=place.as_posix(), label=label)
+
+
+def _lines(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        yield Document(text=line, group=f"{path.name}:{number}")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _jsonl(spec: DataSpec, labelled: bool) -> _Loaded:
+    path = _existing(spec)
+    if path.is_dir():
+        raise DataError(f"data.path={path} is a directory; data=jsonl reads one file of JSON lines")
+    return str(path), _json_lines(path, spec, labelled)
+
+
+def _json_lines(path: Path, spec: DataSpec, labelled: bool) -> Iterator[Document]:
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            record = _json_object(line, spec.field, where)
+            group = f"{path.name}:{number}"
+            yield _from_record(record, spec, labelled, group=group, where=where)
+
+
+def _json_object(line: str, field: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise DataError(
+            f"{where} is not JSON: found {_excerpt(line)}; write one object per line, "
+            f'like {{"{field}": "..."}}'
+        ) from exc
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is not a JSON object: found {_excerpt(line)}")
+    return record
+
+
+def _from_record(
+    record: dict[str, Any], spec: DataSpec, labelled: bool, *, group: str, where: str
+) -> Document:
+    """The document of one record: its text, and its label if there are classes."""
+    text = _string(_field(record, spec.field, "data.field", where), where, spec.field)
+    label = ""
+    if labelled:
+        value = _field(record, spec.label, "data.label", where)
+        if not isinstance(value, (str, int)) or value == "":
+            raise DataError(
+                f"{where}, field {spec.label!r} is no class: found {_excerpt(str(value))} "
+                f"({type(value).__name__}); set data.label to one with strings or whole numbers"
+            )
+        label = str(value)
+    return Document(text=text, group=group, label=label)
+
+
+def _field(record: dict[str, Any], name: str, setting: str, where: str) -> Any:
+    if name not in record:
+        found = ", ".join(map(repr, record)) or "none"
+        raise DataError(f"{where} has no field {name!r}: found {found}; set {setting} to another")
+    return record[name]
+
+
+def _string(value: object, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}, field {field!r} is not a string: found {_excerpt(str(value))} "
+            f"({type(value).__name__}); set data.field to the one that holds the text"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise DataError(
+            f"{where}, field {field!r} holds half a surrogate pair, which is no character"
+        ) from exc
+    return value
+
+
+def _hub(spec: DataSpec, labelled: bool) -> _Loaded:
+    """`data.path` is a data set's hub id, or `id:configuration` where it has several."""
+    try:
+        import datasets
+    except ImportError as exc:
+        raise DataError(
+            "data=hub needs the datasets library, which is not installed; "
+            "run: pip install 'fedsplit[hub]'"
+        ) from exc
+    repository, _, configuration = spec.path.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, configuration or None, split=spec.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as exc:
+        raise DataError(
+            f"data.path={spec.path} with data.split={spec.split} cannot be loaded: {exc}"
+        ) from exc
+    columns = dict.fromkeys(rows.column_names)
+    wanted = {"data.field": spec.field} | ({"data.label": spec.label} if labelled else {})
+    for setting, name in wanted.items():
+        _field(columns, name, setting, spec.path)
+    rows = rows.select_columns(list(dict.fromkeys(wanted.values())))
+    return spec.path, (
+        _from_record(
+            row, spec, labelled, group=f"{spec.path}:{number}", where=f"{spec.path}, row {number}"
+        )
+        for number, row in enumerate(rows, start=1)
+    )
+
+
+def _digits(spec: DataSpec, labelled: bool) -> _Loaded:
+    """scikit-learn's 1,797 images of handwritten digits, 8 x 8 pixels; the digit is the class."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as exc:
+        raise DataError(
+            "data=digits needs scikit-learn, which is not installed; "
+            "run: pip install 'fedsplit[images]'"
+        ) from exc
+    images, digits = load_digits(return_X_y=True)
+    return "scikit-learn's handwritten digits", (
+        Document(text="", group=f"digits:{number}", label=str(digit), pixels=tuple(pixels.tolist()))
+        for number, (pixels, digit) in enumerate(zip(images / 16, digits, strict=True), start=1)
+    )
+
+
+_LOADERS: dict[str, Callable[[DataSpec, bool], _Loaded]] = {
+    "embedded": _embedded,
+    "text": _text,
+    "jsonl": _jsonl,
+    "hub": _hub,
+    "digits": _digits,
+}
+
+
+# --- files, and what to say of them ----------------------------------------------------------
+
+
+def _existing(spec: DataSpec) -> Path:
+    path = Path(spec.path).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"data.path={spec.path} does not exist (looked from {Path.cwd()}); "
+            f"data={spec.kind} needs a file{' or directory' if spec.kind == 'text' else ''}"
+        )
+    return path
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise DataError(
+            f"{path} is not UTF-8 text: found byte {exc.object[exc.start]:#04x} at offset "
+            f"{exc.start}; convert it, or leave it out of data.path"
+        ) from exc
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc.strerror}; check its permissions") from exc
+    if "\0" in text:
+        raise DataError(
+            f"{path} is not UTF-8 text: found byte 0x00 at character {text.index(chr(0))}; "
+            "convert it, or leave it out of data.path"
+        )
+    return text
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")
