@@ -77,7 +77,7 @@ def federate(run: RunSpec, client: ClientApp = client_app.app) -> RunFolder:
     run_inline(
         server_app.app,
         client,
-        num_clients=run.clients,
+        num_clients=run.num_nodes,
         run_config=run_config(run),
         workers=run.launch.workers,
     )
@@ -143,9 +143,8 @@ def sgd_step(model: torch.nn.Module, batches: list[Batch], lr: float) -> float:
     total = 0.0
     for batch in batches:
         loss = model(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            labels=batch.labels_BT,
+            **batch.inputs,
+            labels=batch.labels,
             use_cache=False,
         ).loss * (batch.num_tokens / tokens)
         loss.backward()

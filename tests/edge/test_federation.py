@@ -63,7 +63,7 @@ def test_a_federation_is_the_unsplit_model_on_the_union_of_the_batches(tmp_path:
     run = spec_for(tmp_path, "train.rounds=2", "sharding=iid", *SGD)
     folder = federate(run)
     tokenizer = AutoTokenizer.from_pretrained(folder.path / "model")
-    parts = parts_of(run, config_of(run.model, tokenizer))
+    parts = parts_of(run, config_of(run, tokenizer))
     whole = join_model(parts.client, parts.trunk)
     before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     batches = [union_of_batches(run, tokenizer, number) for number in (1, 2)]
@@ -90,7 +90,7 @@ def test_lora_on_a_checkpoint_is_peft_on_the_unsplit_model(
     run = compose([word for word in words if not word.startswith("model.config.")])
     folder = federate(run)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    parts = parts_of(run, config_of(run.model, tokenizer))
+    parts = parts_of(run, config_of(run, tokenizer))
     save_adapter(parts.client, parts.trunk, tmp_path / "initial")
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     whole = PeftModel.from_pretrained(base, tmp_path / "initial", is_trainable=True)
@@ -105,7 +105,7 @@ def test_lora_on_a_checkpoint_is_peft_on_the_unsplit_model(
     assert max(t.abs().max().item() for n, t in got.items() if "lora_B" in n) > 1e-3
     assert largest_difference(expected, got) <= 1e-6
 
-    ids_BT = union_of_batches(run, tokenizer, 1)[0].ids_BT
+    ids_BT = union_of_batches(run, tokenizer, 1)[0].inputs["input_ids"]
     folded = AutoModelForCausalLM.from_pretrained(folder.path / "model")
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids_BT).logits, whole.eval()(ids_BT).logits)
@@ -118,8 +118,8 @@ def test_the_same_run_twice_gives_the_same_numbers_and_weights(tmp_path: Path) -
     second = federate(run)
     assert (first.path.name, second.path.name) == ("tiny", "tiny-2")
     assert without_seconds(first.rounds()) == without_seconds(second.rounds())
-    for file in ("model/model.safetensors", "state/halves.safetensors", "state/trunk.safetensors"):
-        assert (first.path / file).read_bytes() == (second.path / file).read_bytes()
+    weights = [folder.path / "model" / "model.safetensors" for folder in (first, second)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_another_seed_gives_other_numbers(tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> float:
 def test_another_strategy_for_the_halves(
     tmp_path: Path, averaged: float, name: str, options: list[str]
 ) -> None:
-    words = [f"strategy.halves=flwr.serverapp.strategy.{name}", "train.rounds=2"]
-    words += [f"strategy.halves_options.{option}" for option in options]
+    words = [f"halves.strategy=flwr.serverapp.strategy.{name}", "train.rounds=2"]
+    words += [f"halves.options.{option}" for option in options]
     rounds = federate(spec_for(tmp_path, *words)).rounds()
     assert [stats.clients for stats in rounds] == [3, 3]
     assert abs(rounds[1].eval_loss - averaged) > 1e-4
@@ -178,7 +178,7 @@ def test_another_strategy_for_the_halves(
 
 
 def test_a_strategy_may_leave_evaluation_out(tmp_path: Path) -> None:
-    run = spec_for(tmp_path, "strategy.halves_options.fraction_evaluate=0.0")
+    run = spec_for(tmp_path, "halves.options.fraction_evaluate=0.0")
     (stats,) = federate(run).rounds()
     assert stats.clients == 3
     assert stats.eval_loss != stats.eval_loss  # not a number: nothing was measured
@@ -187,10 +187,10 @@ def test_a_strategy_may_leave_evaluation_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("strategy.halves=nowhere.FedAvg", "'nowhere.FedAvg' cannot be imported"),
+        ("halves.strategy=nowhere.FedAvg", "'nowhere.FedAvg' cannot be imported"),
         ("strategy.target=strategies.Nothing", "'strategies.Nothing' cannot be imported"),
-        ("strategy.halves=fractions.Fraction", "fractions.Fraction refuses the options"),
-        ("strategy.halves_options.alpha=1", "FedAvg refuses the options .*alpha"),
+        ("halves.strategy=fractions.Fraction", "fractions.Fraction refuses the options"),
+        ("halves.options.alpha=1", "FedAvg refuses the options .*alpha"),
     ],
     ids=str,
 )

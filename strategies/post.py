@@ -1,0 +1,74 @@
+"""Messages that are out, and their replies as they come."""
+
+import time
+from collections.abc import Iterable, Sequence
+
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+_PAUSE_S = (0.005, 0.1)
+"""Between two looks at a grid: at first, and at most, while nothing comes."""
+
+
+class Post:
+    """What was sent through a grid and is not answered yet.
+
+    Args:
+        grid: Flower's grid.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._out: dict[str, Message] = {}
+        self._lost: dict[str, Message] = {}
+        self._given_up: set[str] = set()
+        self._pause_s = _PAUSE_S[0]
+
+    def busy_nodes(self) -> set[int]:
+        """Nodes that have not answered their last message; they handle one at a time."""
+        if self._given_up:
+            self._given_up -= self.collect(self._given_up).keys()
+        return {message.metadata.dst_node_id for message in self._out.values()}
+
+    def give_up(self, ids: Iterable[str]) -> None:
+        """Nobody will ask for these replies any more."""
+        self._given_up |= set(ids)
+
+    def send(self, messages: Sequence[Message]) -> list[str]:
+        """Push messages; the ids that their replies go by.
+
+        A message that Flower does not take is answered by an error.
+        """
+        pushed = list(self._grid.push_messages(messages)) if messages else []
+        ids = [
+            # Flower gives no id for a message that is not well-formed, none at all for too much.
+            (pushed[i] if i < len(pushed) else "") or f"not taken {id(message)}"
+            for i, message in enumerate(messages)
+        ]
+        self._out.update(zip(ids, messages, strict=True))
+        self._lost.update({i: m for i, m in zip(ids, messages, strict=True) if i not in pushed})
+        return ids
+
+    def collect(self, ids: Iterable[str]) -> dict[str, Message]:
+        """The replies to these messages that are there by now, each of them once.
+
+        Where there are none, it waits a moment, the longer the longer nothing came.
+        """
+        waiting = {i for i in ids if i in self._out}
+        replies = {i: _not_taken(self._lost.pop(i)) for i in waiting & self._lost.keys()}
+        found = self._grid.pull_messages(waiting - replies.keys()) if waiting else ()
+        replies |= {reply.metadata.reply_to_message_id: reply for reply in found}
+        for i in replies:
+            del self._out[i]
+        if replies or not waiting:
+            self._pause_s = _PAUSE_S[0]
+        else:
+            time.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, _PAUSE_S[1])
+        return replies
+
+
+def _not_taken(message: Message) -> Message:
+    reason = "Flower did not take the message; the SuperLink's log says why"
+    return Message(Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason), reply_to=message)

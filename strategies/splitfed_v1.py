@@ -1,0 +1,39 @@
+"""SplitFed V1: every client has a trunk of its own, and all parts are averaged after each round.
+
+Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
+Learning", AAAI 36(8), arXiv 2004.12088, section 3 and algorithm 1 (SFLV1): the server trains a
+copy of its part for each client, all in parallel, and averages the copies, weighted by the
+clients' data, when the client sides are averaged. The weights here are tokens. Copies wait for
+nobody within a round, so one that is slow holds up the end of the round only.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from fedsplit.errors import ConfigError
+from strategies.base import SplitStrategy
+from strategies.rounds import Share
+
+
+class SplitFedV1(SplitStrategy):
+    """The base, with replicas of the trunk that are averaged like the halves."""
+
+    policies: ClassVar = ("sync",)
+    replicas: ClassVar = True
+
+    def check(self) -> None:
+        """The trunk has to train, and rounds have to end together.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        super().check()
+        if self.run.train.mode != "joint":
+            raise ConfigError(
+                f"SplitFedV1 averages trunks that train, but with train.mode={self.run.train.mode} "
+                "the trunk stays as it is; use strategy=splitfed_v2 or train.mode=joint"
+            )
+
+    def merged(self, shares: Sequence[Share]) -> None:
+        """Average the trunks with the weights of the halves."""
+        self.host.service.average({share.work.client: share.weight for share in shares})
