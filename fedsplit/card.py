@@ -3,19 +3,23 @@
 from collections.abc import Sequence
 
 from fedsplit.data import Corpus
-from fedsplit.metrics import RoundStats, in_mib
+from fedsplit.metrics import RoundStats, evaluated, in_mib
 from fedsplit.spec import RunSpec
 
+_PIPELINES = {
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+    "image_classification": "image-classification",
+}
 _TEXT = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags: [split-learning, federated-learning, fedsplit]
 ---
 # {name}
 
-Trained by federated split learning with fedsplit: no party held the whole model. {clients} clients
-kept the bottom and the top, a server the trunk. This checkpoint joins the parts.
+{how}
 
 | | |
 |---|---|
@@ -25,8 +29,8 @@ kept the bottom and the top, a server the trunk. This checkpoint joins the parts
 | corpus sha256 | `{sha256}` |
 | sharding | {sharding} over {clients} clients, {held_out:.0%} held out |
 | policy | {policy}, strategy {strategy} with {halves} for the halves |
-| rounds | {rounds} of {local_steps} steps per client, {version} trunk steps, {tokens:,} tokens |
-| held-out bits per byte | {first:.4f} after round 1, {last:.4f} at the end |
+| rounds | {rounds} of {local_steps} steps per client, {version} trunk steps, {tokens:,} {unit} |
+| held out | {first} in round {first_round}, {last} in round {last_round} |
 | activations and gradients on the wire | {up} up, {down} down |
 | halves through Flower | {halves_bytes} |
 | configuration fingerprint | `{fingerprint}` |
@@ -41,16 +45,16 @@ weights themselves may also remember training text, as any language model's may.
 """
 
 
-def model_card(
-    run: RunSpec, trunk_blocks: range, num_blocks: int, corpus: Corpus, rounds: Sequence[RoundStats]
-) -> str:
+def model_card(run: RunSpec, cut: str, corpus: Corpus, rounds: Sequence[RoundStats]) -> str:
     """The card as markdown, with the metadata that hubs read on top."""
-    cut = (trunk_blocks.start, len(trunk_blocks), num_blocks - trunk_blocks.stop)
+    measured = evaluated(rounds)
     return _TEXT.format(
         name=run.name,
+        how=_how(run),
+        pipeline=_PIPELINES[run.task],
         clients=run.clients,
         model=run.model,
-        split="/".join(str(count) for count in cut),
+        split=cut,
         corpus=corpus.name,
         corpus_bytes=corpus.num_bytes,
         sha256=corpus.sha256,
@@ -58,15 +62,35 @@ def model_card(
         held_out=run.data.held_out,
         policy=run.policy.kind,
         strategy=run.strategy.target,
-        halves=run.strategy.halves,
+        halves=run.halves.strategy,
         rounds=len(rounds),
         local_steps=run.train.local_steps,
         version=rounds[-1].version,
+        unit=measured[-1].unit,
         tokens=sum(stats.tokens for stats in rounds),
-        first=rounds[0].bits_per_byte,
-        last=rounds[-1].bits_per_byte,
+        first=measured[0].held_out.removeprefix("held-out "),
+        first_round=measured[0].round,
+        last=measured[-1].held_out.removeprefix("held-out "),
+        last_round=measured[-1].round,
         up=in_mib(sum(stats.bytes_up for stats in rounds)),
         down=in_mib(sum(stats.bytes_down for stats in rounds)),
         halves_bytes=in_mib(sum(stats.halves_bytes for stats in rounds)),
         fingerprint=run.fingerprint,
     )
+
+
+def _how(run: RunSpec) -> str:
+    if run.baseline != "none":
+        return (
+            f"Trained with fedsplit as a baseline ({run.baseline}) for split learning: the whole "
+            "model, without a trunk server."
+        )
+    text = (
+        "Trained by federated split learning with fedsplit: no party held the whole model. "
+        f"{run.clients} clients kept the bottom and the top, a server the trunk. This checkpoint "
+        "joins the parts."
+    )
+    if run.halves.personal == "none":
+        return text
+    kept = "bottom and top" if run.halves.personal == "both" else run.halves.personal
+    return f"{text} Each client's {kept} stayed its own; in here are the untrained ones."

@@ -18,6 +18,11 @@ class RoundStats:
     `halves_bytes` are the bottoms and tops that Flower carried, both ways. `clients` replied in
     the round, of them `late` had steps that came too late and were repeated; `failed` did not
     reply. `version` is the trunk's at the end of the round.
+
+    `accuracy` is the held-out one of a classifier. `steps` are the optimizer steps of all clients,
+    `refused` those that the trunk would not take. `virtual_seconds` is what the round took on the
+    virtual clock, where machines are simulated; `client_bytes` the most memory that one client's
+    weights, gradients, moments and activations took.
     """
 
     round: int
@@ -34,17 +39,38 @@ class RoundStats:
     late: int
     failed: int
     version: int
+    accuracy: float = math.nan
+    steps: int = 0
+    refused: int = 0
+    virtual_seconds: float = math.nan
+    client_bytes: int = 0
 
     @property
     def line(self) -> str:
         """The round in one line."""
+        virtual = (
+            "" if math.isnan(self.virtual_seconds) else f"  {self.virtual_seconds:.0f} s virtual"
+        )
         return (
-            f"round {self.round:>3}/{self.rounds}  loss {self.loss:.4f}  "
-            f"held-out {self.bits_per_byte:.4f} bits/byte  "
-            f"{self.tokens / max(self.seconds, 1e-9):>7.0f} tokens/s  "
+            f"round {self.round:>3}/{self.rounds}  loss {self.loss:.4f}  {self.held_out}  "
+            f"{self.tokens / max(self.seconds, 1e-9):>7.0f} {self.unit}/s{virtual}  "
             f"up {in_mib(self.bytes_up)}  down {in_mib(self.bytes_down)}  "
             f"clients {self.clients} in, {self.late} late, {self.failed} failed"
         )
+
+    @property
+    def held_out(self) -> str:
+        """What the round's evaluation found, in words."""
+        if math.isnan(self.eval_loss):
+            return "held-out not measured"
+        if math.isnan(self.accuracy):
+            return f"held-out {self.bits_per_byte:.4f} bits/byte"
+        return f"held-out {self.eval_loss:.4f} loss {self.accuracy:.1%} right"
+
+    @property
+    def unit(self) -> str:
+        """What `tokens` are."""
+        return "tokens" if math.isnan(self.accuracy) else "examples"
 
 
 def in_mib(num_bytes: int) -> str:
@@ -65,6 +91,11 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     return nats / math.log(2) / max(1, num_bytes)
 
 
+def evaluated(rounds: Sequence[RoundStats]) -> Sequence[RoundStats]:
+    """The rounds with a held-out result; all of them if none has one."""
+    return [stats for stats in rounds if not math.isnan(stats.eval_loss)] or rounds
+
+
 def append(path: Path, stats: RoundStats) -> None:
     """Add one round to a file of JSON lines; a number that is not finite is null there."""
     told = {key: value if math.isfinite(value) else None for key, value in asdict(stats).items()}
@@ -81,20 +112,23 @@ def parse(lines: Iterable[str]) -> list[RoundStats]:
 
 
 def closing_table(rounds: Sequence[RoundStats]) -> str:
-    """What a run came to: first, best and last held-out bits per byte, and the totals."""
-    first, last = rounds[0], rounds[-1]
-    best = min(rounds, key=lambda stats: stats.bits_per_byte)
+    """What a run came to: first, best and last held-out result, and the totals."""
+    last, measured = rounds[-1], evaluated(rounds)
+    best = min(measured, key=lambda stats: stats.eval_loss)
     seconds = sum(stats.seconds for stats in rounds)
+    virtual = sum(stats.virtual_seconds for stats in rounds)
     tokens = sum(stats.tokens for stats in rounds)
     rows = [
         ("rounds", f"{len(rounds)} of {last.rounds}, {last.version} trunk steps"),
-        ("held-out bits/byte, round 1", f"{first.bits_per_byte:.4f}"),
-        ("held-out bits/byte, last", f"{last.bits_per_byte:.4f}"),
-        ("held-out bits/byte, best", f"{best.bits_per_byte:.4f} (round {best.round})"),
-        ("tokens trained on", f"{tokens:,} in {seconds:.1f} s"),
+        (f"round {measured[0].round}", measured[0].held_out),
+        (f"last (round {measured[-1].round})", measured[-1].held_out),
+        (f"best (round {best.round})", best.held_out),
+        (f"{measured[-1].unit} trained on", f"{tokens:,} in {seconds:.1f} s"),
+        *([] if math.isnan(virtual) else [("virtual time", f"{virtual:.1f} s")]),
         ("activations and gradients up", in_mib(sum(stats.bytes_up for stats in rounds))),
         ("activations and gradients down", in_mib(sum(stats.bytes_down for stats in rounds))),
         ("halves through Flower", in_mib(sum(stats.halves_bytes for stats in rounds))),
+        ("memory of a client", in_mib(max(stats.client_bytes for stats in rounds))),
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
     ]
     width = max(len(name) for name, _ in rows)

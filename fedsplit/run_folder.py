@@ -1,10 +1,11 @@
-"""The folder that a run leaves behind: config, metrics, picture, checkpoint, state.
+"""The folder that a run leaves behind: config, metrics, picture, checkpoint, snapshots.
 
-`config.yaml` is written first, when the run begins; `metrics.jsonl` grows by a line a round; the
-rest is there when the run is over.
+`config.yaml` is written first, when the run begins; `metrics.jsonl` grows by a line a round, and
+`snapshots/` by a folder where the run keeps them; the rest is there when the run is over.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,17 +13,18 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import TokenizersBackend
+from transformers import PreTrainedModel, TokenizersBackend
 
 from fedsplit import metrics
 from fedsplit.card import model_card
+from fedsplit.checkpoints import snapshots_in
 from fedsplit.data import Corpus
+from fedsplit.errors import ConfigError
 from fedsplit.metrics import RoundStats
 from fedsplit.model import SplitModel
 from fedsplit.model.checkpoint import join_checkpoint
-from fedsplit.model.lora import save_adapter, trainable
+from fedsplit.model.lora import save_adapter
+from fedsplit.model.parts import folded_model
 from fedsplit.spec import RunSpec
 
 
@@ -57,6 +59,58 @@ class RunFolder:
                 return RunFolder(folder.resolve())
         raise AssertionError("the candidates do not end")
 
+    @staticmethod
+    def to_resume(run: RunSpec) -> "RunFolder | None":
+        """The folder that `run.resume` names; nothing for a run that begins anew.
+
+        Raises:
+            ConfigError: There is no such folder, nothing to go on from in it, or it is finished.
+        """
+        if not run.resume:
+            return None
+        if run.resume == "auto":
+            there = itertools.takewhile(
+                lambda path: path.exists(), _candidates(Path(run.launch.run_dir), run.name)
+            )
+            waiting = [folder for folder in map(RunFolder, there) if folder._can_go_on]
+            return waiting[-1] if waiting else None
+        folder = RunFolder(Path(run.resume).resolve())
+        if not folder._can_go_on:
+            found = "is finished" if (folder.path / "model").exists() else "has no snapshot"
+            raise ConfigError(
+                f"resume={run.resume}: {folder.path} {found}; name the folder of a run with "
+                "train.save_every that was interrupted, or leave resume out to begin anew"
+            )
+        return folder
+
+    @property
+    def _can_go_on(self) -> bool:
+        return bool(snapshots_in(self.snapshots)) and not (self.path / "model").exists()
+
+    @property
+    def snapshots(self) -> Path:
+        """Where the server's snapshots are."""
+        return self.path / "snapshots"
+
+    @property
+    def last_snapshot(self) -> int:
+        """The round that a resumed run goes on after."""
+        return max(snapshots_in(self.snapshots))
+
+    @property
+    def best(self) -> Path:
+        """Where the best round so far is kept while the run lasts."""
+        return self.path / "best"
+
+    def forget_after(self, number: int) -> None:
+        """Drop the rounds after `number`: a resumed run does them again."""
+        kept = [stats for stats in self.rounds() if stats.round <= number]
+        unfinished = self.path / "metrics.jsonl.tmp"
+        unfinished.unlink(missing_ok=True)
+        for stats in kept:
+            metrics.append(unfinished, stats)
+        unfinished.replace(self.path / "metrics.jsonl")
+
     def give_back(self) -> None:
         """Remove the folder if the run left nothing in it."""
         with suppress(OSError):
@@ -86,42 +140,47 @@ class RunFolder:
         loss.set_ylabel("training loss (nats per token)", color="tab:blue")
         loss.xaxis.set_major_locator(MaxNLocator(integer=True))
         held_out = loss.twinx()
-        held_out.plot(numbers, [s.bits_per_byte for s in rounds], "s--", color="tab:orange")
-        held_out.set_ylabel("held-out bits per byte", color="tab:orange")
+        measured = metrics.evaluated(rounds)
+        is_text = all(math.isnan(s.accuracy) for s in measured)
+        name, what = ("bits_per_byte", "bits per byte") if is_text else ("accuracy", "accuracy")
+        points = [s.round for s in measured], [getattr(s, name) for s in measured]
+        held_out.plot(*points, "s--", color="tab:orange")
+        held_out.set_ylabel(f"held-out {what}", color="tab:orange")
         loss.set_title(f"{self.path.name}: {rounds[-1].version} trunk steps")
         figure.savefig(self.path / "loss.png", dpi=120)
 
     def keep(
         self,
-        parts: SplitModel,
-        tokenizer: TokenizersBackend,
+        result: SplitModel | PreTrainedModel,
+        tokenizer: TokenizersBackend | None,
         corpus: Corpus,
         run: RunSpec,
-        moments: dict[str, Tensor],
     ) -> None:
         """Write what a finished run leaves.
 
         `model/` is the joined model, a plain Hugging Face checkpoint with tokenizer and card
-        (adapters folded in, and by themselves in `adapter/`); `state/` holds each side's trained
-        tensors and the trunk optimizer's `moments`.
+        (adapters folded in, and by themselves in `adapter/`).
         """
-        model, state = self.path / "model", self.path / "state"
-        join_checkpoint(parts.client, parts.trunk, model)
-        tokenizer.save_pretrained(model)
-        blocks, num_blocks = parts.client.trunk_blocks, parts.client.plan.num_blocks
-        card = model_card(run, blocks, num_blocks, corpus, self.rounds())
+        model = self.path / "model"
+        if isinstance(result, SplitModel):
+            join_checkpoint(result.client, result.trunk, model)
+        else:
+            folded_model(result).save_pretrained(model)
+        if tokenizer:
+            tokenizer.save_pretrained(model)
+        card = model_card(run, _cut(result), corpus, self.rounds())
         (model / "README.md").write_text(card, encoding="utf-8")
-        if run.lora.enabled:
-            save_adapter(parts.client, parts.trunk, self.path / "adapter")
-        state.mkdir(exist_ok=True)
-        for name, tensors in (
-            ("halves", trainable(parts.client)),
-            ("trunk", trainable(parts.trunk)),
-            ("trunk_moments", moments),
-        ):
-            kept = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-            save_file(kept, state / f"{name}.safetensors", metadata={"config": run.fingerprint})
+        if run.lora.enabled and isinstance(result, SplitModel):
+            save_adapter(result.client, result.trunk, self.path / "adapter")
         self.plot()
+
+
+def _cut(result: SplitModel | PreTrainedModel) -> str:
+    """How many blocks bottom, trunk and top have."""
+    if not isinstance(result, SplitModel):
+        return "not split"
+    blocks, num_blocks = result.client.trunk_blocks, result.client.plan.num_blocks
+    return f"{blocks.start}/{len(blocks)}/{num_blocks - blocks.stop}"
 
 
 def _candidates(parent: Path, name: str) -> Iterator[Path]:

@@ -1,40 +1,29 @@
 """Flower's client: for one message it builds its half, trains or evaluates, and lets all go.
 
-What lasts from message to message (optimizer moments, how far the data was read) is in
-`context.state`, because a deployed ClientApp is a new process for every message.
+What lasts from message to message (optimizer moments, how far the data was read, a personal
+part) is in `context.state`, because a deployed ClientApp is a new process for every message.
 """
 
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import islice
+from functools import partial
 
+import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import nn
-from transformers import TokenizersBackend
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fedsplit.client.remote import RemoteTrunk
-from fedsplit.client.trainer import ClientTrainer
+from fedsplit.client.trainer import ClientTrainer, FitStats
+from fedsplit.client.unsplit import NoTrunk
 from fedsplit.config import from_run_config
 from fedsplit.console import quiet_libraries
-from fedsplit.data import (
-    Batch,
-    Corpus,
-    Sequences,
-    evaluation_batches,
-    hold_out,
-    load_corpus,
-    load_tokenizer,
-    shard,
-    shard_held_out,
-    tokenize,
-    tokenizer_from_json,
-    training_batches,
-)
-from fedsplit.errors import ConfigError, ModelMismatch
+from fedsplit.errors import ModelMismatch
+from fedsplit.flower.node import Node, Preparation, Share, share_of, texts_of, tokenizer_of
 from fedsplit.flower.records import (
     ARRAYS,
     METRICS,
@@ -42,13 +31,13 @@ from fedsplit.flower.records import (
     Memory,
     Ticket,
     load_arrays,
+    resumed_of,
     to_arrays,
 )
 from fedsplit.metrics import bits_per_byte
-from fedsplit.model import connect
-from fedsplit.model.describe import client_of, config_of
-from fedsplit.model.lora import trainable
-from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
+from fedsplit.model import ClientPart, connect
+from fedsplit.model.describe import client_of, config_of, personal, shared, whole_of
+from fedsplit.spec import RunSpec
 from fedsplit.transport.client import GrpcLink
 
 Numbers = dict[str, int | float | list[int] | list[float]]
@@ -57,56 +46,19 @@ Numbers = dict[str, int | float | list[int] | list[float]]
 app = ClientApp()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """What this machine alone knows, from Flower's `--node-config`.
-
-    `partition` of `partitions` is its share of a corpus that all clients have; with a `data_path`
-    all text there is its own. `device` is torch's name, `tls_ca` a file of trusted roots.
-    """
-
-    partition: int
-    partitions: int
-    data_path: str
-    device: str
-    tls_ca: str
-
-    @staticmethod
-    def of(context: Context, run: RunSpec) -> "Node":
-        """Read the node's config.
-
-        Raises:
-            ConfigError: The node does not know which client of the run it is.
-        """
-        told = context.node_config
-        node = Node(
-            partition=int(told.get("partition-id", -1)),
-            partitions=int(told.get("num-partitions", run.clients)),
-            data_path=str(told.get("data-path", "")),
-            device=str(told.get("device", "cpu")),
-            tls_ca=str(told.get("tls-ca", run.wire.tls_ca)),
-        )
-        if not 0 <= node.partition < run.clients or node.partitions != run.clients:
-            raise ConfigError(
-                f"this node is partition {node.partition} of {node.partitions}, but the run has "
-                f"clients={run.clients}; start it with --node-config 'partition-id=I "
-                f"num-partitions={run.clients}', or a simulation with --federation-config "
-                f"'num-supernodes={run.clients}'"
-            )
-        return node
-
-    @property
-    def name(self) -> str:
-        """The client's name in the run; the same in every run of the same partition."""
-        return f"client-{self.partition}"
-
-
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Say who this is and how it is configured, before any work is done."""
     run = from_run_config(context.run_config)
     node = Node.of(context, run)
-    _texts(run.data, run.sharding, run.seed, node)  # better now than in the middle of a round
+    texts_of(run, node)  # better now than in the middle of a round
+    if run.train.save_every:
+        where, resumed = node.snapshots_of(run), resumed_of(message.content)
+        if resumed:
+            Memory.restore(where, resumed, run)
+        elif Memory.of(context.state) is None:
+            shutil.rmtree(where, ignore_errors=True)  # of another run of this name
+            Memory().save(where, 0, run)
     told = ConfigRecord({"client": node.name, "config": run.fingerprint})
     return Message(RecordDict({"hello": told}), reply_to=message)
 
@@ -116,124 +68,143 @@ def train(message: Message, context: Context) -> Message:
     """Train the halves together with the trunk for a round."""
     begin = time.monotonic()
     with _half(message, context) as half:
-        memory = Memory.of(context.state)
-        trainer = ClientTrainer(half.model, half.trunk, half.run, step=memory.steps)
+        run, memory = half.run, half.memory
+        steps = run.train.steps_in_round(len(half.share), memory.steps)
+        trainer = ClientTrainer(
+            half.model,
+            half.trunk,
+            run,
+            step=memory.steps,
+            proximal_mu=_proximal_mu(message.content),
+            shared=half.shared,
+        )
         trainer.optimizer.load_state(memory.moments)
-        stats = trainer.fit(half.groups(memory.batches), round=half.ticket.round)
-    read = memory.batches + half.run.train.local_steps * half.run.train.accumulation
-    moments = trainer.optimizer.state()
-    Memory(steps=trainer.steps, batches=read, moments=moments).put_into(context.state)
-    numbers: Numbers = {
-        WEIGHT: stats.num_tokens,
-        "loss": stats.loss,
-        "steps": stats.steps,
-        "repeated": stats.repeated,
-        "skipped": stats.skipped,
-        "seconds": time.monotonic() - begin,
-        **half.traffic,
-    }
-    content = RecordDict({METRICS: MetricRecord(numbers)})
-    content[ARRAYS] = to_arrays(trainable(half.model))
+        stats = trainer.fit(half.share.groups(memory.batches, steps), round=half.ticket.round)
+    memory = Memory(
+        steps=trainer.steps,
+        batches=memory.batches + steps * run.train.accumulation,
+        moments=trainer.optimizer.state(),
+        personal=half.personal,
+    )
+    memory.put_into(context.state)
+    if run.train.save_every:
+        memory.save(half.node.snapshots_of(run), half.ticket.round, run)
+    content = RecordDict({METRICS: MetricRecord(half.numbers_of(stats, memory, begin))})
+    if half.shared:
+        content[ARRAYS] = to_arrays(half.shared)
     return Message(content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Measure the loss on this client's held-out text."""
+    """Measure the loss on this client's held-out data."""
     with _half(message, context) as half:
         trainer = ClientTrainer(half.model, half.trunk, half.run)
-        batches = evaluation_batches(half.held_out, half.run.train.batch_size)
-        stats = trainer.evaluate(batches, round=half.ticket.round)
+        stats = trainer.evaluate(half.share.evaluation(), round=half.ticket.round)
     numbers: Numbers = {
         WEIGHT: stats.num_tokens,
         "loss": stats.nats / max(1, stats.num_tokens),
         "bits-per-byte": bits_per_byte(stats.nats, stats.num_bytes),
         "nats": stats.nats,
         "bytes": stats.num_bytes,
+        "correct": stats.num_correct,
         **half.traffic,
     }
     return Message(RecordDict({METRICS: MetricRecord(numbers)}), reply_to=message)
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Half:
-    """A client for the time of one message: its model, its data, its way to the trunk."""
+    """A client for the time of one message: its model, its data, its way to the trunk.
 
-    def __init__(self, message: Message, context: Context, run: RunSpec, link: GrpcLink) -> None:
-        self.run = run
-        self.ticket = Ticket.of(message.content)
-        self._link = link
-        named_tokenizer = (run.model.pretrained, run.model.revision, self.ticket.tokenizer)
-        tokenizer = _tokenizer(*named_tokenizer)
-        node = Node.of(context, run)
-        self.model = client_of(run, config_of(run.model, tokenizer))
-        nn.Module.to(self.model, node.device)
-        load_arrays(trainable(self.model), message.content.array_records[ARRAYS])
-        self.trunk = RemoteTrunk(link, self.model, run, client=self.ticket.client)
-        connect(self.model, self.trunk)
-        self._training, self.held_out = _sequences(
-            run.data, run.sharding, run.seed, node, named_tokenizer
-        )
+    A baseline's client has the unsplit model, and no way to any trunk.
+    """
 
-    def groups(self, start: int) -> Iterator[Sequence[Batch]]:
-        """The batches of each optimizer step of this round, from batch `start` on."""
-        train = self.run.train
-        batches = training_batches(
-            self._training,
-            batch_size=train.batch_size,
-            num_batches=train.local_steps * train.accumulation,
-            seed=self.run.seed,
-            start=start,
-        )
-        for _ in range(train.local_steps):
-            yield list(islice(batches, train.accumulation))
+    run: RunSpec
+    ticket: Ticket
+    node: Node
+    memory: Memory
+    share: Share
+    model: PreTrainedModel
+    trunk: RemoteTrunk | NoTrunk
+    link: GrpcLink | None
+
+    @property
+    def shared(self) -> Mapping[str, nn.Parameter]:
+        """What the server gets: the trained parameters that are not personal, by name."""
+        return shared(self.model, self.run)
+
+    @property
+    def personal(self) -> dict[str, Tensor]:
+        """What stays here."""
+        return {name: p.detach() for name, p in personal(self.model, self.run).items()}
 
     @property
     def traffic(self) -> dict[str, int]:
         """Bytes that crossed the stream."""
-        return {"bytes-up": self._link.bytes_up, "bytes-down": self._link.bytes_down}
+        up, down = (self.link.bytes_up, self.link.bytes_down) if self.link else (0, 0)
+        return {"bytes-up": up, "bytes-down": down}
+
+    def numbers_of(self, stats: FitStats, memory: Memory, begin: float) -> Numbers:
+        """What a reply says of a round of training that began at `begin`."""
+        most = self.run.train.max_steps
+        return {
+            WEIGHT: stats.num_tokens,
+            "loss": stats.loss,
+            "steps": stats.steps,
+            "repeated": stats.repeated,
+            "refused": stats.refused,
+            "skipped": stats.skipped,
+            "seconds": time.monotonic() - begin,
+            "peak-bytes": stats.peak_bytes,
+            "done": int(0 < most <= memory.steps),
+            **self.traffic,
+        }
 
 
 @contextmanager
 def _half(message: Message, context: Context) -> Iterator[_Half]:
     quiet_libraries()
-    run = from_run_config(context.run_config)
-    ticket = Ticket.of(message.content)
+    run, ticket = from_run_config(context.run_config), Ticket.of(message.content)
     if ticket.config != run.fingerprint:
         raise ModelMismatch(
             f"the server runs configuration {ticket.config}, this client {run.fingerprint}; start "
             "both from the same code, conf/ and overrides"
         )
-    wire = replace(run.wire, tls_ca=Node.of(context, run).tls_ca)
-    with closing(GrpcLink(ticket.address, token=ticket.token, wire=wire)) as link:
-        yield _Half(message, context, run, link)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(pretrained: str, revision: str, text: str) -> TokenizersBackend:
-    return load_tokenizer(pretrained, revision) if pretrained else tokenizer_from_json(text)
-
-
-@lru_cache(maxsize=64)
-def _texts(data: DataSpec, sharding: ShardingSpec, seed: int, node: Node) -> tuple[Corpus, Corpus]:
-    """A node's text to train on and its held-out text; the same in every round, so read once."""
-    if node.data_path:
-        corpus = load_corpus(replace(data, kind="text", path=node.data_path))
-        return hold_out(corpus, data.held_out, seed)
-    whole, held_out = hold_out(load_corpus(data), data.held_out, seed)
-    return (
-        shard(whole, sharding, node.partitions, seed)[node.partition],
-        shard_held_out(held_out, sharding, node.partitions, seed)[node.partition],
+    node = Node.of(context, run)
+    preparation = Preparation(tokenizer=ticket.tokenizer, labels=ticket.labels)
+    share = share_of(run, node, preparation)
+    memory = _memory(context, node, run, ticket.resumed)
+    config = config_of(run, tokenizer_of(run, preparation), ticket.labels)
+    model = client_of(run, config) if run.baseline == "none" else whole_of(run, config)
+    nn.Module.to(model, node.device)
+    if ARRAYS in message.content:
+        load_arrays(shared(model, run), message.content.array_records[ARRAYS])
+    with torch.no_grad():
+        for name, parameter in personal(model, run).items():
+            if memory.personal:
+                parameter.copy_(memory.personal[name])
+    half = partial(
+        _Half, run=run, ticket=ticket, node=node, memory=memory, share=share, model=model
     )
+    if not isinstance(model, ClientPart):
+        yield half(trunk=NoTrunk(model, client=ticket.client), link=None)
+        return
+    wire = replace(run.wire, tls_ca=node.tls_ca)
+    with closing(GrpcLink(ticket.address, token=ticket.token, wire=wire)) as link:
+        trunk = RemoteTrunk(link, model, run, client=ticket.client)
+        connect(model, trunk)
+        yield half(trunk=trunk, link=link)
 
 
-@lru_cache(maxsize=64)
-def _sequences(
-    data: DataSpec,
-    sharding: ShardingSpec,
-    seed: int,
-    node: Node,
-    named_tokenizer: tuple[str, str, str],
-) -> tuple[Sequences, Sequences]:
-    training, held_out = _texts(data, sharding, seed, node)
-    tokenizer, length = _tokenizer(*named_tokenizer), data.sequence_length
-    return tokenize(training, tokenizer, length), tokenize(held_out, tokenizer, length)
+def _memory(context: Context, node: Node, run: RunSpec, resumed: int) -> Memory:
+    kept = Memory.of(context.state)
+    if kept is None and resumed:
+        return Memory.restore(node.snapshots_of(run), resumed, run)
+    return kept or Memory()
+
+
+def _proximal_mu(content: RecordDict) -> float:
+    """FedProx's weight, where the halves' strategy sends one."""
+    config = content.config_records.get("config", ConfigRecord())
+    return float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]

@@ -1,14 +1,17 @@
 """What travels in Flower's messages beside what Flower's own strategies put there."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import cast
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedsplit.errors import ModelMismatch
+from fedsplit.checkpoints import Snapshot, prune, snapshots_in
+from fedsplit.errors import CheckpointError, ModelMismatch
+from fedsplit.spec import RunSpec
 
 ARRAYS = "arrays"
 """Key of the halves in a message: the trained tensors of bottom and top."""
@@ -16,7 +19,10 @@ METRICS = "metrics"
 """Key of a reply's metrics."""
 WEIGHT = "num-examples"
 """Flower's key of a client's weight; here it counts tokens."""
-_TICKET, _COUNTS, _MOMENTS = "fedsplit", "counts", "moments"
+RESUMED = "resumed"
+"""Key of the record in the first message to a client that says where a resumed run goes on."""
+_TICKET, _COUNTS = "fedsplit", "counts"
+_KEPT = ("moments", "personal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +30,8 @@ class Ticket:
     """What a client needs to take part in a round.
 
     `address` and `token` lead to the trunk, `config` is the run's fingerprint, `tokenizer` a
-    tokenizer as JSON (empty for a checkpoint, which has its own).
+    tokenizer as JSON (empty for a checkpoint, which has its own), `labels` are the classes of a
+    classifier. A run that was `resumed` goes on after that round; a new one has 0 there.
     """
 
     client: str
@@ -33,44 +40,85 @@ class Ticket:
     token: str
     config: str
     tokenizer: str
+    labels: tuple[str, ...] = ()
+    resumed: int = 0
 
     def put_into(self, content: RecordDict) -> RecordDict:
         """A message's content with the ticket beside it."""
-        return RecordDict({**content, _TICKET: ConfigRecord(asdict(self))})
+        told = {**asdict(self), "labels": list(self.labels)}
+        return RecordDict({**content, _TICKET: ConfigRecord(told)})
 
     @staticmethod
     def of(content: RecordDict) -> "Ticket":
         """The ticket in a message's content."""
-        record = content.config_records[_TICKET]
-        return Ticket(**dict(record))  # type: ignore[arg-type]
+        told: dict[str, Any] = dict(content.config_records[_TICKET])
+        return Ticket(**{**told, "labels": tuple(told["labels"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What a client keeps from one message to the next, in Flower's `context.state`.
 
-    `steps` it has taken, `batches` it has read, and the `moments` of its optimizer.
+    `steps` it has taken, `batches` it has read, the `moments` of its optimizer, and the tensors
+    of its `personal` part, by name.
     """
 
-    steps: int
-    batches: int
-    moments: dict[str, Tensor]
+    steps: int = 0
+    batches: int = 0
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    personal: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(state: RecordDict) -> "Memory":
-        """What was kept; nothing yet for a new client."""
-        counts = dict(state.metric_records.get(_COUNTS, {}))
-        moments = state.array_records.get(_MOMENTS, ArrayRecord())
-        return Memory(
-            steps=cast(int, counts.get("steps", 0)),
-            batches=cast(int, counts.get("batches", 0)),
-            moments=dict(moments.to_torch_state_dict()),
-        )
+    def of(state: RecordDict) -> "Memory | None":
+        """What was kept; nothing if this is the client's first message."""
+        if _COUNTS not in state:
+            return None
+        counts: dict[str, Any] = dict(state.metric_records[_COUNTS])
+        groups = (state.array_records[name].to_torch_state_dict() for name in _KEPT)
+        moments, personal = map(dict, groups)
+        return Memory(moments=moments, personal=personal, **counts)
 
     def put_into(self, state: RecordDict) -> None:
         """Keep this, in place of what was kept."""
         state[_COUNTS] = MetricRecord({"steps": self.steps, "batches": self.batches})
-        state[_MOMENTS] = to_arrays(self.moments)
+        for name in _KEPT:
+            state[name] = to_arrays(getattr(self, name))
+
+    def save(self, parent: Path, round: int, run: RunSpec) -> None:
+        """Write a snapshot that a resumed run can go on from."""
+        Snapshot(
+            round=round,
+            settings=run.settings,
+            facts={"steps": self.steps, "batches": self.batches},
+            tensors={name: getattr(self, name) for name in _KEPT},
+        ).write(parent)
+        # The server may have to go back to the one before its latest.
+        every = run.train.save_every
+        prune(parent, (round - 1) // every * every - every)
+
+    @staticmethod
+    def restore(parent: Path, round: int, run: RunSpec) -> "Memory":
+        """What this client remembered when `round` was over.
+
+        Raises:
+            CheckpointError: It has kept nothing of this run, or what it kept is damaged.
+        """
+        kept = {number: path for number, path in snapshots_in(parent).items() if number <= round}
+        if not kept:
+            raise CheckpointError(
+                f"{parent} holds nothing of round {round} or before, so this client cannot go on "
+                "with the run; start it where that folder is (node config state-dir), or start "
+                "the run anew without resume"
+            )
+        snapshot = Snapshot.read(kept[max(kept)], run)
+        moments, personal = (snapshot.tensors[name] for name in _KEPT)
+        return Memory(moments=moments, personal=personal, **snapshot.facts)
+
+
+def resumed_of(content: RecordDict) -> int:
+    """The round after which a run goes on, as its first message says; 0 for a new one."""
+    told: dict[str, Any] = dict(content.config_records.get(RESUMED, {}))
+    return int(told.get("round", 0))
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:

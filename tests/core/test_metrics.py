@@ -3,7 +3,7 @@
 import json
 import math
 
-from fedsplit.metrics import RoundStats, append, parse
+from fedsplit.metrics import RoundStats, append, closing_table, parse
 
 
 def stats(**changes: float) -> RoundStats:
@@ -30,3 +30,29 @@ def test_what_was_not_measured_is_null_and_comes_back_as_nan(tmp_path):
     (again,) = parse(path.read_text().splitlines())
     assert math.isnan(again.eval_loss) and math.isnan(again.bits_per_byte)
     assert again.loss == 1
+
+
+NAN = math.nan
+
+
+def test_a_line_says_what_was_measured():
+    text = stats(bits_per_byte=2.25, accuracy=NAN, virtual_seconds=NAN)
+    assert "held-out 2.2500 bits/byte" in text.line and "tokens/s  up" in text.line
+    classes = stats(eval_loss=0.5, accuracy=0.905, virtual_seconds=12.0)
+    assert "held-out 0.5000 loss 90.5% right" in classes.line
+    assert "examples/s  12 s virtual  up" in classes.line
+    assert "held-out not measured" in stats(eval_loss=NAN, accuracy=NAN).line
+
+
+def test_the_closing_table_goes_by_the_rounds_that_were_evaluated():
+    losses = {1: NAN, 2: 0.5, 3: NAN, 4: 0.75}
+    rounds = [
+        stats(round=n, rounds=4, eval_loss=loss, bits_per_byte=loss, accuracy=NAN)
+        for n, loss in losses.items()
+    ]
+    table = closing_table(rounds)
+    assert "round 2                         held-out 0.5000" in table
+    assert "last (round 4)                  held-out 0.7500" in table
+    assert "best (round 2)                  held-out 0.5000" in table
+    never = closing_table([stats(eval_loss=NAN, accuracy=NAN, virtual_seconds=NAN)])
+    assert "held-out not measured" in never and "virtual" not in never

@@ -161,7 +161,9 @@ def answers(url: str) -> bool:
 
 def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path, mark: str) -> None:
     wire = self_signed(tmp_path, "trunk")
-    words = overrides_for(tmp_path, "clients=2", f"wire.tls_cert={wire.tls_cert}")
+    # A process for every message: moments, the place in the data and the bottom have to last.
+    same = ("clients=2", "train.rounds=2", "halves=personal_bottom", "train.save_every=1")
+    words = overrides_for(tmp_path, *same, f"wire.tls_cert={wire.tls_cert}")
     words += [f"wire.tls_key={wire.tls_key}"]
     results = tmp_path / "runs"
     place, home = tmp_path / "place", tmp_path / "home"
@@ -187,6 +189,7 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path, mark: str
         await_that(lambda: answers(f"http://127.0.0.1:{link}/health"))
         for partition, port in enumerate(nodes):
             node = f'partition-id={partition} num-partitions=2 tls-ca="{wire.tls_ca}"'
+            node += f' state-dir="{tmp_path / "kept"}"'
             supernode = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}"]
             supernode += ["--port", str(port), "--node-config", node]
             deployment.enter_context(background(*supernode, env=env, cwd=place))
@@ -198,8 +201,11 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path, mark: str
         listed = subprocess.run([str(BIN / "flwr"), "ls", "--format", "json"], **flwr)
     assert json.loads(listed.stdout)["runs"][0]["status"] == "finished:completed", done.stdout
     folder = RunFolder(results / "tiny")
-    assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0)]
+    assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0), (2, 0)]
+    kept = sorted(path.name for path in (tmp_path / "kept/tiny/client-1").iterdir())
+    assert kept == ["round-0000", "round-0001", "round-0002"]
     spec = from_yaml((folder.path / "config.yaml").read_text(encoding="utf-8"))
-    plain = spec_for(tmp_path, "clients=2")
+    plain = spec_for(tmp_path, *same)
     assert spec.wire.tls_cert and spec.model == plain.model
-    assert folder.rounds()[0].loss == federate(plain).rounds()[0].loss
+    losses = [[(s.loss, s.eval_loss) for s in f.rounds()] for f in (folder, federate(plain))]
+    assert losses[0] == losses[1]

@@ -1,0 +1,127 @@
+"""Snapshots of a run's state: what server and clients go on from when a run is resumed.
+
+A snapshot is a folder `round-0007` of safetensors files and a `snapshot.json` with the sha256 of
+each. It is written beside its place and moved there, so it is whole or not there at all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.model.manifest import sha256_of
+from fedsplit.spec import RunSpec
+
+_LABEL = "snapshot.json"
+_PREFIX = "round-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Snapshot:
+    """The state of one side after a round.
+
+    `settings` are those that decide the run's numbers, `facts` are single values, and `tensors`
+    groups of tensors by name; each group is a file.
+    """
+
+    round: int
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    def write(self, parent: Path) -> Path:
+        """Write the snapshot into `parent`, in place of one of the same round."""
+        final = parent / f"{_PREFIX}{self.round:04d}"
+        unfinished = parent / f".unfinished-{final.name}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for name, group in self.tensors.items():
+            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+            save_file(kept, unfinished / f"{name}.safetensors")
+        files = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
+        told = {"round": self.round, "settings": self.settings, "facts": self.facts, "files": files}
+        (unfinished / _LABEL).write_text(json.dumps(told, indent=1), encoding="utf-8")
+        for path in (*unfinished.iterdir(), unfinished):
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        _sync(parent)
+        return final
+
+    @staticmethod
+    def read(path: Path, run: RunSpec) -> "Snapshot":
+        """Read a snapshot of a run with the same settings.
+
+        Raises:
+            CheckpointError: A file is missing or is not the one that was written.
+            ConfigError: The run it was made in had other settings; names each.
+        """
+        told = _label(path)
+        _check_settings(path, told["settings"], run.settings)
+        for name, expected in told["files"].items():
+            if not (path / name).is_file() or sha256_of(path / name) != expected:
+                raise CheckpointError(
+                    f"{path / name} is missing or damaged (its sha256 is not the one in {_LABEL}); "
+                    f"remove {path} to go on from the snapshot before it"
+                )
+        tensors = {Path(name).stem: load_file(path / name) for name in told["files"]}
+        return Snapshot(
+            round=told["round"], settings=told["settings"], facts=told["facts"], tensors=tensors
+        )
+
+
+def snapshots_in(parent: Path) -> dict[int, Path]:
+    """The snapshots in a folder by their round, oldest first."""
+    return dict(sorted(_found(parent)))
+
+
+def prune(parent: Path, oldest_needed: int) -> None:
+    """Remove the snapshots that nobody who goes on from round `oldest_needed` needs."""
+    found = snapshots_in(parent)
+    needed = max((number for number in found if number <= oldest_needed), default=0)
+    for number, path in found.items():
+        if number < needed:
+            shutil.rmtree(path)
+
+
+def _found(parent: Path) -> Iterator[tuple[int, Path]]:
+    for path in parent.glob(f"{_PREFIX}*"):
+        number = path.name.removeprefix(_PREFIX)
+        if number.isdigit() and (path / _LABEL).is_file():
+            yield int(number), path
+
+
+def _label(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads((path / _LABEL).read_text(encoding="utf-8"))
+        if told.keys() != {"round", "settings", "facts", "files"}:
+            raise ValueError(f"it has the keys {sorted(told)}")
+    except (OSError, ValueError, AttributeError) as exc:
+        raise CheckpointError(f"{path} is no snapshot of a run: {exc}") from exc
+    found: dict[str, Any] = told
+    return found
+
+
+def _check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    odd = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if odd:
+        changes = ", ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in odd)
+        raise ConfigError(
+            f"{path} was made with other settings: {changes}; resume with the same ones, or start "
+            "a new run from its model with model.pretrained="
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

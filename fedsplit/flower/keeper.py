@@ -1,0 +1,149 @@
+"""What a run's server keeps: the rounds, snapshots to go on from, the best round, the result."""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from flwr.app import ArrayRecord
+from torch import Tensor
+from transformers import PreTrainedModel, TokenizersBackend
+
+from fedsplit.checkpoints import Snapshot, prune, snapshots_in
+from fedsplit.config import to_yaml
+from fedsplit.data import Corpus
+from fedsplit.errors import ConfigError
+from fedsplit.flower.hosting import TrunkHost
+from fedsplit.flower.records import load_arrays, to_arrays
+from fedsplit.metrics import RoundStats
+from fedsplit.model import SplitModel
+from fedsplit.model.describe import shared
+from fedsplit.run_folder import RunFolder
+from fedsplit.spec import RunSpec
+
+log = logging.getLogger("flwr.fedsplit")
+
+
+class Method(Protocol):
+    """What the keeper asks of a strategy."""
+
+    host: TrunkHost
+
+    def state(self) -> dict[str, Tensor]:
+        """What the strategy itself remembers from round to round, by name."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` handed out."""
+        ...
+
+
+class Keeper:
+    """The run's folder, from the server's side.
+
+    Args:
+        run: The run.
+        corpus: All data.
+        model: What the clients begin with: bottom and top, or the unsplit model of a baseline.
+        parts: The parts, where the model is split.
+        tokenizer: The run's, where it has one.
+    """
+
+    def __init__(
+        self,
+        run: RunSpec,
+        corpus: Corpus,
+        model: PreTrainedModel,
+        parts: SplitModel | None,
+        tokenizer: TokenizersBackend | None,
+    ) -> None:
+        self.first_round = 1
+        self._run = run
+        self._corpus = corpus
+        self._model = model
+        self._parts = parts
+        self._tokenizer = tokenizer
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """What the clients share, as it stands."""
+        return to_arrays(shared(self._model, self._run))
+
+    def begin(self, method: Method) -> None:
+        """Open the run's folder; a resumed run takes over what was kept there.
+
+        Raises:
+            ConfigError: There is nothing to resume, or its settings or data were others.
+            CheckpointError: What was kept is damaged.
+        """
+        self._method = method
+        run = self._run
+        resumed = RunFolder.to_resume(run)
+        if resumed:
+            self._folder = resumed
+            self._take_over(resumed)
+        else:
+            self._folder = RunFolder.begin(Path(run.launch.run_dir), run.name, to_yaml(run))
+        self._best = _best(self._folder.rounds())
+        log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
+
+    def on_round(self, stats: RoundStats, arrays: ArrayRecord) -> None:
+        """Keep what a round came to."""
+        load_arrays(shared(self._model, self._run), arrays)
+        self._folder.append(stats)
+        log.info("%s", stats.line)
+        train = self._run.train
+        if stats.eval_loss < self._best:
+            self._best = stats.eval_loss
+            if train.load_best:
+                self._write(self._folder.best, stats.round)
+                prune(self._folder.best, stats.round)
+        if train.save_every and stats.round % train.save_every == 0:
+            self._write(self._folder.snapshots, stats.round)
+            prune(self._folder.snapshots, stats.round - train.save_every)
+
+    def finish(self) -> None:
+        """Leave the result: of the last round, or of the best one."""
+        kept = snapshots_in(self._folder.best)
+        if self._run.train.load_best and kept:
+            self._restore(Snapshot.read(kept[max(kept)], self._run))
+            shutil.rmtree(self._folder.best)
+        result = self._parts or self._model
+        self._folder.keep(result, self._tokenizer, self._corpus, self._run)
+        log.info("Run %s is done: %s", self._run.name, self._folder.path)
+
+    def _take_over(self, folder: RunFolder) -> None:
+        kept = snapshots_in(folder.snapshots)
+        snapshot = Snapshot.read(kept[max(kept)], self._run)
+        if snapshot.facts["corpus"] != self._corpus.sha256:
+            raise ConfigError(
+                f"{folder.path} was trained on data with sha256 {snapshot.facts['corpus']}, but "
+                f"{self._corpus.name} has {self._corpus.sha256} now; resume with the same data"
+            )
+        self._restore(snapshot)
+        folder.forget_after(snapshot.round)
+        self.first_round = snapshot.round + 1
+
+    def _write(self, parent: Path, number: int) -> None:
+        halves = {name: p.detach() for name, p in shared(self._model, self._run).items()}
+        Snapshot(
+            round=number,
+            settings=self._run.settings,
+            facts={"corpus": self._corpus.sha256},
+            tensors={
+                "halves": halves,
+                "trunk": self._method.host.service.engine.state(),
+                "strategy": self._method.state(),
+            },
+        ).write(parent)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        load_arrays(shared(self._model, self._run), to_arrays(snapshot.tensors["halves"]))
+        self._method.host.service.engine.load_state(snapshot.tensors["trunk"])
+        self._method.load_state(snapshot.tensors["strategy"])
+
+
+def _best(rounds: list[RoundStats]) -> float:
+    losses = [stats.eval_loss for stats in rounds if not math.isnan(stats.eval_loss)]
+    return min(losses, default=math.inf)

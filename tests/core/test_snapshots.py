@@ -1,0 +1,85 @@
+"""Snapshots are whole or not there, and are refused where settings or bytes have changed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedsplit.checkpoints import Snapshot, prune, snapshots_in
+from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.spec import RunSpec, TrainSpec
+
+RUN = RunSpec()
+
+
+def snapshot(round: int = 3, run: RunSpec = RUN) -> Snapshot:
+    weights = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.steps": torch.tensor(7)}
+    return Snapshot(
+        round=round,
+        settings=run.settings,
+        facts={"corpus": "abc"},
+        tensors={"halves": weights, "nothing": {}},
+    )
+
+
+def test_what_was_written_is_read(tmp_path):
+    path = snapshot().write(tmp_path)
+    found = Snapshot.read(path, RUN)
+    assert (found.round, found.facts) == (3, {"corpus": "abc"})
+    assert found.tensors.keys() == {"halves", "nothing"}
+    assert torch.equal(found.tensors["halves"]["a.weight"], torch.arange(6.0).reshape(2, 3))
+    assert found.tensors["halves"]["a.steps"] == 7
+    assert not found.tensors["nothing"]
+
+
+def test_a_snapshot_of_the_same_round_is_replaced(tmp_path):
+    path = snapshot().write(tmp_path)
+    assert snapshot().write(tmp_path) == path
+    assert snapshots_in(tmp_path) == {3: path}
+
+
+def test_an_unfinished_one_does_not_count(tmp_path):
+    done = snapshot(1).write(tmp_path)
+    (tmp_path / ".unfinished-round-0002").mkdir()
+    (tmp_path / "round-0002").mkdir()
+    assert snapshots_in(tmp_path) == {1: done}
+
+
+def test_other_settings_are_named(tmp_path):
+    path = snapshot().write(tmp_path)
+    other = replace(RUN, seed=5, train=TrainSpec(lr=0.5))
+    with pytest.raises(ConfigError, match=r"seed was 0, is 5, train.lr was 0.003, is 0.5; resume"):
+        Snapshot.read(path, other)
+    assert Snapshot.read(path, replace(RUN, name="again", resume="auto")).round == 3
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = snapshot().write(tmp_path)
+    file = path / "halves.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"halves.safetensors is missing or damaged .* remove"):
+        Snapshot.read(path, RUN)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        Snapshot.read(path, RUN)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense"])
+def test_what_is_no_snapshot_is_refused(tmp_path, text):
+    path = snapshot().write(tmp_path)
+    (path / "snapshot.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is no snapshot of a run"):
+        Snapshot.read(path, RUN)
+
+
+@pytest.mark.parametrize(
+    ("oldest_needed", "left"),
+    [(0, [1, 3, 5, 8]), (2, [1, 3, 5, 8]), (3, [3, 5, 8]), (7, [5, 8]), (99, [8])],
+)
+def test_prune_keeps_what_a_resumed_run_may_need(tmp_path, oldest_needed, left):
+    for number in (1, 3, 5, 8):
+        snapshot(number).write(tmp_path)
+    prune(tmp_path, oldest_needed)
+    assert list(snapshots_in(tmp_path)) == left

@@ -1,0 +1,182 @@
+"""A run that was interrupted goes on from its snapshots, to the very same numbers."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedsplit.checkpoints import snapshots_in
+from fedsplit.errors import CheckpointError, ConfigError, Diverged
+from fedsplit.run_folder import RunFolder
+from fedsplit.spec import RunSpec
+from tests.edge.federation import (
+    SGD,
+    client_that,
+    federate,
+    joined,
+    overrides_for,
+    spec_for,
+    without_seconds,
+    write_corpus,
+)
+
+KEPT = ("train.rounds=4", "train.local_steps=2", "train.save_every=1")
+
+
+def breaking_in(round: int):
+    """A client app that fails from this round on, as if the machines were gone."""
+
+    def train(message, context, go_on):
+        if message.content.config_records["fedsplit"]["round"] >= round:
+            raise RuntimeError("the power is gone")
+        return go_on()
+
+    return client_that(train=train)
+
+
+def interrupted(run: RunSpec, round: int) -> RunFolder:
+    with pytest.raises(Diverged, match="the power is gone"):
+        federate(run, breaking_in(round))
+    return RunFolder(Path(run.launch.run_dir) / run.name)
+
+
+def resumed(run: RunSpec, resume: str = "auto") -> RunFolder:
+    return federate(replace(run, resume=resume))
+
+
+VARIANTS = {
+    "full": (),
+    "lora-dropout": ("lora=on", "lora.rank=2", "lora.dropout=0.5"),
+    "fedadam": ("halves.strategy=flwr.serverapp.strategy.FedAdam",),
+    "personal": ("halves=personal_bottom",),
+    "all-personal": ("halves=personal",),
+    "v1": ("strategy=splitfed_v1",),
+    "sequential": ("strategy=sequential",),
+    "mu": ("strategy=mu_splitfed",),
+    "local-loss": ("strategy=local_loss",),
+    "sampled": ("halves.options={fraction_train: 0.5}",),
+    "every-other": ("train.save_every=2",),
+    "async": ("policy=async", "policy.sim_slowdown={client-2: 3}"),
+    "quorum": ("policy=quorum", "policy.sim_slowdown={client-2: 3}", "policy.quorum=2"),
+    "fedavg": ("baseline=fedavg",),
+    "local": ("baseline=local",),
+    "central": ("baseline=central",),
+}
+
+
+@pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
+def test_going_on_gives_the_numbers_of_not_stopping(tmp_path, words):
+    whole = federate(spec_for(tmp_path / "whole", *KEPT, *words))
+    run = spec_for(tmp_path / "whole", *KEPT, *words, f"launch.run_dir={tmp_path / 'cut' / 'runs'}")
+    interrupted(run, 3)
+    folder = resumed(run)
+    assert folder.path == Path(run.launch.run_dir) / run.name
+    assert without_seconds(folder.rounds()) == without_seconds(whole.rounds())
+    for name, tensor in joined(whole).items():
+        assert tensor.equal(joined(folder)[name]), name
+
+
+def test_a_snapshot_that_was_not_finished_is_not_used(tmp_path):
+    run = spec_for(tmp_path, *KEPT)
+    folder = interrupted(run, 3)
+    latest = snapshots_in(folder.snapshots)[2]
+    (latest / "snapshot.json").unlink()
+    assert [stats.round for stats in resumed(run).rounds()] == [1, 2, 3, 4]
+
+
+def test_a_damaged_snapshot_is_refused_and_can_be_removed(tmp_path):
+    run = spec_for(tmp_path, *KEPT)
+    folder = interrupted(run, 3)
+    latest = snapshots_in(folder.snapshots)[2]
+    (latest / "trunk.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        resumed(run)
+    shutil.rmtree(latest)
+    assert [stats.round for stats in resumed(run).rounds()] == [1, 2, 3, 4]
+
+
+def test_a_client_without_its_state_is_refused_by_name(tmp_path):
+    run = spec_for(tmp_path, *KEPT)
+    folder = interrupted(run, 3)
+    shutil.rmtree(folder.path / "clients" / "client-1")
+    with pytest.raises(ConfigError, match=r"client-1 holds nothing of round 2 .* state-dir"):
+        resumed(run)
+
+
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_other_settings_are_refused_by_name(tmp_path, resume):
+    run = spec_for(tmp_path, *KEPT)
+    folder = interrupted(run, 3)
+    other = spec_for(tmp_path, *KEPT, "train.lr=0.5")
+    with pytest.raises(ConfigError, match=r"train.lr was 0.003, is 0.5; resume with the same"):
+        resumed(other, "auto" if resume == "auto" else str(folder.path))
+
+
+def test_other_data_is_refused(tmp_path):
+    run = spec_for(tmp_path, *KEPT)
+    interrupted(run, 3)
+    with Path(run.data.path).open("a") as file:
+        file.write("\none more line\n")
+    with pytest.raises(ConfigError, match="resume with the same data"):
+        resumed(run)
+
+
+def test_auto_begins_anew_where_there_is_nothing(tmp_path):
+    run = spec_for(tmp_path, *KEPT)
+    assert len(resumed(run).rounds()) == 4
+    again = resumed(run)  # the first one is finished
+    assert again.path.name == f"{run.name}-2"
+
+
+def test_a_folder_that_cannot_be_resumed_is_refused(tmp_path):
+    run = spec_for(tmp_path, *KEPT)
+    with pytest.raises(ConfigError, match=r"nowhere has no snapshot; name the folder"):
+        resumed(run, str(tmp_path / "nowhere"))
+    done = federate(run)
+    with pytest.raises(ConfigError, match="is finished"):
+        resumed(run, str(done.path))
+
+
+def test_the_best_round_is_what_is_left(tmp_path):
+    # Server steps this large make the later rounds worse.
+    adam = ("halves.strategy=flwr.serverapp.strategy.FedAdam", "halves.options={eta: 0.3}")
+    words = [*SGD, *adam, "train.rounds=3", "train.local_steps=3", "name=best"]
+    best = federate(spec_for(tmp_path, *words, "train.load_best=true"))
+    losses = [stats.eval_loss for stats in best.rounds()]
+    number = losses.index(min(losses)) + 1
+    assert number < 3, f"the rounds got better and better: {losses}"
+    short = federate(spec_for(tmp_path, *words, f"train.rounds={number}", "name=short"))
+    for name, tensor in joined(short).items():
+        assert tensor.equal(joined(best)[name]), name
+    assert not best.best.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(tmp_path):
+    words = [*overrides_for(tmp_path / "a", *KEPT), "train.schedule=constant"]
+    command = [sys.executable, "-m", "simulations.run", *words]
+    subprocess.run(command, check=True, capture_output=True)
+    runs = tmp_path / "b" / "runs"
+    write_corpus(tmp_path / "b")
+    killed = [*command, f"launch.run_dir={runs}"]
+    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = runs / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (runs / "tiny/snapshots/round-0001").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (runs / "tiny" / "model").exists(), "it was done before it could be killed"
+    done = subprocess.run([*killed, "resume=auto"], check=True, capture_output=True, text=True)
+    assert "goes on" in done.stdout
+    one, other = RunFolder(tmp_path / "a" / "runs" / "tiny"), RunFolder(runs / "tiny")
+    assert without_seconds(one.rounds()) == without_seconds(other.rounds())
+    assert [json.loads(line)["round"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
+    for name, tensor in joined(one).items():
+        assert tensor.equal(joined(other)[name]), name
