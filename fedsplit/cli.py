@@ -1,4 +1,4 @@
-"""The `fedsplit` command: cut and join checkpoints, ask a trunk server, draw a run's loss.
+"""The `fedsplit` command: checkpoints cut and joined, servers asked, runs and shards drawn.
 
 Libraries are imported by the command that needs them, so that `fedsplit --help` answers at once.
 """
@@ -25,6 +25,8 @@ examples:
   fedsplit join parts/bottom-top parts/trunk --out whole
   fedsplit info 127.0.0.1:9500
   fedsplit plot runs/default
+  fedsplit compare runs/default runs/default-2 --out compared
+  fedsplit shards sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards
 """
 _INFO_DEADLINE_S = 10.0
 
@@ -78,6 +80,17 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--tls-ca", default="", metavar="FILE", help="PEM of the authority to trust")
     plot = add("plot", _plot, "draw the loss of a run again", "runs/default")
     plot.add_argument("run_dir", metavar="RUN_DIR", help="the folder that a run left")
+    example = "runs/default runs/default-2 --out compared"
+    compare = add("compare", _compare, "put runs side by side, as a table and a picture", example)
+    folders = "a folder that a run left, or a folder of such folders"
+    compare.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=folders)
+    out = "where to leave table.json and compare.png; default: compare/ beside the first run"
+    compare.add_argument("--out", metavar="DIR", help=out)
+    example = "sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards"
+    shards = add("shards", _shards, "show which client of a run has what to train on", example)
+    overrides = "group=option or field=value, as of a run"
+    shards.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=overrides)
+    shards.add_argument("--out", metavar="DIR", help="where to leave shards.png and shards.json")
     return parser
 
 
@@ -172,6 +185,36 @@ def _rounds(folder: "RunFolder") -> "list[RoundStats]":
     except (ValueError, TypeError) as exc:
         file = folder.path / "metrics.jsonl"
         raise DataError(f"{file} does not hold the rounds of a run: {exc}") from exc
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from fedsplit.compare import COLUMNS, Table, grouped, plot, read_runs, rows_of
+
+    groups = grouped(read_runs(map(Path, arguments.run_dirs)))
+    table = Table(rows=rows_of(groups), columns=COLUMNS)
+    out = Path(arguments.out or Path(arguments.run_dirs[0]).parent / "compare")
+    print(f"{table}\n\n{table.write(out)}\n{plot(groups, out)}")
+
+
+def _shards(arguments: argparse.Namespace) -> None:
+    from fedsplit.config import compose
+    from fedsplit.data import hold_out, load_corpus, shard
+    from fedsplit.holdings import Holdings
+
+    run = compose(arguments.overrides)
+    corpus, _ = hold_out(load_corpus(run.data, run.task), run.data.held_out, run.seed)
+    holdings = Holdings.of(shard(corpus, run.sharding, run.clients, run.seed))
+    title = f"{corpus.name}, sharding={run.sharding.kind}, seed={run.seed}"
+    print(f"{_one_line(title)}\n\n{holdings.table}")
+    if left_out := corpus.num_bytes - holdings.everybody.bytes:
+        print(f"{left_out:,} bytes are left out by {run.sharding.target}")
+    if arguments.out is None:
+        return
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "shards.json").write_text(holdings.json, encoding="utf-8")
+    holdings.plot(out / "shards.png", title)
+    print(f"\n{out / 'shards.png'}\n{out / 'shards.json'}")
 
 
 # --- what they share --------------------------------------------------------------------------

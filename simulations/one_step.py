@@ -44,7 +44,7 @@ def main() -> None:
             split_loss = trainer.step([batch]).loss
 
     optimizer = PartOptimizer(dict(whole.named_parameters()), run.train)
-    loss = whole(batch.ids_BT, labels=batch.labels_BT).loss
+    loss = whole(**batch.inputs, labels=batch.labels).loss
     loss.backward()
     optimizer.step(0)
 
@@ -71,9 +71,8 @@ def _tiny_gpt2() -> GPT2Config:
 def _batch() -> Batch:
     ids_BT = torch.tensor([list(b"one step of a sp"), list(b"lit model, exact")])
     return Batch(
-        ids_BT=ids_BT,
-        attention_mask_BT=torch.ones_like(ids_BT),
-        labels_BT=ids_BT,
+        inputs={"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)},
+        labels=ids_BT,
         num_tokens=30,
         num_bytes=30,
     )

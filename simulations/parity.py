@@ -188,9 +188,8 @@ def _batch(asked: Parity, config: PretrainedConfig, chance: torch.Generator) -> 
     labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
     num_tokens = int((labels_BT[:, 1:] != -100).sum())
     return Batch(
-        ids_BT=ids_BT,
-        attention_mask_BT=mask_BT,
-        labels_BT=labels_BT,
+        inputs={"input_ids": ids_BT, "attention_mask": mask_BT},
+        labels=labels_BT,
         num_tokens=num_tokens,
         num_bytes=num_tokens,
     )
@@ -206,9 +205,8 @@ def _train_unsplit(model: nn.Module, run: RunSpec, groups: list[list[Batch]]) ->
         total = 0.0
         for batch in group:
             mean = model(
-                input_ids=batch.ids_BT,
-                attention_mask=batch.attention_mask_BT,
-                labels=batch.labels_BT,
+                **batch.inputs,
+                labels=batch.labels,
                 use_cache=False,
             ).loss
             loss = mean * (batch.num_tokens / num_tokens)

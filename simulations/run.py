@@ -1,90 +1,88 @@
 """Runs one experiment, or a sweep of them: composes the config, launches, prints, leaves a folder.
 
 python -m simulations.run experiment=toy
-python -m simulations.run -m sharding=iid,natural
+python -m simulations.run -m sharding=natural,iid
+python -m simulations.run experiment=convergence
 python -m simulations.run --help
 """
 
-import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import fedsplit.config
-from fedsplit.config import to_yaml
-from fedsplit.console import quiet_libraries
-from fedsplit.flower import client_app, server_app
-from fedsplit.flower.inline import run_inline
+from fedsplit.compare import COLUMNS, Group, Table, plot, rows_of
+from fedsplit.config import Variants
 from fedsplit.metrics import closing_table
 from fedsplit.run_folder import RunFolder
 from fedsplit.spec import RunSpec
-from simulations.launch import run_flwr
+from simulations.experiments import convergence, noniid, straggler
+from simulations.memory import measured
+from simulations.single import carry_out, claim
+from simulations.sweep import carried_out
 
-_APP = Path(__file__).resolve().parent.parent
 _POLL_S = 0.2
 
 
-def run_one(run: RunSpec) -> None:
-    """Run one experiment to its end and print it as it goes."""
-    folder = RunFolder.claim(Path(run.launch.run_dir), run.name)
-    run = replace(run, name=folder.path.name)
+def _of_runs(table: Callable[[Sequence[Group]], Table]) -> Callable[[RunSpec, Variants], Table]:
+    """The table of an experiment's runs, which are trained where they are not there yet."""
+
+    def answer(sweep: RunSpec, variants: Variants) -> Table:
+        groups = carried_out(sweep, variants)
+        plot(groups, Path(sweep.launch.run_dir, sweep.name))
+        return table(groups)
+
+    return answer
+
+
+_TABLES: dict[str, Callable[[RunSpec, Variants], Table]] = {
+    "compare": _of_runs(lambda groups: Table(rows=rows_of(groups), columns=COLUMNS)),
+    "convergence": _of_runs(convergence.table),
+    "straggler": _of_runs(straggler.table),
+    "noniid": _of_runs(noniid.table),
+    "memory": measured,
+}
+"""What an experiment ends in, by `sweep.kind`."""
+
+
+def run_one(run: RunSpec) -> Path:
+    """Run one experiment to its end and print it as it goes; the folder that it leaves."""
+    run, folder = claim(run)
     print(_heading(run), flush=True)
-    launch = _inline if run.launch.kind == "inline" else _flwr
-    try:
-        with _printing_rounds(folder):
-            launch(run, folder)
-    finally:
-        folder.give_back()
+    if run.resume:
+        print(f"goes on after round {folder.last_snapshot} in {folder.path}", flush=True)
+    with _printing_rounds(folder):
+        carry_out(run, folder)
     print(f"\n{closing_table(folder.rounds())}")
-    print(f"\nleft in {folder.path}: {_left(folder)}", flush=True)
+    print(f"\nleft in {folder.path}: {_left(folder.path)}", flush=True)
+    return folder.path
 
 
-def _inline(run: RunSpec, folder: RunFolder) -> None:
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    quiet_libraries()
-    run_inline(
-        server_app.app,
-        client_app.app,
-        num_clients=run.clients,
-        run_config=_run_config(run, folder),
-        workers=run.launch.workers,
-    )
-
-
-def _flwr(run: RunSpec, folder: RunFolder) -> None:
-    with (folder.path / "flower.log").open("w", encoding="utf-8") as log:
-        run_flwr(
-            _APP,
-            run_config=_run_config(run, folder),
-            num_clients=run.clients,
-            workers=run.launch.workers,
-            log_path=folder.path / "superlink.log",
-            start_timeout_s=run.launch.start_timeout_s,
-            on_output=lambda line: print(line, file=log, flush=True),
-        )
-
-
-def _run_config(run: RunSpec, folder: RunFolder) -> dict[str, str]:
-    return {"config": to_yaml(run), "run-dir": str(folder.path.parent)}
+def run_sweep(run: RunSpec, variants: Variants) -> None:
+    """Run what a run's own sweep asks for and print its table."""
+    folder = Path(run.launch.run_dir, run.name)
+    print(f"experiment {run.name}: {len(variants)} variants, seeds {run.sweep.seeds}", flush=True)
+    table = _TABLES[run.sweep.kind](run, variants)
+    table.write(folder)
+    print(f"\n{table}\n\nleft in {folder}: {_left(folder)}", flush=True)
 
 
 @contextmanager
 def _printing_rounds(folder: RunFolder) -> Iterator[None]:
-    """Print each round's line once it stands in the folder, whatever process put it there."""
+    """Print each further round's line once it stands in the folder, whatever put it there."""
     over = threading.Event()
+    known = folder.rounds()
 
     def follow() -> None:
-        printed = 0
         while True:
             last_look = over.wait(_POLL_S)
-            rounds = folder.rounds()
-            for stats in rounds[printed:]:
-                print(stats.line, flush=True)
-            printed = len(rounds)
+            for stats in folder.rounds():
+                if stats not in known:  # a resumed run does some of its rounds again
+                    print(stats.line, flush=True)
+                    known.append(stats)
             if last_look:
                 return
 
@@ -105,14 +103,22 @@ def _heading(run: RunSpec) -> str:
     )
 
 
-def _left(folder: RunFolder) -> str:
-    names = (f"{path.name}/" if path.is_dir() else path.name for path in folder.path.iterdir())
+def _left(folder: Path) -> str:
+    names = (f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
     return " ".join(sorted(names))
+
+
+def main() -> None:
+    """Run what the command line says."""
+    done: list[Path] = []
+    fedsplit.config.main(lambda run: done.append(run_one(run)), run_sweep)
+    if len(done) > 1:
+        print(f"\ncompare them: fedsplit compare {' '.join(map(str, done))}", flush=True)
 
 
 if __name__ == "__main__":
     try:
-        fedsplit.config.main(run_one)
+        main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # a plain exit waits for clients, and those for a trunk that is gone

@@ -4,12 +4,13 @@ No other place imports hydra or omegaconf, and nothing of theirs leaves this one
 is no DictConfig. Their errors become `ConfigError`, with the field, the value and what is allowed.
 """
 
-from fedsplit.config.commandline import main
+from fedsplit.config.commandline import Variants, main
 from fedsplit.config.compose import compose, from_run_config
 from fedsplit.config.schema import from_dictconfig, from_yaml, to_yaml
 from fedsplit.config.targets import build
 
 __all__ = [
+    "Variants",
     "build",
     "compose",
     "from_dictconfig",

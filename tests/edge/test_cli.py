@@ -184,7 +184,7 @@ def test_plot_draws_the_loss_again(here, capfd):
 # --- help ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["split", "join", "info", "plot"])
+@pytest.mark.parametrize("command", ["split", "join", "info", "plot", "shards"])
 def test_help_shows_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])

@@ -1,5 +1,6 @@
 """What goes in as overrides, run config or YAML comes out as one frozen spec, or is refused."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -24,7 +25,7 @@ from fedsplit.config import (
 )
 from fedsplit.config.overrides import RUN_CONFIG_KEYS
 from fedsplit.errors import ConfigError, DataError
-from fedsplit.spec import DataSpec, ModelSpec, RunSpec, SplitSpec, StrategySpec
+from fedsplit.spec import DataSpec, HalvesSpec, ModelSpec, RunSpec, SplitSpec
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = sorted((ROOT / "conf").glob("*/*.yaml"))
@@ -75,8 +76,8 @@ def test_the_default_is_the_spec_s_own_but_for_the_tiny_model():
         (["split=1/2/1"], {"split": SplitSpec(bottom=1, trunk=2, top=1)}),
         (["split='2/*/1'"], {"split": SplitSpec(bottom=2, trunk=0, top=1)}),
         (["model=pretrained", "model.pretrained=x"], {"model.pretrained": "x", "model.config": {}}),
-        (["+strategy.halves_options.eta=0.1"], {"strategy.halves_options": {"eta": 0.1}}),
-        (["strategy.halves_options.eta=0.1"], {"strategy.halves_options": {"eta": 0.1}}),
+        (["+halves.options.eta=0.1"], {"halves.options": {"eta": 0.1}}),
+        (["halves.options.eta=0.1"], {"halves.options": {"eta": 0.1}}),
         (["data.path='a, b=c'"], {"data.path": "a, b=c"}),
         (["++train.lr=1e-4"], {"train.lr": 1e-4}),
         (["experiment=toy"], {"name": "toy", "train.rounds": 2, "data.sequence_length": 32}),
@@ -91,19 +92,17 @@ def test_override(overrides, fields):
 
 
 REFUSED = {
-    "policy=async": "policy=async is not available yet; allowed: sync",
-    "policy=quorum": "policy=quorum is not available yet; allowed: sync",
-    "policy.kind=async": "policy=async is not available yet; allowed: sync",
-    "policy=eager": "policy='eager' is not one of: sync",
-    "sharding=dirichlet": "sharding=dirichlet is not available yet; allowed: iid, natural",
+    "policy.kind=eager": "policy='eager' is not one of: sync, async, quorum",
+    "policy=eager": "policy='eager' is not one of: sync, async, quorum",
+    "sharding=random": "sharding='random' is not one of: iid, natural, dirichlet",
     "wire.codec=int8": "wire.codec=int8 is not available yet; allowed: none",
-    "model=gpt2": "model=gpt2 is not one of: pretrained, tiny_gpt2, tiny_llama; or set one of its "
-    "fields: model.pretrained",
-    "model=null": "model=None is not one of: pretrained",
+    "model=gpt2": "model=gpt2 is not one of: gpt2_124m, llama_1b, llama_7b, pretrained, tiny_bert, "
+    "tiny_gpt2, tiny_llama, tiny_vit; or set one of its fields: model.pretrained",
+    "model=null": "model=None is not one of: gpt2_124m, ",
     "model=[tiny_gpt2]": r"model=\['tiny_gpt2'\] is not one of",
     "model=pretrained": "model.pretrained and model.family are both empty; set one of them",
     "lora=false": "lora=False is not one of: off, on; or set one of its fields: lora.enabled",
-    "experiment=paper": "experiment=paper is not one of: default, toy$",
+    "experiment=paper": "experiment=paper is not one of: classification, convergence, default",
     "data=text": "data.path is empty, but data=text needs one",
     "train.lr=fast": "train.lr='fast' must be a number",
     "train.lr=null": "train.lr=None must be a number",
@@ -116,7 +115,7 @@ REFUSED = {
     "rounds=3": "there is no field rounds; did you mean train.rounds",
     "train.optimiser=sgd": "no field train.optimiser; did you mean train.optimizer",
     "+train.optimiser=sgd": "no field train.optimiser; did you mean train.optimizer",
-    "+zzz=1": "there is no field zzz; fields are: name, seed, clients, model.pretrained",
+    "+zzz=1": "there is no field zzz; fields are: name, seed, clients, task",
     "++zzz=1": "there is no field zzz; fields are: name",
     "train.lr.x=1": "train.lr",
     "~policy": "~policy: a run has all its fields; set policy=... instead",
@@ -157,7 +156,7 @@ def test_run_config_and_overrides_give_the_same_fingerprint():
             "lr": 1e-05,
             "lora": "on",
             "data-path": "",
-            "overrides": "lora.rank=4 train.schedule=constant strategy.halves_options={eta:0.1}",
+            "overrides": "lora.rank=4 train.schedule=constant halves.options={eta:0.1}",
         }
     )
     by_overrides = compose(
@@ -169,7 +168,7 @@ def test_run_config_and_overrides_give_the_same_fingerprint():
             "lora=on",
             "lora.rank=4",
             "train.schedule=constant",
-            "strategy.halves_options.eta=0.1",
+            "halves.options.eta=0.1",
         ]
     )
     by_driver = from_run_config({"config": to_yaml(by_overrides), "run-dir": "/somewhere"})
@@ -186,7 +185,7 @@ def test_config_wins_over_keys():
 @pytest.mark.parametrize(
     ("run_config", "message"),
     [
-        ({"policy": "async"}, "policy=async is not available yet; allowed: sync"),
+        ({"policy": "eager"}, "policy='eager' is not one of: sync, async, quorum"),
         ({"seed": True}, "seed=True must be a whole number"),
         ({"clients": 2.5}, "clients=2.5 must be a whole number"),
         ({"train.lr": 1.0}, "unknown keys train.lr; allowed: name, seed, .*overrides, config"),
@@ -194,7 +193,7 @@ def test_config_wins_over_keys():
         ({"overrides": "rounds=3"}, "there is no field rounds; did you mean train.rounds"),
         ({"config": "train: {round: 3}"}, "no field train.round; did you mean train.rounds"),
         ({"config": "train: {rounds: x}"}, "train.rounds='x' must be a whole number"),
-        ({"config": "policy: {kind: async}"}, "policy=async is not available yet"),
+        ({"config": "wire: {codec: int8}"}, "wire.codec=int8 is not available yet"),
         ({"config": "train: 3"}, "TrainSpec"),
         ({"config": "[1]"}, r"config is \[1\], but a run is a mapping of fields"),
         ({"config": "{"}, "config is not YAML of plain values"),
@@ -223,7 +222,7 @@ def test_yaml_gives_an_equal_run_back(path, lr, config):
     spec = RunSpec(
         data=DataSpec(path=path),
         model=ModelSpec(config=config),
-        strategy=StrategySpec(halves_options={"nested": {"list": [1, "two", None]}}),
+        halves=HalvesSpec(options={"nested": {"list": [1, "two", None]}}),
     )
     again = from_yaml(to_yaml(spec))
     assert again == spec
@@ -297,7 +296,7 @@ def command_line(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess
                 print(spec.seed, spec.split, spec.sharding.kind, spec.fingerprint)
 
             if __name__ == "__main__":
-                config.main(task)
+                config.main(task, print)
             """
         )
     )
@@ -327,8 +326,8 @@ def test_command_line_sweeps(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["policy=async"], "policy=async is not available yet; allowed: sync"),
-        (["-m", "policy=sync,async"], "policy=async is not available yet; allowed: sync"),
+        (["wire.codec=int8"], "wire.codec=int8 is not available yet; allowed: none"),
+        (["-m", "wire.codec=none,int8"], "wire.codec=int8 is not available yet; allowed: none"),
         (["-m", "train.lr=0.1,0"], "train.lr=0.0 must be greater than 0"),
         (["-m", "model=glob(*)"], "model=glob(*) lists several values; that takes -m, and commas"),
         (["train.lr=1,2"], "train.lr=1,2 lists several values; that takes -m, and commas"),
@@ -346,9 +345,10 @@ def test_command_line_refuses_before_anything_starts(tmp_path, arguments, messag
 
 def test_help_lists_every_group_and_option_and_three_examples(tmp_path):
     text = command_line(tmp_path, "--help").stdout
+    groups = text.partition("Groups (")[2].partition("Examples:")[0]
     for group in sorted({file.parent.name for file in OPTIONS}):
-        (line,) = [row for row in text.splitlines() if row.startswith(f"  {group} ")]
+        (entry,) = re.findall(rf"^  {group} +\S.*\n(?:   .*\n)*", groups, re.MULTILINE)
         for file in OPTIONS:
-            assert file.parent.name != group or file.stem in line
+            assert file.parent.name != group or file.stem in entry
     assert text.count("python -m simulations.run ") == 1 + 3
-    assert "halves: flwr.serverapp.strategy.FedAvg" in text
+    assert "strategy: flwr.serverapp.strategy.FedAvg" in text

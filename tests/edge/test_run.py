@@ -100,9 +100,8 @@ def test_a_run_s_model_is_what_was_measured(run: RunSpec, folder: RunFolder) -> 
         for batch in evaluation_batches(sequences, run.train.batch_size):
             with torch.no_grad():
                 loss = model(
-                    input_ids=batch.ids_BT,
-                    attention_mask=batch.attention_mask_BT,
-                    labels=batch.labels_BT,
+                    **batch.inputs,
+                    labels=batch.labels,
                 ).loss
             nats += loss.item() * batch.num_tokens
             num_bytes += batch.num_bytes
@@ -160,7 +159,7 @@ def test_two_runs_at_once_print_and_leave_their_own(tmp_path: Path) -> None:
         assert heading.endswith("sharding over 3 clients, policy sync, launch inline")
         folder = RunFolder(tmp_path / "runs" / name)
         assert rounds == [stats.line for stats in folder.rounds()]
-        assert "held-out bits/byte, last " in stdout
+        assert "last (round " in stdout
         last = stdout.splitlines()[-1]
         assert last.startswith(f"left in {folder.path}: config.yaml loss.png metrics.jsonl model/")
 
@@ -176,6 +175,8 @@ def test_a_sweep_leaves_a_folder_for_each_job(tmp_path: Path) -> None:
     assert [spec.sharding.kind for spec in specs] == ["natural", "iid"]
     for spec in specs:
         assert f"({spec.fingerprint})" in stdout
+    folders = f"{tmp_path / 'runs' / 'tiny'} {tmp_path / 'runs' / 'tiny-2'}"
+    assert stdout.splitlines()[-1] == f"compare them: fedsplit compare {folders}"
 
 
 @pytest.mark.parametrize(

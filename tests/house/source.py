@@ -14,7 +14,17 @@ FILES = sorted(
 )
 
 
-DOORS = ("transport", "config", "flower", "cli", "run_folder", "card", "console")
+DOORS = (
+    "transport",
+    "config",
+    "flower",
+    "cli",
+    "run_folder",
+    "holdings",
+    "compare",
+    "card",
+    "console",
+)
 CORE = [
     file
     for file in FILES

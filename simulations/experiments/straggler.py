@@ -1,0 +1,64 @@
+"""What does one slow machine cost? The time until sync's final loss is reached without waiting.
+
+All times are virtual (`policy.sim_slowdown`). `time_ratio_async` and `time_ratio_quorum` are the
+times in which these policies reach the loss that sync ends with, over all of sync's time.
+`others_speed` is how many steps a second the other clients take in the slower of the two, over
+what a client takes where nobody is slow (the variant `even`).
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from fedsplit.compare import COLUMNS, Group, Run, Table, number, rows_of
+
+_COLUMNS = {
+    **COLUMNS,
+    "to sync's loss": lambda row: number(row["seconds_to_sync_loss"], ".0f"),
+    "others' steps/s": lambda row: number(row["others_steps_per_second"]),
+}
+
+
+def table(groups: Sequence[Group]) -> Table:
+    """The comparison, with the time to sync's loss and the speed of those who are not slow."""
+    rows = rows_of(groups)
+    by_name = {group.name: group for group in groups}
+    for row, group in zip(rows, groups, strict=True):
+        row["seconds_to_sync_loss"] = _seconds_to_loss_of(by_name.get("sync"), group)
+        row["others_steps_per_second"] = fmean(map(_others_speed, group.runs))
+    told = {row["name"]: row for row in rows}
+    figures = {
+        f"time_ratio_{name}": told[name]["seconds_to_sync_loss"] / told["sync"]["virtual_seconds"]
+        for name in ("async", "quorum")
+        if {"sync", name} <= told.keys()
+    }
+    if {"async", "quorum", "even"} <= told.keys():
+        speed = {name: row["others_steps_per_second"] for name, row in told.items()}
+        figures["others_speed"] = min(speed["async"], speed["quorum"]) / speed["even"]
+    return Table(rows=rows, columns=_COLUMNS, figures=figures)
+
+
+def _seconds_to_loss_of(sync: Group | None, group: Group) -> float:
+    """Mean over seeds of the virtual time at which the loss that sync ends with is reached."""
+    if sync is None:
+        return math.nan
+    goals = {run.spec.seed: run.held_out("eval_loss")[-1] for run in sync.runs}
+    return fmean(_seconds_to(run, goals.get(run.spec.seed, -math.inf)) for run in group.runs)
+
+
+def _seconds_to(run: Run, goal: float) -> float:
+    curve = run.curve("virtual seconds")
+    return next((seconds for seconds, loss in curve if loss <= goal), math.nan)
+
+
+def _others_speed(run: Run) -> float:
+    """Steps a virtual second of a client whose machine is not slow.
+
+    In the last round everybody waits until the slow one is back; that is left out.
+    """
+    rounds = run.rounds[:-1] or run.rounds
+    seconds = sum(stats.virtual_seconds for stats in rounds)
+    factors = [factor for factor in run.spec.policy.sim_slowdown.values() if factor > 1]
+    # A slow client takes at most one step in `factor` seconds.
+    others = sum(stats.steps for stats in rounds) - sum(seconds / factor for factor in factors)
+    return others / seconds / (run.spec.clients - len(factors)) if seconds else math.nan
