@@ -59,7 +59,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"halves.safetensors is missing or damaged .* remove"):
+    with pytest.raises(CheckpointError, match="halves.safetensors is missing or damaged"):
         Snapshot.read(path, RUN)
     file.unlink()
     with pytest.raises(CheckpointError, match="missing or damaged"):

@@ -55,18 +55,12 @@ VARIANTS = {
     "lora-dropout": ("lora=on", "lora.rank=2", "lora.dropout=0.5"),
     "fedadam": ("halves.strategy=flwr.serverapp.strategy.FedAdam",),
     "personal": ("halves=personal_bottom",),
-    "all-personal": ("halves=personal",),
     "v1": ("strategy=splitfed_v1",),
     "sequential": ("strategy=sequential",),
-    "mu": ("strategy=mu_splitfed",),
-    "local-loss": ("strategy=local_loss",),
     "sampled": ("halves.options={fraction_train: 0.5}",),
-    "every-other": ("train.save_every=2",),
     "async": ("policy=async", "policy.sim_slowdown={client-2: 3}"),
     "quorum": ("policy=quorum", "policy.sim_slowdown={client-2: 3}", "policy.quorum=2"),
-    "fedavg": ("baseline=fedavg",),
     "local": ("baseline=local",),
-    "central": ("baseline=central",),
 }
 
 
