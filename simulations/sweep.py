@@ -2,10 +2,11 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -117,6 +118,7 @@ class _Work:
 
 def _train(config: str, num_threads: int, sender: "Connection[bytes, bytes]") -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(num_threads)
     error = ""
     try:
@@ -124,3 +126,10 @@ def _train(config: str, num_threads: int, sender: "Connection[bytes, bytes]") ->
     except FedsplitError as exc:
         error = str(exc)
     sender.send_bytes(error.encode())
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "only a child process comes here"
+    parent.join()
+    os._exit(1)
