@@ -17,7 +17,7 @@ again, and who has to come back (`Drain`) is waited for.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from fedsplit.spec import PolicySpec
@@ -26,8 +26,9 @@ from fedsplit.spec import PolicySpec
 class Drain(Enum):
     """Who has to come back before an asynchronous round closes, or, with `ALL`, any round.
 
-    `RETURNED` are the clients that have been back in this round before: they will soon be there
-    again, while one that takes longer than a round stays out and is left out of the evaluation.
+    `RETURNED` are the clients that have been back in this round before, and fast: they will soon
+    be there again. One that takes longer than a round, or more than twice as long as the fastest,
+    stays out and is left out of the evaluation.
     """
 
     NONE = "none"
@@ -37,12 +38,16 @@ class Drain(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A client at work: sent out in a round with a version of the halves, as the `number`-th."""
+    """A client at work: sent out in a round with a version of the halves, as the `number`-th.
+
+    `since` is when, in seconds of the policy's clock.
+    """
 
     number: int
     client: str
     round: int
     version: int
+    since: float = 0.0
 
 
 # --- what happens ---------------------------------------------------------------------------
@@ -121,7 +126,7 @@ class Rounds:
 
     `busy` is who is at work, `arrived` what has come back and is not merged yet. Of the round,
     `first` is the number of the first that was sent out, `wanted` how many replies it waits for,
-    `came` how many there are, `returned` whose.
+    `came` how many there are, `returned` whose, with the seconds that each took.
     """
 
     round: int = 0
@@ -133,7 +138,7 @@ class Rounds:
     first: int = 0
     wanted: int = 0
     came: int = 0
-    returned: frozenset[str] = frozenset()
+    returned: dict[str, float] = field(default_factory=dict)
     deadline: float = math.inf
     drain: Drain = Drain.NONE
 
@@ -167,10 +172,10 @@ def advance(
     client = ""
     match event:
         case Opened():
-            return _open(state, event, policy)
+            return _open(state, event, now, policy)
         case Replied():
             client = state.work(event.number).client
-            state, decision = _take(state, event, policy)
+            state, decision = _take(state, event, now, policy)
         case Failed(number=number):
             state, decision = _without(state, number), Decision()
         case Ticked():
@@ -182,15 +187,15 @@ def advance(
     if due or (over and state.drain is Drain.ALL):
         state, decision = _merge(state, decision, policy)
     if over:
-        state = replace(state, is_open=False, came=0, returned=frozenset(), deadline=math.inf)
+        state = replace(state, is_open=False, came=0, returned={}, deadline=math.inf)
         return state, replace(decision, closed=True)
     if again:
-        state, sent = _send(state, (client,))
+        state, sent = _send(state, (client,), now)
         decision = replace(decision, send=sent.send)
     return state, decision
 
 
-def _open(state: Rounds, event: Opened, policy: PolicySpec) -> tuple[Rounds, Decision]:
+def _open(state: Rounds, event: Opened, now: float, policy: PolicySpec) -> tuple[Rounds, Decision]:
     if state.is_open or event.round < state.round:
         raise ValueError(f"round {event.round} cannot open: {state}")
     out = len(state.busy) + len(event.clients)
@@ -203,24 +208,25 @@ def _open(state: Rounds, event: Opened, policy: PolicySpec) -> tuple[Rounds, Dec
         deadline=event.deadline,
         drain=event.drain,
     )
-    return _send(state, event.clients)
+    return _send(state, event.clients, now)
 
 
-def _send(state: Rounds, clients: tuple[str, ...]) -> tuple[Rounds, Decision]:
+def _send(state: Rounds, clients: tuple[str, ...], now: float) -> tuple[Rounds, Decision]:
     works = tuple(
-        Work(number=number, client=client, round=state.round, version=state.version)
+        Work(number=number, client=client, round=state.round, version=state.version, since=now)
         for number, client in enumerate(clients, start=state.sent + 1)
     )
     state = replace(state, busy=state.busy + works, sent=state.sent + len(works))
     return state, Decision(send=works)
 
 
-def _take(state: Rounds, event: Replied, policy: PolicySpec) -> tuple[Rounds, Decision]:
+def _take(state: Rounds, event: Replied, now: float, policy: PolicySpec) -> tuple[Rounds, Decision]:
     work = state.work(event.number)
     state = _without(state, event.number)
     fresh = state.is_open and work.number >= state.first
     counts = fresh or policy.kind == "async"
-    state = replace(state, came=state.came + counts, returned=state.returned | {work.client})
+    returned = state.returned | {work.client: now - work.since}
+    state = replace(state, came=state.came + counts, returned=returned)
     most = 0 if policy.kind == "sync" else policy.max_staleness
     is_late = state.version - work.version > most or (policy.kind == "sync" and not fresh)
     if is_late or not event.num_tokens:
@@ -242,7 +248,9 @@ def _waited_for(state: Rounds, policy: PolicySpec) -> tuple[Work, ...]:
     if state.came < state.wanted:
         return state.busy if policy.kind == "async" else state.awaited
     if policy.kind == "async" and state.drain is Drain.RETURNED:
-        return tuple(work for work in state.busy if work.client in state.returned)
+        longest = 2 * min(state.returned.values(), default=0.0)
+        soon = {client for client, seconds in state.returned.items() if seconds <= longest}
+        return tuple(work for work in state.busy if work.client in soon)
     return ()
 
 

@@ -219,6 +219,20 @@ def test_an_evaluated_async_round_waits_for_those_that_were_back_before() -> Non
     assert play.state.busy == ()
 
 
+def test_an_evaluated_async_round_does_not_wait_for_a_slow_one_that_was_just_back() -> None:
+    play = Play(ASYNC)
+    play.open("slow", "a", "b")
+    for play.now, client in ((4.0, "a"), (4.0, "b"), (8.0, "a")):
+        play.reply(client)
+    assert not play.state.is_open
+    play.open("a", drain=Drain.RETURNED)
+    for play.now, client in ((8.5, "b"), (10.0, "slow"), (12.0, "a")):
+        assert not play.reply(client).closed
+    play.now = 13.0
+    assert play.reply("b").closed, "b took 4.5 s and was waited for"
+    assert [work.client for work in play.state.busy] == ["slow"], "it takes 10 s"
+
+
 def test_a_buffer_is_merged_when_it_is_full_and_emptied_before_a_checkpoint() -> None:
     play = Play(BUFFERED)
     play.open("a", "b")
