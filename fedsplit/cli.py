@@ -1,4 +1,4 @@
-"""The `fedsplit` command: checkpoints cut and joined, servers asked, runs and shards drawn.
+"""The `fedsplit` command: checkpoints cut and joined, trunks served, runs and shards drawn.
 
 Libraries are imported by the command that needs them, so that `fedsplit --help` answers at once.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from fedsplit.cli_serving import add_commands
 from fedsplit.errors import ConfigError, DataError, FedsplitError
 from fedsplit.spec import SplitSpec, WireSpec
 
@@ -23,6 +24,8 @@ _EXAMPLES = """\
 examples:
   fedsplit split gpt2 --split 1/10/1 --out parts
   fedsplit join parts/bottom-top parts/trunk --out whole
+  fedsplit serve --model gpt2 --split 1/10/1
+  fedsplit generate --model gpt2 "Once upon a time"
   fedsplit info 127.0.0.1:9500
   fedsplit plot runs/default
   fedsplit compare runs/default runs/default-2 --out compared
@@ -37,7 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after one line on stderr, or 130 after Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, more = parser.parse_known_args(argv)
+    if more:
+        # argparse takes what stands between options for the command's own only once.
+        if not hasattr(arguments, "words") or any(word.startswith("-") for word in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        arguments.words += more
     try:
         arguments.command(arguments)
     except (FedsplitError, OSError) as exc:
@@ -91,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     overrides = "group=option or field=value, as of a run"
     shards.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=overrides)
     shards.add_argument("--out", metavar="DIR", help="where to leave shards.png and shards.json")
+    add_commands(add)
     return parser
 
 
@@ -159,6 +169,8 @@ def _info(arguments: argparse.Namespace) -> None:
         "wire protocol": told.protocol,
         "incarnation of the server": told.incarnation,
     }
+    if told.served:
+        rows["trunks here, by name"] = ", ".join(told.served)
     for name, value in rows.items():
         print(f"{name:<28}  {_one_line(str(value))}")
 

@@ -19,6 +19,24 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
     return math.fsum(torch.linalg.vector_norm(t.detach()).item() ** 2 for t in tensors)
 
 
+def block_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """The norm of each block's gradients; a block is a parameter's name up to the first number.
+
+    >>> block_norms({"h.0.a": torch.tensor([3.0]), "h.0.b": torch.tensor([4.0])})
+    {'h.0': 5.0}
+    """
+    blocks: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        blocks.setdefault(_block_of(name), []).append(gradient)
+    return {block: squared_norm(tensors) ** 0.5 for block, tensors in blocks.items()}
+
+
+def _block_of(name: str) -> str:
+    pieces = name.split(".")
+    ends = [i for i, piece in enumerate(pieces) if piece.isdigit()]
+    return ".".join(pieces[: ends[0] + 1]) if ends else name
+
+
 def clip_coefficient(sq_norm: float, clip_norm: float) -> float:
     """What to scale gradients of squared norm `sq_norm` by; as `torch.nn.utils.clip_grad_norm_`.
 

@@ -5,6 +5,7 @@ the trunk and back; autograd carries the gradients the other way. So the client'
 PyTorch: `loss.backward()` crosses the wire.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from fedsplit.client.generation import CacheSession, TrunkCache
 from fedsplit.client.retry import Retry
 from fedsplit.errors import (
     ActivationExpired,
@@ -26,8 +30,10 @@ from fedsplit.errors import (
 from fedsplit.link import Link
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import ClientPart
+from fedsplit.optimization import squared_norm
 from fedsplit.randomness import Turn, draws
 from fedsplit.spec import RunSpec
+from fedsplit.spec.checks import one_of
 from fedsplit.wire import messages as m
 
 _REFORWARDS = 6
@@ -42,17 +48,34 @@ class RemoteTrunk:
         model: The client's model; its config and the run's split must be the trunk's.
         run: The run that both sides were configured with.
         client: This client's name, the one its token is for.
+        served: The trunk's name at a server that has several; its first by default.
+        kv: Who keeps the trunk's keys and values in generation: `server`, or `client`, where they
+            travel with every token and the server keeps nothing.
     """
 
-    def __init__(self, link: Link, model: ClientPart, run: RunSpec, *, client: str) -> None:
+    def __init__(
+        self,
+        link: Link,
+        model: ClientPart,
+        run: RunSpec,
+        *,
+        client: str,
+        served: str = "",
+        kv: str = "server",
+    ) -> None:
+        one_of("kv", kv, ("server", "client"))
         self.client = client
         self.turn = Turn(needed=draws(model))
         self._link = link
-        self._identity = {
+        self._identity: dict[str, Any] = {
             "client": client,
             "model": model_fingerprint(model.config, run.split),
             "config": run.fingerprint,
+            "served": served,
         }
+        self._stateless = kv == "client"
+        self._abandoned: list[str] = []
+        self._caches: set[str] = set()
         self._hidden_size: int = model.config.hidden_size
         self._is_isolated = run.train.mode == "isolated"
         self._retry = Retry(run.wire.budget_s, random.Random(client))
@@ -77,7 +100,7 @@ class RemoteTrunk:
             training=training and not self._is_isolated,
             **self._identity,
         )
-        reply = self._exchange(request)
+        reply = self.exchange(request)
         if reply.limits.hidden_size != self._hidden_size:
             raise ModelMismatch(
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
@@ -88,9 +111,10 @@ class RemoteTrunk:
         return reply.version
 
     def close(self) -> None:
-        """End the session; the link stays open."""
-        with suppress(SessionLost):  # it is gone already, perhaps by an attempt before
-            self._exchange(m.CloseRequest(session=self._named_session()))
+        """End the session and those of caches that are gone; the link stays open."""
+        self.end_generations()
+        if self._session:
+            self._close(self._session)
         self._session = ""
 
     @contextmanager
@@ -112,7 +136,7 @@ class RemoteTrunk:
         hidden_BTD: Tensor,
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
-        cache: object = None,
+        cache: TrunkCache | None = None,
     ) -> Tensor:
         """Carry hidden states through the trunk; takes part in autograd where it is enabled.
 
@@ -122,7 +146,7 @@ class RemoteTrunk:
             FedsplitError: The trunk refused, or could not be reached inside the budget.
         """
         if cache is not None:
-            raise ProtocolError("a KV cache at the trunk is not available yet; use_cache=False")
+            return cache.carry(hidden_BTD, attention_mask_BT, position_ids_BT)
         if attention_mask_BT is not None and bool(attention_mask_BT.all()):
             attention_mask_BT = None
         request = m.ForwardRequest(
@@ -135,12 +159,52 @@ class RemoteTrunk:
         )
         self._next_call += 1
         if not request.training:
-            return self._exchange(request).trunk_out_BTD.to(hidden_BTD.device)
+            return self.exchange(request).trunk_out_BTD.to(hidden_BTD.device)
         # Autograd calls a backward only if an input needs a gradient; the trunk always does.
         below_trains = hidden_BTD.requires_grad
         entering_BTD = hidden_BTD if below_trains else hidden_BTD.detach().requires_grad_()
         cross: Callable[..., Tensor] = _Crossing.apply
         return cross(entering_BTD, self, request, below_trains)
+
+    # --- generation ---------------------------------------------------------------------------
+
+    def new_cache(self, max_length: int | None = None) -> TrunkCache:
+        """The trunk's KV cache of a generation, growing or with room for `max_length` tokens."""
+        return TrunkCache(self, max_length or 0, stateless=self._stateless)
+
+    def cache_session(self) -> CacheSession:
+        """A session for a cache, not opened yet."""
+        return CacheSession(self, self._abandoned)
+
+    def open_cache(self, cache_tokens: int) -> str:
+        """Open a session that generates; closes those that nobody needs any more."""
+        self.end_generations()
+        request = m.OpenRequest(
+            protocol=m.PROTOCOL,
+            hidden_size=self._hidden_size,
+            round=0,
+            training=False,
+            generating=True,
+            cache_tokens=cache_tokens,
+            **{**self._identity, "config": ""},
+        )
+        session = self.exchange(request).session
+        self._caches.add(session)
+        return session
+
+    def end_generations(self) -> None:
+        """Close the sessions of caches that are gone."""
+        while self._abandoned:
+            self._close(self._abandoned.pop())
+
+    def hang_up(self) -> None:
+        """Tell the trunk, once and without trying again, that every session here is over."""
+        with suppress(FedsplitError):  # or it finds out by itself
+            for session in (self._session, *self._caches):
+                if session:
+                    self._link.exchange(m.CloseRequest(session=session))
+
+    # --- training -----------------------------------------------------------------------------
 
     @property
     def next_call(self) -> int:
@@ -165,23 +229,45 @@ class RemoteTrunk:
             num_tokens=num_tokens,
             ends_sq_norm=ends_sq_norm,
         )
-        self._exchange(request)
+        self.exchange(request)
         self._trunk_sq_norm = 0.0
+
+    def follow(self, optimizer: Optimizer, *, step: int = 0) -> RemovableHandle:
+        """Contribute to the trunk's step whenever this optimizer of the ends has stepped.
+
+        So whatever trains the client's model, such as the Trainer of transformers, trains the
+        trunk with it; a step weighs as much as any other client's. Open a session before.
+
+        Args:
+            optimizer: Steps bottom and top; it keeps their gradients until it has.
+            step: How many optimizer steps this client has taken before.
+
+        Returns:
+            Its `remove()` ends it.
+        """
+        steps = itertools.count(step)
+
+        def contribute(*_: Any) -> None:
+            ends = (p.grad for group in optimizer.param_groups for p in group["params"])
+            sq_norm = squared_norm(grad for grad in ends if grad is not None)
+            self.step(step=next(steps), num_tokens=1, ends_sq_norm=sq_norm)
+
+        return optimizer.register_step_post_hook(contribute)
 
     def gradients(self, *, tensors: bool = False) -> m.GradientsReply:
         """Norms per block, and on request the tensors, of what has accumulated at the trunk."""
-        return self._exchange(m.GradientsRequest(session=self._named_session(), tensors=tensors))
+        return self.exchange(m.GradientsRequest(session=self._named_session(), tensors=tensors))
 
     def training_state(self) -> m.TrainingStateReply:
         """Where the trunk's training stands."""
-        return self._exchange(m.TrainingStateRequest(session=self._named_session()))
+        return self.exchange(m.TrainingStateRequest(session=self._named_session()))
 
     def service_info(self) -> m.ServiceInfoReply:
         """What the server is; needs no session."""
-        return self._exchange(m.ServiceInfoRequest())
+        return self.exchange(m.ServiceInfoRequest(served=self._identity["served"]))
 
     def _forward(self, request: m.ForwardRequest) -> m.ForwardReply:
-        return self._exchange(request)
+        return self.exchange(request)
 
     def _backward(
         self, request: m.ForwardRequest, version: int, grad_trunk_out_BTD: Tensor, want_grad: bool
@@ -201,12 +287,12 @@ class RemoteTrunk:
     ) -> m.BackwardReply:
         for tries in range(_REFORWARDS):
             try:
-                return self._exchange(backward)
+                return self.exchange(backward)
             except ActivationExpired:
                 if tries:  # others need the trunk's memory as well; make room for one another
                     self._retry.pause(tries)
                 self._forward_again(forward, version)
-        return self._exchange(backward)
+        return self.exchange(backward)
 
     def _forward_again(self, request: m.ForwardRequest, version: int) -> None:
         """Have the trunk make an expired graph again; its dropout is that of the call."""
@@ -217,7 +303,17 @@ class RemoteTrunk:
                 f"{version} to {now} meanwhile; repeat the step"
             )
 
-    def _exchange(self, request: m.Request[m.R]) -> m.R:
+    def _close(self, session: str) -> None:
+        self._caches.discard(session)
+        with suppress(SessionLost):  # it is gone already, perhaps by an attempt before
+            self.exchange(m.CloseRequest(session=session))
+
+    def exchange(self, request: m.Request[m.R]) -> m.R:
+        """Send a request, again if need be, and wait for its reply.
+
+        Raises:
+            FedsplitError: The last failure.
+        """
         with self.turn.paused():
             return self._retry(lambda: self._link.exchange(request))
 

@@ -5,13 +5,14 @@ is no DictConfig. Their errors become `ConfigError`, with the field, the value a
 """
 
 from fedsplit.config.commandline import Variants, main
-from fedsplit.config.compose import compose, from_run_config
+from fedsplit.config.compose import changed, compose, from_run_config
 from fedsplit.config.schema import from_dictconfig, from_yaml, to_yaml
 from fedsplit.config.targets import build
 
 __all__ = [
     "Variants",
     "build",
+    "changed",
     "compose",
     "from_dictconfig",
     "from_run_config",

@@ -2,15 +2,17 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsplit.config.overrides import RunConfig, check, from_keys, parse
+from fedsplit.config.overrides import RunConfig, check, from_keys, is_group, parse
 from fedsplit.config.schema import from_dictconfig, from_yaml, make_schema, told
+from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec
 
 _HYDRA = threading.Lock()  # Hydra keeps its state in a singleton: one composition at a time.
@@ -38,6 +40,29 @@ def compose(overrides: Sequence[str] = ()) -> RunSpec:
                 config = hydra.compose("config", [str(o.input_line) for o in parsed])
         except (HydraException, OmegaConfBaseException) as exc:
             raise told(exc) from exc
+    return from_dictconfig(config)
+
+
+def changed(run: RunSpec, overrides: Sequence[str]) -> RunSpec:
+    """A run with other values in some fields; a group's option cannot be chosen again.
+
+    >>> changed(RunSpec(), ["train.lr=0.5"]).train.lr
+    0.5
+
+    Args:
+        run: What to start from.
+        overrides: `field=value`, or `split=1/2/1`.
+
+    Raises:
+        ConfigError: An override cannot be read, or names no field.
+    """
+    config = OmegaConf.create(asdict(run))
+    for override in parse(overrides):
+        check(override)
+        key = str(override.key_or_group)
+        if is_group(key):
+            raise ConfigError(f"{key} was chosen when the run began; set one of its fields")
+        OmegaConf.update(config, key, override.value())
     return from_dictconfig(config)
 
 

@@ -97,6 +97,11 @@ def check(override: Override) -> None:
         raise told(exc) from exc
 
 
+def is_group(key: str) -> bool:
+    """Whether `key` names a group of `conf/`, whose options are chosen by name."""
+    return bool(_options(key))
+
+
 def _options(group: str) -> list[str]:
     """The options of a group of `conf/`; none if there is no such group."""
     folder = resources.files("conf") / group

@@ -27,6 +27,9 @@ class RemoteCache(Protocol):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some of the rows."""
 
+    def activate_past_recording(self) -> None:
+        """Keep what a sliding window would forget, until it is cropped."""
+
 
 class Hole:
     """The place of a block that the part does not hold: stores nothing."""
@@ -84,6 +87,10 @@ class RemoteSlot(Hole):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some of the trunk's rows."""
         self.remote.batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        """Have the trunk keep what a sliding window would forget, until it is cropped."""
+        self.remote.activate_past_recording()
 
 
 class _WithHoles(Cache):

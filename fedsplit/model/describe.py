@@ -17,9 +17,16 @@ from transformers import (
 
 from fedsplit.errors import ConfigError
 from fedsplit.model.auxiliary import add_auxiliary_head
-from fedsplit.model.hollow import ClientPart
+from fedsplit.model.hollow import ClientPart, TrunkPart
 from fedsplit.model.lora import add_adapters, trainable
-from fedsplit.model.parts import SplitModel, build_client, initial_parts, initial_whole, split_model
+from fedsplit.model.parts import (
+    SplitModel,
+    build_client,
+    build_trunk,
+    initial_parts,
+    initial_whole,
+    split_model,
+)
 from fedsplit.model.plan import classifier_fields, model_class_for
 from fedsplit.model.source import Source
 from fedsplit.randomness import Turn
@@ -63,6 +70,12 @@ def client_of(run: RunSpec, config: PretrainedConfig) -> ClientPart:
     """The client's part as the run begins; of a checkpoint, only its own tensors are read."""
     with _building():
         return _client(run, config)
+
+
+def trunk_of(run: RunSpec, config: PretrainedConfig) -> TrunkPart:
+    """The trunk as the run begins, of a checkpoint; only its own tensors are read."""
+    with _building():
+        return _trunk(run, config)
 
 
 def whole_of(run: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
@@ -144,6 +157,21 @@ def _client(run: RunSpec, config: PretrainedConfig) -> ClientPart:
     if run.train.mode == "isolated":
         add_auxiliary_head(client, run.task, run.seed)
     return client
+
+
+def _trunk(run: RunSpec, config: PretrainedConfig) -> TrunkPart:
+    trunk = build_trunk(
+        config,
+        run.split,
+        source=run.model.pretrained,
+        revision=run.model.revision,
+        model_class=model_class_for(config, run.task),
+        **_options(run),
+    )
+    add_adapters(trunk, run.lora, run.seed)
+    if run.train.mode != "joint":
+        trunk.requires_grad_(False)
+    return trunk
 
 
 def _whole(run: RunSpec, config: PretrainedConfig) -> PreTrainedModel:

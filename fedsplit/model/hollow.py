@@ -11,7 +11,8 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.caches import RemoteCache, RemoteSlot, part_cache
@@ -194,7 +195,7 @@ class ClientPart(Part):
 
     def _remote_cache(self, named: dict[str, Any]) -> Any:
         """The trunk's side of this call's cache; makes one if the call asks for a cache."""
-        takes = inspect.signature(self.family.forward).parameters
+        takes = _signature(self.family.forward).parameters
         if named.get("past_key_values") is None:
             if not named.get("use_cache"):
                 # config.use_cache would make a cache that the trunk knows nothing of.
@@ -217,14 +218,35 @@ class ClientPart(Part):
         slots[self.trunk_blocks.start] = RemoteSlot(self.remote.far.new_cache(max_length))
         return cache
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's own `generate`, with a cache that reaches to the trunk."""
-        config = kwargs.get("generation_config") or self.generation_config
-        cached = kwargs.get("use_cache", config.use_cache is not False)
-        takes = inspect.signature(self.family.forward).parameters
-        if cached and kwargs.get("past_key_values") is None and "past_key_values" in takes:
-            kwargs["past_key_values"] = self.new_cache()
-        return self.family.generate(self, *args, **kwargs)
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Have `generate` use a cache that reaches to the trunk, of the kind that it was asked for.
+
+        Raises:
+            ConfigError: There is no such cache of a split model.
+        """
+        generation_config.disable_compile = True  # what is far away cannot be
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            family: Any = super()
+            family._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            return
+        kind = generation_config.cache_implementation
+        is_static = kind in ALL_STATIC_CACHE_IMPLEMENTATIONS
+        if not is_static and kind not in (None, "dynamic"):
+            raise ConfigError(f"cache_implementation={kind}: a split model has dynamic and static")
+        longest = max(max_cache_length, generation_config.max_cache_len or 0)
+        cache = self.new_cache(longest if is_static else None)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
 
     @staticmethod
     def create_masks_for_generate(
@@ -245,9 +267,11 @@ def connect(
         client: What `build_client` made.
         carry: `carry(hidden_BTD, attention_mask_BT=, position_ids_BT=, cache=) -> hidden_BTD`,
             taking part in autograd; `TrunkPart.run` is one. Absent mask and positions are None.
-        new_remote_cache: `new_remote_cache(max_length) -> RemoteCache`, for generation.
+        new_remote_cache: `new_remote_cache(max_length) -> RemoteCache`, for generation; by
+            default the `new_cache` of `carry`, which a `RemoteTrunk` has.
     """
-    client.remote.far = FarTrunk(carry=carry, new_cache=new_remote_cache or _keeps_no_cache)
+    own = getattr(carry, "new_cache", _keeps_no_cache)
+    client.remote.far = FarTrunk(carry=carry, new_cache=new_remote_cache or own)
 
 
 def _keeps_no_cache(max_length: int | None) -> RemoteCache:
@@ -258,13 +282,18 @@ def _by_name(
     family: type[Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """All arguments of a call of the family's forward under their names."""
-    signature = inspect.signature(family.forward)
+    signature = _signature(family.forward)
     named = dict(signature.bind_partial(model, *args, **kwargs).arguments)
     named.pop("self")
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(name, {}))
     return named
+
+
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def part_class(

@@ -6,6 +6,7 @@ are one ordinary peft adapter of it. A classifier's head trains beside them in f
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +22,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.hollow import AUXILIARY, ClientPart, Part, TrunkPart
 from fedsplit.model.plan import plan_for
-from fedsplit.model.source import on_meta
+from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
 from fedsplit.spec import LoraSpec
 
 _ADAPTER = "default"
 _BASE = ".base_layer"
 _SAVED_PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_adapters(part: PreTrainedModel, lora: LoraSpec, seed: int = 0) -> None:
@@ -49,8 +51,81 @@ def add_adapters(part: PreTrainedModel, lora: LoraSpec, seed: int = 0) -> None:
     """
     if not lora.enabled:
         return
+    _inject(part, _config_for_whole(part, lora), lora, seed)
+
+
+def load_adapter(part: PreTrainedModel, source: str, revision: str = "main") -> None:
+    """Freeze the part and put its share of a peft adapter of the whole model on it, to train on.
+
+    Args:
+        part: Client, trunk, or the unsplit model; changed in place.
+        source: Directory or hub id with adapter_config.json and adapter_model.safetensors, as
+            `save_adapter` and peft write them.
+        revision: Of a hub id.
+
+    Raises:
+        CheckpointError: It is no LoRA adapter, not one of this model, or holds more than adapters
+            (and a classifier's head).
+    """
+    origin = Source(name=source, revision=revision)
+    config = _saved_config(origin)
+    try:
+        _inject(part, _aimed_at_whole(part, config), LoraSpec(), seed=0)
+    except (ValueError, TypeError) as exc:
+        raise CheckpointError(
+            f"{source}: not an adapter of {_family_of(part).__name__} ({_first_line(exc)})"
+        ) from exc
+    own = _adapter_state(part)
+    file = origin.file(_WEIGHTS)
+    there = {n.removeprefix(_SAVED_PREFIX): n for n in tensor_names(file) if _is_of(part, n)}
+    if odd := sorted(own.keys() ^ there.keys()):
+        what = "is missing" if odd[0] in own else "is none that this model has a place for"
+        raise CheckpointError(f"{source}: tensor '{odd[0]}' {what}")
+    for name, tensor in read_tensors(file, list(there.values())).items():
+        place = own[name.removeprefix(_SAVED_PREFIX)]
+        if place.shape != tensor.shape:
+            raise CheckpointError(
+                f"{source}: tensor '{name}' has shape {tuple(tensor.shape)}, but this model takes "
+                f"{tuple(place.shape)}"
+            )
+        place.copy_(tensor)
+
+
+def _saved_config(origin: Source) -> LoraConfig:
+    try:
+        config = LoraConfig(**json.loads(origin.file(_CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as exc:
+        raise CheckpointError(
+            f"{origin.name}: {_CONFIG} is not that of a LoRA adapter ({_first_line(exc)})"
+        ) from exc
+    config.inference_mode = False
+    config.modules_to_save = None  # a head is the model's own here
+    return config
+
+
+def _adapter_state(part: PreTrainedModel) -> dict[str, Tensor]:
+    """The part's adapters, and its head, by their names in a saved adapter; not copied."""
+    adapters: dict[str, Tensor] = {}
+    if _adapted(part):
+        adapters = get_peft_model_state_dict(
+            part, adapter_name=_ADAPTER, save_embedding_layers=False
+        )
+    heads = {
+        f"{head}.{name}": tensor
+        for head in plan_for(_family_of(part), part.config).head
+        if not isinstance(part, Part) or part.holds(head)
+        for name, tensor in part.get_submodule(head).state_dict().items()
+    }
+    return {**adapters, **heads}
+
+
+def _is_of(part: PreTrainedModel, saved: str) -> bool:
+    return not isinstance(part, Part) or part.holds(saved.removeprefix(_SAVED_PREFIX))
+
+
+def _inject(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec, seed: int) -> None:
+    """Freeze the part, and put adapters on those targets that it holds and `lora` wants."""
     part.requires_grad_(False)
-    config = _config_for_whole(part, lora)
     for field in ("target_modules", "target_parameters"):
         setattr(config, field, [n for n in getattr(config, field) if _gets_adapter(part, n, lora)])
     if config.target_modules or config.target_parameters:
@@ -112,7 +187,7 @@ def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) ->
     joined.inference_mode = True
     joined.base_model_name_or_path = client.config.name_or_path or None
     joined.save_pretrained(str(directory))
-    save_file(tensors, Path(directory) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, Path(directory) / _WEIGHTS, metadata={"format": "pt"})
 
 
 def folded_state(part: PreTrainedModel) -> dict[str, Tensor]:
@@ -138,23 +213,29 @@ def _adapted(part: PreTrainedModel) -> dict[str, LoraLayer]:
 def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
     """What peft makes of `lora` for the unsplit model, with every target by its full name."""
     family = _family_of(part)
-    whole = on_meta(family, copy.deepcopy(part.config))
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=_asked_targets(part.config.model_type, lora.targets),
         task_type="CAUSAL_LM" if family.can_generate() else None,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in whole.modules()),
     )
     try:
-        with _quiet_about_experts():
-            tuned = LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
+        return _aimed_at_whole(part, config)
     except (ValueError, TypeError) as exc:
         raise ConfigError(
             f"lora.targets={lora.targets} does not work for {family.__name__} "
-            f"({str(exc).splitlines()[0]}); name its linear layers, such as q_proj,v_proj"
+            f"({_first_line(exc)}); name its linear layers, such as q_proj,v_proj"
         ) from exc
+
+
+def _aimed_at_whole(part: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+    """The config with its targets in the unsplit model by their full names; changes it."""
+    family = _family_of(part)
+    whole = on_meta(family, copy.deepcopy(part.config))
+    config.fan_in_fan_out = any(isinstance(m, Conv1D) for m in whole.modules())
+    with _quiet_about_experts():
+        tuned = LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
     head = tuple(f"{module}." for module in plan_for(family, part.config).head)
     config.target_modules = [
         name for name in tuned.targeted_module_names if not f"{name}.".startswith(head)
@@ -168,6 +249,10 @@ def _asked_targets(model_type: str, targets: str) -> list[str] | str:
     if targets != "auto":
         return [name.strip() for name in targets.split(",")]
     return list(known[model_type]) if model_type in known else "all-linear"
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
 
 
 @contextmanager

@@ -105,6 +105,17 @@ class Source:
             if path is not None:
                 shutil.copyfile(path, directory / name)
 
+    def file(self, name: str) -> Path:
+        """Where one of its files is.
+
+        Raises:
+            CheckpointError: It has no such file.
+        """
+        path = self._file(name)
+        if path is None:
+            raise CheckpointError(f"{self.name}: there is no {name}")
+        return path
+
     def _files_by_tensor(self) -> dict[str, str]:
         index = self._file(INDEX)
         if index is not None:

@@ -6,6 +6,7 @@ allowed value stands here. A value that is planned and does not work yet is refu
 
 from fedsplit.spec.data import DataSpec, ShardingSpec
 from fedsplit.spec.federation import HalvesSpec, PolicySpec, StrategySpec
+from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.run import NAME_PATTERN, LaunchSpec, RunSpec, SweepSpec, WireSpec
 from fedsplit.spec.train import TrainSpec
@@ -13,6 +14,7 @@ from fedsplit.spec.train import TrainSpec
 __all__ = [
     "NAME_PATTERN",
     "DataSpec",
+    "GenerationSpec",
     "HalvesSpec",
     "LaunchSpec",
     "LoraSpec",

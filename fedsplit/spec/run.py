@@ -11,6 +11,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import at_least, one_of, positive
 from fedsplit.spec.data import DataSpec, ShardingSpec
 from fedsplit.spec.federation import HalvesSpec, PolicySpec, StrategySpec
+from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
 
@@ -108,7 +109,9 @@ class SweepSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """One run, whole. Everything but `name`, `launch`, `resume` and `sweep` decides its numbers.
+    """One run, whole.
+
+    Everything but `name`, `launch`, `resume`, `sweep` and `generation` decides its numbers.
 
     `task` is what the model's head does. `baseline` replaces split learning by what it is
     measured against: the unsplit model on all data (`central`), FedAvg of whole models
@@ -134,6 +137,7 @@ class RunSpec:
     policy: PolicySpec = field(default_factory=PolicySpec)
     halves: HalvesSpec = field(default_factory=HalvesSpec)
     wire: WireSpec = field(default_factory=WireSpec)
+    generation: GenerationSpec = field(default_factory=GenerationSpec)
     strategy: StrategySpec = field(default_factory=StrategySpec)
     launch: LaunchSpec = field(default_factory=LaunchSpec)
     sweep: SweepSpec = field(default_factory=SweepSpec)
@@ -188,7 +192,7 @@ class RunSpec:
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the run's numbers, by dotted name."""
-        aside = ("name", "launch", "resume", "sweep")
+        aside = ("name", "launch", "resume", "sweep", "generation")
         told = {k: v for k, v in asdict(self).items() if k not in aside}
         return dict(_flat(told, ""))
 

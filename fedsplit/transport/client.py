@@ -30,13 +30,13 @@ from fedsplit.transport.frames import (
 from fedsplit.transport.status import MAX_METADATA_BYTES, TOKEN_KEY, from_rpc_error, from_status
 from fedsplit.transport.tls import channel_credentials
 from fedsplit.wire.codec import check_reply
-from fedsplit.wire.messages import GradientsRequest, R, Request
+from fedsplit.wire.messages import GenerateRequest, GradientsRequest, R, Request
 
 FRAME_BYTES = 4 << 20
 """The longest single frame a client takes; longer payloads come as chunks."""
 
-GRADIENTS_BYTES = 4 << 30
-"""The longest payload of gradients a client takes; they can be as long as the trunk."""
+LONG_REPLY_BYTES = 4 << 30
+"""The longest payload of gradients, or of keys and values, that a client takes."""
 
 OPTIONS = (
     ("grpc.keepalive_time_ms", 10000),
@@ -150,7 +150,7 @@ class GrpcLink(Link):
             stream.send(frame)
             sent += len(frame)
         self._count(sent, 0)
-        reader = Reader(GRADIENTS_BYTES if isinstance(request, GradientsRequest) else sent)
+        reader = Reader(LONG_REPLY_BYTES if _asks_for_more(request) else sent)
         for frame in stream.frames:
             self._count(0, len(frame))
             if (body := reader.feed(frame)) is not None:
@@ -180,6 +180,13 @@ class GrpcLink(Link):
         with self._counting:
             self.bytes_up += up
             self.bytes_down += down
+
+
+def _asks_for_more(request: Request[Any]) -> bool:
+    """Whether the reply may be longer than the request."""
+    if isinstance(request, GenerateRequest):
+        return request.stateless
+    return isinstance(request, GradientsRequest)
 
 
 class _Stream:

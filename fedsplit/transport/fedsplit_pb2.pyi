@@ -39,7 +39,7 @@ class Frame(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("open_request", "open_reply", "forward_request", "forward_reply", "backward_request", "backward_reply", "step_request", "step_reply", "close_request", "close_reply", "gradients_request", "gradients_reply", "training_state_request", "training_state_reply", "service_info_request", "service_info_reply", "chunk", "error", "payload_bytes")
+    __slots__ = ("open_request", "open_reply", "forward_request", "forward_reply", "backward_request", "backward_reply", "step_request", "step_reply", "close_request", "close_reply", "gradients_request", "gradients_reply", "training_state_request", "training_state_reply", "service_info_request", "service_info_reply", "chunk", "error", "generate_request", "generate_reply", "payload_bytes")
     OPEN_REQUEST_FIELD_NUMBER: _ClassVar[int]
     OPEN_REPLY_FIELD_NUMBER: _ClassVar[int]
     FORWARD_REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,8 @@ class Header(_message.Message):
     SERVICE_INFO_REPLY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_REPLY_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     open_request: OpenRequest
     open_reply: OpenReply
@@ -77,8 +79,10 @@ class Header(_message.Message):
     service_info_reply: ServiceInfoReply
     chunk: Chunk
     error: Error
+    generate_request: GenerateRequest
+    generate_reply: GenerateReply
     payload_bytes: int
-    def __init__(self, open_request: _Optional[_Union[OpenRequest, _Mapping]] = ..., open_reply: _Optional[_Union[OpenReply, _Mapping]] = ..., forward_request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward_request: _Optional[_Union[BackwardRequest, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., step_request: _Optional[_Union[StepRequest, _Mapping]] = ..., step_reply: _Optional[_Union[StepReply, _Mapping]] = ..., close_request: _Optional[_Union[CloseRequest, _Mapping]] = ..., close_reply: _Optional[_Union[CloseReply, _Mapping]] = ..., gradients_request: _Optional[_Union[GradientsRequest, _Mapping]] = ..., gradients_reply: _Optional[_Union[GradientsReply, _Mapping]] = ..., training_state_request: _Optional[_Union[TrainingStateRequest, _Mapping]] = ..., training_state_reply: _Optional[_Union[TrainingStateReply, _Mapping]] = ..., service_info_request: _Optional[_Union[ServiceInfoRequest, _Mapping]] = ..., service_info_reply: _Optional[_Union[ServiceInfoReply, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, open_request: _Optional[_Union[OpenRequest, _Mapping]] = ..., open_reply: _Optional[_Union[OpenReply, _Mapping]] = ..., forward_request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward_request: _Optional[_Union[BackwardRequest, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., step_request: _Optional[_Union[StepRequest, _Mapping]] = ..., step_reply: _Optional[_Union[StepReply, _Mapping]] = ..., close_request: _Optional[_Union[CloseRequest, _Mapping]] = ..., close_reply: _Optional[_Union[CloseReply, _Mapping]] = ..., gradients_request: _Optional[_Union[GradientsRequest, _Mapping]] = ..., gradients_reply: _Optional[_Union[GradientsReply, _Mapping]] = ..., training_state_request: _Optional[_Union[TrainingStateRequest, _Mapping]] = ..., training_state_reply: _Optional[_Union[TrainingStateReply, _Mapping]] = ..., service_info_request: _Optional[_Union[ServiceInfoRequest, _Mapping]] = ..., service_info_reply: _Optional[_Union[ServiceInfoReply, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., generate_request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., generate_reply: _Optional[_Union[GenerateReply, _Mapping]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset",)
@@ -109,17 +113,21 @@ class TensorMeta(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., shape: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_rows", "max_tokens", "hidden_size")
+    __slots__ = ("max_rows", "max_tokens", "hidden_size", "session_tokens", "stateless_bytes")
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STATELESS_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_rows: int
     max_tokens: int
     hidden_size: int
-    def __init__(self, max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    session_tokens: int
+    stateless_bytes: int
+    def __init__(self, max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., session_tokens: _Optional[int] = ..., stateless_bytes: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training")
+    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training", "generating", "cache_tokens", "served")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +135,9 @@ class OpenRequest(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
+    GENERATING_FIELD_NUMBER: _ClassVar[int]
+    CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client: str
     model: str
@@ -134,7 +145,10 @@ class OpenRequest(_message.Message):
     hidden_size: int
     round: int
     training: bool
-    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ...) -> None: ...
+    generating: bool
+    cache_tokens: int
+    served: str
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("session", "incarnation", "version", "limits")
@@ -212,6 +226,50 @@ class StepReply(_message.Message):
     version: int
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
+class KVCacheEntry(_message.Message):
+    __slots__ = ("block", "keys_BHTE", "values_BHTE")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    KEYS_BHTE_FIELD_NUMBER: _ClassVar[int]
+    VALUES_BHTE_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    keys_BHTE: TensorMeta
+    values_BHTE: TensorMeta
+    def __init__(self, block: _Optional[int] = ..., keys_BHTE: _Optional[_Union[TensorMeta, _Mapping]] = ..., values_BHTE: _Optional[_Union[TensorMeta, _Mapping]] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("session", "call", "past", "wanted", "smashed_BTD", "rows_B", "attention_mask_BT", "position_ids_BT", "record_past", "stateless", "entries")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    PAST_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    SMASHED_BTD_FIELD_NUMBER: _ClassVar[int]
+    ROWS_B_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_MASK_BT_FIELD_NUMBER: _ClassVar[int]
+    POSITION_IDS_BT_FIELD_NUMBER: _ClassVar[int]
+    RECORD_PAST_FIELD_NUMBER: _ClassVar[int]
+    STATELESS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    call: int
+    past: int
+    wanted: int
+    smashed_BTD: TensorMeta
+    rows_B: TensorMeta
+    attention_mask_BT: TensorMeta
+    position_ids_BT: TensorMeta
+    record_past: bool
+    stateless: bool
+    entries: _containers.RepeatedCompositeFieldContainer[KVCacheEntry]
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., past: _Optional[int] = ..., wanted: _Optional[int] = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., rows_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., record_past: bool = ..., stateless: bool = ..., entries: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ...) -> None: ...
+
+class GenerateReply(_message.Message):
+    __slots__ = ("trunk_out_BTD", "entries")
+    TRUNK_OUT_BTD_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    trunk_out_BTD: TensorMeta
+    entries: _containers.RepeatedCompositeFieldContainer[KVCacheEntry]
+    def __init__(self, trunk_out_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., entries: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ...) -> None: ...
+
 class CloseRequest(_message.Message):
     __slots__ = ("session",)
     SESSION_FIELD_NUMBER: _ClassVar[int]
@@ -266,11 +324,13 @@ class TrainingStateReply(_message.Message):
     def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ..., lr: _Optional[float] = ..., version: _Optional[int] = ...) -> None: ...
 
 class ServiceInfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("served",)
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    served: str
+    def __init__(self, served: _Optional[str] = ...) -> None: ...
 
 class ServiceInfoReply(_message.Message):
-    __slots__ = ("protocol", "incarnation", "model", "family", "blocks", "version", "sessions", "limits")
+    __slots__ = ("protocol", "incarnation", "model", "family", "blocks", "version", "sessions", "limits", "served")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +339,7 @@ class ServiceInfoReply(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     incarnation: str
     model: str
@@ -287,4 +348,5 @@ class ServiceInfoReply(_message.Message):
     version: int
     sessions: int
     limits: Limits
-    def __init__(self, protocol: _Optional[int] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    served: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served: _Optional[_Iterable[str]] = ...) -> None: ...

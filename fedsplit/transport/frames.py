@@ -6,7 +6,8 @@ valid protobuf. Received payloads go to memory that is taken once, after the hea
 """
 
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, e
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.wire import messages
 from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor
-from fedsplit.wire.messages import Limits, Reply, Request
+from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
 CHUNK_BYTES = 1 << 20
 ALIGNMENT = 8
@@ -41,6 +42,7 @@ CALLS = {
         Call("Compute", messages.ForwardRequest, messages.ForwardReply, True),
         Call("Backward", messages.BackwardRequest, messages.BackwardReply, True),
         Call("Step", messages.StepRequest, messages.StepReply, True),
+        Call("Generate", messages.GenerateRequest, messages.GenerateReply, True),
         Call("Close", messages.CloseRequest, messages.CloseReply, False),
         Call("GetGradients", messages.GradientsRequest, messages.GradientsReply, True),
         Call(
@@ -52,10 +54,40 @@ CALLS = {
 
 Body = Request[Any] | Reply | FedsplitError
 
-_CLASSES = {cls.__name__: cls for call in CALLS.values() for cls in (call.request, call.reply)}
+_CLASSES: dict[str, Any] = {
+    cls.__name__: cls for call in CALLS.values() for cls in (call.request, call.reply)
+}
 _BODIES = {name.title().replace("_", ""): name for name in pb.Header.DESCRIPTOR.fields_by_name}
-_TENSOR = (Tensor, Tensor | None)
-_TENSORS = tuple[Tensor, ...]
+
+
+class _Kind(Enum):
+    """How a field of a message stands in its protobuf."""
+
+    VALUE = "value"
+    VALUES = "values"
+    TENSOR = "tensor"
+    TENSORS = "tensors"
+    NUMBERS = "numbers"
+    LIMITS = "limits"
+    ENTRIES = "entries"
+
+
+_KINDS: dict[Any, _Kind] = {
+    Tensor: _Kind.TENSOR,
+    Tensor | None: _Kind.TENSOR,
+    tuple[Tensor, ...]: _Kind.TENSORS,
+    tuple[str, ...]: _Kind.VALUES,
+    dict[str, float]: _Kind.NUMBERS,
+    Limits: _Kind.LIMITS,
+    tuple[KVCacheEntry, ...]: _Kind.ENTRIES,
+}
+
+
+_LAYOUTS: dict[type, tuple[tuple[str, _Kind], ...]] = {
+    cls: tuple((field.name, _KINDS.get(field.type, _Kind.VALUE)) for field in fields(cls))
+    for cls in (*_CLASSES.values(), KVCacheEntry, Limits)
+}
+_NEEDED = {cls: {f.name for f in fields(cls) if f.type is Tensor} for cls in _LAYOUTS}
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -99,20 +131,25 @@ def _write_error(body: pb.Error, error: FedsplitError) -> None:
 
 
 def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
-    for field in fields(message):
-        value = getattr(message, field.name)
-        if isinstance(value, Tensor):
-            getattr(body, field.name).CopyFrom(_write_tensor(value, parts))
-        elif field.type == _TENSORS:
-            getattr(body, field.name).extend(_write_tensor(item, parts) for item in value)
-        elif isinstance(value, tuple):
-            getattr(body, field.name).extend(value)
-        elif isinstance(value, dict):
-            getattr(body, field.name).update(value)
-        elif isinstance(value, Limits):
-            _write_fields(getattr(body, field.name), value, parts)
-        elif value is not None:
-            setattr(body, field.name, value)
+    for name, kind in _LAYOUTS[type(message)]:
+        value = getattr(message, name)
+        if kind is _Kind.VALUE:
+            setattr(body, name, value)
+        elif not isinstance(value, Tensor) and not value:
+            pass
+        elif kind is _Kind.TENSOR:
+            getattr(body, name).CopyFrom(_write_tensor(value, parts))
+        elif kind is _Kind.TENSORS:
+            getattr(body, name).extend(_write_tensor(item, parts) for item in value)
+        elif kind is _Kind.VALUES:
+            getattr(body, name).extend(value)
+        elif kind is _Kind.NUMBERS:
+            getattr(body, name).update(value)
+        elif kind is _Kind.LIMITS:
+            _write_fields(getattr(body, name), value, parts)
+        else:
+            for item in value:
+                _write_fields(getattr(body, name).add(), item, parts)
 
 
 def _write_tensor(tensor: Tensor, parts: list[memoryview]) -> pb.TensorMeta:
@@ -260,7 +297,10 @@ class _Pending:
 
     def message(self) -> Request[Any] | Reply:
         """The message; its tensors share the one buffer."""
-        return self._cls(**_read_fields(self._cls, self._body, self._tensors()))
+        message: Request[Any] | Reply = self._cls(
+            **_read_fields(self._cls, self._body, self._tensors())
+        )
+        return message
 
     def _tensors(self) -> Iterator[Tensor]:
         offset = 0
@@ -304,13 +344,16 @@ def _read_error(body: pb.Error) -> FedsplitError:
 
 def _metas(cls: type, body: Any) -> Iterator[pb.TensorMeta]:
     """The tensors that a body announces, in the order of their bytes."""
-    for field in fields(cls):
-        if field.type == _TENSORS:
-            yield from getattr(body, field.name)
-        elif field.type in _TENSOR and body.HasField(field.name):
-            yield getattr(body, field.name)
-        elif field.type is Tensor:
-            raise BadTensor(f"{cls.__name__} came without its {field.name}")
+    for name, kind in _LAYOUTS[cls]:
+        if kind is _Kind.TENSORS:
+            yield from getattr(body, name)
+        elif kind is _Kind.ENTRIES:
+            for entry in getattr(body, name):
+                yield from _metas(KVCacheEntry, entry)
+        elif kind is _Kind.TENSOR and body.HasField(name):
+            yield getattr(body, name)
+        elif kind is _Kind.TENSOR and name in _NEEDED[cls]:
+            raise BadTensor(f"{cls.__name__} came without its {name}")
 
 
 def _read_meta(meta: pb.TensorMeta) -> TensorMeta:
@@ -330,17 +373,23 @@ def _enum_name(enum: Any, number: int) -> str:
 
 
 def _read_fields(cls: type, body: Any, tensors: Iterator[Tensor]) -> dict[str, Any]:
-    return {field.name: _read_field(field, body, tensors) for field in fields(cls)}
+    return {name: _read_field(name, kind, body, tensors) for name, kind in _LAYOUTS[cls]}
 
 
-def _read_field(field: Field[Any], body: Any, tensors: Iterator[Tensor]) -> Any:
-    value = getattr(body, field.name)
-    if field.type in _TENSOR:
-        return next(tensors) if body.HasField(field.name) else None
-    if field.type == _TENSORS:
-        return tuple(next(tensors) for _ in value)
-    if field.type is Limits:
-        return Limits(**_read_fields(Limits, value, tensors))
-    if field.type == dict[str, float]:
-        return dict(value)
-    return tuple(value) if field.type == tuple[str, ...] else value
+def _read_field(name: str, kind: _Kind, body: Any, tensors: Iterator[Tensor]) -> Any:
+    value = getattr(body, name)
+    match kind:
+        case _Kind.TENSOR:
+            return next(tensors) if body.HasField(name) else None
+        case _Kind.TENSORS:
+            return tuple(next(tensors) for _ in value)
+        case _Kind.VALUES:
+            return tuple(value)
+        case _Kind.NUMBERS:
+            return dict(value)
+        case _Kind.LIMITS:
+            return Limits(**_read_fields(Limits, value, tensors))
+        case _Kind.ENTRIES:
+            return tuple(KVCacheEntry(**_read_fields(KVCacheEntry, e, tensors)) for e in value)
+        case _Kind.VALUE:
+            return value

@@ -100,13 +100,10 @@ class GrpcServer:
 
 
 def largest_payload(limits: Limits) -> int:
-    """Bytes of the largest legal request, and a quarter on top.
-
-    >>> largest_payload(Limits(max_rows=8, max_tokens=128, hidden_size=384)) >> 20
-    2
-    """
+    """Bytes of the largest legal request, and a quarter on top."""
     per_token = 4 * limits.hidden_size + 2 * 8  # float32, and an int64 for mask and position
-    return limits.max_rows * limits.max_tokens * per_token * 5 // 4 + HEADER_BYTES
+    num_tokens = max(limits.max_rows * limits.max_tokens, limits.session_tokens)
+    return max(num_tokens * per_token * 5 // 4, limits.stateless_bytes) + HEADER_BYTES
 
 
 class _Door:

@@ -6,6 +6,7 @@ none of it needs a lock. Backwards and steps go before forwards: they free memor
 is beyond that, `fedsplit.trunk.timeline` knows.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -20,6 +21,7 @@ from fedsplit.errors import Draining, FedsplitError, Internal, SessionLost
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
+from fedsplit.trunk.generation import Generation
 from fedsplit.trunk.inbox import Inbox, Task
 from fedsplit.trunk.timeline import Asked, Deadline, Kind, RealTime, VirtualTime
 from fedsplit.trunk.training import Training, Worker
@@ -28,11 +30,15 @@ from fedsplit.wire.messages import (
     BackwardRequest,
     ForwardReply,
     ForwardRequest,
+    GenerateReply,
+    GenerateRequest,
     StepReply,
     StepRequest,
 )
 
-_FIRST, _LAST = 0, 1
+log = logging.getLogger(__name__)
+
+_FIRST, _TOKENS, _LAST = 0, 1, 2
 _TIME = "time"
 _IDLE_S = 1.0
 
@@ -60,6 +66,7 @@ class TrunkEngine:
         self._run = run
         self._clock = clock
         self._training = Training(trunk, run, clock, replicas=replicas)
+        self._generation = Generation(trunk, run.generation, clock)
         slowdown = run.policy.sim_slowdown
         self._time = VirtualTime(slowdown) if slowdown else RealTime(clock)
         self._heard = clock()
@@ -95,6 +102,18 @@ class TrunkEngine:
         """Contribute what `worker` accumulated; the reply does not wait for the barrier."""
         return self._ask(
             _FIRST, worker, Kind.STEP, lambda: self._training.contribute(worker, request, self.now)
+        )
+
+    def generate(self, worker: Worker, request: GenerateRequest) -> "Future[GenerateReply]":
+        """Take in the next tokens of a session that generates, in a pass with others'."""
+        future: Future[GenerateReply] = Future()
+        self._inbox.put(_TOKENS, future, lambda: self._take_in(worker.session, request, future))
+        return future
+
+    def open_cache(self, worker: Worker) -> "Future[None]":
+        """Have the trunk keep a KV cache for a session."""
+        return self._submit(
+            _FIRST, lambda: self._generation.open(worker.session, worker.cache_tokens)
         )
 
     def join(self, worker: Worker) -> "Future[int]":
@@ -170,6 +189,11 @@ class TrunkEngine:
         return self._training.stashed_bytes
 
     @property
+    def cache_bytes(self) -> int:
+        """Keys and values of the sessions that generate."""
+        return self._generation.num_bytes
+
+    @property
     def num_waiting(self) -> int:
         """Requests that wait for a barrier, or for their turn."""
         return len(self._time.pending())
@@ -181,14 +205,32 @@ class TrunkEngine:
         try:
             while not self._inbox.closed:
                 patience = self._time.patience(self._training.barrier.deadline)
-                task = self._inbox.take(min(_IDLE_S, patience))
+                task = self._inbox.take(min(_IDLE_S, patience, self._generation.due_in()))
                 self._training.drop_expired()
+                self._generation.drop_idle()
                 if task:
                     task.run()
                 self._give_up_who_is_silent(heard=task is not None)
                 self._take_turns()
+                if not self._generation.due_in() and not self._inbox.has(_TOKENS):
+                    self._run_pass()
         finally:
             self._refuse_what_waits([task.future] if task else [])
+
+    def _take_in(
+        self, session: str, request: GenerateRequest, future: "Future[GenerateReply]"
+    ) -> None:
+        try:
+            self._generation.ask(session, request, future)
+        except Exception as failure:
+            future.set_exception(failure)
+
+    def _run_pass(self) -> None:
+        try:
+            self._training.with_current(self._generation.run_pass)
+        except Exception as failure:
+            log.error("a pass of generation failed", exc_info=failure)
+            self._generation.broke(failure)
 
     def _take_turns(self) -> None:
         while turn := self._next_turn():
@@ -215,6 +257,7 @@ class TrunkEngine:
     def _refuse_what_waits(self, in_hand: "list[Future[Any]]") -> None:
         why = Internal("the trunk's engine failed; the server's log has the details")
         self._inbox.close(why)  # or it was closed on purpose
+        self._generation.refuse_all(self._inbox.closed or why)
         for future in (*in_hand, *(asked.future for asked in self._time.pending())):
             if not future.done():
                 future.set_exception(self._inbox.closed or why)
@@ -259,6 +302,7 @@ class TrunkEngine:
 
     def _leave(self, worker: Worker, left: Asked, replaced: bool) -> None:
         self._training.forget(worker.session)
+        self._generation.forget(worker.session)
         for gone in self._time.withdraw(worker.session):
             gone.future.set_exception(SessionLost(f"session {worker.session} was closed"))
         if worker.training and not replaced:

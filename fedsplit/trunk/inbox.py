@@ -46,6 +46,11 @@ class Inbox:
         except queue.Empty:
             return None
 
+    def has(self, priority: int) -> bool:
+        """Whether a task waits that is at least as urgent."""
+        with self._tasks.mutex:
+            return bool(self._tasks.queue) and self._tasks.queue[0].priority <= priority
+
     def close(self, why: FedsplitError) -> None:
         """Refuse what is in here and all that comes; a second call does nothing."""
         with self._door:

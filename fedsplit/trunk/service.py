@@ -26,12 +26,14 @@ from fedsplit.errors import (
     ModelMismatch,
     ProtocolError,
     ProtocolVersion,
-    Unauthenticated,
+    SessionLost,
+    TooLarge,
 )
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import TrunkPart
-from fedsplit.optimization import squared_norm
+from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
+from fedsplit.trunk.admission import Admission
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.sessions import Session, Steps, no_session
 from fedsplit.trunk.training import Worker
@@ -66,13 +68,15 @@ class TrunkService:
             max_rows=run.train.batch_size,
             max_tokens=run.data.sequence_length,
             hidden_size=trunk.config.hidden_size,
+            session_tokens=run.generation.session_tokens,
+            stateless_bytes=run.generation.stateless_bytes,
         )
         self._run = run
         self._model = model_fingerprint(trunk.config, run.split)
         self._family = str(trunk.config.model_type)
         self._dtype = trunk.dtype
         self._round = 0
-        self._clients: dict[str, str] = {}
+        self._admission = Admission()
         self._sessions: dict[str, Session] = {}
         self._last_steps: dict[str, Steps] = {}
         self._closing = False
@@ -81,6 +85,7 @@ class TrunkService:
             m.ForwardRequest: self._forward,
             m.BackwardRequest: self._backward,
             m.StepRequest: self._step,
+            m.GenerateRequest: self._generate,
             m.CloseRequest: self._close,
             m.GradientsRequest: self._gradients,
             m.TrainingStateRequest: self._training_state,
@@ -101,11 +106,16 @@ class TrunkService:
 
     def admit(self, client: str) -> str:
         """The token that opens sessions for `client`, and for nobody else."""
+        return self._admission.admit(client)
+
+    def dismiss(self, client: str) -> bool:
+        """Forget a client that has no session; whether it is forgotten."""
         with self._lock:
-            known = {name: token for token, name in self._clients.items()}
-            token = known.get(client) or secrets.token_urlsafe(24)
-            self._clients[token] = client
-            return token
+            if any(each.worker.client == client for each in self._sessions.values()):
+                return False
+            self._admission.dismiss(client)
+            self._last_steps.pop(client, None)
+            return True
 
     def expect(
         self,
@@ -172,19 +182,14 @@ class TrunkService:
 
     def check_token(self, token: str) -> None:
         """Let only clients of the run in; see `fedsplit.link.Service`."""
-        if token not in self._clients:
-            raise Unauthenticated(
-                "the token is missing or not one of this run; use the one that the run's first "
-                "message brought"
-            )
+        self._admission.client_of(token)
 
     def handle(self, request: m.Request[m.R], token: str) -> m.R:
         """Answer one request; see `fedsplit.link.Service`."""
         check_request(request, self.limits)
         if isinstance(request, m.ServiceInfoRequest):
             return self._info()  # type: ignore[return-value]
-        self.check_token(token)
-        client = self._clients[token]
+        client = self._admission.client_of(token)
         if isinstance(request, m.OpenRequest):
             return self._open(request, client)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
@@ -212,12 +217,21 @@ class TrunkService:
             raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
         self._check_same("hidden size", request.hidden_size, self.limits.hidden_size)
         self._check_same("model and cut (fingerprint)", request.model, self._model)
-        self._check_same("run configuration (fingerprint)", request.config, self._run.fingerprint)
+        if not request.generating:
+            fingerprint = self._run.fingerprint
+            self._check_same("run configuration (fingerprint)", request.config, fingerprint)
+        if request.cache_tokens > self.limits.session_tokens:
+            raise TooLarge(
+                f"a cache of {request.cache_tokens} tokens was asked for; a session of this trunk "
+                f"holds at most {self.limits.session_tokens} (generation.session_tokens)"
+            )
         worker = Worker(
             client=client,
             session=secrets.token_hex(16),
             round=request.round,
-            training=request.training,
+            training=request.training and not request.generating,
+            generating=request.generating,
+            cache_tokens=request.cache_tokens,
         )
         with self._lock:
             same = [each for each in self._sessions.values() if each.is_of(worker)]
@@ -226,6 +240,8 @@ class TrunkService:
         for old in same:
             self._drop(old, replaced=True)
         join = self.engine.join
+        if worker.generating:
+            self._wait(self.engine.open_cache(worker))
         version = self._wait(join(worker)) if worker.training else self.engine.version
         return m.OpenReply(
             session=worker.session,
@@ -240,7 +256,7 @@ class TrunkService:
         if mask_BT is not None and mask_BT.shape != request.smashed_BTD.shape[:2]:
             raise ProtocolError(
                 f"a mask of shape {tuple(mask_BT.shape)} for {tuple(request.smashed_BTD.shape)} "
-                "needs a KV cache at the trunk, which is not available yet"
+                "needs a KV cache, which only a session that generates has"
             )
         if request.training and not session.worker.training:
             raise ProtocolError("a training forward in a session that was not opened for training")
@@ -261,17 +277,27 @@ class TrunkService:
     def _step(self, session: Session, request: m.StepRequest) -> m.StepReply:
         return self._wait(session.once(request, Event.STEP, self.engine.step))
 
+    def _generate(self, session: Session, request: m.GenerateRequest) -> m.GenerateReply:
+        self._check_dtype("smashed_BTD", request.smashed_BTD)
+        for entry in request.entries:
+            self._check_dtype("keys_BHTE", entry.keys_BHTE)
+            self._check_dtype("values_BHTE", entry.values_BHTE)
+        if not session.worker.generating:
+            raise ProtocolError("a session that was not opened to generate; open another one")
+        try:
+            return self._wait(session.once(request, Event.GENERATE, self.engine.generate))
+        except SessionLost:  # its cache is gone, and so is what it was for
+            self._drop(session)
+            raise
+
     def _close(self, session: Session, request: m.CloseRequest) -> m.CloseReply:
         self._drop(session)
         return m.CloseReply()
 
     def _gradients(self, session: Session, request: m.GradientsRequest) -> m.GradientsReply:
         found = self._wait(self.engine.gradients(session.worker))
-        groups: dict[str, list[Any]] = {}
-        for name, gradient in found.items():
-            groups.setdefault(_block_of(name), []).append(gradient)
         return m.GradientsReply(
-            norms={group: squared_norm(tensors) ** 0.5 for group, tensors in groups.items()},
+            norms=block_norms(found),
             names=tuple(found) if request.tensors else (),
             gradients=tuple(found.values()) if request.tensors else (),
         )
@@ -295,6 +321,7 @@ class TrunkService:
             blocks=str(self._run.split),
             version=self.engine.version,
             sessions=self.num_sessions,
+            served=(),
             limits=self.limits,
         )
 
@@ -366,10 +393,3 @@ class TrunkService:
                 f"{what}: the client has {theirs}, the trunk {ours}; start both from the same "
                 "model, split and configuration"
             )
-
-
-def _block_of(name: str) -> str:
-    """The block a parameter belongs to: its name up to the first number."""
-    pieces = name.split(".")
-    ends = [i for i, piece in enumerate(pieces) if piece.isdigit()]
-    return ".".join(pieces[: ends[0] + 1]) if ends else name

@@ -78,6 +78,8 @@ class Session:
     def is_of(self, worker: Worker) -> bool:
         """Whether it is of the same client and for the same purpose."""
         mine = self.worker
+        if mine.generating or worker.generating:  # a client may have several of these
+            return False
         return (mine.client, mine.training) == (worker.client, worker.training)
 
     def cancel_farewell(self) -> None:

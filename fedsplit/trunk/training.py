@@ -35,12 +35,17 @@ _SHARED, _REPLICA = "trunk/", "replica/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """Whom work is done for: a client in one session, in one round."""
+    """Whom work is done for: a client in one session, in one round.
+
+    `cache_tokens` is 0 for a session that generates with a cache that grows.
+    """
 
     client: str
     session: str
     round: int
     training: bool
+    generating: bool = False
+    cache_tokens: int = 0
 
 
 class Training:
@@ -108,6 +113,11 @@ class Training:
     def leave(self, client: str, now: float) -> None:
         """Wait no longer for a client."""
         self._replica_of(client).tell(aggregator.Left(client=client), now)
+
+    def with_current(self, work: Callable[[], None]) -> None:
+        """Run `work` while the module holds the current version."""
+        with self._shared.versions.installed(self._shared.versions.current):
+            work()
 
     def forget(self, session: str) -> None:
         """Drop what is kept for a session; what it contributed stays."""

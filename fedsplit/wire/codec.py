@@ -20,6 +20,9 @@ from fedsplit.wire.messages import (
     BackwardRequest,
     ForwardReply,
     ForwardRequest,
+    GenerateReply,
+    GenerateRequest,
+    KVCacheEntry,
     Limits,
     Reply,
     Request,
@@ -40,8 +43,18 @@ DTYPES = {
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_IDS = ("session", "client", "model", "config")
-_LEAST = {"call": 0, "step": 0, "round": 0, "num_tokens": 1, "ends_sq_norm": 0}
+_IDS = ("session", "client", "model")
+_NAMES_OR_NONE = ("config", "served")
+_LEAST = {
+    "call": 0,
+    "step": 0,
+    "round": 0,
+    "num_tokens": 1,
+    "ends_sq_norm": 0,
+    "past": 0,
+    "wanted": 1,
+    "cache_tokens": 0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +134,8 @@ def _copied(value: object) -> object:
     if isinstance(value, Tensor):
         meta, raw = encode_tensor(value)
         return decode_tensor(meta, bytearray(raw))
+    if isinstance(value, KVCacheEntry):
+        return through_codec(value)
     return value
 
 
@@ -137,6 +152,8 @@ def check_request(request: Request[Any], limits: Limits) -> None:
     """
     for name in _IDS:
         _check_id(name, getattr(request, name, "-"))
+    for name in _NAMES_OR_NONE:
+        _check_id(name, getattr(request, name, "-") or "-")
     for name, least in _LEAST.items():
         value = getattr(request, name, least)
         if not value >= least:
@@ -156,6 +173,9 @@ def check_reply(request: Request[Any], reply: Reply) -> None:
     if isinstance(request, BackwardRequest) and isinstance(reply, BackwardReply):
         if reply.grad_smashed_BTD is not None:
             _check_like("grad_smashed", reply.grad_smashed_BTD, request.grad_trunk_out_BTD)
+    if isinstance(request, GenerateRequest) and isinstance(reply, GenerateReply):
+        wanted_BTD = request.smashed_BTD[:, -request.wanted :]
+        _check_like("trunk_out", reply.trunk_out_BTD, wanted_BTD)
 
 
 def _check_id(name: str, value: str) -> None:
@@ -186,7 +206,56 @@ def _check_backward(request: BackwardRequest, limits: Limits) -> None:
     _check_hidden("grad_trunk_out", request.grad_trunk_out_BTD, limits)
 
 
+def _check_generate(request: GenerateRequest, limits: Limits) -> None:
+    _check_width("smashed", request.smashed_BTD, limits)
+    B, T, _ = request.smashed_BTD.shape
+    num_tokens = B * (request.past + T)
+    if num_tokens > limits.session_tokens:
+        raise TooLarge(
+            f"{B} sequences of {request.past} + {T} tokens are {num_tokens}; a session of this "
+            f"trunk holds at most {limits.session_tokens} (generation.session_tokens)"
+        )
+    if request.wanted > T:
+        raise ProtocolError(f"wanted={request.wanted} of {T} tokens")
+    if (rows_B := request.rows_B) is not None:
+        if rows_B.is_floating_point() or tuple(rows_B.shape) != (B,):
+            raise BadTensor(
+                f"rows are {NAMES[rows_B.dtype]} of shape {tuple(rows_B.shape)}; one integer for "
+                f"each of {B} sequences is needed"
+            )
+    masked = request.past + T if request.stateless else T
+    for name, tensor_BT, tokens in (
+        ("attention_mask", request.attention_mask_BT, masked),
+        ("position_ids", request.position_ids_BT, T),
+    ):
+        if tensor_BT is not None:
+            _check_integers(name, tensor_BT)
+            if tuple(tensor_BT.shape) != (B, tokens):
+                raise BadTensor(
+                    f"{name} of shape {tuple(tensor_BT.shape)} does not fit {B} sequences of "
+                    f"{tokens} tokens"
+                )
+    for entry in request.entries:
+        for name in ("keys_BHTE", "values_BHTE"):
+            shape = tuple(getattr(entry, name).shape)
+            if len(shape) != 4 or shape[0] != B or shape[2] > request.past:
+                raise BadTensor(
+                    f"{name} of block {entry.block} has shape {shape}; {B} sequences of at most "
+                    f"{request.past} tokens are needed"
+                )
+
+
 def _check_hidden(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
+    _check_width(name, tensor_BTD, limits)
+    shape = tuple(tensor_BTD.shape)
+    if shape[0] > limits.max_rows or shape[1] > limits.max_tokens:
+        raise TooLarge(
+            f"{name} has {shape[0]} sequences of {shape[1]} tokens; the trunk takes at most "
+            f"{limits.max_rows} of {limits.max_tokens}"
+        )
+
+
+def _check_width(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
     shape = tuple(tensor_BTD.shape)
     if len(shape) != 3 or shape[2] != limits.hidden_size:
         raise BadTensor(
@@ -195,11 +264,6 @@ def _check_hidden(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
         )
     if not tensor_BTD.is_floating_point():
         raise BadTensor(f"{name} is {NAMES[tensor_BTD.dtype]}; a float dtype is needed")
-    if shape[0] > limits.max_rows or shape[1] > limits.max_tokens:
-        raise TooLarge(
-            f"{name} has {shape[0]} sequences of {shape[1]} tokens; the trunk takes at most "
-            f"{limits.max_rows} of {limits.max_tokens}"
-        )
 
 
 def _check_integers(name: str, tensor_BT: Tensor) -> None:
@@ -221,4 +285,5 @@ def _check_like(name: str, got: Tensor, sent: Tensor) -> None:
 _SHAPES: dict[type, Callable[[Any, Limits], None]] = {
     ForwardRequest: _check_forward,
     BackwardRequest: _check_backward,
+    GenerateRequest: _check_generate,
 }

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the messages in this file; the two sides must agree."""
 
 R = TypeVar("R", bound="Reply")
@@ -29,11 +29,17 @@ class Request(Generic[R]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The largest request the trunk takes: sequences, tokens in a sequence, hidden width."""
+    """The largest request the trunk takes: sequences, tokens in a sequence, hidden width.
+
+    `session_tokens` bounds the tokens of all sequences of a session that generates, and
+    `stateless_bytes` a request that brings its KV cache.
+    """
 
     max_rows: int
     max_tokens: int
     hidden_size: int
+    session_tokens: int
+    stateless_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +57,10 @@ class OpenRequest(Request[OpenReply]):
     """Asks for a session. `model` is the fingerprint of config and cut, `config` that of the run.
 
     `round` names the part of the run that this session works on: with `client` and `call` it
-    seeds the trunk's dropout. A session that is not `training` never counts in a barrier.
+    seeds the trunk's dropout. A session that is not `training` never counts in a barrier. One
+    that is `generating` has a KV cache, with room for `cache_tokens` in every sequence if that is
+    not 0; it need not know the run, and then names no `config`. `served` is the name under which
+    the trunk is served, where a server has several; empty for its first.
     """
 
     protocol: int
@@ -61,6 +70,9 @@ class OpenRequest(Request[OpenReply]):
     hidden_size: int
     round: int
     training: bool
+    generating: bool = False
+    cache_tokens: int = 0
+    served: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,6 +143,53 @@ class StepRequest(Request[StepReply]):
     ends_sq_norm: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KVCacheEntry:
+    """Keys and values of one block: B sequences, H heads, T tokens, E width of a head."""
+
+    block: int
+    keys_BHTE: Tensor
+    values_BHTE: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GenerateReply(Reply):
+    """The trunk's output for the last `wanted` tokens of the request.
+
+    `entries` are the keys and values of the request's own tokens, if it brought its cache.
+    """
+
+    trunk_out_BTD: Tensor
+    entries: tuple[KVCacheEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GenerateRequest(Request[GenerateReply]):
+    """Hidden states of the next tokens, for the session's KV cache to grow by.
+
+    Before it does, the cache is cut to its first `past` tokens, and its sequences become those
+    that `rows_B` names: that is all that beam search, cropping and starting over ask of it. The
+    mask is over the new tokens alone, and absent where it is all ones; positions are absent where
+    they count on from `past`. `record_past` keeps what a sliding window would forget, for the
+    next request to go back.
+
+    A `stateless` request brings the whole cache in `entries`, as it is to be, and the mask over
+    all of it; the trunk keeps nothing.
+    """
+
+    session: str
+    call: int
+    past: int
+    wanted: int
+    smashed_BTD: Tensor
+    rows_B: Tensor | None = None
+    attention_mask_BT: Tensor | None = None
+    position_ids_BT: Tensor | None = None
+    record_past: bool = False
+    stateless: bool = False
+    entries: tuple[KVCacheEntry, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseReply(Reply):
     """The session is gone."""
@@ -179,7 +238,10 @@ class TrainingStateRequest(Request[TrainingStateReply]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceInfoReply(Reply):
-    """What the server is: anyone may ask, so nothing here is secret."""
+    """What the server is: anyone may ask, so nothing here is secret.
+
+    All but `served`, the names of the trunks it serves, is about the one that was asked for.
+    """
 
     protocol: int
     incarnation: str
@@ -189,8 +251,11 @@ class ServiceInfoReply(Reply):
     version: int
     sessions: int
     limits: Limits
+    served: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceInfoRequest(Request[ServiceInfoReply]):
-    """Asks what the server is; needs no session."""
+    """Asks what the server is, about its trunk of the name `served`; needs no session."""
+
+    served: str = ""

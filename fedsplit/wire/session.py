@@ -21,6 +21,7 @@ class Event(Enum):
     BACKWARD = "backward"
     EXPIRED = "expired backward"
     STEP = "step"
+    GENERATE = "generate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,5 +97,10 @@ _TABLE = {
         "a backward since the last step",
         lambda s, call: s.backwards > 0,
         lambda s, call: replace(s, backwards=0),
+    ),
+    Event.GENERATE: _Rule(
+        "a new call",
+        lambda s, call: call > s.last_call,
+        lambda s, call: replace(s, last_call=call),
     ),
 }

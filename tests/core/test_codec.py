@@ -20,7 +20,7 @@ from fedsplit.wire.codec import (
     through_codec,
 )
 
-LIMITS = m.Limits(max_rows=2, max_tokens=4, hidden_size=3)
+LIMITS = m.Limits(max_rows=2, max_tokens=4, hidden_size=3, session_tokens=16, stateless_bytes=4096)
 
 
 def forward(**changes: Any) -> m.ForwardRequest:

@@ -258,7 +258,7 @@ OPEN = dict(
 
 REFUSED_AT_OPEN = [
     pytest.param(
-        {"protocol": 99}, errors.ProtocolVersion, "protocol 99, the trunk 1", id="protocol"
+        {"protocol": 99}, errors.ProtocolVersion, "protocol 99, the trunk 2", id="protocol"
     ),
     pytest.param(
         {"client": "bob"}, errors.Forbidden, "belongs to 'alice', not to 'bob'", id="name"
@@ -333,7 +333,7 @@ REFUSED_REQUESTS = [
             alice, smashed_BTD=torch.zeros(2, 6, 16), attention_mask_BT=torch.ones(2, 12).long()
         ),
         errors.ProtocolError,
-        "needs a KV cache at the trunk, which is not available yet",
+        "needs a KV cache, which only a session that generates has",
         id="mask of a cache",
     ),
     pytest.param(

@@ -14,7 +14,9 @@ from fedsplit.transport.server import GrpcServer
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import check_request
 
-LIMITS = m.Limits(max_rows=8, max_tokens=1024, hidden_size=128)
+LIMITS = m.Limits(
+    max_rows=8, max_tokens=1024, hidden_size=128, session_tokens=4096, stateless_bytes=1 << 20
+)
 TOKEN = "a-token"
 
 
@@ -81,7 +83,7 @@ class EchoService:
 
     def ServiceInfoRequest(self, request: m.ServiceInfoRequest) -> m.ServiceInfoReply:
         told = dict(incarnation="i1", model="f", family="echo", blocks="1-2", version=3)
-        return m.ServiceInfoReply(protocol=1, sessions=0, limits=LIMITS, **told)
+        return m.ServiceInfoReply(protocol=1, sessions=0, limits=LIMITS, served=(), **told)
 
 
 @contextmanager

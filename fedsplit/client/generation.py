@@ -1,0 +1,259 @@
+"""The trunk's KV cache as its client sees it, and all that was sent to fill it.
+
+Shapes: B sequences, T tokens, D hidden width. What transformers asks of a cache (reorder, repeat,
+select, crop, reset) is done here at once, and reaches the trunk with the next tokens: as the
+number of tokens and the sequences to go on from. Whatever the trunk has lost is sent again from
+here, as one prompt, so a generation ends as it would have without the loss.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedsplit.errors import ProtocolError, SessionLost
+from fedsplit.wire import messages as m
+
+if TYPE_CHECKING:
+    from fedsplit.client.remote import RemoteTrunk
+
+_REPLAYS = 6
+"""How often what the trunk lost is sent again for the same tokens."""
+
+
+class TrunkCache:
+    """One generation at a trunk; implements `fedsplit.model.caches.RemoteCache`.
+
+    Args:
+        trunk: Leads to it.
+        cache_tokens: Room in every sequence, or 0 for a cache that grows.
+        stateless: Keys and values travel with every request and stay here.
+    """
+
+    def __init__(self, trunk: "RemoteTrunk", cache_tokens: int, *, stateless: bool) -> None:
+        self._trunk = trunk
+        self._cache_tokens = cache_tokens
+        self._stateless = stateless
+        self._session = trunk.cache_session()
+        self._has_lost = False
+        self._record_past = False
+        self._sent: list[Tensor] = []
+        self._positions: list[Tensor] = []
+        self._mask_BT: Tensor | None = None
+        self._rows_B: Tensor | None = None
+        self._entries: dict[int, tuple[Tensor, Tensor]] = {}
+        self.num_tokens = 0
+        weakref.finalize(self, self._session.abandon)
+
+    def carry(
+        self, hidden_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None
+    ) -> Tensor:
+        """Have the trunk take in the next tokens; the mask is over those before them too.
+
+        Raises:
+            ProtocolError: The mask does not fit, or a gradient would be needed.
+            FedsplitError: The trunk refused, or could not be reached.
+        """
+        if torch.is_grad_enabled() and hidden_BTD.requires_grad:
+            raise ProtocolError("a KV cache is for generation: no gradient goes through it")
+        past, (B, T, _) = self.num_tokens, hidden_BTD.shape
+        if past and B != self._sent[0].shape[0]:
+            raise ProtocolError(
+                f"{B} sequences came for a cache of {self._sent[0].shape[0]}; begin another cache"
+            )
+        if mask_BT is not None and tuple(mask_BT.shape) != (B, past + T):
+            raise ProtocolError(
+                f"attention_mask of shape {tuple(mask_BT.shape)} for {B} sequences of {past} "
+                f"cached and {T} new tokens"
+            )
+        if mask_BT is not None and bool(mask_BT.all()):
+            mask_BT = None
+        if not self._is_of_past(mask_BT):
+            self._has_lost = True  # what is cached was made with another one
+        if positions_BT is None:
+            positions_BT = torch.arange(past, past + T).expand(B, T)
+        out_BTD = self._exchange(
+            hidden_BTD.detach().cpu(),
+            None if mask_BT is None else mask_BT.cpu(),
+            positions_BT.expand(B, T).cpu(),
+        )
+        return out_BTD.to(hidden_BTD.device)
+
+    # --- fedsplit.model.caches.RemoteCache ----------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._sent, self._positions, self._entries = [], [], {}
+        self._mask_BT = self._rows_B = None
+        self.num_tokens, self._has_lost = 0, True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; as in transformers, their number comes with a minus sign."""
+        removed = min(abs(tokens_to_remove), self.num_tokens)
+        if not removed:
+            return
+        kept = self.num_tokens - removed
+        if not kept:
+            self.reset()
+            return
+        self._sent = [torch.cat(self._sent, dim=1)[:, :kept]]
+        self._positions = [torch.cat(self._positions, dim=1)[:, :kept]]
+        if self._mask_BT is not None:
+            self._mask_BT = self._mask_BT[:, :kept]
+        for block, both in self._entries.items():
+            # A window has forgotten what the tokens before its first one would need.
+            self._has_lost |= both[0].shape[2] < self.num_tokens
+            self._entries[block] = (both[0][:, :, :-removed], both[1][:, :, :-removed])
+        self.num_tokens = kept
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the sequences in another order."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if self.num_tokens:
+            rows = self._sent[0].shape[0]
+            self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the sequences."""
+        self._select(indices)
+
+    def activate_past_recording(self) -> None:
+        """Have the trunk keep what a sliding window would forget, to be cropped."""
+        self._record_past = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrunkCache":
+        """A generation that goes on from the same tokens by itself."""
+        copy = TrunkCache(self._trunk, self._cache_tokens, stateless=self._stateless)
+        copy._has_lost, copy._record_past = True, self._record_past
+        copy._sent, copy._positions = list(self._sent), list(self._positions)
+        copy._mask_BT, copy.num_tokens = self._mask_BT, self.num_tokens
+        return copy
+
+    # --- what they share ----------------------------------------------------------------------
+
+    def _select(self, rows_B: Tensor) -> None:
+        if not self.num_tokens:
+            return
+        rows_B = rows_B.cpu()
+        self._rows_B = rows_B if self._rows_B is None else self._rows_B[rows_B]
+        self._sent = [torch.cat(self._sent, dim=1)[rows_B]]
+        self._positions = [torch.cat(self._positions, dim=1)[rows_B]]
+        if self._mask_BT is not None:
+            self._mask_BT = self._mask_BT[rows_B]
+        for block, (keys_BHTE, values_BHTE) in self._entries.items():
+            self._entries[block] = keys_BHTE[rows_B], values_BHTE[rows_B]
+
+    def _is_of_past(self, mask_BT: Tensor | None) -> bool:
+        """Whether the mask is, over the tokens that are cached, the one they were sent with."""
+        if not self.num_tokens:
+            return True
+        ours, theirs = self._mask_BT, mask_BT
+        if theirs is not None:
+            theirs = theirs[:, : self.num_tokens].cpu()
+        if ours is None or theirs is None:
+            one = theirs if ours is None else ours
+            return one is None or bool(one.all())
+        return torch.equal(ours.bool(), theirs.bool())
+
+    def _exchange(self, hidden_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor) -> Tensor:
+        tokens = hidden_BTD.shape[1]
+        for _ in range(_REPLAYS):
+            try:
+                reply = self._send(hidden_BTD, mask_BT, positions_BT)
+                break
+            except SessionLost:
+                self._session.lost()
+                self._has_lost = True
+            except BaseException:
+                self._has_lost = True  # who knows how far it came
+                raise
+        else:
+            reply = self._send(hidden_BTD, mask_BT, positions_BT)
+        self._rows_B, self._has_lost = None, False
+        self._sent.append(hidden_BTD)
+        self._positions.append(positions_BT)
+        self._mask_BT = mask_BT
+        self.num_tokens += tokens
+        return reply.trunk_out_BTD
+
+    def _send(
+        self, hidden_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor
+    ) -> m.GenerateReply:
+        tokens, past = hidden_BTD.shape[1], self.num_tokens
+        session, call = self._session.next_call(self._cache_tokens)
+        if self._has_lost or self._session.is_new:
+            self._entries = {}
+            hidden_BTD = torch.cat((*self._sent, hidden_BTD), dim=1)
+            positions_BT = torch.cat((*self._positions, positions_BT), dim=1)
+            past = 0
+        counted = torch.arange(past, past + hidden_BTD.shape[1]).expand_as(positions_BT)
+        new_mask_BT = mask_BT if mask_BT is None or self._stateless else mask_BT[:, past:]
+        if new_mask_BT is not None and bool(new_mask_BT.all()):
+            new_mask_BT = None
+        request = m.GenerateRequest(
+            session=session,
+            call=call,
+            past=past,
+            wanted=tokens,
+            smashed_BTD=hidden_BTD,
+            rows_B=self._rows_B if past and not self._stateless else None,
+            attention_mask_BT=new_mask_BT,
+            position_ids_BT=None if torch.equal(positions_BT, counted) else positions_BT,
+            record_past=self._record_past,
+            stateless=self._stateless,
+            entries=self._travelling(),
+        )
+        reply = self._session.exchange(request)
+        self._keep(reply)
+        return reply
+
+    def _travelling(self) -> tuple[m.KVCacheEntry, ...]:
+        return tuple(
+            m.KVCacheEntry(block=block, keys_BHTE=keys_BHTE, values_BHTE=values_BHTE)
+            for block, (keys_BHTE, values_BHTE) in self._entries.items()
+        )
+
+    def _keep(self, reply: m.GenerateReply) -> None:
+        for entry in reply.entries:
+            both = entry.keys_BHTE, entry.values_BHTE
+            if before := self._entries.get(entry.block):
+                both = torch.cat((before[0], both[0]), dim=2), torch.cat((before[1], both[1]), 2)
+            self._entries[entry.block] = both
+
+
+class CacheSession:
+    """A session of a client's that generates: opened when it is first needed, or was lost."""
+
+    def __init__(self, trunk: "RemoteTrunk", abandoned: list[str]) -> None:
+        self.is_new = True
+        self._trunk = trunk
+        self._abandoned = abandoned
+        self._name = ""
+        self._call = 0
+
+    def next_call(self, cache_tokens: int) -> tuple[str, int]:
+        """The session's name, and the number of its next call."""
+        if not self._name:
+            self._name = self._trunk.open_cache(cache_tokens)
+            self.is_new, self._call = True, 0
+        self._call += 1
+        return self._name, self._call - 1
+
+    def exchange(self, request: m.GenerateRequest) -> m.GenerateReply:
+        """Send a request of this session."""
+        reply = self._trunk.exchange(request)
+        self.is_new = False
+        return reply
+
+    def lost(self) -> None:
+        """The trunk knows it no more."""
+        self._name = ""
+
+    def abandon(self) -> None:
+        """Nobody needs it any more; it is closed with the next exchange that can wait."""
+        if self._name:
+            self._abandoned.append(self._name)

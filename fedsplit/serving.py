@@ -1,0 +1,327 @@
+"""A trunk server without Flower, and how a client reaches one: named models, adapters, runs."""
+
+import re
+import secrets
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PretrainedConfig
+
+from fedsplit.client.remote import RemoteTrunk
+from fedsplit.config import from_yaml
+from fedsplit.errors import ConfigError, DataError, ModelMismatch
+from fedsplit.model import ClientPart, TrunkPart, connect
+from fedsplit.model.checkpoint import model_fingerprint
+from fedsplit.model.describe import client_of, trunk_of
+from fedsplit.model.hollow import Part
+from fedsplit.model.lora import load_adapter
+from fedsplit.model.source import Source
+from fedsplit.spec import RunSpec, SplitSpec, WireSpec
+from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.server import GrpcServer
+from fedsplit.trunk.hub import TrunkHub
+from fedsplit.trunk.service import TrunkService
+from fedsplit.wire.messages import ServiceInfoRequest
+
+ADDRESS = "127.0.0.1:9500"
+"""Where a trunk is served, and looked for, if nothing else is said."""
+
+P = TypeVar("P", bound=Part)
+
+_MAX_CLIENTS = 64
+_NAMED = re.compile(r"([A-Za-z0-9_-]{1,64})=(.+)")
+
+
+# --- what is served ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A trunk to serve: its name, and the directories or hub ids of its model and adapter."""
+
+    name: str
+    model: str
+    adapter: str = ""
+    revision: str = "main"
+
+
+def plan(models: Sequence[str], adapters: Sequence[str], revision: str = "main") -> list[Served]:
+    """The trunks that `[NAME=]MODEL` and `[NAME=]ADAPTER` ask for.
+
+    A model without a name has that of its directory. A named adapter is one more trunk: the first
+    model's with that adapter. One without a name goes on the first model itself.
+
+    >>> [each.name for each in plan(["base=gpt2"], ["medical=lora/medical"])]
+    ['base', 'medical']
+    >>> plan(["gpt2"], ["lora/medical"])
+    [Served(name='gpt2', model='gpt2', adapter='lora/medical', revision='main')]
+
+    Raises:
+        ConfigError: There is no model, or two trunks would have one name.
+    """
+    if not models:
+        raise ConfigError("nothing to serve; give --model DIR, or the folder of a finished run")
+    served = [_served(text, revision) for text in models]
+    for text in adapters:
+        if found := _NAMED.fullmatch(text):
+            served.append(replace(served[0], name=found[1], adapter=found[2]))
+        elif served[0].adapter:
+            raise ConfigError(
+                f"--adapter {text} would be the second on {served[0].name}; name it, NAME={text}, "
+                "to serve it beside the other"
+            )
+        else:
+            served[0] = replace(served[0], adapter=text)
+    names = [each.name for each in served]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two trunks would be served as {twice[0]}; name them, NAME=DIR")
+    return served
+
+
+def _served(text: str, revision: str) -> Served:
+    found = _NAMED.fullmatch(text)
+    name, model = found.groups() if found else (plain_name(text), text)
+    return Served(name=name, model=model, revision=revision)
+
+
+def plain_name(model: str) -> str:
+    """A name to serve a model under: that of its directory, in letters that a name may have."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", Path(model).resolve().name)[:64] or "model"
+
+
+# --- a run's folder ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """What a finished run left, to be served."""
+
+    path: Path
+    run: RunSpec
+
+    @staticmethod
+    def of(path: str | Path) -> "FinishedRun":
+        """Read a run's folder.
+
+        Raises:
+            DataError: It is none, or the run is not over.
+        """
+        folder = Path(path)
+        config = folder / "config.yaml"
+        if not config.is_file():
+            raise DataError(
+                f"{folder} is not a run's folder: it has no config.yaml; give one that a run left, "
+                "such as runs/default"
+            )
+        if not (folder / "model").is_dir():
+            raise DataError(f"{folder} has no model yet; serve it when the run is over")
+        return FinishedRun(path=folder, run=from_yaml(config.read_text(encoding="utf-8")))
+
+    @property
+    def model(self) -> str:
+        """The directory of the joined model."""
+        return str(self.path / "model")
+
+    @property
+    def address(self) -> str:
+        """Where it is served now.
+
+        Raises:
+            DataError: Nobody serves it.
+        """
+        try:
+            return self._address_file.read_text(encoding="utf-8").strip()
+        except FileNotFoundError as exc:
+            raise DataError(
+                f"nobody serves {self.path}; start `fedsplit serve {self.path}`, or say --trunk "
+                "where its trunk is"
+            ) from exc
+
+    @contextmanager
+    def announced(self, address: str) -> Iterator[None]:
+        """A block during which whoever has the folder finds the address."""
+        self._address_file.write_text(f"{address}\n", encoding="utf-8")
+        try:
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                self._address_file.unlink()
+
+    @property
+    def _address_file(self) -> Path:
+        return self.path / "trunk.address"
+
+
+# --- the server -------------------------------------------------------------------------------
+
+
+@contextmanager
+def hosted(
+    served: Sequence[Served],
+    run: RunSpec,
+    wire: WireSpec,
+    *,
+    token: str = "",
+    device: str = "cpu",
+) -> Iterator[str]:
+    """Serve trunks for generation and training while the block lasts; gives the address.
+
+    At its end new work is refused, what is in work is finished, and the server hangs up.
+
+    Args:
+        served: Of each only the trunk's own tensors are read.
+        run: The split, budgets, and what the trunks train with, each by itself. Clients that
+            train must be configured with an equal run.
+        wire: Where to listen, and TLS.
+        token: What clients have to present; may be empty where only this machine can connect.
+        device: Of the trunks, as torch names it.
+
+    Raises:
+        ConfigError: Other machines could connect without a token, or the address is taken.
+        FedsplitError: A model or an adapter cannot be read, or cannot be cut.
+    """
+    if not (wire.is_local or token):
+        raise ConfigError(
+            f"wire.bind={wire.bind} can be reached from other machines, and everybody there could "
+            "use this trunk; give a token (--token-file, or FEDSPLIT_TOKEN)"
+        )
+    services = {
+        each.name: TrunkService(_on_device(_trunk(each, run), device), run) for each in served
+    }
+    hub = TrunkHub(services, token=token)
+    clients = max(_MAX_CLIENTS, 2 * run.clients)
+    server = GrpcServer(hub, wire=wire, limits=hub.limits, max_clients=clients)
+    with ExitStack() as opened:
+        opened.enter_context(hub)
+        opened.callback(server.stop)
+        bound = server.start()
+        yield wire.advertise or bound
+
+
+def _trunk(served: Served, run: RunSpec) -> TrunkPart:
+    run = _begun_from(run, served.model, served.revision, served.adapter)
+    config = Source(name=served.model, revision=served.revision).config()
+    trunk = trunk_of(run, config)
+    if served.adapter:
+        load_adapter(trunk, served.adapter)
+    return trunk
+
+
+def _on_device(part: P, device: str) -> P:
+    try:
+        moved: P = part.to(device)  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as exc:  # none here, or none that torch knows
+        raise ConfigError(f"device={device} cannot be used: {str(exc).splitlines()[0]}") from exc
+    return moved
+
+
+def _begun_from(run: RunSpec, model: str, revision: str, adapter: str) -> RunSpec:
+    """The run with this model to start from, for building its parts alone."""
+    if adapter and run.lora.enabled:
+        raise ConfigError(
+            f"lora.enabled=true would put fresh adapters where {adapter} goes; use one of the two"
+        )
+    return replace(run, model=replace(run.model, pretrained=model, revision=revision))
+
+
+# --- the client -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reached:
+    """A client's model, connected to a trunk that is served: `model.generate`, or train it.
+
+    `trunk` is what `ClientTrainer` takes beside the model, and `link` counts bytes. A context:
+    at its end the link is closed.
+    """
+
+    model: ClientPart
+    trunk: RemoteTrunk
+    link: GrpcLink
+
+    def __enter__(self) -> "Reached":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.trunk.hang_up()
+        self.link.close()
+
+
+def reach(
+    source: str,
+    trunk: str = ADDRESS,
+    *,
+    served: str = "",
+    adapter: str = "",
+    token: str = "",
+    tls_ca: str = "",
+    kv: str = "server",
+    run: RunSpec | None = None,
+    revision: str = "main",
+    device: str = "cpu",
+) -> Reached:
+    """Build the client's part of a model, cut where the server cut it, and connect the two.
+
+    Args:
+        source: Directory or hub id of the whole model; only the client's tensors are read.
+        trunk: The server's address.
+        served: The trunk's name there; the server's first by default.
+        adapter: Directory or hub id of the peft adapter that this trunk is served with.
+        token: The server's token, if it asks for one.
+        tls_ca: PEM of the authority to trust, where the server has TLS.
+        kv: Who keeps the trunk's keys and values: `server`, or `client`.
+        run: To train: the run that the server was configured with; its split is the server's.
+        revision: Of a hub id.
+        device: Of the client's part, as torch names it.
+
+    Raises:
+        ModelMismatch: The server serves another model, or nothing of this name.
+        FedsplitError: The server cannot be reached, or the model not be read.
+    """
+    run = run or RunSpec()
+    wire = replace(run.wire, bind=WireSpec().bind, tls_cert="", tls_key="", tls_ca=tls_ca)
+    link = GrpcLink(trunk, token=token, wire=wire)
+    with ExitStack() as on_failure:
+        on_failure.callback(link.close)
+        told = link.exchange(ServiceInfoRequest(served=served))
+        run = replace(run, split=SplitSpec.parse(told.blocks))
+        config = Source(name=source, revision=revision).config()
+        if not _is_of(told.model, config, run.split):
+            raise ModelMismatch(
+                f"{source} is not the model of which {trunk} serves the trunk (a {told.family} cut "
+                f"{told.blocks}); name the same model at both sides, or another one of what it "
+                f"serves: {', '.join(told.served)}"
+            )
+        client = client_of(_begun_from(run, source, revision, adapter), config)
+        if adapter:
+            load_adapter(client, adapter)
+        _on_device(client, device).eval()  # type: ignore[no-untyped-call]
+        name = f"guest-{secrets.token_hex(8)}"
+        remote = RemoteTrunk(link, client, run, client=name, served=served, kv=kv)
+        connect(client, remote)
+        on_failure.pop_all()
+    return Reached(model=client, trunk=remote, link=link)
+
+
+def _is_of(fingerprint: str, config: PretrainedConfig, split: SplitSpec) -> bool:
+    try:
+        return model_fingerprint(config, split) == fingerprint
+    except ConfigError:  # it has not as many blocks as are cut there
+        return False
+
+
+def remote_model(source: str, trunk: str = ADDRESS, **options: Any) -> ClientPart:
+    """The model of `reach`, for `generate` and pipelines of transformers; lets go by itself.
+
+    Args:
+        source: As in `reach`, and so are errors.
+        trunk: The server's address.
+        options: The others of `reach`, by name.
+    """
+    reached = reach(source, trunk, **options)
+    weakref.finalize(reached.model, reached.link.close)
+    return reached.model

@@ -1,0 +1,1 @@
+"""Measurements of speed, bytes and memory, one file for each: `python -m simulations.bench`."""

@@ -1,0 +1,46 @@
+"""Measures one thing and prints it; a bench is a line in `BENCHES`.
+
+    python -m simulations.bench generate --json FILE
+
+FILE is one JSON object: `figures` by name, and `rows`, which are what they were made of. Times
+are worth something on a machine that does nothing else; `--size toy` only tries the program.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fedsplit.console import quiet_libraries
+from fedsplit.errors import FedsplitError
+from simulations.bench import generate
+from simulations.bench.report import Report
+
+BENCHES: dict[str, Callable[[str], Report]] = {"generate": generate.measure}
+"""By name: called with a size, `full` or `toy`."""
+
+
+def main(words: list[str] | None = None) -> int:
+    """Measure as the command line says; 0 if it came to an end."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.bench", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and rows there")
+    parser.add_argument("--size", choices=("full", "toy"), default="full")
+    asked = parser.parse_args(words)
+    quiet_libraries()
+    try:
+        report = BENCHES[asked.name](asked.size)
+    except FedsplitError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    if asked.json:
+        asked.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The model of a bench: GPT-2 of some size with random weights, the same in every process.
+
+Shapes: B sequences, T tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import GPT2Config, PreTrainedModel
+
+from fedsplit.model import ClientPart, TrunkPart, build_client, build_trunk
+from fedsplit.model.parts import initial_whole
+from fedsplit.spec import DataSpec, RunSpec, SplitSpec, TrainSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A GPT-2 without dropout and the cut through it; `tokens` is its longest sequence."""
+
+    blocks: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    split: str
+    tokens: int = 1024
+    seed: int = 0
+
+    @property
+    def run(self) -> RunSpec:
+        """What both sides are configured with."""
+        return RunSpec(
+            seed=self.seed,
+            split=SplitSpec.parse(self.split),
+            data=DataSpec(sequence_length=self.tokens),
+            train=TrainSpec(batch_size=8),
+        )
+
+    def whole(self) -> PreTrainedModel:
+        """The unsplit model; no token ends its text."""
+        config = GPT2Config(
+            n_layer=self.blocks,
+            n_embd=self.hidden,
+            n_head=self.heads,
+            vocab_size=self.vocabulary,
+            n_positions=self.tokens,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        whole = initial_whole(config, self.seed)
+        whole.eval()
+        return whole
+
+    def client(self) -> ClientPart:
+        """Its two ends."""
+        whole = self.whole()
+        return build_client(whole.config, self.run.split, state_dict=whole.state_dict())
+
+    def trunk(self) -> TrunkPart:
+        """Its trunk."""
+        whole = self.whole()
+        return build_trunk(whole.config, self.run.split, state_dict=whole.state_dict())
+
+
+def text_of(model: Any, prompt_BT: Tensor, new_tokens: int, **how: Any) -> Tensor:
+    """What a model writes after a prompt, and the prompt before it."""
+    text_BT: Tensor = model.generate(prompt_BT, max_new_tokens=new_tokens, **how)
+    return text_BT
+
+
+GPT2_SMALL = Shape(blocks=12, hidden=768, heads=12, vocabulary=50257, split="1/10/1")
+TOY = Shape(blocks=4, hidden=32, heads=2, vocabulary=128, split="1/2/1", tokens=128)

@@ -1,0 +1,116 @@
+"""What the measurements of generation share: two models, a trunk behind gRPC, and how much to do.
+
+Shapes: B sequences, T tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsplit.client.remote import RemoteTrunk
+from fedsplit.model import ClientPart, TrunkPart, connect
+from fedsplit.transport.client import GrpcLink
+from simulations.bench.links import DelayedLink, WatchedLink
+from simulations.bench.models import GPT2_SMALL, TOY, Shape
+from simulations.bench.processes import Process, process
+from simulations.bench.report import Report
+from simulations.bench.roles import name_of, trunk_server
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is measured: tokens of prompts, answers and circles, sessions, turns, latencies.
+
+    The last latency is 100 ms. Without a cache, `uncached_at` tokens of the long answer are taken.
+    """
+
+    shape: Shape
+    prompt: int
+    new_tokens: int
+    long_prompt: int
+    long_new: int
+    uncached_at: int
+    sessions: int
+    turns: int
+    circle: int
+    latencies_s: tuple[float, ...]
+    latency_turns: int
+
+
+SIZES = {
+    "full": Size(
+        shape=GPT2_SMALL,
+        prompt=32,
+        new_tokens=64,
+        long_prompt=512,
+        long_new=100,
+        uncached_at=4,
+        sessions=8,
+        turns=5,
+        circle=16,
+        latencies_s=(0.0, 0.02, 0.1),
+        latency_turns=3,
+    ),
+    "toy": Size(
+        shape=TOY,
+        prompt=8,
+        new_tokens=8,
+        long_prompt=32,
+        long_new=8,
+        uncached_at=2,
+        sessions=2,
+        turns=1,
+        circle=4,
+        latencies_s=(0.1,),
+        latency_turns=1,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """What all measurements share: the unsplit model, both parts of it, and the way between."""
+
+    size: Size
+    report: Report
+    whole: Any
+    trunk: TrunkPart
+    client: ClientPart
+    link: WatchedLink
+    server: Process
+    address: str
+
+    def far(self, seconds: float = 0.0, kv: str = "server") -> RemoteTrunk:
+        """Lead the client to the trunk, at this latency."""
+        link = DelayedLink(self.link, seconds) if seconds else self.link
+        trunk = RemoteTrunk(link, self.client, self.size.shape.run, client=name_of(0), kv=kv)
+        connect(self.client, trunk)
+        return trunk
+
+    def prompt(self, rows: int, tokens: int) -> Tensor:
+        """Random tokens; the same ones every time."""
+        chance = torch.Generator().manual_seed(self.size.shape.seed)
+        return torch.randint(1, self.size.shape.vocabulary, (rows, tokens), generator=chance)
+
+
+@contextmanager
+def staged(size: Size, report: Report) -> Iterator[Scene]:
+    """A scene of this size, with a trunk in another process; gone at the end of the block."""
+    shape = size.shape
+    with process(trunk_server, shape) as server:
+        address, token = server.ask("address"), server.ask("token", name_of(0))
+        with closing(WatchedLink(GrpcLink(address, token=token, wire=shape.run.wire))) as link:
+            yield Scene(
+                size=size,
+                report=report,
+                whole=shape.whole(),
+                trunk=shape.trunk(),
+                client=shape.client(),
+                link=link,
+                server=server,
+                address=address,
+            )

@@ -1,0 +1,96 @@
+"""The benches at toy size: that every figure is there. What it says is for a quiet machine."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulations.bench.links import DelayedLink
+from simulations.bench.report import Report, in_turns
+from tests.edge.echo import EchoService, forward, linked, serving
+
+ROOT = Path(__file__).parents[2]
+FIGURES = {
+    "generate": [
+        "bytes_per_token",
+        "bytes_per_token_floor",
+        "bytes_saved",
+        "cached_vs_hf",
+        "draft_speedup_100ms",
+        "sessions8_of_batch8",
+        "tokens_identical",
+        "total_cached_vs_uncached",
+        "trunk_cached_vs_uncached",
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each bench writes to its file."""
+    folder = tmp_path_factory.mktemp("bench")
+    for name in FIGURES:
+        words = [name, "--size", "toy", "--json", str(folder / name)]
+        command = [sys.executable, "-m", "simulations.bench", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert all(figure in done.stdout for figure in FIGURES[name])
+    return {name: json.loads((folder / name).read_text()) for name in FIGURES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_bench_tells_all_its_figures(told: dict[str, dict[str, Any]], name: str) -> None:
+    figures = told[name]["figures"]
+    assert sorted(figures) == FIGURES[name]
+    assert all(math.isfinite(figure) for figure in figures.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_row_says_of_what_it_is(told: dict[str, dict[str, Any]], name: str) -> None:
+    assert all(len(row) > 1 and row["of"] for row in told[name]["rows"])
+
+
+@pytest.mark.slow
+def test_generation_is_exact_and_small_on_the_wire(told: dict[str, dict[str, Any]]) -> None:
+    figures = told["generate"]["figures"]
+    assert figures["tokens_identical"] is True
+    floor = figures["bytes_per_token_floor"]
+    assert floor < figures["bytes_per_token"] <= floor + 200
+    assert 0.8 < figures["bytes_saved"] < 1
+
+
+def test_a_ratio_is_the_median_of_the_turns_ratios(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report()
+    assert report.ratio("a / b", [2.0, 9.0, 4.0], [1.0, 1.0, 1.0], by="test") == 4.0
+    assert report.rows == [
+        {"of": "a / b", "by": "test", "median": 4.0, "least": 2.0, "most": 9.0}
+        | {"turns": [2.0, 9.0, 4.0]}
+    ]
+    assert capsys.readouterr().out == "a / b: by=test median=4 least=2 most=9 turns=[2 9 4]\n"
+
+
+def test_turns_alternate_and_the_first_one_is_left_out() -> None:
+    said = iter(range(6))
+    count = {"a": lambda: next(said), "b": lambda: next(said)}
+    assert in_turns(2, count) == {"a": [2, 4], "b": [3, 5]}
+
+
+def test_a_delay_is_waited_for_once_an_exchange() -> None:
+    waits: list[float] = []
+    with serving(EchoService()) as address, linked(address) as link:
+        reply = DelayedLink(link, 0.1, sleep=waits.append).exchange(forward())
+    assert (reply.version, waits) == (0, [0.1])
+
+
+def test_the_code_in_the_docs_runs() -> None:
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    exec(compile(blocks[0], "docs/generation.md", "exec"), {})

@@ -1,0 +1,472 @@
+"""`fedsplit serve`, `generate` and `chat`: real servers, real sockets, the unsplit model's text."""
+
+import io
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    pipeline,
+)
+
+from fedsplit.cli import main
+from fedsplit.client.trainer import ClientTrainer
+from fedsplit.config import compose, to_yaml
+from fedsplit.data import load_corpus
+from fedsplit.data.tokenizing import train_tokenizer
+from fedsplit.errors import Draining, FedsplitError, Unauthenticated
+from fedsplit.model import split_model
+from fedsplit.model.lora import add_adapters, save_adapter
+from fedsplit.prompting import Conversation, Writer
+from fedsplit.serving import FinishedRun, Served, hosted, plan, reach, remote_model
+from fedsplit.spec import DataSpec, LoraSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
+from fedsplit.wire.messages import ServiceInfoRequest
+from tests.core.worlds import batch, small_run
+from tests.edge.test_cli import COMMAND, ROOT
+from tests.edge.test_transport import self_signed
+
+PROMPT = "Once upon a time"
+SGD = ["train=sgd", "train.momentum=0", "train.clip_norm=0", "train.warmup_steps=0"]
+BARRIER_S = 3.0
+"""How long the run's trunk waits for a client that does not step."""
+RUN = replace(small_run(), name="tale", policy=PolicySpec(deadline_s=BARRIER_S))
+
+
+# --- what there is to serve -------------------------------------------------------------------
+
+
+def make_model(folder: Path, blocks: int = 4, width: int = 16) -> None:
+    tokenizer = train_tokenizer(load_corpus(DataSpec()), 300)
+    sizes = dict(hidden_size=width, intermediate_size=32, vocab_size=len(tokenizer))
+    heads = dict(num_hidden_layers=blocks, num_attention_heads=2, num_key_value_heads=1)
+    ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, max_position_embeddings=256))
+    for matrix in (p for p in model.parameters() if p.ndim > 1):
+        torch.nn.init.normal_(matrix, std=0.4)  # so that one token depends on those before it
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_adapter(model: Path, folder: Path) -> None:
+    parts = split_model(str(model), "1/2/1")
+    for part in (parts.client, parts.trunk):
+        add_adapters(part, LoraSpec(enabled=True, targets="q_proj,v_proj"))
+        for name, parameter in part.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    save_adapter(parts.client, parts.trunk, folder)
+
+
+@dataclass
+class Place:
+    """A folder with models, an adapter and a run, and two servers: of those, and of the run."""
+
+    folder: Path
+    server: subprocess.Popen[str]
+    run_server: subprocess.Popen[str]
+    address: str = ""
+    ready: str = ""
+    run_ready: str = ""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("place")
+    make_model(folder / "model")
+    make_model(folder / "other", width=32)
+    make_model(folder / "longer", blocks=5)
+    make_adapter(folder / "model", folder / "adapter")
+    make_model(folder / "run" / "model")
+    (folder / "run" / "config.yaml").write_text(to_yaml(RUN))
+    (folder / "begun").mkdir()
+    (folder / "begun" / "config.yaml").write_text(to_yaml(RUN))
+    (folder / "empty").write_text("")
+    models = ["--model", f"base={folder}/model", "--model", f"trained={folder}/model"]
+    adapter = ["--adapter", f"medical={folder}/adapter", "--split", "1/2/1"]
+    with (
+        started("serve", *models, "--bind", "127.0.0.1:0", *adapter, *SGD) as server,
+        started("serve", f"{folder}/run") as run_server,
+    ):
+        here = Place(folder=folder, server=server, run_server=run_server)
+        here.ready, here.run_ready = server.stdout.readline(), run_server.stdout.readline()
+        here.address = re.search(r"at (127\.0\.0\.1:\d+);", here.ready)[1]
+        yield here
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def whole(place: Place) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(place.folder / "model").eval()
+
+
+def text_of(model: PreTrainedModel, place: Place, tokens: int, prompt: str = PROMPT) -> str:
+    """What the unsplit model says, greedily."""
+    tokenizer = AutoTokenizer.from_pretrained(place.folder / "model")
+    ids_BT = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    out_BT = model.generate(input_ids=ids_BT, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True)
+
+
+def asked(capfd, *arguments: object) -> tuple[str, str]:
+    """What `fedsplit ARGUMENTS`, which succeeds, says on stdout and stderr."""
+    status = main([str(argument) for argument in arguments])
+    told = capfd.readouterr()
+    assert status == 0, told.err
+    return told.out, told.err
+
+
+# --- generate ---------------------------------------------------------------------------------
+
+
+def test_a_server_says_what_it_serves_and_what_to_try(place):
+    expected = (
+        rf"serving base, trained, medical \(cut 1/2/1\) at {place.address}; try: fedsplit generate "
+        rf'--trunk {place.address} --model {place.folder}/model "Once upon a time"\n'
+    )
+    assert re.fullmatch(expected, place.ready)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--kv client", "--draft prompt", "--draft {model}", "--sample --top-k 1", "--served base"],
+)
+def test_text_is_that_of_the_unsplit_model(options, place, capfd):
+    options = options.format(model=place.folder / "model").split()
+    source = ["--trunk", place.address, "--model", place.folder / "model"]
+    out, err = asked(capfd, "generate", *source, "--max-new-tokens", 24, *options, PROMPT)
+    assert out == text_of(whole(place), place, 24) + "\n"
+    rate = r"24 tokens in [\d.]+ s \([\d.]+ tokens/s\), \d+ bytes up and \d+ down a token\n"
+    assert re.fullmatch(rate, err)
+
+
+def test_beams_are_those_of_the_unsplit_model(place, capfd):
+    source = ["--trunk", place.address, "--model", place.folder / "model"]
+    out, _ = asked(capfd, "generate", *source, "--max-new-tokens", 12, "--beams", 3, PROMPT)
+    tokenizer = AutoTokenizer.from_pretrained(place.folder / "model")
+    ids_BT = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    out_BT = whole(place).generate(input_ids=ids_BT, max_new_tokens=12, num_beams=3)
+    assert out == tokenizer.decode(out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True) + "\n"
+
+
+def test_sampling_goes_by_its_seed(place, capfd):
+    source = ["--trunk", place.address, "--model", place.folder / "model"]
+
+    def sample(seed: int) -> str:
+        given = [*source, "--max-new-tokens", 16, "--temperature", 2.0, "--seed", seed]
+        return asked(capfd, "generate", *given, PROMPT)[0]
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_is_served_beside_its_model(place, capfd):
+    source = ["--trunk", place.address, "--model", place.folder / "model", "--served", "medical"]
+    given = [*source, "--adapter", place.folder / "adapter", "--max-new-tokens", 16]
+    out, _ = asked(capfd, "generate", *given, PROMPT)
+    adapted = PeftModel.from_pretrained(whole(place), str(place.folder / "adapter")).eval()
+    assert out == text_of(adapted, place, 16) + "\n"
+    assert out != text_of(whole(place), place, 16) + "\n"
+
+
+def test_a_pipeline_takes_the_remote_model(place):
+    model = remote_model(str(place.folder / "model"), place.address)
+    tokenizer = AutoTokenizer.from_pretrained(place.folder / "model")
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (found,) = write(PROMPT, max_new_tokens=10, do_sample=False, return_full_text=False)
+    assert found["generated_text"] == text_of(whole(place), place, 10)
+
+
+def test_a_run_is_served_and_found_with_nothing_else_said(place, capfd):
+    said = f'try: fedsplit generate --run {place.folder}/run "Once upon a time"'
+    assert "serving run (cut 1/*/1) at" in place.run_ready and said in place.run_ready
+    out, _ = asked(capfd, "generate", "--run", place.folder / "run", PROMPT)
+    model = AutoModelForCausalLM.from_pretrained(place.folder / "run" / "model").eval()
+    assert out == text_of(model, place, 128) + "\n"
+
+
+# --- chat -------------------------------------------------------------------------------------
+
+
+def test_a_conversation_goes_on_with_only_its_new_tokens(place, tmp_path, capfd, monkeypatch):
+    source = ["--trunk", place.address, "--model", place.folder / "model"]
+    (tmp_path / "said").write_text(f"{PROMPT}\nand then?\n")
+    with (tmp_path / "said").open() as said:
+        monkeypatch.setattr(sys, "stdin", said)
+        out, err = asked(capfd, "chat", *source, "--max-new-tokens", 8)
+    tokenizer = AutoTokenizer.from_pretrained(place.folder / "model")
+    model, held_T, expected = whole(place), [], ""
+    for line in (f"{PROMPT}\n", "\nand then?\n"):
+        held_T += tokenizer(line)["input_ids"]
+        ids_BT = torch.tensor([held_T])
+        out_T = model.generate(input_ids=ids_BT, max_new_tokens=8, do_sample=False)[0].tolist()
+        expected += tokenizer.decode(out_T[len(held_T) :], skip_special_tokens=True) + "\n"
+        held_T = out_T
+    assert out == expected
+    told = re.search(r"(\d+) tokens in .*, (\d+) bytes up", err)
+    headers, hidden_bytes, sent = 150 * 18, 4 * 16, int(told[1]) * int(told[2])
+    again = hidden_bytes * (len(held_T) - 8)  # what to send everything once more would add
+    assert sent < hidden_bytes * len(held_T) + headers + again / 2
+
+
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}<assistant>"
+LAST_TURN = "<{{ messages[-1].role }}>{{ messages[-1].content }}<assistant>"
+
+
+@pytest.mark.parametrize("template, goes_on", [(TURNS, True), (LAST_TURN, False)])
+def test_a_chat_template_decides_what_the_model_reads(template, goes_on, place):
+    tokenizer = AutoTokenizer.from_pretrained(place.folder / "model")
+    tokenizer.chat_template = template
+    said = io.StringIO()
+    with reach(str(place.folder / "model"), place.address) as reached:
+        options = dict(max_new_tokens=6, do_sample=False)
+        conversation = Conversation(
+            Writer(reached=reached, tokenizer=tokenizer, options=options, out=said)
+        )
+        sent = []
+        for line in ("once upon a time there was", "and then?"):
+            before = reached.link.bytes_up
+            conversation.answer(line)
+            sent.append(reached.link.bytes_up - before)
+    model, held_T, expected = whole(place), [], ""
+    for text in ("<user>once upon a time there was", "<user>and then?"):
+        end = "<|endoftext|>" if goes_on else ""
+        text = f"{end if held_T else ''}{text}{end}<assistant>"
+        held_T = (held_T if goes_on else []) + tokenizer(text)["input_ids"]
+        out_BT = model.generate(input_ids=torch.tensor([held_T]), **options)
+        expected += tokenizer.decode(out_BT[0, len(held_T) :], skip_special_tokens=True) + "\n"
+        held_T = out_BT[0].tolist()
+    assert said.getvalue() == expected
+    assert sent[1] < sent[0]
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def test_a_trunk_is_trained_by_itself(place):
+    run = compose(["split=1/2/1", *SGD])
+    model, example = whole(place).train(), batch(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=run.train.lr)
+    model(**example.inputs, labels=example.labels).loss.backward()
+    optimizer.step()
+    source = str(place.folder / "model")
+    with reach(source, place.address, served="trained", run=run) as reached:
+        trainer = ClientTrainer(reached.model, reached.trunk, run)
+        with reached.trunk.session():
+            trainer.step([example])
+        reached.model.eval()
+        ids_BT = example.inputs["input_ids"]
+        with reached.trunk.session(training=False), torch.no_grad():
+            torch.testing.assert_close(reached.model(ids_BT).logits, model.eval()(ids_BT).logits)
+        assert reached.trunk.service_info().version == 1
+    with reach(source, place.address, served="base") as reached:
+        assert reached.trunk.service_info().version == 0
+
+
+def test_who_trains_otherwise_is_refused(place):
+    run = compose(["split=1/2/1", *SGD, "train.lr=7"])
+    with reach(str(place.folder / "model"), place.address, run=run) as reached:
+        with pytest.raises(FedsplitError, match="run configuration"):
+            reached.trunk.open()
+
+
+# --- who may ------------------------------------------------------------------------------------
+
+
+def test_a_token_and_tls_let_in_only_who_has_both(place, tmp_path):
+    files = self_signed(tmp_path, "here")
+    wire = WireSpec(tls_cert=files.tls_cert, tls_key=files.tls_key)
+    source, run = str(place.folder / "model"), RunSpec(split=SplitSpec.parse("1/2/1"))
+    with hosted([Served(name="base", model=source)], run, wire, token="secret") as address:
+        trust = {"tls_ca": files.tls_ca}
+        ids_BT = torch.arange(3, 9)[None]
+        options = dict(max_new_tokens=6, do_sample=False)
+        with reach(source, address, token="secret", **trust) as reached:
+            out_BT = reached.model.generate(ids_BT, **options)
+        assert torch.equal(out_BT, whole(place).generate(ids_BT, **options))
+        with reach(source, address, token="guess", **trust) as reached:
+            with pytest.raises(Unauthenticated, match="not the one of this trunk server"):
+                reached.model.generate(ids_BT, **options)
+
+
+REFUSED = {
+    "an unknown name": (
+        "generate --trunk {at} --model model --served nope x",
+        r"no trunk is served as 'nope' here; there is base, trained, medical",
+    ),
+    "another model": (
+        "generate --trunk {at} --model other x",
+        r"other is not the model of which 127.0.0.1:\d+ serves the trunk \(a llama cut 1/2/1\)",
+    ),
+    "a model of other blocks": (
+        "generate --trunk {at} --model longer x",
+        r"longer is not the model of which 127.0.0.1:\d+ serves the trunk",
+    ),
+    "no model": ("generate --trunk {at} --model run x", r"run has no tokenizer to load"),
+    "nobody at the address": (
+        "generate --trunk 127.0.0.1:1 --model model x",
+        r"no trunk answers at 127.0.0.1:1: .*; check that the trunk server is running",
+    ),
+    "a run that nobody serves": (
+        "chat --run begun-and-done x",
+        r"begun-and-done is not a run's folder: it has no config.yaml",
+    ),
+    "a run that is not over": ("serve begun", r"begun has no model yet; serve it when the run is"),
+    "an empty prompt": ("generate --trunk {at} --model model ", r"the prompt is empty"),
+    "beams with drafts": (
+        "generate --trunk {at} --model model --beams 2 --draft prompt x",
+        r"--beams and --draft do not go together; leave one of them out",
+    ),
+    "another width of numbers": (
+        "generate --trunk {at} --model model --dtype bfloat16 x",
+        r"smashed_BTD is torch.bfloat16, but this trunk computes in torch.float32; set model.dtype",
+    ),
+    "an impossible choice": (
+        "generate --trunk {at} --model model --temperature -1 x",
+        r"cannot generate like this: `temperature`",
+    ),
+    "a draft that is none": (
+        "generate --trunk {at} --model model --draft nowhere x",
+        r"--draft nowhere is neither `prompt` nor a model",
+    ),
+    "a width of a run": (
+        "generate --run run --dtype bfloat16 x",
+        r"--dtype: run says itself what it computes in",
+    ),
+    "an open address without TLS": (
+        "serve --model model --bind 192.0.2.1:9500",
+        r"wire.bind=192.0.2.1:9500 can be reached from other machines without encryption",
+    ),
+    "an open address without a token": (
+        "serve --model model --bind 192.0.2.1:9500 --insecure",
+        r"everybody there could use this trunk; give a token \(--token-file, or FEDSPLIT_TOKEN\)",
+    ),
+    "an empty token": (
+        "serve --model model --bind 192.0.2.1:9500 --insecure --token-file empty",
+        r"--token-file empty is empty; put the token there",
+    ),
+    "an address in use": (
+        "serve --model model --bind {at}",
+        r"wire.bind=127.0.0.1:\d+ cannot be listened on",
+    ),
+    "nothing": ("serve", r"nothing to serve; give --model DIR, or the folder of a finished run"),
+    "a run and a model": ("serve run --model model", r"serve either run or something else"),
+    "one name twice": (
+        "serve --model model --model model",
+        r"two trunks would be served as model; name them, NAME=DIR",
+    ),
+    "two adapters on one": (
+        "serve --model model --adapter adapter --adapter adapter",
+        r"--adapter adapter would be the second on model; name it, NAME=adapter",
+    ),
+    "two kinds of adapter": (
+        "serve --model model --adapter adapter lora=on",
+        r"lora.enabled=true would put fresh adapters where adapter goes",
+    ),
+    "another split": (
+        "serve --model model --split 1/3/1",
+        r"LlamaForCausalLM has 4 blocks of which the trunk needs at least 3",
+    ),
+    "no such device": ("serve --model model --device tpu9", r"device=tpu9 cannot be used"),
+    "no such field": ("serve run train.nope=1", r"there is no field train.nope"),
+    "a group of a run": ("serve run train=sgd", r"train was chosen when the run began; set one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_errors_are_one_line(case, place, capfd, monkeypatch):
+    command, told = REFUSED[case]
+    monkeypatch.chdir(place.folder)
+    monkeypatch.delenv("FEDSPLIT_TOKEN", raising=False)
+    arguments = command.format(at=place.address).split(" ")
+    if arguments[0] == "chat":
+        arguments = arguments[:-1]
+    assert main(arguments) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    # gRPC's own log is off in a process of its own; here it may be on.
+    (line,) = [line for line in err.splitlines() if not re.match(r"[IWE]\d{4} ", line)]
+    assert re.fullmatch(rf"error: .*{told}.*", line)
+
+
+def test_an_option_that_is_none_is_refused(capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "--model", "model", "--nope", "train.lr=1"])
+    assert "unrecognized arguments: --nope" in capfd.readouterr().err
+
+
+# --- the end ------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_told_to_stop_finishes_what_is_in_work(place):
+    finished = FinishedRun.of(place.folder / "run")
+    source, address, run = finished.model, finished.address, finished.run
+    example = batch(1)
+    with (
+        reach(source, address, run=run) as ann,
+        reach(source, address, run=run) as bob,
+        reach(source, address, run=run) as late,
+    ):
+        late.trunk.service_info()
+        bob.trunk.open()  # and never steps
+        ann.trunk.open()
+        trainer = ClientTrainer(ann.model, ann.trunk, run)
+        trainer.step([example])
+        losses: list[float] = []
+
+        def go_on() -> None:  # waits at the barrier for bob, as long as that lasts
+            losses.append(ann.model(**example.inputs, labels=example.labels).loss.item())
+
+        waiting = threading.Thread(target=go_on)
+        waiting.start()
+        time.sleep(BARRIER_S / 3)  # for it to be at the server
+        place.run_server.send_signal(signal.SIGTERM)
+        with pytest.raises(Draining, match="the trunk server is shutting down"):
+            while True:
+                late.link.exchange(ServiceInfoRequest())
+        assert not losses
+        waiting.join(timeout=20)
+        assert losses and place.run_server.wait(timeout=20) == 0
+    assert place.run_server.stderr.read() == ""
+    assert not (place.folder / "run" / "trunk.address").exists()
+
+
+def test_ctrl_c_is_a_good_end_too(place):
+    place.server.send_signal(signal.SIGINT)
+    assert (place.server.wait(timeout=20), place.server.stderr.read()) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "models, adapters, names",
+    [
+        (["gpt2"], [], ["gpt2"]),
+        (["org/Model-1.5"], [], ["Model-1-5"]),
+        (["a=x", "b=y"], ["c=z"], ["a", "b", "c"]),
+        (["./a=b/c"], [], ["c"]),
+    ],
+)
+def test_what_is_served_has_names(models, adapters, names):
+    assert [served.name for served in plan(models, adapters)] == names
