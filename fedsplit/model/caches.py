@@ -1,10 +1,11 @@
 """KV caches of a part: the family's own, with holes where the part holds no block."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from torch import LongTensor, Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from fedsplit.errors import UnsupportedModel
 
@@ -29,6 +30,19 @@ class RemoteCache(Protocol):
 
     def activate_past_recording(self) -> None:
         """Keep what a sliding window would forget, until it is cropped."""
+
+
+_LEAST_ROOM = 64
+
+
+def room_for(tokens: int) -> int:
+    """Tokens for which a growing cache takes room when it has to hold so many.
+
+    >>> room_for(1), room_for(65), room_for(2000)
+    (64, 128, 2048)
+    """
+    step = max(_LEAST_ROOM, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
 
 
 class Hole:
@@ -93,6 +107,74 @@ class RemoteSlot(Hole):
         self.remote.activate_past_recording()
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values with room for more, so that a token does not copy all those before it.
+
+    `keys` and `values` are what is filled of the rooms, as [batch, heads, tokens, head width].
+    """
+
+    keys: Tensor
+    values: Tensor
+    _rooms: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin without room."""
+        super().lazy_initialization(key_states, value_states)
+        self._rooms = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of the next tokens; those of all tokens."""
+        if key_states.requires_grad or value_states.requires_grad:  # nothing in place in a graph
+            self._rooms = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, added = self.get_seq_length(), (key_states, value_states)
+        end = past + key_states.shape[-2]
+        if self._rooms is None or end > self._rooms[0].shape[-2]:
+            self._rooms = self._larger(added, past, room_for(end))
+        for room, states in zip(self._rooms, added, strict=True):
+            room[:, :, past:end] = states
+        self._fill(end)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Put the rows in another order."""
+        self._transform(lambda room: room.index_select(0, beam_idx.to(room.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._transform(lambda room: room.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the rows."""
+        self._transform(lambda room: room[indices])
+
+    def _larger(self, like: tuple[Tensor, Tensor], past: int, tokens: int) -> tuple[Tensor, Tensor]:
+        rooms = []
+        for states, before in zip(like, (self.keys, self.values), strict=True):
+            batch, heads, _, width = states.shape
+            room = states.new_empty(batch, heads, tokens, width)
+            if past:
+                room[:, :, :past] = before
+            rooms.append(room)
+        return rooms[0], rooms[1]
+
+    def _transform(self, change: Callable[[Tensor], Tensor]) -> None:
+        if not self.get_seq_length():
+            return
+        filled = self.get_seq_length()
+        keys, values = self._rooms or (self.keys, self.values)
+        self._rooms = change(keys), change(values)
+        self._fill(filled)
+
+    def _fill(self, tokens: int) -> None:
+        assert self._rooms is not None, "who fills has made room"
+        self.keys, self.values = (room[:, :, :tokens] for room in self._rooms)
+
+
 class _WithHoles(Cache):
     """Asked about a hole, answers for a block the part does hold.
 
@@ -135,6 +217,8 @@ def part_cache(
     """
     if max_length is None:
         cache: Any = PartDynamicCache(config=config)
+        growing: Any = GrowingLayer
+        cache.layers = [growing() if type(i) is DynamicLayer else i for i in cache.layers]
     else:
         cache = PartStaticCache(config=config, max_cache_len=max_length)
     cache.layers = [layer if i in held_blocks else Hole() for i, layer in enumerate(cache.layers)]

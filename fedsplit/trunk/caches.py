@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
-    DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
 from fedsplit.errors import BadTensor, ProtocolError, SessionLost
-from fedsplit.model.caches import Hole
+from fedsplit.model.caches import GrowingLayer, Hole, room_for
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.trunk.guard import require_finite
 from fedsplit.wire.messages import KVCacheEntry
 
-_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_ATTENTION = (GrowingLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -95,7 +94,7 @@ def select_rows(kept: Kept, rows_B: Tensor) -> None:
 def num_bytes(cache: Any) -> int:
     """Bytes of all states in a cache."""
     return sum(
-        tensor.nbytes
+        tensor.untyped_storage().nbytes()  # with the room that it has for more
         for layer in _held(cache)
         for tensor in (*_keys_and_values(layer), *_states(layer))
     )
@@ -104,11 +103,16 @@ def num_bytes(cache: Any) -> int:
 def num_bytes_of(probe: Any, tokens: int) -> int:
     """Bytes of a sequence of so many tokens, by the cache of one; a window keeps what it sees."""
     return sum(
-        sum(tensor.nbytes for tensor in _keys_and_values(layer))
-        * min(tokens, getattr(layer, "sliding_window", tokens))
+        sum(tensor.nbytes for tensor in _keys_and_values(layer)) * _tokens_kept(layer, tokens)
         + sum(tensor.nbytes for tensor in _states(layer))
         for layer in _held(probe)
     )
+
+
+def _tokens_kept(layer: Any, tokens: int) -> int:
+    if isinstance(layer, GrowingLayer):
+        return room_for(tokens)
+    return min(tokens, getattr(layer, "sliding_window", tokens))
 
 
 def check_entries(entries: Sequence[KVCacheEntry], past: int, probe: Any) -> None:

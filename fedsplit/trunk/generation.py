@@ -260,11 +260,11 @@ class Generation:
             waiting = waiting[:1]
         for asked in waiting:
             tokens = asked.tokens_left
-            if tokens > 1 and attends_only(asked.kept.cache):
-                tokens = min(tokens, max(1, room // asked.rows))
             if tokens > 1:
                 if room <= 0:
                     continue
+                if attends_only(asked.kept.cache):
+                    tokens = min(tokens, max(1, room // asked.rows))
                 room -= tokens * asked.rows
             shares.append((asked, tokens))
         return shares

@@ -18,6 +18,7 @@ from fedsplit.errors import (
     TooLarge,
 )
 from fedsplit.link import LocalLink
+from fedsplit.model.caches import room_for
 from fedsplit.wire import messages as m
 from tests.core.generating import prompt, scene
 from tests.core.worlds import batch, small_run, world
@@ -92,13 +93,13 @@ def test_a_reset_begins_over():
         cache.reset()
         assert torch.equal(cache.carry(torch.ones(1, 5, 32), None, None), first)
         assert [request.past for request in alice.sent(m.GenerateRequest)] == [0, 0]
-        assert here.service.engine.cache_bytes == first.shape[1] * bytes_per_token(here)
+        assert here.service.engine.cache_bytes == bytes_of(here, first.shape[1])
 
 
-def bytes_per_token(here):
-    """Keys and values of two blocks, in float32."""
+def bytes_of(here, tokens):
+    """Keys and values of two blocks, in float32, with the room that a growing cache takes."""
     config = here.whole.config
-    return 2 * 2 * 4 * config.num_key_value_heads * config.head_dim
+    return room_for(tokens) * 2 * 2 * 4 * config.num_key_value_heads * config.head_dim
 
 
 def test_one_vector_goes_up_and_one_comes_down_per_token():
@@ -130,22 +131,22 @@ def test_a_session_past_its_tokens_is_refused_with_the_numbers():
 
 def test_a_cache_past_all_bytes_is_refused_before_any_is_taken():
     with scene("llama") as here:
-        each = bytes_per_token(here)
-    with scene("llama", cache_bytes=15 * each) as here:
+        most, needed = bytes_of(here, 64), bytes_of(here, 65)
+    with scene("llama", cache_bytes=most) as here:
         alice = here.client()
-        with pytest.raises(TooLarge, match=f"would take {16 * each} bytes; .* take {15 * each}"):
-            alice.says(prompt(16))
+        with pytest.raises(TooLarge, match=f"would take {needed} bytes; .* take {most}"):
+            alice.says(prompt(65))
         assert here.service.engine.cache_bytes == 0
-        with pytest.raises(TooLarge, match=f"would take {16 * each} bytes"):
-            alice.says(prompt(12))
-        assert alice.says(prompt(8)).shape == (1, 16)
+        with pytest.raises(TooLarge, match=f"would take {needed} bytes"):
+            alice.says(prompt(60))
+        assert alice.says(prompt(56)).shape == (1, 64)
 
 
 @pytest.mark.parametrize("cache_tokens", [None, 20], ids=["growing", "static"])
 def test_who_was_used_least_recently_makes_room_and_comes_back(cache_tokens):
     """Three take turns in a room for two, so that each finds itself evicted."""
     with scene("llama") as here:
-        room = 2 * 20 * bytes_per_token(here)
+        room = 2 * bytes_of(here, 20) * (cache_tokens or room_for(20)) // room_for(20)
     with scene("llama", cache_bytes=room) as here:
         clients = [here.client(name) for name in ("alice", "bob", "carol")]
         caches = [client.model.new_cache(cache_tokens) for client in clients]
@@ -181,7 +182,7 @@ def test_who_is_idle_too_long_is_dropped_and_comes_back():
         first_1T = alice.says(prompt(), past_key_values=cache)
         clock.now = 61.0
         bob.says(prompt(5))
-        assert here.service.engine.cache_bytes == 12 * bytes_per_token(here)  # Bob's
+        assert here.service.engine.cache_bytes == bytes_of(here, 12)  # Bob's
         second_1T = torch.cat([first_1T, prompt(3, seed=2)], dim=1)
         assert torch.equal(alice.says(second_1T, past_key_values=cache), here.wanted(second_1T))
         assert len(alice.sent(m.OpenRequest)) == 2
