@@ -16,7 +16,7 @@ from transformers.cache_utils import (
 )
 
 from fedsplit.errors import BadTensor, ProtocolError, SessionLost
-from fedsplit.model.caches import GrowingLayer, Hole, room_for
+from fedsplit.model.caches import GrowingLayer, Hole
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.trunk.guard import require_finite
 from fedsplit.wire.messages import KVCacheEntry
@@ -103,16 +103,11 @@ def num_bytes(cache: Any) -> int:
 def num_bytes_of(probe: Any, tokens: int) -> int:
     """Bytes of a sequence of so many tokens, by the cache of one; a window keeps what it sees."""
     return sum(
-        sum(tensor.nbytes for tensor in _keys_and_values(layer)) * _tokens_kept(layer, tokens)
+        sum(tensor.nbytes for tensor in _keys_and_values(layer))
+        * min(tokens, getattr(layer, "sliding_window", tokens))
         + sum(tensor.nbytes for tensor in _states(layer))
         for layer in _held(probe)
     )
-
-
-def _tokens_kept(layer: Any, tokens: int) -> int:
-    if isinstance(layer, GrowingLayer):
-        return room_for(tokens)
-    return min(tokens, getattr(layer, "sliding_window", tokens))
 
 
 def check_entries(entries: Sequence[KVCacheEntry], past: int, probe: Any) -> None:
