@@ -14,10 +14,14 @@ from pathlib import Path
 
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import FedsplitError
-from simulations.bench import generate
+from simulations.bench import generate, step, wire
 from simulations.bench.report import Report
 
-BENCHES: dict[str, Callable[[str], Report]] = {"generate": generate.measure}
+BENCHES: dict[str, Callable[[str], Report]] = {
+    "generate": generate.measure,
+    "wire": wire.measure,
+    "step": step.measure,
+}
 """By name: called with a size, `full` or `toy`."""
 
 

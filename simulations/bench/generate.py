@@ -20,7 +20,7 @@ from torch import Tensor
 from fedsplit.wire.messages import ForwardRequest, GenerateRequest
 from simulations.bench.drafts import NUM_DRAFTS, with_latency
 from simulations.bench.models import text_of
-from simulations.bench.processes import Process, process
+from simulations.bench.processes import Process, process, threads_of_torch
 from simulations.bench.report import Report, in_turns
 from simulations.bench.roles import client, name_of
 from simulations.bench.scene import SIZES, Scene, Size, staged
@@ -87,7 +87,7 @@ def _cached_against_hf(scene: Scene) -> None:
     ids_BT = scene.prompt(1, size.prompt)
 
     def speed(model: Any, threads: int) -> float:
-        with _threads(threads):
+        with threads_of_torch(threads):
             return size.new_tokens / _seconds(lambda: text_of(model, ids_BT, size.new_tokens))
 
     scene.far()
@@ -269,13 +269,3 @@ def _seconds(work: Callable[[], Any]) -> float:
     began = perf_counter()
     work()
     return perf_counter() - began
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from torch import Tensor
 
 from fedsplit.link import Link
 from fedsplit.transport.client import GrpcLink
@@ -38,9 +40,10 @@ class DelayedLink(Link):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A request, and the bytes of all its frames and of its reply's."""
+    """A request, and what it and its reply took: tensors, and bytes of all their frames."""
 
     request: Any
+    num_tensors: int
     num_bytes: int
 
 
@@ -55,7 +58,13 @@ class WatchedLink(Link):
         """Have the request carried, and note it."""
         before = self._num_bytes
         reply = self._link.exchange(request)
-        self.seen.append(Seen(request=request, num_bytes=self._num_bytes - before))
+        self.seen.append(
+            Seen(
+                request=request,
+                num_tensors=_tensors_in(request) + _tensors_in(reply),
+                num_bytes=self._num_bytes - before,
+            )
+        )
         return reply
 
     def close(self) -> None:
@@ -73,3 +82,7 @@ class WatchedLink(Link):
     @property
     def _num_bytes(self) -> int:
         return self._link.bytes_up + self._link.bytes_down
+
+
+def _tensors_in(message: Any) -> int:
+    return sum(isinstance(getattr(message, field.name), Tensor) for field in fields(message))

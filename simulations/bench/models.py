@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel
 
@@ -16,13 +17,14 @@ from fedsplit.spec import DataSpec, RunSpec, SplitSpec, TrainSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A GPT-2 without dropout and the cut through it; `tokens` is its longest sequence."""
+    """A GPT-2 without dropout and the cut through it; `rows` and `tokens` are its largest batch."""
 
     blocks: int
     hidden: int
     heads: int
     vocabulary: int
     split: str
+    rows: int = 8
     tokens: int = 1024
     seed: int = 0
 
@@ -33,7 +35,7 @@ class Shape:
             seed=self.seed,
             split=SplitSpec.parse(self.split),
             data=DataSpec(sequence_length=self.tokens),
-            train=TrainSpec(batch_size=8),
+            train=TrainSpec(batch_size=self.rows),
         )
 
     def whole(self) -> PreTrainedModel:
@@ -54,6 +56,11 @@ class Shape:
         whole = initial_whole(config, self.seed)
         whole.eval()
         return whole
+
+    def smashed(self, rows: int, tokens: int) -> Tensor:
+        """Random hidden states of this width, [rows, tokens, hidden]; the same ones every time."""
+        chance = torch.Generator().manual_seed(self.seed)
+        return torch.randn(rows, tokens, self.hidden, generator=chance)
 
     def client(self) -> ClientPart:
         """Its two ends."""

@@ -72,3 +72,14 @@ def _play(
             except EOFError:  # nobody is left to ask
                 return
             pipe.send_bytes(json.dumps(answers[name](*given)).encode())
+
+
+@contextmanager
+def threads_of_torch(number: int) -> Iterator[None]:
+    """A block in which this process computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

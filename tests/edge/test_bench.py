@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from simulations.bench import naive
 from simulations.bench.links import DelayedLink
 from simulations.bench.report import Report, in_turns
 from tests.edge.echo import EchoService, forward, linked, serving
@@ -26,7 +28,18 @@ FIGURES = {
         "tokens_identical",
         "total_cached_vs_uncached",
         "trunk_cached_vs_uncached",
-    ]
+    ],
+    "wire": [
+        "latency_ratio_3k",
+        "p99_ms_5c",
+        "requests_per_s_5c",
+        "wire_ratio_128k",
+        "wire_ratio_12m",
+        "wire_ratio_1536k",
+        "wire_ratio_5c",
+        "wire_ratio_64m",
+    ],
+    "step": ["naive_wire_ratio", "step_ratio", "transfers_per_step"],
 }
 
 
@@ -64,6 +77,26 @@ def test_generation_is_exact_and_small_on_the_wire(told: dict[str, dict[str, Any
     floor = figures["bytes_per_token_floor"]
     assert floor < figures["bytes_per_token"] <= floor + 200
     assert 0.8 < figures["bytes_saved"] < 1
+
+
+@pytest.mark.slow
+def test_a_step_is_exact_and_takes_four_transfers(told: dict[str, dict[str, Any]]) -> None:
+    assert told["step"]["figures"]["transfers_per_step"] == 4
+    losses = [row for row in told["step"]["rows"] if row["of"] == "losses"]
+    assert [row["identical"] for row in losses] == [True]
+
+
+@pytest.mark.slow
+def test_the_wire_is_measured_on_every_way(told: dict[str, dict[str, Any]]) -> None:
+    ways = {
+        row["way"] for row in told["wire"]["rows"] if row["of"] == "stack / unary" if "way" in row
+    }
+    assert ways == {"tcp", "unix", "tls"}
+
+
+def test_the_naive_design_carries_an_array_whole() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert np.array_equal(naive.unpacked(naive.answered(naive.packed(array))), array)
 
 
 def test_a_ratio_is_the_median_of_the_turns_ratios(capsys: pytest.CaptureFixture[str]) -> None:

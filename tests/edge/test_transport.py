@@ -1,7 +1,5 @@
 """Both ends of the wire over real gRPC: what arrives, what is refused, and what breaks."""
 
-import datetime
-import ipaddress
 import logging
 import os
 import select
@@ -18,10 +16,6 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedsplit import errors
@@ -32,6 +26,7 @@ from fedsplit.transport.frames import SERVICE, to_frame, to_frames
 from fedsplit.transport.server import GrpcServer
 from fedsplit.transport.streams import Streams
 from fedsplit.wire import messages as m
+from simulations.bench.certificate import self_signed
 from tests.edge.echo import LIMITS, EchoService, forward, linked, serving
 
 ERRORS = [
@@ -40,29 +35,6 @@ ERRORS = [
     if isinstance(cls, type) and issubclass(cls, FedsplitError) and cls is not FedsplitError
 ]
 INFO = m.ServiceInfoRequest()
-
-
-def self_signed(folder: Path, name: str) -> WireSpec:
-    """Files of a certificate that is its own authority, for 127.0.0.1."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    day = datetime.timedelta(days=1)
-    where = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    cert = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - day)
-        .not_valid_after(now + day)
-        .add_extension(where, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    cert_file, key_file = folder / f"{name}.pem", folder / f"{name}.key"
-    cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    pkcs8 = serialization.PrivateFormat.PKCS8
-    key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, pkcs8, plain))
-    return WireSpec(tls_cert=str(cert_file), tls_key=str(key_file), tls_ca=str(cert_file))
 
 
 @pytest.fixture

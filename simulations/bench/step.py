@@ -1,0 +1,151 @@
+"""A training step of a split model against the unsplit one, and its wire against the naive design.
+
+Shapes: B sequences, T tokens. GPT-2 small in shape, in float32 on the CPU: the client is this
+process, the trunk another one behind gRPC on loopback, with as many threads each as the unsplit
+model has. Both train the same batch from the same weights. docs/performance.md says what the
+figures mean.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+
+import torch
+
+from fedsplit.client.remote import RemoteTrunk
+from fedsplit.client.trainer import ClientTrainer
+from fedsplit.client.unsplit import NoTrunk
+from fedsplit.data.batches import Batch
+from fedsplit.model import connect
+from fedsplit.spec import WireSpec
+from fedsplit.transport.client import GrpcLink
+from simulations.bench.echo import talkers
+from simulations.bench.links import WatchedLink
+from simulations.bench.models import GPT2_SMALL, TOY, Shape
+from simulations.bench.processes import process, threads_of_torch
+from simulations.bench.report import Report, in_turns
+from simulations.bench.roles import name_of, trunk_server
+
+THREADS = 2
+"""Of every process that computes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is measured: steps of the model and round trips of its tensors, in a turn."""
+
+    shape: Shape
+    steps: int
+    trips: int
+    turns: int
+
+
+SIZES = {
+    "full": Size(shape=replace(GPT2_SMALL, rows=4, tokens=128), steps=4, trips=10, turns=7),
+    "toy": Size(shape=replace(TOY, rows=4), steps=2, trips=2, turns=1),
+}
+
+
+def measure(size: str) -> Report:
+    """Fill a report with all figures of a step; `size` is `full` or `toy`."""
+    report, what = Report(), SIZES[size]
+    report.row("machine", cores=os.cpu_count(), torch=torch.__version__, model=str(what.shape))
+    with threads_of_torch(THREADS):
+        _steps(report, what)
+    _wire(report, what)
+    return report
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def _steps(report: Report, what: Size) -> None:
+    """Steps a second in turns, the same losses, and what crossed the wire in one of them."""
+    shape = what.shape
+    model = shape.whole()
+    whole = ClientTrainer(model, NoTrunk(model, client=name_of(0)), shape.run)
+    losses: dict[str, list[float]] = {"split": [], "whole": []}
+    with _split(shape) as (split, trunk, link):
+        measures: dict[str, Callable[[], float]] = {
+            "split": partial(_per_second, split, what, losses["split"], trunk.gradients),
+            "whole": partial(_per_second, whole, what, losses["whole"], lambda: None),
+        }
+        found = in_turns(what.turns, measures)
+        link.forget()
+        split.step([_batch(shape)])
+        _transfers(report, link)
+    for name, values in found.items():
+        report.spread("steps_per_s", values, by=name)
+    report.figures["step_ratio"] = report.ratio("split / whole", found["split"], found["whole"])
+    differ = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
+    report.row("losses", identical=losses["split"] == losses["whole"], largest_difference=differ)
+
+
+@contextmanager
+def _split(shape: Shape) -> Iterator[tuple[ClientTrainer, RemoteTrunk, WatchedLink]]:
+    """A client in a session with a trunk in another process."""
+    with process(trunk_server, shape, threads=THREADS) as server:
+        address, token = server.ask("address"), server.ask("token", name_of(0))
+        with closing(WatchedLink(GrpcLink(address, token=token, wire=shape.run.wire))) as link:
+            model = shape.client()
+            trunk = RemoteTrunk(link, model, shape.run, client=name_of(0))
+            connect(model, trunk)
+            with trunk.session():
+                yield ClientTrainer(model, trunk, shape.run), trunk, link
+
+
+def _transfers(report: Report, link: WatchedLink) -> None:
+    """What a link has seen of one step."""
+    num_tensors = sum(seen.num_tensors for seen in link.seen)
+    num_bytes = sum(seen.num_bytes for seen in link.seen)
+    requests = Counter(type(seen.request).__name__ for seen in link.seen)
+    report.row("a step", tensors=num_tensors, bytes=num_bytes, requests=dict(requests))
+    report.figures["transfers_per_step"] = num_tensors
+
+
+def _per_second(
+    trainer: ClientTrainer, what: Size, losses: list[float], finish: Callable[[], object]
+) -> float:
+    """Steps a second, until `finish` says that all is done that they asked for."""
+    batch = _batch(what.shape)
+    began = perf_counter()
+    losses += [trainer.step([batch]).loss for _ in range(what.steps)]
+    finish()
+    return what.steps / (perf_counter() - began)
+
+
+def _batch(shape: Shape) -> Batch:
+    chance = torch.Generator().manual_seed(shape.seed)
+    ids_BT = torch.randint(shape.vocabulary, (shape.rows, shape.tokens), generator=chance)
+    return Batch(
+        inputs={"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)},
+        labels=ids_BT,
+        num_tokens=shape.rows * (shape.tokens - 1),
+        num_bytes=ids_BT.numel(),
+    )
+
+
+# --- its wire -------------------------------------------------------------------------------------
+
+
+def _wire(report: Report, what: Size) -> None:
+    """The four tensors of a step, two round trips, carried by the stack and by the naive design."""
+    shape = what.shape
+    with talkers(shape, WireSpec()) as (client,):
+
+        def seconds(kind: str) -> float:
+            spans = client.ask(kind, shape.rows, shape.tokens, 2 * what.trips)
+            total: float = spans[-1][1] - spans[0][0]
+            return total / what.trips
+
+        kinds = ("stack", "unary", "naive")
+        found = in_turns(what.turns, {kind: partial(seconds, kind) for kind in kinds})
+    for kind, values in found.items():
+        report.spread("wire_s_per_step", values, by=kind)
+    report.figures["naive_wire_ratio"] = report.ratio(
+        "naive / stack", found["naive"], found["stack"]
+    )
