@@ -4,21 +4,25 @@ Tensors go over one Exchange stream, the rest over unary calls. A call is tried 
 another try asks again, and a link whose stream broke opens a new one for it.
 """
 
+import itertools
 import math
 import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from queue import SimpleQueue
 from typing import Any, cast
 
 import grpc
+from torch import Tensor
 
 from fedsplit.errors import FedsplitError, ProtocolError
 from fedsplit.link import Link
 from fedsplit.spec import WireSpec
 from fedsplit.transport.frames import (
+    ALIGNMENT,
     CALLS,
     SERVICE,
     Body,
@@ -30,7 +34,7 @@ from fedsplit.transport.frames import (
 from fedsplit.transport.status import MAX_METADATA_BYTES, TOKEN_KEY, from_rpc_error, from_status
 from fedsplit.transport.tls import channel_credentials
 from fedsplit.wire.codec import check_reply
-from fedsplit.wire.messages import GenerateRequest, GradientsRequest, R, Request
+from fedsplit.wire.messages import GradientsRequest, R, Request
 
 FRAME_BYTES = 4 << 20
 """The longest single frame a client takes; longer payloads come as chunks."""
@@ -145,12 +149,8 @@ class GrpcLink(Link):
                 raise from_rpc_error(exc, self._address, self._deadline_s) from exc
 
     def _converse(self, stream: "_Stream", request: Request[Any]) -> Body:
-        sent = 0
-        for frame in to_frames(request):
-            stream.send(frame)
-            sent += len(frame)
-        self._count(sent, 0)
-        reader = Reader(LONG_REPLY_BYTES if _asks_for_more(request) else sent)
+        stream.send(self._counted(to_frames(request)))
+        reader = Reader(_longest_reply(request))
         for frame in stream.frames:
             self._count(0, len(frame))
             if (body := reader.feed(frame)) is not None:
@@ -173,6 +173,11 @@ class GrpcLink(Link):
     def _new_stream(self) -> "_Stream":
         return _Stream(self._channel, self._metadata, self._deadline_s)
 
+    def _counted(self, frames: Iterator[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            self._count(len(frame), 0)
+            yield frame
+
     def _error(self, status: str, details: str = "") -> FedsplitError:
         return from_status(status, details, self._address, self._deadline_s)
 
@@ -182,11 +187,13 @@ class GrpcLink(Link):
             self.bytes_down += down
 
 
-def _asks_for_more(request: Request[Any]) -> bool:
-    """Whether the reply may be longer than the request."""
-    if isinstance(request, GenerateRequest):
-        return request.stateless
-    return isinstance(request, GradientsRequest)
+def _longest_reply(request: Request[Any]) -> int:
+    """How many bytes of payload its reply may have: those of its own tensors, but for a few."""
+    if isinstance(request, GradientsRequest) or getattr(request, "stateless", False):
+        return LONG_REPLY_BYTES
+    message: Any = request
+    values = (getattr(message, field.name) for field in fields(message))
+    return sum(value.nbytes + ALIGNMENT for value in values if isinstance(value, Tensor))
 
 
 class _Stream:
@@ -196,9 +203,10 @@ class _Stream:
         self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...], deadline_s: float
     ) -> None:
         self.expired = False
-        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._outbox: SimpleQueue[Iterator[bytes] | None] = SimpleQueue()
         open_stream = channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
-        self.frames: Any = open_stream(iter(self._outbox.get, None), metadata=metadata)
+        frames = itertools.chain.from_iterable(iter(self._outbox.get, None))
+        self.frames: Any = open_stream(frames, metadata=metadata)
         self._deadline_s = deadline_s
         self._due = math.inf
         self._due_lock = threading.Lock()
@@ -206,9 +214,13 @@ class _Stream:
         self._watch = threading.Thread(target=self._end_if_late, name="fedsplit-watch", daemon=True)
         self._watch.start()
 
-    def send(self, frame: bytes) -> None:
-        """Put a frame on its way."""
-        self._outbox.put(frame)
+    def send(self, frames: Iterator[bytes]) -> None:
+        """Put frames on their way; each is made when the one before it is gone.
+
+        So they never lie in memory together, and what makes one fails here if it is the first.
+        """
+        first = next(frames)
+        self._outbox.put(itertools.chain((first,), frames))
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
