@@ -29,6 +29,7 @@ tags: [split-learning, federated-learning, fedsplit]
 | corpus sha256 | `{sha256}` |
 | sharding | {sharding} over {clients} clients, {held_out:.0%} held out |
 | policy | {policy}, strategy {strategy} with {halves} for the halves |
+| attention at the trunk | {attention} |
 | rounds | {rounds} of {local_steps} steps per client, {version} trunk steps, {tokens:,} {unit} |
 | held out | {first} in round {first_round}, {last} in round {last_round} |
 | activations and gradients on the wire | {up} up, {down} down |
@@ -45,7 +46,9 @@ weights themselves may also remember training text, as any language model's may.
 """
 
 
-def model_card(run: RunSpec, cut: str, corpus: Corpus, rounds: Sequence[RoundStats]) -> str:
+def model_card(
+    run: RunSpec, cut: str, attention: str, corpus: Corpus, rounds: Sequence[RoundStats]
+) -> str:
     """The card as markdown, with the metadata that hubs read on top."""
     measured = evaluated(rounds)
     return _TEXT.format(
@@ -55,6 +58,7 @@ def model_card(run: RunSpec, cut: str, corpus: Corpus, rounds: Sequence[RoundSta
         clients=run.clients,
         model=run.model,
         split=cut,
+        attention=attention,
         corpus=corpus.name,
         corpus_bytes=corpus.num_bytes,
         sha256=corpus.sha256,

@@ -168,7 +168,9 @@ class RunFolder:
             folded_model(result).save_pretrained(model)
         if tokenizer:
             tokenizer.save_pretrained(model)
-        card = model_card(run, _cut(result), corpus, self.rounds())
+        trunk = result.trunk if isinstance(result, SplitModel) else result
+        attention = trunk.config._attn_implementation or ""
+        card = model_card(run, _cut(result), attention, corpus, self.rounds())
         (model / "README.md").write_text(card, encoding="utf-8")
         if run.lora.enabled and isinstance(result, SplitModel):
             save_adapter(result.client, result.trunk, self.path / "adapter")

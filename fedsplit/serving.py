@@ -190,7 +190,8 @@ def hosted(
             "use this trunk; give a token (--token-file, or FEDSPLIT_TOKEN)"
         )
     services = {
-        each.name: TrunkService(_on_device(_trunk(each, run), device), run) for each in served
+        each.name: TrunkService(_on_device(_trunk(each, run, device), device), run)
+        for each in served
     }
     hub = TrunkHub(services, token=token)
     clients = max(_MAX_CLIENTS, 2 * run.clients)
@@ -202,10 +203,10 @@ def hosted(
         yield wire.advertise or bound
 
 
-def _trunk(served: Served, run: RunSpec) -> TrunkPart:
+def _trunk(served: Served, run: RunSpec, device: str) -> TrunkPart:
     run = _begun_from(run, served.model, served.revision, served.adapter)
     config = Source(name=served.model, revision=served.revision).config()
-    trunk = trunk_of(run, config)
+    trunk = trunk_of(run, config, device)
     if served.adapter:
         load_adapter(trunk, served.adapter)
     return trunk
@@ -296,7 +297,7 @@ def reach(
                 f"{told.blocks}); name the same model at both sides, or another one of what it "
                 f"serves: {', '.join(told.served)}"
             )
-        client = client_of(_begun_from(run, source, revision, adapter), config)
+        client = client_of(_begun_from(run, source, revision, adapter), config, device)
         if adapter:
             load_adapter(client, adapter)
         _on_device(client, device).eval()  # type: ignore[no-untyped-call]

@@ -76,6 +76,7 @@ class RemoteTrunk:
         self._stateless = kv == "client"
         self._abandoned: list[str] = []
         self._caches: set[str] = set()
+        self._dtype = model.dtype
         self._hidden_size: int = model.config.hidden_size
         self._is_isolated = run.train.mode == "isolated"
         self._retry = Retry(run.wire.budget_s, random.Random(client))
@@ -145,6 +146,7 @@ class RemoteTrunk:
         Raises:
             FedsplitError: The trunk refused, or could not be reached inside the budget.
         """
+        hidden_BTD = hidden_BTD.to(self._dtype)  # under autocast some families leave it in another
         if cache is not None:
             return cache.carry(hidden_BTD, attention_mask_BT, position_ids_BT)
         if attention_mask_BT is not None and bool(attention_mask_BT.all()):

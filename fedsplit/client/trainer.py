@@ -7,6 +7,7 @@ token ids never leave; what crosses is the model's own business (`fedsplit.clien
 import logging
 import math
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch
 from fedsplit.errors import NonFinite, SessionLost, StaleVersion
+from fedsplit.model.acceleration import accelerate, autocast
 from fedsplit.model.auxiliary import AuxiliaryHead, auxiliary_head_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient
@@ -85,7 +87,8 @@ class ClientTrainer:
         shared: Names of the parameters that this term is for; all that train by default.
 
     Raises:
-        ConfigError: The mode is `isolated`, but the model has no auxiliary head.
+        ConfigError: The mode is `isolated`, but the model has no auxiliary head; or the family
+            cannot do what the run asks for.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class ClientTrainer:
         proximal_mu: float = 0.0,
         shared: Collection[str] | None = None,
     ) -> None:
+        accelerate(model, run.train)
         trained = trainable(model)
         self.optimizer = PartOptimizer(trained, run.train)
         self.steps = step
@@ -183,7 +187,7 @@ class ClientTrainer:
         """Loss on held-out batches; nothing is trained and no barrier waits for it."""
         nats, num_tokens, num_bytes, num_correct = 0.0, 0, 0, 0
         self._model.train(False)
-        with self._trunk.session(round, training=False), torch.no_grad():
+        with self._trunk.session(round, training=False), torch.no_grad(), self._autocast():
             for batch in batches:
                 output = self._evaluated(batch, round)
                 nats += output.loss.item() * batch.num_tokens
@@ -211,7 +215,7 @@ class ClientTrainer:
         return replace(self.step(group), repeats=_ATTEMPTS - 1)
 
     def _backward(self, batch: Batch, weight: float) -> float:
-        with self._footprint.forward():
+        with self._footprint.forward(), self._autocast():
             loss = self._loss(batch) * weight
             objective = loss
             if self._auxiliary is not None:
@@ -234,6 +238,9 @@ class ClientTrainer:
     def _output(self, batch: Batch) -> Any:
         """What the family's own forward returns, with `loss` and `logits`."""
         return self._model(**self._inputs(batch), labels=self._labels(batch))
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return autocast(self._run.model, self._model.device)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: tensor.to(self._model.device) for name, tensor in batch.inputs.items()}

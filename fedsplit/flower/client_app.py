@@ -176,7 +176,8 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
     share = share_of(run, node, preparation)
     memory = _memory(context, node, run, ticket.resumed)
     config = config_of(run, tokenizer_of(run, preparation), ticket.labels)
-    model = client_of(run, config) if run.baseline == "none" else whole_of(run, config)
+    build = client_of if run.baseline == "none" else whole_of
+    model: PreTrainedModel = build(run, config, node.device)
     nn.Module.to(model, node.device)
     if ARRAYS in message.content:
         load_arrays(shared(model, run), message.content.array_records[ARRAYS])

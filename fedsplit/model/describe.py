@@ -1,6 +1,7 @@
 """The model that a run describes: its config, and the parts that each side starts from."""
 
 import difflib
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from fedsplit.errors import ConfigError
+from fedsplit.model.attention import attention_of
 from fedsplit.model.auxiliary import add_auxiliary_head
 from fedsplit.model.hollow import ClientPart, TrunkPart
 from fedsplit.model.lora import add_adapters, trainable
@@ -31,6 +33,8 @@ from fedsplit.model.plan import classifier_fields, model_class_for
 from fedsplit.model.source import Source
 from fedsplit.randomness import Turn
 from fedsplit.spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 
 def config_of(
@@ -60,28 +64,31 @@ def config_of(
     return made
 
 
-def parts_of(run: RunSpec, config: PretrainedConfig) -> SplitModel:
+def parts_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> SplitModel:
     """Both parts as the run begins, with adapters if it trains those."""
     with _building():
-        return _parts(run, config)
+        return _parts(run, config, device)
 
 
-def client_of(run: RunSpec, config: PretrainedConfig) -> ClientPart:
-    """The client's part as the run begins; of a checkpoint, only its own tensors are read."""
+def client_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> ClientPart:
+    """The client's part as the run begins; of a checkpoint, only its own tensors are read.
+
+    It is not on `device` yet, but will be; so for the others.
+    """
     with _building():
-        return _client(run, config)
+        return _client(run, config, device)
 
 
-def trunk_of(run: RunSpec, config: PretrainedConfig) -> TrunkPart:
+def trunk_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> TrunkPart:
     """The trunk as the run begins, of a checkpoint; only its own tensors are read."""
     with _building():
-        return _trunk(run, config)
+        return _trunk(run, config, device)
 
 
-def whole_of(run: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
+def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
     """The unsplit model as the run begins, for a baseline."""
     with _building():
-        return _whole(run, config)
+        return _whole(run, config, device)
 
 
 def shared(model: PreTrainedModel, run: RunSpec) -> dict[str, nn.Parameter]:
@@ -123,8 +130,9 @@ def _ids_of(tokenizer: TokenizersBackend) -> dict[str, Any]:
     }
 
 
-def _parts(run: RunSpec, config: PretrainedConfig) -> SplitModel:
-    options = {"model_class": model_class_for(config, run.task), **_options(run)}
+def _parts(run: RunSpec, config: PretrainedConfig, device: str) -> SplitModel:
+    family = model_class_for(config, run.task)
+    options = {"model_class": family, **_options(run, family, device)}
     if run.model.pretrained:
         source, revision = run.model.pretrained, run.model.revision
         parts = split_model(
@@ -141,17 +149,18 @@ def _parts(run: RunSpec, config: PretrainedConfig) -> SplitModel:
     return parts
 
 
-def _client(run: RunSpec, config: PretrainedConfig) -> ClientPart:
+def _client(run: RunSpec, config: PretrainedConfig, device: str) -> ClientPart:
     if not run.model.pretrained:
-        return _parts(run, config).client
+        return _parts(run, config, device).client
+    family = model_class_for(config, run.task)
     client = build_client(
         config,
         run.split,
         source=run.model.pretrained,
         revision=run.model.revision,
-        model_class=model_class_for(config, run.task),
+        model_class=family,
         seed=run.seed,
-        **_options(run),
+        **_options(run, family, device),
     )
     add_adapters(client, run.lora, run.seed)
     if run.train.mode == "isolated":
@@ -159,14 +168,15 @@ def _client(run: RunSpec, config: PretrainedConfig) -> ClientPart:
     return client
 
 
-def _trunk(run: RunSpec, config: PretrainedConfig) -> TrunkPart:
+def _trunk(run: RunSpec, config: PretrainedConfig, device: str) -> TrunkPart:
+    family = model_class_for(config, run.task)
     trunk = build_trunk(
         config,
         run.split,
         source=run.model.pretrained,
         revision=run.model.revision,
-        model_class=model_class_for(config, run.task),
-        **_options(run),
+        model_class=family,
+        **_options(run, family, device),
     )
     add_adapters(trunk, run.lora, run.seed)
     if run.train.mode != "joint":
@@ -174,22 +184,23 @@ def _trunk(run: RunSpec, config: PretrainedConfig) -> TrunkPart:
     return trunk
 
 
-def _whole(run: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
+def _whole(run: RunSpec, config: PretrainedConfig, device: str) -> PreTrainedModel:
     family = model_class_for(config, run.task)
     if run.model.pretrained:
         source, revision = run.model.pretrained, run.model.revision
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)  # of a head that the checkpoint lacks
             whole: PreTrainedModel = family.from_pretrained(
-                source, config=config, revision=revision, **_options(run)
+                source, config=config, revision=revision, **_options(run, family, device)
             )
     else:
-        whole = initial_whole(config, run.seed, model_class=family, **_options(run))
+        whole = initial_whole(config, run.seed, model_class=family, **_options(run, family, device))
     whole.config.use_cache = False
     add_adapters(whole, run.lora, run.seed)
     return whole
 
 
-def _options(run: RunSpec) -> dict[str, Any]:
-    dtype = getattr(torch, run.model.dtype)
-    return {"dtype": dtype, "attn_implementation": run.model.attention}
+def _options(run: RunSpec, family: type[PreTrainedModel], device: str) -> dict[str, Any]:
+    attention = attention_of(run.model, family, device)
+    log.info("%s on %s computes attention as %s", family.__name__, device, attention)
+    return {"dtype": getattr(torch, run.model.dtype), "attn_implementation": attention}

@@ -73,6 +73,11 @@ class ModelSpec:
 
     `pretrained` is a hub id or a local directory and wins over `family`; `config` holds fields
     of the family's own Hugging Face config.
+
+    `attention` is a name of transformers, or `auto` for the fastest of flash_attention_2, sdpa
+    and eager that the family, the device and the precision allow. With `autocast` the weights,
+    and what travels, stay in `dtype`, and matrix products of training and evaluation are in the
+    smaller one.
     """
 
     pretrained: str = ""
@@ -81,10 +86,13 @@ class ModelSpec:
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     attention: str = "sdpa"
     dtype: str = "float32"
+    autocast: str = "off"
 
     def __post_init__(self) -> None:
-        one_of("model.attention", self.attention, ("eager", "sdpa"), later=("flash_attention_2",))
+        attentions = ("auto", "flash_attention_2", "sdpa", "eager")
+        one_of("model.attention", self.attention, attentions)
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"), later=("float16",))
+        one_of("model.autocast", self.autocast, ("off", "bfloat16"), later=("float16",))
         if not self.pretrained and not self.family:
             raise ConfigError("model.pretrained and model.family are both empty; set one of them")
 

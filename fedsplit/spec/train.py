@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import at_least, one_of, positive, within
 
+_8_BIT = ("adamw_8bit", "paged_adamw_8bit")
+_MODES = ("off", "default", "max-autotune-no-cudagraphs")
+# A CUDA graph writes each output over the one before, and here several wait for their backward.
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:
@@ -23,6 +28,11 @@ class TrainSpec:
     pass through a trunk that stays as it is, `isolated` the halves alone: the top on what the
     trunk sends, the bottom on an auxiliary head of its own. `trunk_steps` are steps of the trunk
     per step of the clients, from stored activations.
+
+    `checkpointing` names the parts that keep only the inputs of their blocks for a backward and
+    compute the rest again: `none`, `trunk`, `client` (bottom and top) or `all`; it changes no
+    number. `compile_client` and `compile_trunk` are modes of `torch.compile`, or `off`; where it
+    fails, a part says so once and trains as it is.
 
     Held-out loss is measured every `evaluate_every` rounds and in the last. Training stops early
     after `patience` such rounds without improvement (0: never), `load_best` keeps the best of
@@ -54,14 +64,20 @@ class TrainSpec:
     patience: int = 0
     load_best: bool = False
     save_every: int = 0
+    checkpointing: str = "none"
+    compile_client: str = "off"
+    compile_trunk: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("rounds", "local_steps", "batch_size", "accumulation", "trunk_steps"):
             at_least(f"train.{name}", getattr(self, name), 1)
-        one_of("train.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+        one_of("train.optimizer", self.optimizer, ("adamw", "adam", "sgd"), _8_BIT)
         one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
         one_of("train.clip", self.clip, ("global", "parts"))
         one_of("train.mode", self.mode, ("joint", "frozen_trunk", "isolated"))
+        one_of("train.checkpointing", self.checkpointing, ("none", "trunk", "client", "all"))
+        for name in ("compile_client", "compile_trunk"):
+            one_of(f"train.{name}", getattr(self, name), _MODES, later=_WITH_CUDA_GRAPHS)
         positive("train.lr", self.lr)
         positive("train.eps", self.eps)
         for name in ("beta1", "beta2", "momentum", "label_smoothing"):

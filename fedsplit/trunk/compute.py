@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fedsplit.memory import ByteCount
+from fedsplit.model.acceleration import accelerate, autocast, checkpoints
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.randomness import Turn, draws
+from fedsplit.spec import RunSpec
 from fedsplit.trunk.guard import require_finite
 from fedsplit.trunk.versions import ParameterVersions
 from fedsplit.wire.messages import ForwardRequest
@@ -40,12 +42,20 @@ class Compute:
 
     Args:
         trunk: The trunk part, on its device.
+        run: In which precision it computes, what it recomputes, and whether it is compiled.
+
+    Raises:
+        ConfigError: The family cannot do what the run asks for.
     """
 
-    def __init__(self, trunk: TrunkPart) -> None:
+    def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
+        accelerate(trunk, run.train)
         self.device = next(trunk.parameters()).device
         self._trunk = trunk
+        self._precision = run.model
         self._turn = Turn(needed=draws(trunk))
+        # What is computed again draws again, and puts the generators back as they were before.
+        self._recomputing = Turn(needed=draws(trunk) and checkpoints(trunk, run.train))
 
     def inputs(self, request: ForwardRequest, dropout: str) -> Inputs:
         """Take a request's tensors to the device.
@@ -90,17 +100,19 @@ class Compute:
         if not wanted:
             return ()
         self._set_mode(True)
-        with versions.installed(version):
+        with versions.installed(version), self._recomputing.drawing("recomputation"):
             return torch.autograd.grad(
                 output_BTD, wanted, grad_output_BTD.to(self.device), allow_unused=True
             )
 
     def _run(self, inputs: Inputs) -> Tensor:
-        return self._trunk.run(
-            inputs.smashed_BTD,
-            attention_mask_BT=inputs.attention_mask_BT,
-            position_ids_BT=inputs.position_ids_BT,
-        )
+        with autocast(self._precision, self.device):
+            out_BTD = self._trunk.run(
+                inputs.smashed_BTD,
+                attention_mask_BT=inputs.attention_mask_BT,
+                position_ids_BT=inputs.position_ids_BT,
+            )
+        return out_BTD.to(inputs.smashed_BTD.dtype)  # some families end a block in the smaller one
 
     def _set_mode(self, training: bool) -> None:
         if self._trunk.training != training:

@@ -63,7 +63,7 @@ class Training:
         self._run = run
         self._clock = clock
         self._apart = replicas
-        self._compute = Compute(trunk)
+        self._compute = Compute(trunk, run)
         self._stash = Stash(run.wire.stash_bytes)
         self._trained = tuple(trainable(trunk))
         self._shared = self._new_replica(resident=True)

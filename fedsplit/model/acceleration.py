@@ -1,0 +1,73 @@
+"""How a part trains in less memory or time: recomputed activations, half precision, compilation.
+
+None of them changes what is computed: recomputation is exact, the other two round differently.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PreTrainedModel
+
+from fedsplit.errors import ConfigError
+from fedsplit.model.compiling import compile_blocks
+from fedsplit.model.hollow import ClientPart, Part, TrunkPart
+from fedsplit.randomness import draws
+from fedsplit.spec import ModelSpec, TrainSpec
+
+
+def accelerate(model: PreTrainedModel, train: TrainSpec) -> None:
+    """Have a model that is about to train do it as `train` says for its part.
+
+    An unsplit model does what either part would do, the client first.
+
+    Args:
+        model: A part or an unsplit model, with its adapters.
+        train: Names what is recomputed and what is compiled.
+
+    Raises:
+        ConfigError: The family cannot recompute its activations.
+    """
+    if checkpoints(model, train):
+        _checkpoint(model)
+    if mode := _compile_mode(model, train):
+        compile_blocks(model, mode)
+
+
+def checkpoints(model: PreTrainedModel, train: TrainSpec) -> bool:
+    """Whether this part keeps only its blocks' inputs and computes the rest again in backward."""
+    if isinstance(model, TrunkPart):
+        return train.checkpointing in ("trunk", "all")
+    if isinstance(model, ClientPart):
+        return train.checkpointing in ("client", "all")
+    return train.checkpointing != "none"
+
+
+def autocast(model: ModelSpec, device: torch.device) -> AbstractContextManager[None]:
+    """A block whose matrix products are in the precision of `model.autocast`.
+
+    For forwards: a backward computes in the precision of its forward by itself.
+    """
+    enabled = model.autocast != "off"
+    dtype = getattr(torch, model.autocast) if enabled else None
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def _checkpoint(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{type(model).__name__} does not support activation checkpointing; set "
+            "train.checkpointing=none"
+        )
+    # Without dropout there is nothing to draw again, and the process's generators are left alone.
+    how = {"use_reentrant": False, "preserve_rng_state": draws(model)}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(how)
+    else:  # as transformers called it before
+        model.gradient_checkpointing_enable(how)
+
+
+def _compile_mode(model: PreTrainedModel, train: TrainSpec) -> str:
+    modes = [train.compile_client, train.compile_trunk]
+    if isinstance(model, Part):
+        modes = [train.compile_trunk if isinstance(model, TrunkPart) else train.compile_client]
+    return next((mode for mode in modes if mode != "off"), "")

@@ -1,0 +1,52 @@
+"""Which of a family's attentions a part computes with."""
+
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from fedsplit.errors import ConfigError
+from fedsplit.spec import ModelSpec
+
+_PREFERRED = ("flash_attention_2", "sdpa", "eager")
+
+
+def attention_of(model: ModelSpec, family: type[PreTrainedModel], device: str = "cpu") -> str:
+    """The attention that `model.attention` stands for; with `auto`, the fastest that can be.
+
+    Args:
+        model: What is asked for, and the precision that is computed in.
+        family: The model's class, which says what it can do.
+        device: Where the part will be, as torch names it.
+
+    Raises:
+        ConfigError: The attention asked for cannot be; it says why.
+
+    >>> from transformers import GPT2LMHeadModel
+    >>> attention_of(ModelSpec(attention="auto"), GPT2LMHeadModel)
+    'sdpa'
+    """
+    if model.attention == "auto":
+        return next(name for name in _PREFERRED if not _obstacle(name, model, family, device))
+    if obstacle := _obstacle(model.attention, model, family, device):
+        raise ConfigError(
+            f"model.attention={model.attention} cannot be: {obstacle}; model.attention=auto takes "
+            "the fastest that can"
+        )
+    return model.attention
+
+
+def _obstacle(name: str, model: ModelSpec, family: type[PreTrainedModel], device: str) -> str:
+    """Why this attention cannot be; empty if it can."""
+    supported = {
+        "flash_attention_2": family._supports_flash_attn,
+        "sdpa": family._supports_sdpa,
+        "eager": True,
+    }
+    if not supported[name]:
+        return f"{family.__name__} does not support it"
+    if name != "flash_attention_2":
+        return ""
+    if device.partition(":")[0] != "cuda":
+        return f"it needs a CUDA device, and this part is on {device}"
+    if "bfloat16" not in (model.dtype, model.autocast):
+        return "it needs half precision (model.dtype=bfloat16 or model.autocast=bfloat16)"
+    return "" if is_flash_attn_2_available() else "the package flash-attn is not installed here"
