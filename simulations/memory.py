@@ -1,4 +1,4 @@
-"""What training takes at a client that holds a model's two ends, and at one that holds all of it.
+"""What training takes at a client that holds a model's two ends, at a trunk, and in one piece.
 
 *Computed*: one training step on fake tensors, which have shapes and no memory; every tensor that
 lives at a time is counted, so a model of any size can be asked. *Measured*: two real steps in a
@@ -23,10 +23,11 @@ from fedsplit.compare import Columns, Row, Table
 from fedsplit.config import Variants, from_yaml, to_yaml
 from fedsplit.console import quiet_libraries
 from fedsplit.metrics import in_mib
-from fedsplit.model import ClientPart, connect, model_class_for, plan_for
+from fedsplit.model import ClientPart, TrunkPart, connect, model_class_for, plan_for
+from fedsplit.model.acceleration import accelerate, autocast
 from fedsplit.model.describe import config_of
 from fedsplit.model.dryrun import tensors_in
-from fedsplit.model.hollow import part_class
+from fedsplit.model.hollow import Part, part_class
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.source import on_meta
 from fedsplit.optimization import PartOptimizer
@@ -94,7 +95,7 @@ def _row(name: str, run: RunSpec) -> Row:
     row["client_fraction"] = client["peak"] / whole["peak"]
     row["trained_fraction"] = client["trained"] / whole["trained"]
     if whole["peak"] < _MEASURED_BELOW:
-        client["measured"], whole["measured"] = _resident(run, "client"), _resident(run, "whole")
+        client["measured"], whole["measured"] = resident(run, "client"), resident(run, "whole")
         row["measured_fraction"] = client["measured"] / whole["measured"]
     return row
 
@@ -110,7 +111,7 @@ def computed(run: RunSpec, part: str) -> dict[str, int]:
 
     Args:
         run: Names model, cut, adapters, batch size and sequence length.
-        part: `client` (bottom and top) or `whole`.
+        part: `client` (bottom and top), `trunk` or `whole`.
     """
     model = _model(run, part)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -169,8 +170,8 @@ class _LiveBytes(TorchDispatchMode):
 # --- measured -------------------------------------------------------------------------------------
 
 
-def _resident(run: RunSpec, part: str) -> int:
-    """Bytes by which a process grows at most while it builds the model and takes two steps."""
+def resident(run: RunSpec, part: str) -> int:
+    """Bytes by which a process grows at most that builds the model and takes two steps."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])  # what it imports takes seconds
     receiver, sender = context.Pipe(duplex=False)
@@ -187,7 +188,7 @@ def _train(config: str, part: str, sender: Any) -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     run = from_yaml(config)
-    resident = _Resident()
+    growth = _Resident()
     model = _model(run, part)
     _give_memory(model)
     for tensor in model.buffers():
@@ -195,11 +196,11 @@ def _train(config: str, part: str, sender: Any) -> None:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
     optimizer = PartOptimizer(trainable(model), run.train)
-    with resident:
+    with growth:
         for step in range(2):  # in the second one the moments are there from the beginning
             _loss(model, run).backward()
             optimizer.step(step)
-    sender.send_bytes(str(resident.peak).encode())
+    sender.send_bytes(str(growth.peak).encode())
 
 
 class _Resident(TorchDispatchMode):
@@ -227,14 +228,16 @@ def _model(run: RunSpec, part: str) -> PreTrainedModel:
     """The part, or the unsplit model, without memory for its tensors."""
     config = config_of(run, None)
     family: type[PreTrainedModel] = model_class_for(config)
-    if part == "client":
+    if part != "whole":
         plan = plan_for(family, config)
         trunk_blocks = range(*run.split.cut(plan.num_blocks, family.__name__))
-        family = part_class(ClientPart, family, plan, trunk_blocks)
+        kind: type[Part] = ClientPart if part == "client" else TrunkPart
+        family = part_class(kind, family, plan, trunk_blocks)
     model = on_meta(family, copy.deepcopy(config))
     model.train()
     nn.Module.to(model, getattr(torch, run.model.dtype))
     add_adapters(model, run.lora)
+    accelerate(model, run.train)
     if isinstance(model, ClientPart):
         connect(model, _carry)
     return model
@@ -247,8 +250,16 @@ def _give_memory(model: PreTrainedModel) -> None:
 
 def _loss(model: PreTrainedModel, run: RunSpec) -> Tensor:
     ids_BT = torch.zeros(run.train.batch_size, run.data.sequence_length, dtype=torch.long)
-    loss: Tensor = model(ids_BT, labels=ids_BT, use_cache=False).loss
+    with autocast(run.model, model.device):
+        if isinstance(model, TrunkPart):  # which has no loss: what comes back is all its gradient
+            return model.run(_smashed(model, ids_BT)).sum()
+        loss: Tensor = model(ids_BT, labels=ids_BT, use_cache=False).loss
     return loss
+
+
+def _smashed(model: TrunkPart, ids_BT: Tensor) -> Tensor:
+    shape_BTD = (*ids_BT.shape, model.config.hidden_size)
+    return torch.zeros(shape_BTD, dtype=model.dtype).requires_grad_()
 
 
 def _carry(smashed_BTD: Tensor, **_: Any) -> Tensor:

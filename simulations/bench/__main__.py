@@ -1,4 +1,4 @@
-"""Measures one thing and prints it; a bench is a line in `BENCHES`.
+"""Measures one thing and prints it; a bench is a module of this package named in `BENCHES`.
 
     python -m simulations.bench generate --json FILE
 
@@ -7,22 +7,18 @@ are worth something on a machine that does nothing else; `--size toy` only tries
 """
 
 import argparse
+import importlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import FedsplitError
-from simulations.bench import generate, step, wire
 from simulations.bench.report import Report
 
-BENCHES: dict[str, Callable[[str], Report]] = {
-    "generate": generate.measure,
-    "wire": wire.measure,
-    "step": step.measure,
-}
-"""By name: called with a size, `full` or `toy`."""
+BENCHES = ("accelerate", "generate", "memory", "step", "wire")
+"""Each has `measure(size)`, of size `full` or `toy`; imported when asked for, so that one that
+needs the core alone runs where there is no more."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -36,7 +32,7 @@ def main(words: list[str] | None = None) -> int:
     asked = parser.parse_args(words)
     quiet_libraries()
     try:
-        report = BENCHES[asked.name](asked.size)
+        report: Report = importlib.import_module(f"{__package__}.{asked.name}").measure(asked.size)
     except FedsplitError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,17 @@ from tests.edge.echo import EchoService, forward, linked, serving
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {
+    "accelerate": [
+        "bf16_speedup",
+        "compiled_speedup",
+        "largest_loss_gap",
+        "sdpa_speedup",
+    ],
+    "memory": [
+        "checkpointing_memory_saved",
+        "checkpointing_memory_saved_computed",
+        "client_peak_of_whole",
+    ],
     "generate": [
         "bytes_per_token",
         "bytes_per_token_floor",
@@ -97,6 +108,20 @@ def test_the_wire_is_measured_on_every_way(told: dict[str, dict[str, Any]]) -> N
 def test_the_naive_design_carries_an_array_whole() -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert np.array_equal(naive.unpacked(naive.answered(naive.packed(array))), array)
+
+
+@pytest.mark.slow
+def test_what_is_faster_gives_the_same_loss(told: dict[str, dict[str, Any]]) -> None:
+    assert told["accelerate"]["figures"]["largest_loss_gap"] < 1e-3
+
+
+@pytest.mark.slow
+def test_memory_is_saved_where_activations_are_computed_again(
+    told: dict[str, dict[str, Any]],
+) -> None:
+    figures = told["memory"]["figures"]
+    assert 0 < figures["checkpointing_memory_saved_computed"] < 1
+    assert 0 < figures["client_peak_of_whole"] < 1, "without the trunk"
 
 
 def test_a_ratio_is_the_median_of_the_turns_ratios(capsys: pytest.CaptureFixture[str]) -> None:

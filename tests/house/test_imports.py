@@ -64,6 +64,11 @@ def test_one_step_runs_without_the_doors():
     assert "loss" in done.stdout
 
 
+def test_the_bench_of_acceleration_needs_the_core_alone():
+    done = without_doors("import simulations.bench.__main__, simulations.bench.accelerate")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_importing_fedsplit_imports_nothing_heavy():
     done = alone("import fedsplit; print(*{n.partition('.')[0] for n in sys.modules})")
     loaded = set(done.stdout.split())
