@@ -35,6 +35,7 @@ from fedsplit.randomness import Turn, draws
 from fedsplit.spec import RunSpec
 from fedsplit.spec.checks import one_of
 from fedsplit.wire import messages as m
+from fedsplit.wire.feedback import Feedback
 
 _REFORWARDS = 6
 """How often a graph that expired is made again before its backward is given up."""
@@ -51,6 +52,7 @@ class RemoteTrunk:
         served: The trunk's name at a server that has several; its first by default.
         kv: Who keeps the trunk's keys and values in generation: `server`, or `client`, where they
             travel with every token and the server keeps nothing.
+        residue: What error feedback has to add to the next gradient, as `residue` said before.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class RemoteTrunk:
         client: str,
         served: str = "",
         kv: str = "server",
+        residue: Tensor | None = None,
     ) -> None:
         one_of("kv", kv, ("server", "client"))
         self.client = client
@@ -79,6 +82,8 @@ class RemoteTrunk:
         self._dtype = model.dtype
         self._hidden_size: int = model.config.hidden_size
         self._is_isolated = run.train.mode == "isolated"
+        self._wire = run.wire
+        self._feedback = Feedback(run.wire.grad_up, residue) if run.wire.feedback else None
         self._retry = Retry(run.wire.budget_s, random.Random(client))
         self._session = ""
         self._next_call = 0
@@ -107,6 +112,8 @@ class RemoteTrunk:
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
                 f"{self._hidden_size}; start both from the same model"
             )
+        if self._feedback:
+            self._feedback.dropped()
         self._session = reply.session
         self._next_call, self._trunk_sq_norm = first_call, 0.0
         return reply.version
@@ -158,6 +165,7 @@ class RemoteTrunk:
             smashed_BTD=hidden_BTD.detach(),
             attention_mask_BT=attention_mask_BT,
             position_ids_BT=position_ids_BT,
+            codec=self._wire.up,
         )
         self._next_call += 1
         if not request.training:
@@ -218,6 +226,11 @@ class RemoteTrunk:
         """Squared norm of the trunk's gradient accumulated since the last step."""
         return self._trunk_sq_norm
 
+    @property
+    def residue(self) -> Tensor | None:
+        """What the codec left out of the last gradient that went up, if that is made good."""
+        return self._feedback.residue if self._feedback else None
+
     def step(self, *, step: int, num_tokens: int, ends_sq_norm: float) -> None:
         """Contribute the accumulated gradient to the trunk's next step; waits for no one.
 
@@ -233,6 +246,8 @@ class RemoteTrunk:
         )
         self.exchange(request)
         self._trunk_sq_norm = 0.0
+        if self._feedback:
+            self._feedback.taken()
 
     def follow(self, optimizer: Optimizer, *, step: int = 0) -> RemovableHandle:
         """Contribute to the trunk's step whenever this optimizer of the ends has stepped.
@@ -274,11 +289,14 @@ class RemoteTrunk:
     def _backward(
         self, request: m.ForwardRequest, version: int, grad_trunk_out_BTD: Tensor, want_grad: bool
     ) -> Tensor | None:
+        if self._feedback:
+            grad_trunk_out_BTD = self._feedback.compensate(grad_trunk_out_BTD)
         backward = m.BackwardRequest(
             session=request.session,
             call=request.call,
             want_grad=want_grad,
             grad_trunk_out_BTD=grad_trunk_out_BTD,
+            codec=self._wire.grad_up,
         )
         reply = self._backward_at_last(backward, request, version)
         self._trunk_sq_norm = reply.trunk_sq_norm

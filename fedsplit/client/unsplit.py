@@ -18,6 +18,7 @@ class NoTrunk:
 
     next_call = 0
     trunk_sq_norm = 0.0
+    residue = None
 
     def __init__(self, model: PreTrainedModel, *, client: str) -> None:
         self.client = client

@@ -43,6 +43,8 @@ from fedsplit.transport.client import GrpcLink
 Numbers = dict[str, int | float | list[int] | list[float]]
 """What Flower takes for the numbers of a reply."""
 
+_RESIDUE = "grad_up"
+
 app = ClientApp()
 
 
@@ -85,6 +87,7 @@ def train(message: Message, context: Context) -> Message:
         batches=memory.batches + steps * run.train.accumulation,
         moments=trainer.optimizer.state(),
         personal=half.personal,
+        residue=half.residue,
     )
     memory.put_into(context.state)
     if run.train.save_every:
@@ -140,6 +143,12 @@ class _Half:
         return {name: p.detach() for name, p in personal(self.model, self.run).items()}
 
     @property
+    def residue(self) -> dict[str, Tensor]:
+        """What error feedback left out of the last gradient, if anything."""
+        left = self.trunk.residue
+        return {} if left is None else {_RESIDUE: left}
+
+    @property
     def traffic(self) -> dict[str, int]:
         """Bytes that crossed the stream."""
         up, down = (self.link.bytes_up, self.link.bytes_down) if self.link else (0, 0)
@@ -193,7 +202,8 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
         return
     wire = replace(run.wire, tls_ca=node.tls_ca)
     with closing(GrpcLink(ticket.address, token=ticket.token, wire=wire)) as link:
-        trunk = RemoteTrunk(link, model, run, client=ticket.client)
+        residue = memory.residue.get(_RESIDUE)
+        trunk = RemoteTrunk(link, model, run, client=ticket.client, residue=residue)
         connect(model, trunk)
         yield half(trunk=trunk, link=link)
 

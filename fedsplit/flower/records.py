@@ -22,7 +22,7 @@ WEIGHT = "num-examples"
 RESUMED = "resumed"
 """Key of the record in the first message to a client that says where a resumed run goes on."""
 _TICKET, _COUNTS = "fedsplit", "counts"
-_KEPT = ("moments", "personal")
+_KEPT = ("moments", "personal", "residue")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +60,15 @@ class Memory:
     """What a client keeps from one message to the next, in Flower's `context.state`.
 
     `steps` it has taken, `batches` it has read, the `moments` of its optimizer, and the tensors
-    of its `personal` part, by name.
+    of its `personal` part, by name; `residue` is what error feedback has to add to the next
+    gradient, if anything.
     """
 
     steps: int = 0
     batches: int = 0
     moments: dict[str, Tensor] = field(default_factory=dict)
     personal: dict[str, Tensor] = field(default_factory=dict)
+    residue: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(state: RecordDict) -> "Memory | None":
@@ -74,9 +76,10 @@ class Memory:
         if _COUNTS not in state:
             return None
         counts: dict[str, Any] = dict(state.metric_records[_COUNTS])
-        groups = (state.array_records[name].to_torch_state_dict() for name in _KEPT)
-        moments, personal = map(dict, groups)
-        return Memory(moments=moments, personal=personal, **counts)
+        groups: dict[str, Any] = {
+            name: dict(state.array_records[name].to_torch_state_dict()) for name in _KEPT
+        }
+        return Memory(**groups, **counts)
 
     def put_into(self, state: RecordDict) -> None:
         """Keep this, in place of what was kept."""
@@ -111,8 +114,8 @@ class Memory:
                 "the run anew without resume"
             )
         snapshot = Snapshot.read(kept[max(kept)], run)
-        moments, personal = (snapshot.tensors[name] for name in _KEPT)
-        return Memory(moments=moments, personal=personal, **snapshot.facts)
+        groups: dict[str, Any] = {name: snapshot.tensors[name] for name in _KEPT}
+        return Memory(**groups, **snapshot.facts)
 
 
 def resumed_of(content: RecordDict) -> int:

@@ -5,6 +5,18 @@ from collections.abc import Collection
 
 from fedsplit.errors import ConfigError
 
+CODECS = {
+    "none": (),
+    "bf16": (),
+    "fp16": (),
+    "int8": ("stochastic",),
+    "int4": ("stochastic",),
+    "int3": (),
+    "topk": ("FRACTION",),
+    "randtopk": ("FRACTION",),
+}
+"""The codecs of the wire by name, with what may stand after a colon."""
+
 
 def one_of(name: str, value: str, allowed: Collection[str], later: Collection[str] = ()) -> None:
     """Refuse a word that is not allowed; one that is planned is refused as such."""
@@ -30,3 +42,30 @@ def within(name: str, value: float, low: float, high: float) -> None:
     """Refuse a number outside of [low, high)."""
     if not low <= value < high:
         raise ConfigError(f"{name}={value} is out of range; it must be in [{low}, {high})")
+
+
+def parsed_codec(field: str, text: str) -> tuple[str, str]:
+    """Name and option of a codec of the wire, such as `int8:stochastic` or `topk:0.1`.
+
+    Raises:
+        ConfigError: There is no such codec.
+
+    >>> parsed_codec("wire.up", "topk:0.1")
+    ('topk', '0.1')
+    """
+    name, colon, option = text.partition(":")
+    one_of(field, name, CODECS)
+    if CODECS[name] == ("FRACTION",):
+        try:
+            fraction = float(option)
+        except ValueError:
+            fraction = math.nan
+        if not 0 < fraction <= 1:
+            raise ConfigError(
+                f"{field}={text} must say which fraction of the values is sent, above 0 and at "
+                f"most 1, such as {name}:0.1"
+            )
+    elif colon and option not in CODECS[name]:
+        allowed = " or ".join([name, *(f"{name}:{each}" for each in CODECS[name])])
+        raise ConfigError(f"{field}={text} has no such option; write {allowed}")
+    return name, option

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import at_least, one_of, positive
+from fedsplit.spec.checks import at_least, one_of, parsed_codec, positive
 from fedsplit.spec.data import DataSpec, ShardingSpec
 from fedsplit.spec.federation import HalvesSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
 
+_LOSSY = ("up", "down", "grad_up", "grad_down", "feedback")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -25,6 +26,11 @@ class WireSpec:
     `bind` is where the trunk server listens (port 0 picks a free one) and `advertise` the
     address clients are told, if it is another. TLS needs `tls_cert` and `tls_key` at the server;
     clients trust `tls_ca`. `call_deadline_s` bounds one call, `budget_s` one call with retries.
+
+    Hidden states travel as `up` and `down` say, their gradients as `grad_up` and `grad_down`: none,
+    bf16, fp16, int8 or int4 (with `:stochastic` rounding if so written), int3, topk:FRACTION or
+    randtopk:FRACTION. With `feedback`, what a codec leaves out of a gradient is added to the next
+    one that goes the same way. These five alone decide numbers.
     """
 
     bind: str = "127.0.0.1:0"
@@ -33,14 +39,24 @@ class WireSpec:
     tls_key: str = ""
     tls_ca: str = ""
     insecure: bool = False
-    codec: str = "none"
+    up: str = "none"
+    down: str = "none"
+    grad_up: str = "none"
+    grad_down: str = "none"
+    feedback: bool = False
     call_deadline_s: float = 120.0
     budget_s: float = 300.0
     stash_ttl_s: float = 300.0
     stash_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
-        one_of("wire.codec", self.codec, ("none",), ("bf16", "fp16", "int8", "int4", "topk"))
+        for name in ("up", "down", "grad_up", "grad_down"):
+            parsed_codec(f"wire.{name}", getattr(self, name))
+        if self.feedback and self.grad_up == self.grad_down == "none":
+            raise ConfigError(
+                "wire.feedback=true has nothing to add to; set wire.grad_up or wire.grad_down, or "
+                "wire.feedback=false"
+            )
         for name in ("call_deadline_s", "budget_s", "stash_ttl_s", "stash_bytes"):
             positive(f"wire.{name}", getattr(self, name))
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -111,7 +127,8 @@ class SweepSpec:
 class RunSpec:
     """One run, whole.
 
-    Everything but `name`, `launch`, `resume`, `sweep` and `generation` decides its numbers.
+    Everything but `name`, `launch`, `resume`, `sweep` and `generation` decides its numbers, and
+    of `wire` what is lossy.
 
     `task` is what the model's head does. `baseline` replaces split learning by what it is
     measured against: the unsplit model on all data (`central`), FedAvg of whole models
@@ -162,6 +179,11 @@ class RunSpec:
                 f"baseline={self.baseline} has no trunk: it takes neither policy.sim_slowdown nor "
                 f"train.mode={self.train.mode}"
             )
+        if self.wire.feedback and self.train.mode != "joint":
+            raise ConfigError(
+                f"wire.feedback goes by the trunk's steps, and in train.mode={self.train.mode} it "
+                "takes none; use train.mode=joint"
+            )
         if self.policy.sim_slowdown and self.train.mode != "joint":
             raise ConfigError(
                 f"policy.sim_slowdown goes by the trunk's steps, and in train.mode="
@@ -194,6 +216,7 @@ class RunSpec:
         """All that decides the run's numbers, by dotted name."""
         aside = ("name", "launch", "resume", "sweep", "generation")
         told = {k: v for k, v in asdict(self).items() if k not in aside}
+        told["wire"] = {name: told["wire"][name] for name in _LOSSY}
         return dict(_flat(told, ""))
 
     @property

@@ -20,6 +20,12 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     NONE: _ClassVar[Codec]
+    BF16: _ClassVar[Codec]
+    FP16: _ClassVar[Codec]
+    INT8: _ClassVar[Codec]
+    INT4: _ClassVar[Codec]
+    TOPK: _ClassVar[Codec]
+    INT3: _ClassVar[Codec]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -29,6 +35,12 @@ INT64: DType
 INT32: DType
 BOOL: DType
 NONE: Codec
+BF16: Codec
+FP16: Codec
+INT8: Codec
+INT4: Codec
+TOPK: Codec
+INT3: Codec
 
 class Frame(_message.Message):
     __slots__ = ("header", "payload")
@@ -163,48 +175,56 @@ class OpenReply(_message.Message):
     def __init__(self, session: _Optional[str] = ..., incarnation: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT")
+    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     SMASHED_BTD_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_MASK_BT_FIELD_NUMBER: _ClassVar[int]
     POSITION_IDS_BT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     training: bool
     smashed_BTD: TensorMeta
     attention_mask_BT: TensorMeta
     position_ids_BT: TensorMeta
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ...) -> None: ...
+    codec: str
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("trunk_out_BTD", "version")
+    __slots__ = ("trunk_out_BTD", "version", "codec")
     TRUNK_OUT_BTD_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     trunk_out_BTD: TensorMeta
     version: int
-    def __init__(self, trunk_out_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
+    codec: str
+    def __init__(self, trunk_out_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., version: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class BackwardRequest(_message.Message):
-    __slots__ = ("session", "call", "want_grad", "grad_trunk_out_BTD")
+    __slots__ = ("session", "call", "want_grad", "grad_trunk_out_BTD", "codec")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     WANT_GRAD_FIELD_NUMBER: _ClassVar[int]
     GRAD_TRUNK_OUT_BTD_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     want_grad: bool
     grad_trunk_out_BTD: TensorMeta
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., want_grad: bool = ..., grad_trunk_out_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ...) -> None: ...
+    codec: str
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., want_grad: bool = ..., grad_trunk_out_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class BackwardReply(_message.Message):
-    __slots__ = ("grad_smashed_BTD", "trunk_sq_norm")
+    __slots__ = ("grad_smashed_BTD", "trunk_sq_norm", "codec")
     GRAD_SMASHED_BTD_FIELD_NUMBER: _ClassVar[int]
     TRUNK_SQ_NORM_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     grad_smashed_BTD: TensorMeta
     trunk_sq_norm: float
-    def __init__(self, grad_smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., trunk_sq_norm: _Optional[float] = ...) -> None: ...
+    codec: str
+    def __init__(self, grad_smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., trunk_sq_norm: _Optional[float] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class StepRequest(_message.Message):
     __slots__ = ("session", "call", "step", "num_tokens", "ends_sq_norm")

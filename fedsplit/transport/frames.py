@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, error_from_code
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.wire import messages
-from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor
+from fedsplit.wire.codec import TensorMeta, codec_of, decode_tensor, encode_tensor
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
 CHUNK_BYTES = 1 << 20
@@ -138,7 +138,7 @@ def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
         elif not isinstance(value, Tensor) and not value:
             pass
         elif kind is _Kind.TENSOR:
-            getattr(body, name).CopyFrom(_write_tensor(value, parts))
+            getattr(body, name).CopyFrom(_write_tensor(value, parts, codec_of(message)))
         elif kind is _Kind.TENSORS:
             getattr(body, name).extend(_write_tensor(item, parts) for item in value)
         elif kind is _Kind.VALUES:
@@ -152,8 +152,8 @@ def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
                 _write_fields(getattr(body, name).add(), item, parts)
 
 
-def _write_tensor(tensor: Tensor, parts: list[memoryview]) -> pb.TensorMeta:
-    meta, raw = encode_tensor(tensor)
+def _write_tensor(tensor: Tensor, parts: list[memoryview], codec: str = "none") -> pb.TensorMeta:
+    meta, raw = encode_tensor(tensor, codec)
     parts.append(raw)
     if padding := -len(raw) % ALIGNMENT:
         parts.append(memoryview(bytes(padding)))
@@ -205,7 +205,7 @@ class Reader:
     """Puts the frames of one stream, in order, together to messages.
 
     Args:
-        max_bytes: The longest payload to take memory for, in bytes.
+        max_bytes: The longest payload to take memory for, in bytes, as it comes and decoded.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -267,9 +267,10 @@ class _Pending:
                 f"{self._cls.__name__} announces {header.payload_bytes} bytes of payload, but "
                 f"its tensors take {self._total}"
             )
-        if self._total > max_bytes:
+        memory = max(self._total, sum(meta.decoded_bytes for meta in self._metas))
+        if memory > max_bytes:
             raise TooLarge(
-                f"{self._cls.__name__} carries {self._total} bytes; at most {max_bytes} are taken"
+                f"{self._cls.__name__} carries {memory} bytes; at most {max_bytes} are taken"
             )
         self._filled = 0
         self._buffer = self._first(payload)

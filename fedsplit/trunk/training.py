@@ -21,6 +21,7 @@ from fedsplit.trunk.guard import require_finite, require_plausible
 from fedsplit.trunk.replica import Replay, Replica, Work
 from fedsplit.trunk.stash import Graph, Stash
 from fedsplit.trunk.versions import ParameterVersions
+from fedsplit.wire.feedback import Feedback
 from fedsplit.wire.messages import (
     BackwardReply,
     BackwardRequest,
@@ -30,7 +31,7 @@ from fedsplit.wire.messages import (
     StepRequest,
 )
 
-_SHARED, _REPLICA = "trunk/", "replica/"
+_SHARED, _REPLICA, _RESIDUE = "trunk/", "replica/", "residue/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ class Training:
         self._shared = self._new_replica(resident=True)
         self._replicas: dict[str, Replica] = {}
         self._works: dict[str, Work] = {}
+        self._residues: dict[str, Tensor] = {}
 
     # --- how it stands ------------------------------------------------------------------------
 
@@ -135,7 +137,9 @@ class Training:
         """Run smashed data through, as in evaluation."""
         versions = self._replicas.get(worker.client, self._shared).versions
         out_BTD = self._compute.evaluate(self._compute.inputs(request, ""), versions)
-        return ForwardReply(trunk_out_BTD=out_BTD.cpu(), version=versions.current)
+        return ForwardReply(
+            trunk_out_BTD=out_BTD.cpu(), version=versions.current, codec=self._run.wire.down
+        )
 
     def forward(self, worker: Worker, request: ForwardRequest) -> ForwardReply:
         """Run smashed data through and keep the graph.
@@ -163,7 +167,9 @@ class Training:
         versions.pin(graph.version)
         self._unpin(self._stash.put(worker.session, request.call, graph))
         return ForwardReply(
-            trunk_out_BTD=output.trunk_out_BTD.detach().cpu(), version=graph.version
+            trunk_out_BTD=output.trunk_out_BTD.detach().cpu(),
+            version=graph.version,
+            codec=self._run.wire.down,
         )
 
     def backward(self, worker: Worker, request: BackwardRequest) -> BackwardReply:
@@ -189,9 +195,12 @@ class Training:
         if self._run.train.trunk_steps > 1:
             work.replays.append(Replay(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD))
         grad_smashed_BTD = found[-1] if smashed else None
+        if grad_smashed_BTD is not None and self._run.wire.feedback:
+            grad_smashed_BTD = self._feedback_of(worker, work).compensate(grad_smashed_BTD)
         return BackwardReply(
             grad_smashed_BTD=None if grad_smashed_BTD is None else grad_smashed_BTD.cpu(),
             trunk_sq_norm=squared_norm(work.gradients.values()),
+            codec=self._run.wire.grad_down,
         )
 
     def contribute(self, worker: Worker, request: StepRequest, now: float) -> StepReply:
@@ -206,7 +215,11 @@ class Training:
             raise ProtocolError("there is nothing to step with: no backward since the last step")
         require_plausible(request, work.num_positions, self._run)
         del self._works[worker.session]
-        return work.replica.contribute(worker.client, work, request, now)
+        reply = work.replica.contribute(worker.client, work, request, now)
+        if work.feedback:
+            work.feedback.taken()
+            self._keep_residue(worker.client, work.feedback.residue)
+        return reply
 
     def step_if_due(self) -> None:
         """Take the steps that barriers have decided on."""
@@ -248,7 +261,7 @@ class Training:
             prefix + name: tensor
             for prefix, replica in owners.items()
             for name, tensor in replica.state().items()
-        }
+        } | {f"{_RESIDUE}{client}": tensor for client, tensor in self._residues.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` handed out.
@@ -265,6 +278,7 @@ class Training:
                 "all share one; resume with the strategy it was saved with"
             )
         self._shared.load_state(_under(_SHARED, state))
+        self._residues = _under(_RESIDUE, state)
         self._replicas.clear()
         for client in sorted(clients):
             self._replica_of(client).load_state(_under(f"{_REPLICA}{client}/", state))
@@ -292,6 +306,17 @@ class Training:
         work = self._works[session]
         work.barrier = min(work.barrier, graph.barrier)
         return work
+
+    def _feedback_of(self, worker: Worker, work: Work) -> Feedback:
+        """That of the session's work; it begins with what the client's last step left."""
+        if work.feedback is None:
+            residue = self._residues.get(worker.client)
+            work.feedback = Feedback(self._run.wire.grad_down, residue)
+        return work.feedback
+
+    def _keep_residue(self, client: str, residue: Tensor | None) -> None:
+        if residue is not None:
+            self._residues[client] = residue
 
     def _drop_outdated(self, replica: Replica) -> None:
         """Let go of versions so old that nothing made with them would be taken."""

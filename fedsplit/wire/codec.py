@@ -1,8 +1,9 @@
 """Tensors as bytes, bytes as tensors, and the checks on what a stranger sent.
 
 Shapes: B sequences, T tokens, D hidden width. On the wire a tensor is its raw little-endian
-bytes in row-major order. Everything here raises before it takes memory, and never asserts;
-whether a value is finite is for the trunk's guard to say.
+bytes in row-major order, or what a codec of `fedsplit.wire.compression` made of it. Everything
+here raises before it takes memory, and never asserts; whether a value is finite is for the
+trunk's guard to say.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fedsplit.errors import BadTensor, ProtocolError, TooLarge
 from fedsplit.spec import NAME_PATTERN
+from fedsplit.wire.compression import READERS, writer
 from fedsplit.wire.messages import (
     BackwardReply,
     BackwardRequest,
@@ -71,42 +73,71 @@ class TensorMeta:
 
         Raises:
             BadTensor: An unknown dtype or codec, a rank that is not 1 to 4, a dimension below
-                1, or a length that is not the shape's.
+                1, or a length that is not the shape's; a lossy codec of what is no float.
         """
         if self.dtype not in DTYPES:
             raise BadTensor(f"dtype {self.dtype!r} is not one of: {', '.join(DTYPES)}")
-        if self.codec != "none":
-            raise BadTensor(f"codec {self.codec!r} is not one of: none")
+        if self.codec != "none" and self.codec not in READERS:
+            raise BadTensor(f"codec {self.codec!r} is not one of: none, {', '.join(READERS)}")
         if not 1 <= len(self.shape) <= 4:
             raise BadTensor(f"a tensor of rank {len(self.shape)} was sent; ranks 1 to 4 are taken")
         if min(self.shape) < 1:
             raise BadTensor(f"shape {self.shape} has an empty dimension; each must be at least 1")
-        expected = math.prod(self.shape) * DTYPES[self.dtype].itemsize
-        if self.nbytes != expected:
+        if self.codec == "none" and self.nbytes != self.decoded_bytes:
             raise BadTensor(
-                f"a {self.dtype} tensor of shape {self.shape} takes {expected} bytes, "
+                f"a {self.dtype} tensor of shape {self.shape} takes {self.decoded_bytes} bytes, "
                 f"but {self.nbytes} were announced"
             )
+        if self.codec != "none":
+            self._check_compressed()
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What the tensor takes in memory."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def _check_compressed(self) -> None:
+        if not DTYPES[self.dtype].is_floating_point:
+            raise BadTensor(f"codec {self.codec} is for floats, but the tensor is {self.dtype}")
+        row_bytes, rest = divmod(self.nbytes, math.prod(self.shape[:-1]))
+        if rest:
+            raise BadTensor(
+                f"{self.nbytes} bytes of codec {self.codec} were announced, which rows of a tensor "
+                f"of shape {self.shape} cannot share"
+            )
+        READERS[self.codec].check(row_bytes, self.shape[-1])
 
 
-def encode_tensor(tensor: Tensor) -> tuple[TensorMeta, memoryview]:
-    """Describe a tensor and show its bytes, copied only if it is strided or on another device.
+def encode_tensor(tensor: Tensor, codec: str = "none") -> tuple[TensorMeta, memoryview]:
+    """Describe a tensor and show its bytes.
+
+    With codec `none`, and of whole numbers, they are its own, copied only if it is strided or on
+    another device.
 
     Raises:
         BadTensor: The tensor's dtype or shape may not cross the wire.
+        ConfigError: There is no such codec.
     """
     dtype = NAMES.get(tensor.dtype, str(tensor.dtype))
     meta = TensorMeta(dtype=dtype, shape=tuple(tensor.shape), nbytes=tensor.nbytes)
     meta.check()
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    held = tensor.detach()
+    if codec != "none" and tensor.is_floating_point():
+        name, compress = writer(codec)
+        held = compress.encode(held.reshape(-1, held.shape[-1]).float().contiguous())
+        meta = replace(meta, nbytes=held.nbytes, codec=name)
+    flat = held.cpu().contiguous().view(-1).view(torch.uint8)
     return meta, flat.numpy().data
 
 
 def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int = 0) -> Tensor:
-    """The tensor whose bytes begin at `offset`; shares the buffer's memory, which is writable.
+    """The tensor whose bytes begin at `offset`.
+
+    With codec `none` it shares the buffer's memory, which is writable.
 
     Raises:
-        BadTensor: The description is wrong, or the buffer too short for it.
+        BadTensor: The description is wrong, or the buffer is too short for it, or not what its
+            codec makes.
     """
     meta.check()
     if not 0 <= offset <= len(buffer) - meta.nbytes:
@@ -115,6 +146,10 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
             f"a payload of {len(buffer)} bytes"
         )
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=meta.nbytes, offset=offset)
+    if meta.codec != "none":
+        bytes_NM = flat.view(math.prod(meta.shape[:-1]), -1)
+        rows_ND = READERS[meta.codec].decode(bytes_NM, meta.shape[-1])
+        return rows_ND.view(meta.shape).to(DTYPES[meta.dtype])
     if meta.dtype == "bool":  # a byte other than 0 and 1 would be a bool that is neither
         return flat.ne(0).view(meta.shape)
     return flat.view(DTYPES[meta.dtype]).view(meta.shape)
@@ -123,17 +158,28 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
 def through_codec(message: M) -> M:
     """The message as its receiver would have it: every tensor a detached, independent copy."""
     original: Any = message
-    copies = {f.name: _copied(getattr(original, f.name)) for f in fields(original)}
+    codec = codec_of(message)
+    copies = {f.name: _copied(getattr(original, f.name), codec) for f in fields(original)}
     copy: M = replace(original, **copies)
     return copy
 
 
-def _copied(value: object) -> object:
+def codec_of(message: object) -> str:
+    """How the float tensors of a message travel."""
+    return str(getattr(message, "codec", "none"))
+
+
+def as_received(tensor: Tensor, codec: str) -> Tensor:
+    """What the other side makes of a tensor, in memory of its own, on the CPU."""
+    meta, raw = encode_tensor(tensor, codec)
+    return decode_tensor(meta, bytearray(raw))
+
+
+def _copied(value: object, codec: str) -> object:
     if isinstance(value, tuple):
-        return tuple(_copied(item) for item in value)
+        return tuple(_copied(item, codec) for item in value)
     if isinstance(value, Tensor):
-        meta, raw = encode_tensor(value)
-        return decode_tensor(meta, bytearray(raw))
+        return as_received(value, codec)
     if isinstance(value, KVCacheEntry):
         return through_codec(value)
     return value

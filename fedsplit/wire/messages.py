@@ -2,6 +2,7 @@
 
 Shapes: B sequences, T tokens, D hidden width. A request names the work it asks for by
 (session, call, kind), and a retry re-uses that name; sessions, calls and versions count up.
+Hidden states and their gradients travel as the `codec` of their message says.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the messages in this file; the two sides must agree."""
 
 R = TypeVar("R", bound="Reply")
@@ -81,6 +82,7 @@ class ForwardReply(Reply):
 
     trunk_out_BTD: Tensor
     version: int
+    codec: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,6 +98,7 @@ class ForwardRequest(Request[ForwardReply]):
     smashed_BTD: Tensor
     attention_mask_BT: Tensor | None = None
     position_ids_BT: Tensor | None = None
+    codec: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,6 +111,7 @@ class BackwardReply(Reply):
 
     grad_smashed_BTD: Tensor | None
     trunk_sq_norm: float
+    codec: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,6 +122,7 @@ class BackwardRequest(Request[BackwardReply]):
     call: int
     want_grad: bool
     grad_trunk_out_BTD: Tensor
+    codec: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

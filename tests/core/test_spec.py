@@ -87,7 +87,15 @@ REFUSED = [
     (lambda: PolicySpec(discount="log"), "policy.discount='log' is not one of: constant"),
     (lambda: PolicySpec(sim_slowdown={"client-0": 0.5}), "sim_slowdown of client-0=0.5 is too sm"),
     (lambda: HalvesSpec(personal="head"), "halves.personal='head' is not one of: none, bottom"),
-    (lambda: WireSpec(codec="int8"), "wire.codec=int8 is not available yet; allowed: none"),
+    (lambda: WireSpec(up="zip"), "wire.up='zip' is not one of: none, bf16, fp16"),
+    (lambda: WireSpec(grad_down="topk:2"), "wire.grad_down=topk:2 must say which fraction"),
+    (lambda: WireSpec(feedback=True), "wire.feedback=true has nothing to add to; set wire.grad_up"),
+    (
+        lambda: RunSpec(
+            wire=WireSpec(grad_up="int4", feedback=True), train=TrainSpec(mode="frozen_trunk")
+        ),
+        "wire.feedback goes by the trunk's steps, and in train.mode=frozen_trunk",
+    ),
     (lambda: WireSpec(tls_cert="a"), "wire.tls_cert and wire.tls_key go together"),
     (lambda: WireSpec(bind="0.0.0.0:1", insecure=True), "set wire.advertise=host:port"),
     (lambda: WireSpec(bind="0.0.0.0:1"), "without encryption; set wire.tls_cert and wire.tls_key"),
@@ -169,6 +177,8 @@ def test_a_spec_is_frozen():
         (dict(name="other"), True),
         (dict(launch=LaunchSpec(kind="flwr", run_dir="/elsewhere")), True),
         (dict(resume="auto"), True),
+        (dict(wire=WireSpec(bind="127.0.0.1:9500", tls_ca="ca.pem")), True),
+        (dict(wire=WireSpec(down="int8")), False),
         (dict(sweep=SweepSpec(variants={"a": "seed=1"}, seeds=[0])), True),
         (dict(seed=1), False),
         (dict(halves=HalvesSpec(personal="top")), False),

@@ -95,7 +95,7 @@ REFUSED = {
     "policy.kind=eager": "policy='eager' is not one of: sync, async, quorum",
     "policy=eager": "policy='eager' is not one of: sync, async, quorum",
     "sharding=random": "sharding='random' is not one of: iid, natural, dirichlet",
-    "wire.codec=int8": "wire.codec=int8 is not available yet; allowed: none",
+    "wire.up=zip": "wire.up='zip' is not one of: none, bf16, fp16",
     "model=gpt2": "model=gpt2 is not one of: gpt2_124m, llama_1b, llama_7b, pretrained, tiny_bert, "
     "tiny_gpt2, tiny_llama, tiny_vit; or set one of its fields: model.pretrained",
     "model=null": "model=None is not one of: gpt2_124m, ",
@@ -193,7 +193,7 @@ def test_config_wins_over_keys():
         ({"overrides": "rounds=3"}, "there is no field rounds; did you mean train.rounds"),
         ({"config": "train: {round: 3}"}, "no field train.round; did you mean train.rounds"),
         ({"config": "train: {rounds: x}"}, "train.rounds='x' must be a whole number"),
-        ({"config": "wire: {codec: int8}"}, "wire.codec=int8 is not available yet"),
+        ({"config": "wire: {up: zip}"}, "wire.up='zip' is not one of: none, bf16, fp16"),
         ({"config": "train: 3"}, "TrainSpec"),
         ({"config": "[1]"}, r"config is \[1\], but a run is a mapping of fields"),
         ({"config": "{"}, "config is not YAML of plain values"),
@@ -326,8 +326,8 @@ def test_command_line_sweeps(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["wire.codec=int8"], "wire.codec=int8 is not available yet; allowed: none"),
-        (["-m", "wire.codec=none,int8"], "wire.codec=int8 is not available yet; allowed: none"),
+        (["wire.up=zip"], "wire.up='zip' is not one of: none, bf16, fp16"),
+        (["-m", "wire.up=none,zip"], "wire.up='zip' is not one of: none, bf16, fp16"),
         (["-m", "train.lr=0.1,0"], "train.lr=0.0 must be greater than 0"),
         (["-m", "model=glob(*)"], "model=glob(*) lists several values; that takes -m, and commas"),
         (["train.lr=1,2"], "train.lr=1,2 lists several values; that takes -m, and commas"),

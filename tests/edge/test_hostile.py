@@ -56,6 +56,16 @@ def shaped(*shape: int, nbytes: int = 2048) -> bytes:
     return edited(edit)
 
 
+def compressed(*shape: int, nbytes: int, codec: int = 5) -> bytes:
+    def edit(frame: pb.Frame) -> None:
+        smashed(frame).shape[:] = shape
+        smashed(frame).codec, smashed(frame).nbytes = codec, nbytes
+        frame.header.payload_bytes = nbytes + -nbytes % 8
+        frame.payload = bytes(min(frame.header.payload_bytes, 4096))
+
+    return edited(edit)
+
+
 def stream(address: str, frames: list[bytes]) -> FedsplitError:
     """How the server ends a stream of these frames."""
     with grpc.insecure_channel(address) as channel:
@@ -98,6 +108,13 @@ FRAMES = {
     "an empty dimension": (shaped(1, 0, 128), "BAD_TENSOR", "empty dimension"),
     "a shape that overflows": (shaped(1 << 32, 1 << 32, 1, 1), "BAD_TENSOR", "takes 73786976"),
     "a wrong length": (shaped(1, 4, 128, nbytes=2044), "BAD_TENSOR", "takes 2048 bytes, but 2044"),
+    "a codec's wrong length": (
+        compressed(1, 4, 128, nbytes=2048, codec=3),
+        "BAD_TENSOR",
+        "a row of 128 values takes 130 bytes, not 512",
+    ),
+    "no places": (compressed(1, 4, 128, nbytes=4 * 31), "BAD_TENSOR", "other than 13 of its 128"),
+    "a bomb": (compressed(2, 1 << 20, nbytes=262150), "TOO_LARGE", "carries 8388608 bytes; at"),
     "an absurd size": (shaped(1 << 20, 1 << 20, nbytes=1 << 42), "TOO_LARGE", "at most"),
     "a wrong total": (
         edited(lambda f: setattr(f.header, "payload_bytes", 4096)),

@@ -54,6 +54,7 @@ VARIANTS = {
     "full": (),
     "lora-dropout": ("lora=on", "lora.rank=2", "lora.dropout=0.5"),
     "fedadam": ("halves.strategy=flwr.serverapp.strategy.FedAdam",),
+    "feedback": ("wire=strong", "wire.feedback=true", "train.accumulation=2"),
     "personal": ("halves=personal_bottom",),
     "v1": ("strategy=splitfed_v1",),
     "sequential": ("strategy=sequential",),

@@ -177,7 +177,7 @@ def test_a_sweep_leaves_a_folder_for_each_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["wire.codec=int8"], "wire.codec=int8 is not available yet; allowed: none"),
+        (["wire.up=zip"], "wire.up='zip' is not one of: none, bf16, fp16"),
         (["split=1/9/1"], "blocks of which the trunk needs at least 9; lower one of them"),
     ],
     ids=["a value", "a split"],

@@ -1,0 +1,134 @@
+"""Compressed training: the same over every link, also when requests are repeated."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+from transformers import GPT2Config
+
+from fedsplit.flower.records import Memory
+from fedsplit.link import Link, LocalLink
+from fedsplit.spec import WireSpec
+from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.server import GrpcServer
+from fedsplit.wire import messages as m
+from tests.core.worlds import World, batch, small_run, world
+
+STRONG = WireSpec(
+    up="int4:stochastic", down="int8", grad_up="topk:0.2", grad_down="randtopk:0.5", feedback=True
+)
+QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+TINY = GPT2Config(
+    n_layer=4, n_embd=16, n_head=2, n_positions=64, vocab_size=64, eos_token_id=0, **QUIET
+)
+STEPS = 4
+Numbers = tuple[list[float], dict[str, torch.Tensor]]
+
+
+class Twice(Link):
+    """Sends what carries tensors a second time, as if the first reply had been lost."""
+
+    def __init__(self, inner: Link) -> None:
+        self._inner = inner
+
+    def exchange(self, request: m.Request[m.R]) -> m.R:
+        reply = self._inner.exchange(request)
+        repeats = isinstance(request, m.ForwardRequest | m.BackwardRequest)
+        return self._inner.exchange(request) if repeats else reply
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@contextmanager
+def grpc(here: World) -> Iterator[GrpcLink]:
+    limits = here.service.limits
+    server = GrpcServer(here.service, wire=here.run.wire, limits=limits, max_clients=2)
+    token = here.service.admit("alice")
+    try:
+        with closing(GrpcLink(server.start(), token=token, wire=here.run.wire)) as link:
+            yield link
+    finally:
+        server.stop()
+
+
+@contextmanager
+def local(here: World) -> Iterator[Link]:
+    yield LocalLink(here.service, here.service.admit("alice"))
+
+
+@contextmanager
+def twice(here: World) -> Iterator[Link]:
+    with grpc(here) as link:
+        yield Twice(link)
+
+
+def trained(link_to: Any, wire: WireSpec) -> Numbers:
+    with world(TINY, small_run(wire=wire)) as here, link_to(here) as link:
+        alice = here.add("alice", link)
+        with alice.trunk.session():
+            losses = [alice.trainer.step([batch(i), batch(i + 1)]).loss for i in range(STEPS)]
+        ends = {name: p.detach().clone() for name, p in alice.model.named_parameters()}
+        return losses, ends | here.trunk_weights()
+
+
+@pytest.fixture(scope="module")
+def expected() -> Numbers:
+    return trained(local, STRONG)
+
+
+@pytest.mark.parametrize("link_to", [grpc, twice])
+def test_every_link_gives_the_same_numbers(link_to: Any, expected: Numbers) -> None:
+    losses, weights = trained(link_to, STRONG)
+    assert losses == expected[0]
+    assert all(weights[name].equal(tensor) for name, tensor in expected[1].items())
+
+
+def test_feedback_changes_what_is_learned(expected: Numbers) -> None:
+    losses, _ = trained(local, replace(STRONG, feedback=False))
+    assert losses[0] == expected[0][0]
+    assert losses[-1] != expected[0][-1]
+
+
+def test_a_reply_may_be_longer_than_its_request() -> None:
+    wire = WireSpec(up="topk:0.1", grad_up="topk:0.1")
+    assert trained(grpc, wire)[0] == trained(local, wire)[0]
+
+
+def test_a_step_that_is_repeated_adds_what_was_left_out_once(expected: Numbers) -> None:
+    with world(TINY, small_run(wire=STRONG)) as here:
+        alice = here.add("alice")
+        losses = []
+        with alice.trunk.session():
+            for i in range(STEPS):
+                first_call = alice.trunk.next_call
+                alice.trainer.optimizer.zero_grad()
+                alice.model(**batch(i).inputs, labels=batch(i).labels).loss.backward()
+                alice.trunk.open(first_call=first_call)
+                losses.append(alice.trainer.step([batch(i), batch(i + 1)]).loss)
+    assert losses == expected[0]
+
+
+def test_what_was_left_out_outlives_a_process(tmp_path: Path) -> None:
+    run = small_run(wire=STRONG)
+    run = replace(run, train=replace(run.train, save_every=1))
+    with world(TINY, run) as here:
+        alice = here.add("alice")
+        with alice.trunk.session():
+            alice.trainer.step([batch(0)])
+        left = alice.trunk.residue
+        state = here.service.engine.state()
+    assert left is not None and left.any() and state["residue/alice"].any()
+    memory, context = Memory(residue={"grad_up": left}), RecordDict()
+    memory.put_into(context)
+    memory.save(tmp_path, 1, run)
+    for kept in (Memory.of(context), Memory.restore(tmp_path, 1, run)):
+        assert kept is not None and kept.residue["grad_up"].equal(left)
+    with world(TINY, run) as here:
+        here.service.engine.load_state(state)
+        assert here.service.engine.state()["residue/alice"].equal(state["residue/alice"])
