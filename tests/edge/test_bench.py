@@ -29,6 +29,14 @@ FIGURES = {
         "checkpointing_memory_saved_computed",
         "client_peak_of_whole",
     ],
+    "compress": [
+        "bytes_ratio_default",
+        "bytes_ratio_strong",
+        "bytes_ratio_strong_feedback",
+        "loss_delta_default",
+        "loss_delta_strong",
+        "loss_delta_strong_feedback",
+    ],
     "generate": [
         "bytes_per_token",
         "bytes_per_token_floor",
@@ -122,6 +130,14 @@ def test_memory_is_saved_where_activations_are_computed_again(
     figures = told["memory"]["figures"]
     assert 0 < figures["checkpointing_memory_saved_computed"] < 1
     assert 0 < figures["client_peak_of_whole"] < 1, "without the trunk"
+
+
+@pytest.mark.slow
+def test_compression_costs_what_it_says(told: dict[str, dict[str, Any]]) -> None:
+    figures = told["compress"]["figures"]
+    assert 0.25 < figures["bytes_ratio_default"] <= 0.27
+    assert figures["bytes_ratio_strong"] < figures["bytes_ratio_default"]
+    assert abs(figures["loss_delta_default"]) < 0.002
 
 
 def test_a_ratio_is_the_median_of_the_turns_ratios(capsys: pytest.CaptureFixture[str]) -> None:
