@@ -1,7 +1,7 @@
 # What one does with a checkout. `make` alone lists it.
 
 PYTHON ?= python3
-JOBS ?= 2
+JOBS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -33,7 +33,7 @@ class _Size:
 _SHORT = ["clients=1", "train.rounds=4", "train.local_steps=30", "train.evaluate_every=4"]
 _SIZES = {
     "full": _Size(overrides=_SHORT, seeds=3),
-    "toy": _Size(overrides=["experiment=toy"], seeds=1),
+    "toy": _Size(overrides=["experiment=toy", "clients=1", "train.rounds=1"], seeds=1),
 }
 
 

@@ -258,7 +258,7 @@ OPEN = dict(
 
 REFUSED_AT_OPEN = [
     pytest.param(
-        {"protocol": 99}, errors.ProtocolVersion, "protocol 99, the trunk 2", id="protocol"
+        {"protocol": 99}, errors.ProtocolVersion, "protocol 99, the trunk 3", id="protocol"
     ),
     pytest.param(
         {"client": "bob"}, errors.Forbidden, "belongs to 'alice', not to 'bob'", id="name"

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,82 +63,67 @@ FIGURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each bench writes to its file."""
-    folder = tmp_path_factory.mktemp("bench")
-    for name in FIGURES:
-        words = [name, "--size", "toy", "--json", str(folder / name)]
-        command = [sys.executable, "-m", "simulations.bench", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert all(figure in done.stdout for figure in FIGURES[name])
-    return {name: json.loads((folder / name).read_text()) for name in FIGURES}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_bench_tells_all_its_figures(told: dict[str, dict[str, Any]], name: str) -> None:
-    figures = told[name]["figures"]
-    assert sorted(figures) == FIGURES[name]
-    assert all(math.isfinite(figure) for figure in figures.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_row_says_of_what_it_is(told: dict[str, dict[str, Any]], name: str) -> None:
-    assert all(len(row) > 1 and row["of"] for row in told[name]["rows"])
-
-
-@pytest.mark.slow
-def test_generation_is_exact_and_small_on_the_wire(told: dict[str, dict[str, Any]]) -> None:
-    figures = told["generate"]["figures"]
+def exact_and_small(told: dict[str, Any]) -> None:
+    figures, floor = told["figures"], told["figures"]["bytes_per_token_floor"]
     assert figures["tokens_identical"] is True
-    floor = figures["bytes_per_token_floor"]
     assert floor < figures["bytes_per_token"] <= floor + 200
     assert 0.8 < figures["bytes_saved"] < 1
 
 
-@pytest.mark.slow
-def test_a_step_is_exact_and_takes_four_transfers(told: dict[str, dict[str, Any]]) -> None:
-    assert told["step"]["figures"]["transfers_per_step"] == 4
-    losses = [row for row in told["step"]["rows"] if row["of"] == "losses"]
-    assert [row["identical"] for row in losses] == [True]
+def exact_with_four_transfers(told: dict[str, Any]) -> None:
+    assert told["figures"]["transfers_per_step"] == 4
+    assert [row["identical"] for row in told["rows"] if row["of"] == "losses"] == [True]
+
+
+def measured_on_every_way(told: dict[str, Any]) -> None:
+    of_echoes = [row for row in told["rows"] if row["of"] == "stack / unary"]
+    assert {row["way"] for row in of_echoes if "way" in row} == {"tcp", "unix", "tls"}
+
+
+def of_the_same_loss(told: dict[str, Any]) -> None:
+    assert told["figures"]["largest_loss_gap"] < 1e-3
+
+
+def saved_at_the_trunk(told: dict[str, Any]) -> None:
+    assert 0 < told["figures"]["checkpointing_memory_saved_computed"] < 1
+    assert 0 < told["figures"]["client_peak_of_whole"] < 1, "without the trunk"
+
+
+def costing_what_it_says(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    assert 0.25 < figures["bytes_ratio_default"] <= 0.27
+    assert figures["bytes_ratio_strong"] < figures["bytes_ratio_default"]
+    assert abs(figures["loss_delta_default"]) < 0.002
+
+
+HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "accelerate": of_the_same_loss,
+    "compress": costing_what_it_says,
+    "generate": exact_and_small,
+    "memory": saved_at_the_trunk,
+    "step": exact_with_four_transfers,
+    "wire": measured_on_every_way,
+}
 
 
 @pytest.mark.slow
-def test_the_wire_is_measured_on_every_way(told: dict[str, dict[str, Any]]) -> None:
-    ways = {
-        row["way"] for row in told["wire"]["rows"] if row["of"] == "stack / unary" if "way" in row
-    }
-    assert ways == {"tcp", "unix", "tls"}
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_bench_at_toy_size(name: str, tmp_path: Path) -> None:
+    words = [name, "--size", "toy", "--json", str(tmp_path / name)]
+    command = [sys.executable, "-m", "simulations.bench", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads((tmp_path / name).read_text())
+    assert sorted(told["figures"]) == FIGURES[name]
+    assert all(math.isfinite(figure) for figure in told["figures"].values())
+    assert all(figure in done.stdout for figure in FIGURES[name])
+    assert all(len(row) > 1 and row["of"] for row in told["rows"])
+    HOLDS[name](told)
 
 
 def test_the_naive_design_carries_an_array_whole() -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert np.array_equal(naive.unpacked(naive.answered(naive.packed(array))), array)
-
-
-@pytest.mark.slow
-def test_what_is_faster_gives_the_same_loss(told: dict[str, dict[str, Any]]) -> None:
-    assert told["accelerate"]["figures"]["largest_loss_gap"] < 1e-3
-
-
-@pytest.mark.slow
-def test_memory_is_saved_where_activations_are_computed_again(
-    told: dict[str, dict[str, Any]],
-) -> None:
-    figures = told["memory"]["figures"]
-    assert 0 < figures["checkpointing_memory_saved_computed"] < 1
-    assert 0 < figures["client_peak_of_whole"] < 1, "without the trunk"
-
-
-@pytest.mark.slow
-def test_compression_costs_what_it_says(told: dict[str, dict[str, Any]]) -> None:
-    figures = told["compress"]["figures"]
-    assert 0.25 < figures["bytes_ratio_default"] <= 0.27
-    assert figures["bytes_ratio_strong"] < figures["bytes_ratio_default"]
-    assert abs(figures["loss_delta_default"]) < 0.002
 
 
 def test_a_ratio_is_the_median_of_the_turns_ratios(capsys: pytest.CaptureFixture[str]) -> None:

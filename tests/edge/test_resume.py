@@ -52,16 +52,21 @@ def resumed(run: RunSpec, resume: str = "auto") -> RunFolder:
 
 VARIANTS = {
     "full": (),
-    "lora-dropout": ("lora=on", "lora.rank=2", "lora.dropout=0.5"),
-    "fedadam": ("halves.strategy=flwr.serverapp.strategy.FedAdam",),
+    "personal-lora-dropout": (
+        "halves=personal_bottom",
+        "lora=on",
+        "lora.rank=2",
+        "lora.dropout=0.5",
+    ),
+    "fedadam-sampled": (
+        "halves.strategy=flwr.serverapp.strategy.FedAdam",
+        "halves.options={fraction_train: 0.5}",
+    ),
     "feedback": ("wire=strong", "wire.feedback=true", "train.accumulation=2"),
-    "personal": ("halves=personal_bottom",),
     "v1": ("strategy=splitfed_v1",),
     "sequential": ("strategy=sequential",),
-    "sampled": ("halves.options={fraction_train: 0.5}",),
     "async": ("policy=async", "policy.sim_slowdown={client-2: 3}"),
     "quorum": ("policy=quorum", "policy.sim_slowdown={client-2: 3}", "policy.quorum=2"),
-    "local": ("baseline=local",),
 }
 
 
