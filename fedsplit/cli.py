@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (the process's own arguments by default) describes.
 
     Returns:
-        The exit status: 0, or 1 after one line on stderr, or 130 after Ctrl-C.
+        The exit status: 0, or 1 after one line on stderr, or 130 after Ctrl-C, or 141 where
+        nobody reads the output any more.
     """
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.words += more
     try:
         arguments.command(arguments)
+    except BrokenPipeError:  # whoever read our output has enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 141
     except (FedsplitError, OSError) as exc:
         print(f"error: {_one_line(str(exc))}", file=sys.stderr)
         return 1

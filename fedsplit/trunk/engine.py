@@ -135,6 +135,10 @@ class TrunkEngine:
         """Wait no longer for a client; on a virtual clock, from its next turn on."""
         return self._submit(_LAST, lambda: self._time.ask(self._leaving(client)))
 
+    def dismiss(self, client: str) -> "Future[None]":
+        """Drop what is kept for a client that will not come again."""
+        return self._submit(_FIRST, lambda: self._training.dismiss(client))
+
     def expect(
         self, clients: Collection[str], *, at_once: int, close_after: int, until: float
     ) -> "Future[None]":

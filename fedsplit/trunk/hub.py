@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from threading import Lock
 from typing import Any
 
-from fedsplit.errors import ConfigError, ModelMismatch, Unauthenticated
+from fedsplit.errors import ConfigError, ModelMismatch, SessionLost, Unauthenticated
 from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.sessions import no_session
 from fedsplit.wire import messages as m
@@ -103,7 +103,11 @@ class TrunkHub:
             return self._open(request)  # type: ignore[return-value]
         session: str = getattr(request, "session", "")
         guest = self._host_of(session)
-        reply = guest.service.handle(request, guest.token)
+        try:
+            reply = guest.service.handle(request, guest.token)
+        except SessionLost:
+            self._end(session)
+            raise
         if isinstance(request, m.CloseRequest):
             self._end(session)
         return reply

@@ -115,7 +115,8 @@ class TrunkService:
                 return False
             self._admission.dismiss(client)
             self._last_steps.pop(client, None)
-            return True
+        self.engine.dismiss(client)
+        return True
 
     def expect(
         self,

@@ -127,6 +127,10 @@ class Training:
         if work := self._works.pop(session, None):
             work.end()
 
+    def dismiss(self, client: str) -> None:
+        """Drop what is kept for a client from one session to the next, but for a replica."""
+        self._residues.pop(client, None)
+
     def drop_expired(self) -> None:
         """Drop graphs whose time is over."""
         self._unpin(self._stash.drop_expired(self._clock()))

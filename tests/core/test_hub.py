@@ -101,6 +101,16 @@ def test_a_session_that_is_closed_or_was_never_there_is_lost(here):
             here.hub.handle(m.TrainingStateRequest(session=name), "")
 
 
+def test_a_session_that_its_trunk_has_lost_is_forgotten_at_once(here):
+    trunk = arrive(here, "ann")
+    trunk.open()
+    session = trunk._named_session()
+    here.services["one"]._drop(here.services["one"]._sessions[session])
+    with pytest.raises(SessionLost):
+        trunk.training_state()
+    assert session not in here.hub._hosts
+
+
 def test_who_left_is_forgotten_after_a_while_and_who_is_there_is_not(here):
     gone, cut_off, there = (arrive(here, name) for name in ("gone", "cut-off", "there"))
     for trunk in (gone, cut_off, there):
