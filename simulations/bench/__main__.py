@@ -9,6 +9,7 @@ are worth something on a machine that does nothing else; `--size toy` only tries
 import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from simulations.bench.report import Report
 BENCHES = ("accelerate", "compress", "generate", "memory", "step", "wire")
 """Each has `measure(size)`, of size `full` or `toy`; imported when asked for, so that one that
 needs the core alone runs where there is no more."""
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when torch is imported: threads that wait by spinning take the cores from other processes.
 
 
 def main(words: list[str] | None = None) -> int:

@@ -37,9 +37,9 @@ def test_clipping_is_torchs_own():
 
 
 OPTIMIZERS = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95)),
-    "adam": lambda groups: torch.optim.Adam(groups, lr=0.1, betas=(0.9, 0.95)),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), fused=True),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.1, betas=(0.9, 0.95), fused=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True),
 }
 
 

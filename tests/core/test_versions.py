@@ -99,9 +99,8 @@ def test_steps_are_those_of_the_plain_optimizer(tiny_llama):
     versions = ParameterVersions(trunk, names_of(trunk), train)
     matrices = [p for p in plain.parameters() if p.ndim >= 2]
     vectors = [p for p in plain.parameters() if p.ndim < 2]
-    reference = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors}], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    groups = [{"params": matrices}, {"params": vectors}]
+    reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step in range(3):
         if step == 1:
             versions.pin(versions.current)
