@@ -189,6 +189,12 @@ class RunSpec:
                 f"policy.sim_slowdown goes by the trunk's steps, and in train.mode="
                 f"{self.train.mode} it takes none; use train.mode=joint"
             )
+        if self.policy.sim_slowdown and self.train.clients_per_pass > 1:
+            raise ConfigError(
+                "policy.sim_slowdown gives every client its own time, and with "
+                f"train.clients_per_pass={self.train.clients_per_pass} they wait for one another; "
+                "use one of the two"
+            )
         if self.policy.sim_slowdown and 0 < self.launch.workers < self.clients:
             raise ConfigError(
                 f"policy.sim_slowdown needs all {self.clients} clients at work at once, but "

@@ -34,6 +34,9 @@ class TrainSpec:
     number. `compile_client` and `compile_trunk` are modes of `torch.compile`, or `off`; where it
     fails, a part says so once and trains as it is.
 
+    The trunk takes `clients_per_pass` clients' calls of one shape through its blocks at once; a
+    call waits at most `pass_wait_s` seconds for others.
+
     Held-out loss is measured every `evaluate_every` rounds and in the last. Training stops early
     after `patience` such rounds without improvement (0: never), `load_best` keeps the best of
     them as the result, and every `save_every` rounds (0: never) a checkpoint is written from
@@ -67,9 +70,12 @@ class TrainSpec:
     checkpointing: str = "none"
     compile_client: str = "off"
     compile_trunk: str = "off"
+    clients_per_pass: int = 1
+    pass_wait_s: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "local_steps", "batch_size", "accumulation", "trunk_steps"):
+        counts = ("rounds", "local_steps", "batch_size", "accumulation", "trunk_steps")
+        for name in (*counts, "clients_per_pass"):
             at_least(f"train.{name}", getattr(self, name), 1)
         one_of("train.optimizer", self.optimizer, ("adamw", "adam", "sgd"), _8_BIT)
         one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
@@ -80,10 +86,11 @@ class TrainSpec:
             one_of(f"train.{name}", getattr(self, name), _MODES, later=_WITH_CUDA_GRAPHS)
         positive("train.lr", self.lr)
         positive("train.eps", self.eps)
+        positive("train.pass_wait_s", self.pass_wait_s)
         for name in ("beta1", "beta2", "momentum", "label_smoothing"):
             within(f"train.{name}", getattr(self, name), 0.0, 1.0)
-        counts = ("local_epochs", "max_steps", "warmup_steps", "patience", "save_every")
-        for name in ("weight_decay", "clip_norm", *counts):
+        bounds = ("local_epochs", "max_steps", "warmup_steps", "patience", "save_every")
+        for name in ("weight_decay", "clip_norm", *bounds):
             at_least(f"train.{name}", getattr(self, name), 0)
         at_least("train.evaluate_every", self.evaluate_every, 1)
         if self.local_epochs and not self.max_steps and self.schedule != "constant":
@@ -97,6 +104,17 @@ class TrainSpec:
                 f"train.trunk_steps={self.trunk_steps} trains the trunk, but in "
                 f"train.mode={self.mode} it stays as it is; use mode=joint or trunk_steps=1"
             )
+
+        if self.clients_per_pass > 1 and self.compile_trunk != "off":
+            raise self._cannot_share(f"compile_trunk={self.compile_trunk}")
+        if self.clients_per_pass > 1 and self.checkpointing in ("trunk", "all"):
+            raise self._cannot_share(f"checkpointing={self.checkpointing}")
+
+    def _cannot_share(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"train.clients_per_pass={self.clients_per_pass} needs every client's own gradients "
+            f"of a pass, which train.{what} does not leave; use one of the two"
+        )
 
     @property
     def total_steps(self) -> int:

@@ -44,6 +44,8 @@ class Compute:
         trunk: The trunk part, on its device.
         run: In which precision it computes, what it recomputes, and whether it is compiled.
 
+    `draws` says whether a training forward draws random numbers.
+
     Raises:
         ConfigError: The family cannot do what the run asks for.
     """
@@ -53,9 +55,10 @@ class Compute:
         self.device = next(trunk.parameters()).device
         self._trunk = trunk
         self._precision = run.model
-        self._turn = Turn(needed=draws(trunk))
+        self.draws = draws(trunk)
+        self._turn = Turn(needed=self.draws)
         # What is computed again draws again, and puts the generators back as they were before.
-        self._recomputing = Turn(needed=draws(trunk) and checkpoints(trunk, run.train))
+        self._recomputing = Turn(needed=self.draws and checkpoints(trunk, run.train))
 
     def inputs(self, request: ForwardRequest, dropout: str) -> Inputs:
         """Take a request's tensors to the device.

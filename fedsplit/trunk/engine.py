@@ -9,10 +9,11 @@ is beyond that, `fedsplit.trunk.timeline` knows.
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from fedsplit.errors import Draining, FedsplitError, Internal, SessionLost
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
+from fedsplit.trunk.calls import Worker
+from fedsplit.trunk.gathering import Gathering, Waiting
 from fedsplit.trunk.generation import Generation
 from fedsplit.trunk.inbox import Inbox, Task
 from fedsplit.trunk.timeline import Asked, Deadline, Kind, RealTime, VirtualTime
-from fedsplit.trunk.training import Training, Worker
+from fedsplit.trunk.training import Training
 from fedsplit.wire.messages import (
     BackwardReply,
     BackwardRequest,
@@ -35,6 +38,9 @@ from fedsplit.wire.messages import (
     StepReply,
     StepRequest,
 )
+
+C = TypeVar("C")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +76,10 @@ class TrunkEngine:
         slowdown = run.policy.sim_slowdown
         self._time = VirtualTime(slowdown) if slowdown else RealTime(clock)
         self._heard = clock()
+        wait_s = run.train.pass_wait_s
+        forward, backward = self._training.forward, self._training.backward
+        self._forwards = Gathering(partial(_resolve_all, forward), wait_s, clock)
+        self._backwards = Gathering(partial(_resolve_all, backward), wait_s, clock)
         self._inbox = Inbox()
         self._thread = threading.Thread(target=self._loop, name="trunk-engine", daemon=True)
 
@@ -91,23 +101,31 @@ class TrunkEngine:
         if not request.training:
             return self._submit(_LAST, lambda: self._training.evaluate(worker, request))
         return self._ask(
-            _LAST, worker, Kind.FORWARD, lambda: self._training.forward(worker, request)
+            _LAST, worker, Kind.FORWARD, lambda future: self._forward(worker, request, future)
         )
 
     def backward(self, worker: Worker, request: BackwardRequest) -> "Future[BackwardReply]":
         """Run a gradient back through a stashed graph and accumulate the parameters' gradients."""
-        return self._submit(_FIRST, lambda: self._training.backward(worker, request))
+        future: Future[BackwardReply] = Future()
+        self._inbox.put(_FIRST, future, lambda: self._backward(worker, request, future))
+        return future
 
     def step(self, worker: Worker, request: StepRequest) -> "Future[StepReply]":
         """Contribute what `worker` accumulated; the reply does not wait for the barrier."""
         return self._ask(
-            _FIRST, worker, Kind.STEP, lambda: self._training.contribute(worker, request, self.now)
+            _FIRST,
+            worker,
+            Kind.STEP,
+            lambda future: _resolve(
+                future, lambda: self._training.contribute(worker, request, self.now)
+            ),
         )
 
     def generate(self, worker: Worker, request: GenerateRequest) -> "Future[GenerateReply]":
         """Take in the next tokens of a session that generates, in a pass with others'."""
         future: Future[GenerateReply] = Future()
-        self._inbox.put(_TOKENS, future, lambda: self._take_in(worker.session, request, future))
+        ask = partial(self._generation.ask, worker.session, request, future)
+        self._inbox.put(_TOKENS, future, lambda: _attempt(future, ask))
         return future
 
     def open_cache(self, worker: Worker) -> "Future[None]":
@@ -208,26 +226,44 @@ class TrunkEngine:
         task: Task | None = None
         try:
             while not self._inbox.closed:
-                patience = self._time.patience(self._training.barrier.deadline)
-                task = self._inbox.take(min(_IDLE_S, patience, self._generation.due_in()))
+                task = self._inbox.take(min(_IDLE_S, self._patience()))
                 self._training.drop_expired()
                 self._generation.drop_idle()
                 if task:
                     task.run()
                 self._give_up_who_is_silent(heard=task is not None)
                 self._take_turns()
+                self._forwards.run_due()
+                self._backwards.run_due()
                 if not self._generation.due_in() and not self._inbox.has(_TOKENS):
                     self._run_pass()
         finally:
             self._refuse_what_waits([task.future] if task else [])
 
-    def _take_in(
-        self, session: str, request: GenerateRequest, future: "Future[GenerateReply]"
+    def _patience(self) -> float:
+        """Seconds until something is due by itself."""
+        return min(
+            self._time.patience(self._training.barrier.deadline),
+            self._generation.due_in(),
+            self._forwards.due_in(),
+            self._backwards.due_in(),
+        )
+
+    def _forward(
+        self, worker: Worker, request: ForwardRequest, future: "Future[ForwardReply]"
     ) -> None:
-        try:
-            self._generation.ask(session, request, future)
-        except Exception as failure:
-            future.set_exception(failure)
+        if begun := _attempt(future, lambda: self._training.begin(worker, request)):
+            place = worker.client, request.call
+            call = Waiting(call=begun, session=worker.session, place=place, future=future)
+            self._forwards.put(begun.kind, call, enough=self._training.clients_per_pass)
+
+    def _backward(
+        self, worker: Worker, request: BackwardRequest, future: "Future[BackwardReply]"
+    ) -> None:
+        if taken := _attempt(future, lambda: self._training.take(worker, request)):
+            place = taken.graph.place
+            call = Waiting(call=taken, session=worker.session, place=place, future=future)
+            self._backwards.put(taken.kind, call, enough=taken.num_members)
 
     def _run_pass(self) -> None:
         try:
@@ -262,7 +298,8 @@ class TrunkEngine:
         why = Internal("the trunk's engine failed; the server's log has the details")
         self._inbox.close(why)  # or it was closed on purpose
         self._generation.refuse_all(self._inbox.closed or why)
-        for future in (*in_hand, *(asked.future for asked in self._time.pending())):
+        asked = [each.future for each in self._time.pending()]
+        for future in (*in_hand, *asked, *self._forwards.futures(), *self._backwards.futures()):
             if not future.done():
                 future.set_exception(self._inbox.closed or why)
 
@@ -272,16 +309,16 @@ class TrunkEngine:
         return future
 
     def _ask(
-        self, priority: int, worker: Worker, kind: Kind, work: Callable[[], Any]
+        self, priority: int, worker: Worker, kind: Kind, run: "Callable[[Future[Any]], None]"
     ) -> "Future[Any]":
-        """Submit what is to run when it is the client's turn."""
+        """Submit what is to run when it is the client's turn, and to see to the future then."""
         future: Future[Any] = Future()
         asked = Asked(
             client=worker.client,
             session=worker.session,
             kind=kind,
             future=future,
-            run=lambda: _resolve(future, work),
+            run=lambda: run(future),
         )
         self._inbox.put(priority, future, lambda: self._time.ask(asked))
         return future
@@ -307,8 +344,14 @@ class TrunkEngine:
     def _leave(self, worker: Worker, left: Asked, replaced: bool) -> None:
         self._training.forget(worker.session)
         self._generation.forget(worker.session)
-        for gone in self._time.withdraw(worker.session):
-            gone.future.set_exception(SessionLost(f"session {worker.session} was closed"))
+        taken = self._backwards.withdraw(worker.session)
+        for backward in taken:
+            self._training.leave_out(backward.call)
+        futures = [each.future for each in self._time.withdraw(worker.session)]
+        futures += [each.future for each in self._forwards.withdraw(worker.session)]
+        futures += [each.future for each in taken]
+        for future in futures:
+            future.set_exception(SessionLost(f"session {worker.session} was closed"))
         if worker.training and not replaced:
             self._time.ask(left)
         else:
@@ -325,6 +368,15 @@ class TrunkEngine:
         )
 
 
+def _attempt(future: "Future[Any]", work: Callable[[], R]) -> R | None:
+    """Run work; if it fails, that is the outcome for who waits."""
+    try:
+        return work()
+    except Exception as failure:
+        future.set_exception(failure)
+        return None
+
+
 def _resolve(future: "Future[Any]", work: Callable[[], Any]) -> None:
     """Run work and hand its outcome, whatever it is, to who waits for it."""
     try:
@@ -333,3 +385,15 @@ def _resolve(future: "Future[Any]", work: Callable[[], Any]) -> None:
         future.set_exception(failure)
     else:
         future.set_result(result)
+
+
+def _resolve_all(work: Callable[[list[C]], list[R]], calls: Sequence[Waiting[C, R]]) -> None:
+    """Run work for all of several calls, and hand each one's outcome to who waits for it."""
+    try:
+        results = work([each.call for each in calls])
+    except Exception as failure:
+        for each in calls:
+            each.future.set_exception(failure)
+    else:
+        for each, result in zip(calls, results, strict=True):
+            each.future.set_result(result)

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from fedsplit.errors import NonFinite, ProtocolError
+from fedsplit.errors import BadTensor, NonFinite, ProtocolError
 from fedsplit.spec import RunSpec
 from fedsplit.wire.messages import StepRequest
 
@@ -24,6 +24,19 @@ def require_finite(tensor: Tensor, name: str) -> None:
         raise NonFinite(
             f"{name} holds {bad} of {tensor.numel()} values that are NaN or Inf; it was refused "
             "and nothing was changed; lower the learning rate or look at this batch"
+        )
+
+
+def require_like(grad_trunk_out_BTD: Tensor, trunk_out_BTD: Tensor) -> None:
+    """Refuse a gradient that is not of the output's shape.
+
+    Raises:
+        BadTensor: It is not.
+    """
+    if grad_trunk_out_BTD.shape != trunk_out_BTD.shape:
+        raise BadTensor(
+            f"grad_trunk_out of shape {tuple(grad_trunk_out_BTD.shape)} came for a trunk_out of "
+            f"shape {tuple(trunk_out_BTD.shape)}; they must be the same"
         )
 
 

@@ -34,9 +34,9 @@ from fedsplit.model.hollow import TrunkPart
 from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.admission import Admission
+from fedsplit.trunk.calls import Worker
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.sessions import Session, Steps, no_session
-from fedsplit.trunk.training import Worker
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import check_request
 from fedsplit.wire.session import Event

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fedsplit.errors import SessionLost
-from fedsplit.trunk.training import Worker
+from fedsplit.trunk.calls import Worker
 from fedsplit.wire.messages import StepReply, StepRequest
 from fedsplit.wire.session import Event, SessionState, advance
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedsplit.errors import ActivationExpired
 from fedsplit.trunk.compute import Inputs
+from fedsplit.trunk.joint import Joint
 from fedsplit.trunk.replica import Replica
 
 
@@ -14,7 +15,8 @@ from fedsplit.trunk.replica import Replica
 class Graph:
     """One forward of the trunk, from its inputs to its output, on a version of a replica.
 
-    `barrier` counts the barriers that had closed when that version was chosen.
+    `barrier` counts the barriers that had closed when that version was chosen. Where several
+    clients shared a pass, this is member number `place` of the `joint` one.
     """
 
     inputs: Inputs
@@ -24,6 +26,8 @@ class Graph:
     barrier: int
     num_bytes: int
     expires_at: float
+    joint: Joint | None = None
+    place: int = 0
 
 
 class Stash:

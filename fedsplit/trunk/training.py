@@ -5,8 +5,7 @@ when, and one thread alone calls.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,8 +15,10 @@ from fedsplit.model.lora import trainable
 from fedsplit.optimization import squared_norm
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
+from fedsplit.trunk.calls import Begun, Taken, Worker
 from fedsplit.trunk.compute import Compute
-from fedsplit.trunk.guard import require_finite, require_plausible
+from fedsplit.trunk.guard import require_finite, require_like, require_plausible
+from fedsplit.trunk.joint import Found, Joint, JointPass
 from fedsplit.trunk.replica import Replay, Replica, Work
 from fedsplit.trunk.stash import Graph, Stash
 from fedsplit.trunk.versions import ParameterVersions
@@ -32,21 +33,6 @@ from fedsplit.wire.messages import (
 )
 
 _SHARED, _REPLICA, _RESIDUE = "trunk/", "replica/", "residue/"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
-    """Whom work is done for: a client in one session, in one round.
-
-    `cache_tokens` is 0 for a session that generates with a cache that grows.
-    """
-
-    client: str
-    session: str
-    round: int
-    training: bool
-    generating: bool = False
-    cache_tokens: int = 0
 
 
 class Training:
@@ -67,6 +53,7 @@ class Training:
         self._compute = Compute(trunk, run)
         self._stash = Stash(run.wire.stash_bytes)
         self._trained = tuple(trainable(trunk))
+        self._joint = JointPass(trunk, self._compute, self._trained)
         self._shared = self._new_replica(resident=True)
         self._replicas: dict[str, Replica] = {}
         self._works: dict[str, Work] = {}
@@ -93,6 +80,12 @@ class Training:
     def stashed_bytes(self) -> int:
         """Activations that are kept for outstanding backwards."""
         return self._stash.num_bytes
+
+    @property
+    def clients_per_pass(self) -> int:
+        """How many clients' forwards run at once, if that many are at work."""
+        most = min(self._run.train.clients_per_pass, self.barrier.num_awaited)
+        return most if most > 1 and self._joint.possible(self._shared.versions) else 1
 
     def gradients(self, worker: Worker) -> dict[str, Tensor]:
         """What a session has accumulated since its last step, by parameter name."""
@@ -145,8 +138,8 @@ class Training:
             trunk_out_BTD=out_BTD.cpu(), version=versions.current, codec=self._run.wire.down
         )
 
-    def forward(self, worker: Worker, request: ForwardRequest) -> ForwardReply:
-        """Run smashed data through and keep the graph.
+    def begin(self, worker: Worker, request: ForwardRequest) -> Begun:
+        """Take a training forward in, to be run alone or with others of its kind.
 
         Raises:
             StaleVersion: The trunk has moved on too far since the session's step began.
@@ -157,55 +150,61 @@ class Training:
         if work is None:
             work = self._works[worker.session] = self._replica_of(worker.client).begin()
         work.require_current(worker.client)
-        versions = work.replica.versions
-        output = self._compute.forward(inputs, versions, work.version)
-        graph = Graph(
-            inputs=inputs,
-            trunk_out_BTD=output.trunk_out_BTD,
-            replica=work.replica,
-            version=work.version,
-            barrier=work.barrier,
-            num_bytes=output.num_bytes,
-            expires_at=self._clock() + self._run.wire.stash_ttl_s,
-        )
-        versions.pin(graph.version)
-        self._unpin(self._stash.put(worker.session, request.call, graph))
-        return ForwardReply(
-            trunk_out_BTD=output.trunk_out_BTD.detach().cpu(),
-            version=graph.version,
-            codec=self._run.wire.down,
-        )
+        return Begun(worker=worker, call=request.call, inputs=inputs, work=work)
 
-    def backward(self, worker: Worker, request: BackwardRequest) -> BackwardReply:
-        """Run a gradient back through a stashed graph and accumulate the parameters' gradients.
+    def forward(self, calls: Sequence[Begun]) -> list[ForwardReply]:
+        """Run smashed data through and keep the graphs; several calls are of one kind."""
+        versions, version = calls[0].work.replica.versions, calls[0].work.version
+        if len(calls) == 1:
+            output = self._compute.forward(calls[0].inputs, versions, version)
+            return [self._keep(calls[0], output.trunk_out_BTD, output.num_bytes)]
+        joint = self._joint.forward([call.inputs for call in calls], versions, version)
+        outs, num_bytes = joint.trunk_out_BTD.split(joint.rows), joint.num_bytes // len(calls)
+        return [
+            self._keep(call, out_BTD, num_bytes, joint=joint, place=place)
+            for place, (call, out_BTD) in enumerate(zip(calls, outs, strict=True))
+        ]
+
+    def take(self, worker: Worker, request: BackwardRequest) -> Taken:
+        """Take a backward in, with its graph, to be run alone or with the others of a joint pass.
 
         Raises:
             ActivationExpired: The graph is gone.
         """
-        grad_BTD = request.grad_trunk_out_BTD
-        require_finite(grad_BTD, "grad_trunk_out_BTD")
-        graph = self._stash.take(worker.session, request.call)
-        versions, version = graph.replica.versions, graph.version
-        leaves = versions.leaves(version)
-        smashed = [graph.inputs.smashed_BTD] if request.want_grad else []
-        wanted, out_BTD = [*leaves.values(), *smashed], graph.trunk_out_BTD
-        try:
-            _check_shape(grad_BTD, out_BTD)
-            found = self._compute.backward(out_BTD, wanted, grad_BTD, versions, version)
-            work = self._work_of(worker.session, graph)
-        finally:
-            self._unpin([graph])
-        work.add(dict(zip(leaves, found, strict=False)), grad_BTD.shape[:2].numel())
-        if self._run.train.trunk_steps > 1:
-            work.replays.append(Replay(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD))
-        grad_smashed_BTD = found[-1] if smashed else None
-        if grad_smashed_BTD is not None and self._run.wire.feedback:
-            grad_smashed_BTD = self._feedback_of(worker, work).compensate(grad_smashed_BTD)
-        return BackwardReply(
-            grad_smashed_BTD=None if grad_smashed_BTD is None else grad_smashed_BTD.cpu(),
-            trunk_sq_norm=squared_norm(work.gradients.values()),
-            codec=self._run.wire.grad_down,
+        require_finite(request.grad_trunk_out_BTD, "grad_trunk_out_BTD")
+        taken = Taken(
+            worker=worker,
+            graph=self._stash.take(worker.session, request.call),
+            want_grad=request.want_grad,
+            grad_trunk_out_BTD=request.grad_trunk_out_BTD,
         )
+        try:
+            require_like(request.grad_trunk_out_BTD, taken.graph.trunk_out_BTD)
+        except BadTensor:
+            self.leave_out(taken)
+            raise
+        return taken
+
+    def leave_out(self, taken: Taken) -> None:
+        """Let go of a backward that will not be run."""
+        self._unpin([taken.graph])
+
+    def backward(self, calls: Sequence[Taken]) -> list[BackwardReply]:
+        """Run gradients back and accumulate the parameters'; several calls are of one joint pass.
+
+        Where the pass had further members, each call's forward is run again, alone.
+        """
+        joint = calls[0].graph.joint
+        try:
+            if joint and len(calls) == len(joint.rows):
+                versions, version = calls[0].graph.replica.versions, calls[0].graph.version
+                grads = [call.grad_trunk_out_BTD.to(self._compute.device) for call in calls]
+                found: Sequence[Found] = self._joint.backward(joint, grads, versions, version)
+            else:
+                found = [self._backward_alone(call) for call in calls]
+            return [self._add(call, *each) for call, each in zip(calls, found, strict=True)]
+        finally:
+            self._unpin([call.graph for call in calls])
 
     def contribute(self, worker: Worker, request: StepRequest, now: float) -> StepReply:
         """Hand what a session accumulated to its barrier.
@@ -311,6 +310,66 @@ class Training:
         work.barrier = min(work.barrier, graph.barrier)
         return work
 
+    def _keep(
+        self,
+        call: Begun,
+        trunk_out_BTD: Tensor,
+        num_bytes: int,
+        joint: Joint | None = None,
+        place: int = 0,
+    ) -> ForwardReply:
+        """Keep the graph of a forward for its backward, and answer it."""
+        graph = Graph(
+            inputs=call.inputs,
+            trunk_out_BTD=trunk_out_BTD,
+            replica=call.work.replica,
+            version=call.work.version,
+            barrier=call.work.barrier,
+            num_bytes=num_bytes,
+            expires_at=self._clock() + self._run.wire.stash_ttl_s,
+            joint=joint,
+            place=place,
+        )
+        graph.replica.versions.pin(graph.version)
+        self._unpin(self._stash.put(call.worker.session, call.call, graph))
+        return ForwardReply(
+            trunk_out_BTD=trunk_out_BTD.detach().cpu(),
+            version=graph.version,
+            codec=self._run.wire.down,
+        )
+
+    def _backward_alone(self, call: Taken) -> Found:
+        graph = call.graph
+        versions, version = graph.replica.versions, graph.version
+        out_BTD = graph.trunk_out_BTD
+        if graph.joint:
+            out_BTD = self._compute.forward(graph.inputs, versions, version).trunk_out_BTD
+        leaves = versions.leaves(version)
+        smashed = [graph.inputs.smashed_BTD] if call.want_grad else []
+        found = self._compute.backward(
+            out_BTD, [*leaves.values(), *smashed], call.grad_trunk_out_BTD, versions, version
+        )
+        return dict(zip(leaves, found, strict=False)), found[-1] if smashed else None
+
+    def _add(
+        self, call: Taken, found: Mapping[str, Tensor | None], grad_smashed_BTD: Tensor | None
+    ) -> BackwardReply:
+        """Accumulate the parameters' gradients of a backward, and answer it."""
+        work = self._work_of(call.worker.session, call.graph)
+        work.add(found, call.grad_trunk_out_BTD.shape[:2].numel())
+        if self._run.train.trunk_steps > 1:
+            replay = Replay(inputs=call.graph.inputs, grad_trunk_out_BTD=call.grad_trunk_out_BTD)
+            work.replays.append(replay)
+        if not call.want_grad:
+            grad_smashed_BTD = None
+        if grad_smashed_BTD is not None and self._run.wire.feedback:
+            grad_smashed_BTD = self._feedback_of(call.worker, work).compensate(grad_smashed_BTD)
+        return BackwardReply(
+            grad_smashed_BTD=None if grad_smashed_BTD is None else grad_smashed_BTD.cpu(),
+            trunk_sq_norm=squared_norm(work.gradients.values()),
+            codec=self._run.wire.grad_down,
+        )
+
     def _feedback_of(self, worker: Worker, work: Work) -> Feedback:
         """That of the session's work; it begins with what the client's last step left."""
         if work.feedback is None:
@@ -335,14 +394,6 @@ class Training:
     def _unpin(graphs: Iterable[Graph]) -> None:
         for graph in graphs:
             graph.replica.versions.unpin(graph.version)
-
-
-def _check_shape(grad_trunk_out_BTD: Tensor, trunk_out_BTD: Tensor) -> None:
-    if grad_trunk_out_BTD.shape != trunk_out_BTD.shape:
-        raise BadTensor(
-            f"grad_trunk_out of shape {tuple(grad_trunk_out_BTD.shape)} came for a trunk_out of "
-            f"shape {tuple(trunk_out_BTD.shape)}; they must be the same"
-        )
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
