@@ -17,7 +17,7 @@ from fedsplit.console import quiet_libraries
 from fedsplit.errors import FedsplitError
 from simulations.bench.report import Report
 
-BENCHES = ("accelerate", "compress", "generate", "memory", "step", "wire")
+BENCHES = ("accelerate", "clients", "compress", "generate", "memory", "step", "wire")
 """Each has `measure(size)`, of size `full` or `toy`; imported when asked for, so that one that
 needs the core alone runs where there is no more."""
 

@@ -4,20 +4,31 @@ Shapes: B sequences, T tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel
 
+from fedsplit.data.batches import Batch
 from fedsplit.model import ClientPart, TrunkPart, build_client, build_trunk
+from fedsplit.model.lora import add_adapters
 from fedsplit.model.parts import initial_whole
-from fedsplit.spec import DataSpec, RunSpec, SplitSpec, TrainSpec
+from fedsplit.spec import DataSpec, LoraSpec, RunSpec, SplitSpec, TrainSpec
+
+P = TypeVar("P", bound=PreTrainedModel)
+
+PASS_WAIT_S = 20.0
+"""In the benches nobody stays away, and a step waits for everybody anyway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A GPT-2 without dropout and the cut through it; `rows` and `tokens` are its largest batch."""
+    """A GPT-2 without dropout and the cut through it; `rows` and `tokens` are its largest batch.
+
+    With `lora_rank` adapters train, in place of all weights. `together` clients share a pass of
+    the trunk.
+    """
 
     blocks: int
     hidden: int
@@ -27,6 +38,8 @@ class Shape:
     rows: int = 8
     tokens: int = 1024
     seed: int = 0
+    lora_rank: int = 0
+    together: int = 1
 
     @property
     def run(self) -> RunSpec:
@@ -35,7 +48,10 @@ class Shape:
             seed=self.seed,
             split=SplitSpec.parse(self.split),
             data=DataSpec(sequence_length=self.tokens),
-            train=TrainSpec(batch_size=self.rows),
+            train=TrainSpec(
+                batch_size=self.rows, clients_per_pass=self.together, pass_wait_s=PASS_WAIT_S
+            ),
+            lora=LoraSpec(enabled=self.lora_rank > 0, rank=max(1, self.lora_rank)),
         )
 
     def whole(self) -> PreTrainedModel:
@@ -65,12 +81,32 @@ class Shape:
     def client(self) -> ClientPart:
         """Its two ends."""
         whole = self.whole()
-        return build_client(whole.config, self.run.split, state_dict=whole.state_dict())
+        ends = build_client(whole.config, self.run.split, state_dict=whole.state_dict())
+        return self.adapted(ends)
 
     def trunk(self) -> TrunkPart:
         """Its trunk."""
         whole = self.whole()
-        return build_trunk(whole.config, self.run.split, state_dict=whole.state_dict())
+        trunk = build_trunk(whole.config, self.run.split, state_dict=whole.state_dict())
+        return self.adapted(trunk)
+
+    def adapted(self, model: P) -> P:
+        """The model with its adapters, if there are any."""
+        if self.lora_rank:
+            add_adapters(model, self.run.lora, self.seed)
+        return model
+
+
+def batch_of(shape: Shape) -> Batch:
+    """A batch of random tokens, rows times tokens; the same one every time."""
+    chance = torch.Generator().manual_seed(shape.seed)
+    ids_BT = torch.randint(shape.vocabulary, (shape.rows, shape.tokens), generator=chance)
+    return Batch(
+        inputs={"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)},
+        labels=ids_BT,
+        num_tokens=shape.rows * (shape.tokens - 1),
+        num_bytes=ids_BT.numel(),
+    )
 
 
 def text_of(model: Any, prompt_BT: Tensor, new_tokens: int, **how: Any) -> Tensor:

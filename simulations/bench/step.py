@@ -19,13 +19,12 @@ import torch
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.client.unsplit import NoTrunk
-from fedsplit.data.batches import Batch
 from fedsplit.model import connect
 from fedsplit.spec import WireSpec
 from fedsplit.transport.client import GrpcLink
 from simulations.bench.echo import talkers
 from simulations.bench.links import WatchedLink
-from simulations.bench.models import GPT2_SMALL, TOY, Shape
+from simulations.bench.models import GPT2_SMALL, TOY, Shape, batch_of
 from simulations.bench.processes import process, threads_of_torch
 from simulations.bench.report import Report, in_turns
 from simulations.bench.roles import name_of, trunk_server
@@ -76,7 +75,7 @@ def _steps(report: Report, what: Size) -> None:
         }
         found = in_turns(what.turns, measures)
         link.forget()
-        split.step([_batch(shape)])
+        split.step([batch_of(shape)])
         _transfers(report, link)
     for name, values in found.items():
         report.spread("steps_per_s", values, by=name)
@@ -111,22 +110,11 @@ def _per_second(
     trainer: ClientTrainer, what: Size, losses: list[float], finish: Callable[[], object]
 ) -> float:
     """Steps a second, until `finish` says that all is done that they asked for."""
-    batch = _batch(what.shape)
+    batch = batch_of(what.shape)
     began = perf_counter()
     losses += [trainer.step([batch]).loss for _ in range(what.steps)]
     finish()
     return what.steps / (perf_counter() - began)
-
-
-def _batch(shape: Shape) -> Batch:
-    chance = torch.Generator().manual_seed(shape.seed)
-    ids_BT = torch.randint(shape.vocabulary, (shape.rows, shape.tokens), generator=chance)
-    return Batch(
-        inputs={"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)},
-        labels=ids_BT,
-        num_tokens=shape.rows * (shape.tokens - 1),
-        num_bytes=ids_BT.numel(),
-    )
 
 
 # --- its wire -------------------------------------------------------------------------------------

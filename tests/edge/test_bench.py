@@ -25,6 +25,7 @@ FIGURES = {
         "largest_loss_gap",
         "sdpa_speedup",
     ],
+    "clients": ["least_growth", "sample_cost_8c"],
     "memory": [
         "checkpointing_memory_saved",
         "checkpointing_memory_saved_computed",
@@ -89,6 +90,12 @@ def saved_at_the_trunk(told: dict[str, Any]) -> None:
     assert 0 < told["figures"]["client_peak_of_whole"] < 1, "without the trunk"
 
 
+def more_with_more_clients(told: dict[str, Any]) -> None:
+    rows = [row for row in told["rows"] if row["of"] == "samples_per_s"]
+    assert {row["by"] for row in rows} == {"together 1", "together 2", "in turns 2"}
+    assert told["figures"]["sample_cost_8c"] > 0
+
+
 def costing_what_it_says(told: dict[str, Any]) -> None:
     figures = told["figures"]
     assert 0.25 < figures["bytes_ratio_default"] <= 0.27
@@ -98,6 +105,7 @@ def costing_what_it_says(told: dict[str, Any]) -> None:
 
 HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accelerate": of_the_same_loss,
+    "clients": more_with_more_clients,
     "compress": costing_what_it_says,
     "generate": exact_and_small,
     "memory": saved_at_the_trunk,
