@@ -31,8 +31,7 @@ def compose(overrides: Sequence[str] = ()) -> RunSpec:
         ConfigError: An override cannot be read, or names something that is not allowed.
     """
     parsed = parse(overrides)
-    for override in parsed:
-        check(override)
+    check(parsed)
     with _HYDRA:
         store_schema()
         try:
@@ -57,8 +56,9 @@ def changed(run: RunSpec, overrides: Sequence[str]) -> RunSpec:
         ConfigError: An override cannot be read, or names no field.
     """
     config = OmegaConf.create(asdict(run))
-    for override in parse(overrides):
-        check(override)
+    parsed = parse(overrides)
+    check(parsed)
+    for override in parsed:
         key = str(override.key_or_group)
         if is_group(key):
             raise ConfigError(f"{key} was chosen when the run began; set one of its fields")

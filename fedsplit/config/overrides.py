@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from typing import Any, TypeAlias
@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsplit.config.schema import field_names, make_schema, told
@@ -72,12 +72,18 @@ def _parse_one(text: str) -> list[Override]:
     return [parser.parse_override(f"split.{part}={count}") for part, count in counts.items()]
 
 
-def check(override: Override) -> None:
+def check(overrides: Iterable[Override]) -> None:
     """Refuse what Hydra would refuse later with less to go by, or not at all.
 
     Raises:
         ConfigError: No such option or field, or a value of the wrong type.
     """
+    schema = make_schema()
+    for override in overrides:
+        _check(override, schema)
+
+
+def _check(override: Override, schema: DictConfig) -> None:
     key = str(override.key_or_group)
     if re.match(r"hydra\b", key):
         return
@@ -92,7 +98,7 @@ def check(override: Override) -> None:
         _check_option(key, override.value(), options)
         return
     try:
-        OmegaConf.update(make_schema(), key, override.value())
+        OmegaConf.update(schema, key, override.value())
     except OmegaConfBaseException as exc:
         raise told(exc) from exc
 
