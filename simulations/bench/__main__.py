@@ -2,8 +2,9 @@
 
     python -m simulations.bench generate --json FILE
 
-FILE is one JSON object: `figures` by name, and `rows`, which are what they were made of. Times
-are worth something on a machine that does nothing else; `--size toy` only tries the program.
+`all` measures everything, one bench after the other. FILE is one JSON object: `figures` by name,
+and `rows`, which are what they were made of. Times are worth something on a machine that does
+nothing else; `--size toy` only tries the program.
 """
 
 import argparse
@@ -30,13 +31,15 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m simulations.bench", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("name", choices=(*BENCHES, "all"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and rows there")
     parser.add_argument("--size", choices=("full", "toy"), default="full")
     asked = parser.parse_args(words)
     quiet_libraries()
+    report = Report()
     try:
-        report: Report = importlib.import_module(f"{__package__}.{asked.name}").measure(asked.size)
+        for name in BENCHES if asked.name == "all" else (asked.name,):
+            report.take(importlib.import_module(f"{__package__}.{name}").measure(asked.size))
     except FedsplitError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

@@ -34,6 +34,11 @@ class Report:
         """Note how many times `under` the values of `over` are, turn by turn; the median."""
         return self.spread(of, [a / b for a, b in zip(over, under, strict=True)], **which)
 
+    def take(self, other: "Report") -> None:
+        """Add what another one found."""
+        self.figures |= other.figures
+        self.rows += other.rows
+
     def as_json(self) -> dict[str, Any]:
         """What is written to a file."""
         return {"figures": self.figures, "rows": self.rows}

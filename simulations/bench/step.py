@@ -2,8 +2,8 @@
 
 Shapes: B sequences, T tokens. GPT-2 small in shape, in float32 on the CPU: the client is this
 process, the trunk another one behind gRPC on loopback, with as many threads each as the unsplit
-model has. Both train the same batch from the same weights. docs/performance.md says what the
-figures mean.
+model has. Both train the same batch from the same weights, and so do the same three stages under
+torch.distributed.pipelining. docs/performance.md says what the figures mean.
 """
 
 import os
@@ -25,6 +25,7 @@ from fedsplit.transport.client import GrpcLink
 from simulations.bench.echo import talkers
 from simulations.bench.links import WatchedLink
 from simulations.bench.models import GPT2_SMALL, TOY, Shape, batch_of
+from simulations.bench.pipelining import stages
 from simulations.bench.processes import process, threads_of_torch
 from simulations.bench.report import Report, in_turns
 from simulations.bench.roles import name_of, trunk_server
@@ -68,10 +69,11 @@ def _steps(report: Report, what: Size) -> None:
     model = shape.whole()
     whole = ClientTrainer(model, NoTrunk(model, client=name_of(0)), shape.run)
     losses: dict[str, list[float]] = {"split": [], "whole": []}
-    with _split(shape) as (split, trunk, link):
+    with _split(shape) as (split, trunk, link), stages(shape, THREADS) as pipeline:
         measures: dict[str, Callable[[], float]] = {
             "split": partial(_per_second, split, what, losses["split"], trunk.gradients),
             "whole": partial(_per_second, whole, what, losses["whole"], lambda: None),
+            "pipelining": lambda: what.steps / pipeline.seconds(what.steps),
         }
         found = in_turns(what.turns, measures)
         link.forget()
@@ -79,6 +81,7 @@ def _steps(report: Report, what: Size) -> None:
         _transfers(report, link)
     for name, values in found.items():
         report.spread("steps_per_s", values, by=name)
+    report.ratio("split / pipelining", found["split"], found["pipelining"])
     report.figures["step_ratio"] = report.ratio("split / whole", found["split"], found["whole"])
     differ = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
     report.row("losses", identical=losses["split"] == losses["whole"], largest_difference=differ)
