@@ -11,11 +11,17 @@ CODECS = {
     "fp16": (),
     "int8": ("stochastic",),
     "int4": ("stochastic",),
-    "int3": (),
     "topk": ("FRACTION",),
     "randtopk": ("FRACTION",),
+    "huffman": ("STEP",),
 }
 """The codecs of the wire by name, with what may stand after a colon."""
+
+_NUMBERS = {
+    "FRACTION": ("which fraction of the values is sent", 1.0, "0.1"),
+    "STEP": ("how long a step is in root mean squares of a row", 4.0, "0.5"),
+}
+"""What must stand after a colon: what it is, its largest, and an example."""
 
 
 def one_of(name: str, value: str, allowed: Collection[str], later: Collection[str] = ()) -> None:
@@ -55,15 +61,16 @@ def parsed_codec(field: str, text: str) -> tuple[str, str]:
     """
     name, colon, option = text.partition(":")
     one_of(field, name, CODECS)
-    if CODECS[name] == ("FRACTION",):
+    if CODECS[name] and (needed := _NUMBERS.get(CODECS[name][0])):
+        meaning, most, example = needed
         try:
-            fraction = float(option)
+            number = float(option)
         except ValueError:
-            fraction = math.nan
-        if not 0 < fraction <= 1:
+            number = math.nan
+        if not 0 < number <= most:
             raise ConfigError(
-                f"{field}={text} must say which fraction of the values is sent, above 0 and at "
-                f"most 1, such as {name}:0.1"
+                f"{field}={text} must say {meaning}, above 0 and at most {most:g}, such as "
+                f"{name}:{example}"
             )
     elif colon and option not in CODECS[name]:
         allowed = " or ".join([name, *(f"{name}:{each}" for each in CODECS[name])])

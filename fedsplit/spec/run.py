@@ -28,9 +28,9 @@ class WireSpec:
     clients trust `tls_ca`. `call_deadline_s` bounds one call, `budget_s` one call with retries.
 
     Hidden states travel as `up` and `down` say, their gradients as `grad_up` and `grad_down`: none,
-    bf16, fp16, int8 or int4 (with `:stochastic` rounding if so written), int3, topk:FRACTION or
-    randtopk:FRACTION. With `feedback`, what a codec leaves out of a gradient is added to the next
-    one that goes the same way. These five alone decide numbers.
+    bf16, fp16, int8 or int4 (with `:stochastic` rounding if so written), topk:FRACTION,
+    randtopk:FRACTION or huffman:STEP. With `feedback`, what a codec leaves out of a gradient is
+    added to the next one that goes the same way. These five alone decide numbers.
     """
 
     bind: str = "127.0.0.1:0"

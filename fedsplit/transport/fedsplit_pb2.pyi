@@ -25,7 +25,7 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INT8: _ClassVar[Codec]
     INT4: _ClassVar[Codec]
     TOPK: _ClassVar[Codec]
-    INT3: _ClassVar[Codec]
+    HUFFMAN: _ClassVar[Codec]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -40,7 +40,7 @@ FP16: Codec
 INT8: Codec
 INT4: Codec
 TOPK: Codec
-INT3: Codec
+HUFFMAN: Codec
 
 class Frame(_message.Message):
     __slots__ = ("header", "payload")

@@ -96,16 +96,15 @@ class TensorMeta:
         """What the tensor takes in memory."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """How many rows a codec sees, and their width."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
     def _check_compressed(self) -> None:
         if not DTYPES[self.dtype].is_floating_point:
             raise BadTensor(f"codec {self.codec} is for floats, but the tensor is {self.dtype}")
-        row_bytes, rest = divmod(self.nbytes, math.prod(self.shape[:-1]))
-        if rest:
-            raise BadTensor(
-                f"{self.nbytes} bytes of codec {self.codec} were announced, which rows of a tensor "
-                f"of shape {self.shape} cannot share"
-            )
-        READERS[self.codec].check(row_bytes, self.shape[-1])
+        READERS[self.codec].check(self.nbytes, *self.rows)
 
 
 def encode_tensor(tensor: Tensor, codec: str = "none") -> tuple[TensorMeta, memoryview]:
@@ -147,8 +146,7 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
         )
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=meta.nbytes, offset=offset)
     if meta.codec != "none":
-        bytes_NM = flat.view(math.prod(meta.shape[:-1]), -1)
-        rows_ND = READERS[meta.codec].decode(bytes_NM, meta.shape[-1])
+        rows_ND = READERS[meta.codec].decode(flat, *meta.rows)
         return rows_ND.view(meta.shape).to(DTYPES[meta.dtype])
     if meta.dtype == "bool":  # a byte other than 0 and 1 would be a bool that is neither
         return flat.ne(0).view(meta.shape)

@@ -9,10 +9,10 @@ Inf comes back with NaN or Inf in it, for the trunk's guard to see.
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,14 +21,15 @@ from fedsplit.errors import BadTensor
 from fedsplit.spec.checks import parsed_codec
 
 _SCALE_BYTES = 2
+_SEED_BYTES = 4
 
 
 class Codec(ABC):
-    """Makes bytes of float32 rows and rows of bytes; every row takes equally many."""
+    """Makes bytes of float32 rows, and rows of bytes."""
 
     @abstractmethod
-    def check(self, row_bytes: int, width: int) -> None:
-        """Refuse a number of bytes that rows of `width` values cannot take.
+    def check(self, nbytes: int, num_rows: int, width: int) -> None:
+        """Refuse a number of bytes that so many rows of `width` values cannot take.
 
         Raises:
             BadTensor: It is refused.
@@ -36,10 +37,10 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, rows_ND: Tensor) -> Tensor:
-        """The bytes, as a uint8 matrix of a row for each row."""
+        """The bytes, as uint8 of any shape."""
 
     @abstractmethod
-    def decode(self, bytes_NM: Tensor, width: int) -> Tensor:
+    def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
         """The rows of `width` values in float32, out of bytes of a length that was checked.
 
         Raises:
@@ -47,8 +48,35 @@ class Codec(ABC):
         """
 
 
+class RowCodec(Codec):
+    """A codec in which every row takes equally many bytes."""
+
+    def check(self, nbytes: int, num_rows: int, width: int) -> None:
+        """See `Codec`."""
+        row_bytes, rest = divmod(nbytes, num_rows)
+        if rest:
+            raise BadTensor(f"{nbytes} bytes were announced, which {num_rows} rows cannot share")
+        self.check_row(row_bytes, width)
+
+    def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
+        """See `Codec`."""
+        return self.decode_rows(bytes_M.view(num_rows, -1), width)
+
+    @abstractmethod
+    def check_row(self, row_bytes: int, width: int) -> None:
+        """Refuse a number of bytes that a row of `width` values cannot take.
+
+        Raises:
+            BadTensor: It is refused.
+        """
+
+    @abstractmethod
+    def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
+        """As `decode`, with the bytes of a row in each row."""
+
+
 @dataclass(frozen=True, slots=True)
-class Cast(Codec):
+class Cast(RowCodec):
     """A narrower float. Values beyond its range become Inf, as everywhere in torch.
 
     bfloat16 has float32's range and 8 bits of precision, float16 11 bits up to 65504.
@@ -56,62 +84,55 @@ class Cast(Codec):
 
     dtype: torch.dtype
 
-    def check(self, row_bytes: int, width: int) -> None:
-        """See `Codec`."""
+    def check_row(self, row_bytes: int, width: int) -> None:
+        """See `RowCodec`."""
         _check_length(row_bytes, width * self.dtype.itemsize, width)
 
     def encode(self, rows_ND: Tensor) -> Tensor:
         """See `Codec`."""
         return rows_ND.to(self.dtype).view(torch.uint8)
 
-    def decode(self, bytes_NM: Tensor, width: int) -> Tensor:
-        """See `Codec`."""
+    def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
+        """See `RowCodec`."""
         return bytes_NM.view(self.dtype).float()
 
 
 @dataclass(frozen=True, slots=True)
-class Int(Codec):
+class Int(RowCodec):
     """Whole numbers of `bits` bits, and a scale per row: its largest value over the largest number.
 
     An error is at most half a scale with rounding to nearest. `stochastic` rounding is off by
     less than one, and by nothing on average: Alistarh et al. 2017, "QSGD", arXiv 1610.02132.
 
     Args:
-        bits: Of a number: 8, 4 or 3.
+        bits: Of a number: 8 or 4.
         stochastic: How to round.
-        reach: How much of the row's largest value the largest number stands for. With few
-            bits the others gain more by a finer scale than the largest loses by being cut off.
     """
 
     bits: int
     stochastic: bool = False
-    reach: float = 1.0
 
     @property
     def most(self) -> int:
         """The largest number."""
         return int(2 ** (self.bits - 1)) - 1
 
-    def check(self, row_bytes: int, width: int) -> None:
-        """See `Codec`."""
+    def check_row(self, row_bytes: int, width: int) -> None:
+        """See `RowCodec`."""
         _check_length(row_bytes, _SCALE_BYTES + _packed_bytes(width, self.bits), width)
 
     def encode(self, rows_ND: Tensor) -> Tensor:
         """See `Codec`."""
         largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
-        scales_N1 = _rounded_up(largest_N1 * (self.reach / self.most))
+        scales_N1 = _rounded_up(largest_N1 / self.most)
         steps_ND = rows_ND / scales_N1.float()
         if self.stochastic:
             steps_ND = steps_ND.add_(_noise(rows_ND)).floor_()
-        else:
-            steps_ND = steps_ND.round_()
-        # 0 / 0 of a row of zeros, and all of a row whose scale is Inf or NaN, becomes 0.
-        steps_ND = steps_ND.nan_to_num_(nan=0.0).clamp_(-self.most, self.most)
-        numbers_ND = steps_ND.add_(self.most).to(torch.uint8)
+        numbers_ND = _numbers(steps_ND, self.most)
         return torch.cat([scales_N1.view(torch.uint8), _pack(numbers_ND, self.bits)], dim=1)
 
-    def decode(self, bytes_NM: Tensor, width: int) -> Tensor:
-        """See `Codec`."""
+    def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
+        """See `RowCodec`."""
         scales = bytes_NM[:, :_SCALE_BYTES].clone(memory_format=torch.contiguous_format)
         scales_N1 = scales.view(torch.bfloat16).float()
         numbers_ND = _unpack(bytes_NM[:, _SCALE_BYTES:], self.bits, width)
@@ -119,7 +140,7 @@ class Int(Codec):
 
 
 @dataclass(frozen=True, slots=True)
-class TopK(Codec):
+class TopK(RowCodec):
     """The largest of every row, as whole numbers of 8 bits, and a bit per value for where they are.
 
     Aji and Heafield 2017, "Sparse Communication for Distributed Gradient Descent", arXiv
@@ -135,8 +156,8 @@ class TopK(Codec):
     fraction: float = 1.0
     chance: float = 0.0
 
-    def check(self, row_bytes: int, width: int) -> None:
-        """See `Codec`."""
+    def check_row(self, row_bytes: int, width: int) -> None:
+        """See `RowCodec`."""
         kept = _num_kept(row_bytes, width)
         if not 1 <= kept <= width:
             raise BadTensor(f"rows of {row_bytes} bytes hold {kept} of {width} values")
@@ -148,15 +169,15 @@ class TopK(Codec):
         values = _KEPT.encode(rows_ND.gather(1, kept_NK))
         return torch.cat([_pack(mask_ND, 1), values], dim=1)
 
-    def decode(self, bytes_NM: Tensor, width: int) -> Tensor:
-        """See `Codec`."""
+    def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
+        """See `RowCodec`."""
         kept = _num_kept(bytes_NM.shape[1], width)
         bytes_of_mask = _packed_bytes(width, 1)
         mask_ND = _unpack(bytes_NM[:, :bytes_of_mask], 1, width).bool()
         if not mask_ND.sum(dim=1).eq(kept).all():
             raise BadTensor(f"a row says of other than {kept} of its {width} values where they are")
         rows_ND = torch.zeros(mask_ND.shape)
-        rows_ND[mask_ND] = _KEPT.decode(bytes_NM[:, bytes_of_mask:], kept).flatten()
+        rows_ND[mask_ND] = _KEPT.decode_rows(bytes_NM[:, bytes_of_mask:], kept).flatten()
         return rows_ND
 
     def _chosen(self, rows_ND: Tensor) -> Tensor:
@@ -170,6 +191,59 @@ class TopK(Codec):
         return torch.cat([largest_NK, lots_ND.topk(drawn, dim=1).indices], dim=1)
 
 
+@dataclass(frozen=True, slots=True)
+class Huffman(Codec):
+    """Whole numbers of dithered steps, of which the frequent ones take fewer bits.
+
+    A step is a part of its row's root mean square: at equal bytes the error is less than with one
+    that goes by the largest value. Both ends make the same dither, which is added before rounding
+    and taken away after it. So an error is at most half a step, and nothing on average, whatever
+    the value: Ziv 1985, "On Universal Quantization", IEEE Transactions on Information Theory 31(3).
+
+    The bytes are the dither's seed and a raw deflate stream of Huffman codes alone: the high bytes
+    of all steps as bfloat16, the low ones, and a byte for each number; each in blocks of its own.
+
+    Args:
+        step: In root mean squares of a row; one that is only to decode needs none.
+    """
+
+    step: float = 1.0
+
+    def check(self, nbytes: int, num_rows: int, width: int) -> None:
+        """See `Codec`."""
+        symbols = num_rows * (_SCALE_BYTES + width)
+        if 8 * (nbytes - _SEED_BYTES) < symbols:  # of Huffman codes, none is shorter than a bit
+            raise BadTensor(f"{nbytes} bytes are no code of {symbols} symbols; they are too few")
+
+    def encode(self, rows_ND: Tensor) -> Tensor:
+        """See `Codec`."""
+        seed, steps_N1 = _seed(rows_ND), self._steps(rows_ND)
+        dithered_ND = (rows_ND / steps_N1.float()).add_(_dither(rows_ND.shape, seed, rows_ND))
+        low_N, high_N = steps_N1.view(torch.uint8).unbind(dim=1)
+        packed = bytearray(seed.to_bytes(_SEED_BYTES, "little"))
+        deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
+        for symbols in (high_N, low_N, _numbers(dithered_ND, _KEPT.most)):
+            packed += deflate.compress(symbols.cpu().contiguous().numpy().data)
+            packed += deflate.flush(zlib.Z_BLOCK)
+        return torch.frombuffer(packed + deflate.flush(), dtype=torch.uint8)
+
+    def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
+        """See `Codec`."""
+        seed = int.from_bytes(bytes_M[:_SEED_BYTES].numpy(), "little")
+        symbols = _inflated(bytes_M[_SEED_BYTES:], num_rows * (_SCALE_BYTES + width))
+        high_N, low_N, numbers = torch.split(symbols, [num_rows, num_rows, num_rows * width])
+        steps_N1 = torch.stack([low_N, high_N], dim=1).view(torch.bfloat16).float()
+        rows_ND = numbers.view(num_rows, width).float().sub_(_KEPT.most)
+        return rows_ND.sub_(_dither(rows_ND.shape, seed, rows_ND)).mul_(steps_N1)
+
+    def _steps(self, rows_ND: Tensor) -> Tensor:
+        """Long enough for the largest value to be a number."""
+        largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
+        squares_N1 = (rows_ND / largest_N1).square_().mean(dim=1, keepdim=True)
+        rms_N1 = squares_N1.sqrt_().nan_to_num_(nan=0.0).mul_(largest_N1)
+        return _rounded_up(torch.maximum(self.step * rms_N1, largest_N1 / _KEPT.most))
+
+
 _KEPT = Int(8)
 
 READERS: dict[str, Codec] = {
@@ -177,8 +251,8 @@ READERS: dict[str, Codec] = {
     "fp16": Cast(torch.float16),
     "int8": Int(8),
     "int4": Int(4),
-    "int3": Int(3, reach=0.75),
     "topk": TopK(),
+    "huffman": Huffman(),
 }
 """What decodes a tensor, by the name that its header gives; how it was chosen does not matter."""
 
@@ -194,6 +268,8 @@ def writer(name: str) -> tuple[str, Codec]:
         return kind, TopK(float(option))
     if kind == "randtopk":
         return "topk", TopK(float(option), chance=0.1)
+    if kind == "huffman":
+        return kind, Huffman(float(option))
     if option:
         return kind, Int(int(kind[-1]), stochastic=True)
     return kind, READERS[kind]
@@ -212,7 +288,29 @@ def _num_kept(row_bytes: int, width: int) -> int:
 
 
 def _packed_bytes(width: int, bits: int) -> int:
-    return sum(-(-width * piece // 8) for piece in _pieces(bits))
+    return -(-width * bits // 8)
+
+
+def _numbers(steps_ND: Tensor, most: int) -> Tensor:
+    """The nearest whole numbers from -most to most, counted from 0 on, as bytes.
+
+    0 / 0 of a row of zeros, and all of a row whose scale is Inf or NaN, becomes 0.
+    """
+    whole_ND = steps_ND.round_().nan_to_num_(nan=0.0).clamp_(-most, most)
+    return whole_ND.add_(most).to(torch.uint8)
+
+
+def _inflated(bytes_M: Tensor, length: int) -> Tensor:
+    """The symbols that were deflated to these bytes; memory is taken for no more than them."""
+    inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+    try:
+        symbols = bytearray(inflate.decompress(bytes_M.numpy().data, length))
+        more = inflate.decompress(inflate.unconsumed_tail, 1)
+    except zlib.error as exc:
+        raise BadTensor(f"{len(bytes_M)} bytes are no Huffman codes: {exc}") from exc
+    if more or inflate.unused_data or not inflate.eof or len(symbols) != length:
+        raise BadTensor(f"{len(bytes_M)} bytes are not the code of {length} symbols and an end")
+    return torch.frombuffer(symbols, dtype=torch.uint8)
 
 
 def _rounded_up(positive: Tensor) -> Tensor:
@@ -222,42 +320,33 @@ def _rounded_up(positive: Tensor) -> Tensor:
     return torch.where(nearest.float() < positive, following, nearest)
 
 
+def _seed(rows_ND: Tensor) -> int:
+    """Of what is random about these rows: the same whenever they are encoded."""
+    return zlib.crc32(rows_ND.contiguous().cpu().view(torch.uint8).numpy().data)
+
+
 def _noise(rows_ND: Tensor) -> Tensor:
     """Numbers in [0, 1) that are the same whenever these rows are encoded."""
-    content = rows_ND.contiguous().cpu().view(torch.uint8).numpy().data
-    generator = torch.Generator().manual_seed(zlib.crc32(content))
+    generator = torch.Generator().manual_seed(_seed(rows_ND))
     return torch.rand(rows_ND.shape, generator=generator).to(rows_ND.device)
 
 
-def _pieces(bits: int) -> tuple[int, ...]:
-    """Bits of a number that share a byte with as many of its neighbors, lowest first."""
-    return (bits,) if 8 % bits == 0 else (2, bits - 2)
+def _dither(shape: torch.Size, seed: int, like: Tensor) -> Tensor:
+    """Numbers in (-1/2, 1/2); numpy promises the raw ones to be the same in all its versions."""
+    raw = np.random.PCG64(seed).random_raw(-(-shape.numel() // 4)).view(np.int16)
+    numbers = torch.from_numpy(raw)[: shape.numel()].view(shape).to(like)
+    return numbers.add_(0.5).div_(1 << 16)
 
 
 def _pack(numbers_ND: Tensor, bits: int) -> Tensor:
-    """Several small numbers to a byte, the first one lowest; all low pieces, then the high ones."""
-    packed, done = [], 0
-    for piece in _pieces(bits):
-        pieces_ND = numbers_ND >> done & (1 << piece) - 1
-        padded = F.pad(pieces_ND, (0, -numbers_ND.shape[1] % (8 // piece)))
-        places = range(8 // piece)
-        shifted = [padded[:, place :: 8 // piece] << piece * place for place in places]
-        packed.append(reduce(torch.bitwise_or, shifted))
-        done += piece
-    return torch.cat(packed, dim=1)
+    """Several small numbers to a byte, the first one lowest."""
+    padded = F.pad(numbers_ND, (0, -numbers_ND.shape[1] % (8 // bits)))
+    places = range(8 // bits)
+    shifted = [padded[:, place :: 8 // bits] << bits * place for place in places]
+    return reduce(torch.bitwise_or, shifted)
 
 
 def _unpack(bytes_NM: Tensor, bits: int, width: int) -> Tensor:
-    numbers_ND = torch.zeros((len(bytes_NM), width), dtype=torch.uint8)
-    done = 0
-    for piece, part in zip(_pieces(bits), _parted(bytes_NM, bits, width), strict=True):
-        places = range(0, 8, piece)
-        spread = torch.stack([part >> place & (1 << piece) - 1 for place in places], dim=2)
-        numbers_ND |= spread.flatten(1)[:, :width] << done
-        done += piece
-    return numbers_ND
-
-
-def _parted(bytes_NM: Tensor, bits: int, width: int) -> Sequence[Tensor]:
-    lengths = [-(-width * piece // 8) for piece in _pieces(bits)]
-    return torch.split(bytes_NM, lengths, dim=1)
+    places = range(0, 8, bits)
+    spread = torch.stack([bytes_NM >> place & (1 << bits) - 1 for place in places], dim=2)
+    return spread.flatten(1)[:, :width]

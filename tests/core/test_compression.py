@@ -1,6 +1,10 @@
 """Lossy codecs: how far off they are, that they repeat themselves, and what they refuse."""
 
 import math
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +26,8 @@ from fedsplit.wire.feedback import Feedback
 
 INTS = {"int8": 127, "int8:stochastic": 127, "int4": 7, "int4:stochastic": 7}
 _LEAST = 1e-40
-NAMES = ["bf16", "fp16", *INTS, "int3", "topk:0.3", "randtopk:0.9", "topk:1"]
+HUFFMAN = ["huffman:0.2", "huffman:0.9", "huffman:4"]
+NAMES = ["bf16", "fp16", *INTS, *HUFFMAN, "topk:0.3", "randtopk:0.9", "topk:1"]
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1.0, 1.0, width=32)
 SPECIAL = st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 3.4e38])
 
@@ -62,13 +67,13 @@ def test_an_integer_is_off_by_a_part_of_the_rows_largest(tensor: Tensor, codec: 
     assert (error <= steps * scale * (1 + 1e-5)).all()
 
 
-@given(tensors())
-def test_three_bits_cut_the_largest_off_and_are_finer_for_it(tensor: Tensor) -> None:
-    largest = tensor.abs().amax(dim=-1, keepdim=True).double()
-    error = (tensor.double() - as_received(tensor, "int3").double()).abs()
-    assert (error <= 0.25 * largest * (1 + 1e-5) + _LEAST).all()
-    within = tensor.abs() <= 0.75 * largest
-    assert (error <= 0.126 * largest + _LEAST)[within].all()
+@given(tensors(), st.sampled_from(HUFFMAN))
+def test_a_step_is_a_part_of_the_rows_root_mean_square(tensor: Tensor, codec: str) -> None:
+    rms = tensor.double().square().mean(dim=-1, keepdim=True).sqrt()
+    largest = tensor.double().abs().amax(dim=-1, keepdim=True)
+    step = torch.maximum(float(codec.partition(":")[2]) * rms, largest / 127) * (1 + 2**-7)
+    error = (tensor.double() - as_received(tensor, codec).double()).abs()
+    assert (error <= 0.5 * step * (1 + 1e-4) + 127 * _LEAST).all()
 
 
 @given(tensors())
@@ -91,12 +96,14 @@ def test_the_largest_of_a_row_are_kept(tensor: Tensor, fraction: float) -> None:
     assert ((rows - back).abs()[back != 0] <= 0.51 * scale.expand_as(rows)[back != 0]).all()
 
 
-@pytest.mark.parametrize("codec", ["int8:stochastic", "int4:stochastic"])
-def test_stochastic_rounding_is_right_on_average(codec: str) -> None:
+@pytest.mark.parametrize("codec", ["int8:stochastic", "int4:stochastic", *HUFFMAN])
+def test_random_rounding_is_right_on_average(codec: str) -> None:
     row = torch.randn(32, generator=torch.Generator().manual_seed(0))
     many = 20_000
     back = as_received(row.expand(many, 32), codec)
-    scale = row.abs().max() / INTS[codec]
+    scale = row.abs().max() / INTS.get(codec, 127)
+    if codec in HUFFMAN:
+        scale = float(codec.partition(":")[2]) * row.square().mean().sqrt()
     # A rounding's deviation is at most half a step; six deviations of the mean.
     assert ((back.mean(dim=0) - row).abs() <= 6 * 0.51 * scale / math.sqrt(many)).all()
     assert not torch.equal(back[0], back[1])
@@ -112,11 +119,34 @@ def test_a_randomized_choice_reaches_small_values() -> None:
 
 @pytest.mark.parametrize(
     ("codec", "ratio"),
-    [("bf16", 0.5), ("int8", 0.254), ("int4", 0.129), ("int3", 0.0977), ("topk:0.05", 0.049)],
+    [("bf16", 0.5), ("int8", 0.254), ("int4", 0.129), ("topk:0.05", 0.049)],
 )
 def test_what_a_value_costs(codec: str, ratio: float) -> None:
     tensor = torch.randn(2, 3, 128)
     assert encode_tensor(tensor, codec)[0].nbytes / tensor.nbytes == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize(("step", "bits"), [(0.2, 4.5), (0.5, 3.2), (0.9, 2.45), (4.0, 1.36)])
+def test_the_longer_a_step_the_fewer_bits(step: float, bits: float) -> None:
+    tensor = torch.randn(4, 128, 128, generator=torch.Generator().manual_seed(0))
+    meta, _ = encode_tensor(tensor, f"huffman:{step}")
+    assert 8 * meta.nbytes / tensor.numel() == pytest.approx(bits, rel=0.03)
+
+
+def test_a_large_value_takes_no_precision_from_the_others() -> None:
+    rows = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for largest in (4.0, 20.0):
+        rows[:, 0] = largest
+        errors.append((as_received(rows, "huffman:0.5") - rows).square().mean())
+        ratio = (as_received(rows, "int4") - rows).square().mean() / errors[-1]
+    assert ratio > 5
+
+
+def test_the_same_values_have_another_error_at_another_place() -> None:
+    rows = torch.ones(1, 8).expand(50, 8)
+    assert as_received(rows, "huffman:1").unique().numel() > 300
+    assert not as_received(rows, "huffman:1")[:40].equal(as_received(rows[:40], "huffman:1"))
 
 
 def test_whole_numbers_are_left_alone() -> None:
@@ -129,13 +159,16 @@ META = {"dtype": "float32", "shape": (2, 16)}
 WRONG = {
     "cast": ("bf16", 62, {}, "a row of 16 values takes 32 bytes, not 31"),
     "int": ("int8", 34, {}, "a row of 16 values takes 18 bytes, not 17"),
-    "uneven": ("int4", 21, {}, "21 bytes of codec int4 were announced"),
+    "uneven": ("int4", 21, {}, "21 bytes were announced, which 2 rows cannot share"),
     "nothing kept": ("topk", 8, {}, "rows of 4 bytes hold 0 of 16 values"),
     "too short": ("topk", 2, {}, "hold -3 of 16"),
     "too many kept": ("topk", 42, {}, "hold 17 of 16 values"),
     "integers": ("int8", 36, {"dtype": "int64"}, "codec int8 is for floats, .* int64"),
-    "a bomb": ("topk", 64, {"shape": (1 << 30, 1 << 30)}, "64 bytes of codec topk were announced"),
-    "another": ("zip", 64, {}, "'zip' is not one of: none, bf16, fp16, int8, int4, int3, topk"),
+    "a bomb": ("topk", 64, {"shape": (1 << 30, 1 << 30)}, "64 bytes were announced, which"),
+    "too few": ("huffman", 8, {}, "8 bytes are no code of 36 symbols; they are too few"),
+    "no seed": ("huffman", 0, {}, "0 bytes are no code of 36 symbols"),
+    "a bomb of codes": ("huffman", 64, {"shape": (1 << 30, 1 << 30)}, "they are too few"),
+    "another": ("zip", 64, {}, "'zip' is not one of: none, bf16, fp16, int8, int4, topk, huffman"),
 }
 
 
@@ -159,13 +192,70 @@ def test_any_bytes_are_a_tensor_or_refused(raw: bytes, codec: str) -> None:
         assert "says of other than 3 of its 8 values where they are" in str(refusal)
 
 
+CODED = encode_tensor(torch.randn(6, 40, generator=torch.Generator().manual_seed(0)), "huffman:1")
+
+
+def huffman(raw: bytes, **changes: object) -> Tensor:
+    return decode_tensor(replace(CODED[0], nbytes=len(raw), **changes), bytearray(raw))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        pytest.param(lambda raw: raw[:-1], "not the code of 252 symbols and an end", id="cut"),
+        pytest.param(lambda raw: raw + b"x", "not the code of 252", id="trailing"),
+        pytest.param(lambda raw: raw[:4] + b"\xff" + raw[5:], "no Huffman codes", id="no stream"),
+        pytest.param(lambda raw: raw[:4] + deflated(251), "not the code of 252", id="short"),
+        pytest.param(lambda raw: raw[:4] + deflated(253), "not the code of 252", id="long"),
+        pytest.param(
+            lambda raw: raw[:4] + deflated(10_000_000, zlib.Z_RLE),
+            "not the code of 252",
+            id="blown up",
+        ),
+    ],
+)
+def test_what_no_code_is_is_refused(changed: Callable[[bytes], bytes], text: str) -> None:
+    with pytest.raises(BadTensor, match=text):
+        huffman(changed(bytes(CODED[1])))
+
+
+def deflated(num_symbols: int, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:
+    deflate = zlib.compressobj(wbits=-15, strategy=strategy)
+    return deflate.compress(bytes(num_symbols)) + deflate.flush()
+
+
+def test_a_bomb_takes_no_more_memory_than_its_tensor() -> None:
+    raw = bytes(CODED[1])[:4] + deflated(1 << 26, zlib.Z_RLE)
+    tracemalloc.start()
+    with pytest.raises(BadTensor, match="not the code"):
+        huffman(raw)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@given(st.binary(max_size=60), st.integers(0, 60), st.integers(0, 255))
+def test_any_codes_are_a_tensor_or_refused(tail: bytes, place: int, byte: int) -> None:
+    whole = bytes(CODED[1])
+    for raw in (
+        whole[: -len(tail) or None] + tail,
+        whole[:place] + bytes([byte]) + whole[place + 1 :],
+    ):
+        try:
+            assert huffman(raw).shape == (6, 40)
+        except BadTensor as refusal:
+            assert "code" in str(refusal)  # noqa: PT017
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("zip", "wire.up='zip' is not one of: none, bf16, fp16, int8, int4, int3, topk, randtopk"),
+        ("zip", "wire.up='zip' is not one of: none, bf16, fp16, int8, int4, topk, randtopk"),
         ("topk", "wire.up=topk must say which fraction"),
         ("topk:0", "above 0 and at most 1, such as topk:0.1"),
         ("randtopk:nan", "such as randtopk:0.1"),
+        ("huffman", "wire.up=huffman must say how long a step is in root mean squares"),
+        ("huffman:5", "above 0 and at most 4, such as huffman:0.5"),
         ("int8:fast", "has no such option; write int8 or int8:stochastic"),
         ("bf16:stochastic", "has no such option; write bf16"),
         ("none:", "write none"),

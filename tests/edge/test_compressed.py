@@ -20,7 +20,11 @@ from fedsplit.wire import messages as m
 from tests.core.worlds import World, batch, small_run, world
 
 STRONG = WireSpec(
-    up="int4:stochastic", down="int8", grad_up="topk:0.2", grad_down="randtopk:0.5", feedback=True
+    up="int4:stochastic",
+    down="huffman:0.2",
+    grad_up="topk:0.2",
+    grad_down="huffman:0.9",
+    feedback=True,
 )
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TINY = GPT2Config(

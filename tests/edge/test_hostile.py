@@ -115,6 +115,16 @@ FRAMES = {
     ),
     "no places": (compressed(1, 4, 128, nbytes=4 * 31), "BAD_TENSOR", "other than 13 of its 128"),
     "a bomb": (compressed(2, 1 << 20, nbytes=262150), "TOO_LARGE", "carries 8388608 bytes; at"),
+    "codes that no stream is": (
+        compressed(1, 4, 128, nbytes=256, codec=7),
+        "BAD_TENSOR",
+        "no Huffman",
+    ),
+    "a bomb of codes": (
+        compressed(2, 1 << 20, nbytes=800_000, codec=7),
+        "TOO_LARGE",
+        "carries 8388608",
+    ),
     "an absurd size": (shaped(1 << 20, 1 << 20, nbytes=1 << 42), "TOO_LARGE", "at most"),
     "a wrong total": (
         edited(lambda f: setattr(f.header, "payload_bytes", 4096)),
