@@ -19,6 +19,13 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
     return math.fsum(torch.linalg.vector_norm(t.detach()).item() ** 2 for t in tensors)
 
 
+def unscale(gradients: Iterable[Tensor], loss_scale: float) -> None:
+    """Make gradients of a scaled loss those of the loss; exact for powers of two."""
+    if loss_scale != 1.0:
+        for gradient in gradients:
+            gradient.mul_(1.0 / loss_scale)
+
+
 def block_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
     """The norm of each block's gradients; a block is a parameter's name up to the first number.
 
@@ -65,7 +72,11 @@ class PartOptimizer:
 
     def sq_norm(self) -> float:
         """Squared norm of the gradients that are there now."""
-        return squared_norm(p.grad for p in self.parameters.values() if p.grad is not None)
+        return squared_norm(self.gradients())
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that are there now."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def step(self, step: int, coefficient: float = 1.0, lr_scale: float = 1.0) -> None:
         """Scale the gradients, take optimizer step number `step` (from 0) and drop them.
@@ -76,9 +87,8 @@ class PartOptimizer:
             lr_scale: Of the learning rate, below 1 for gradients that are stale.
         """
         if coefficient != 1.0:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(coefficient)
+            for gradient in self.gradients():
+                gradient.mul_(coefficient)
         for group in self._torch.param_groups:
             group["lr"] = self._train.lr_at(step) * lr_scale
         self._torch.step()

@@ -88,6 +88,7 @@ class RemoteTrunk:
         self._session = ""
         self._next_call = 0
         self._trunk_sq_norm = 0.0
+        self.autocast = ""
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
         """Begin a session, in place of the one before; the trunk's parameter version.
@@ -114,7 +115,7 @@ class RemoteTrunk:
             )
         if self._feedback:
             self._feedback.dropped()
-        self._session = reply.session
+        self._session, self.autocast = reply.session, reply.autocast
         self._next_call, self._trunk_sq_norm = first_call, 0.0
         return reply.version
 
@@ -223,7 +224,7 @@ class RemoteTrunk:
 
     @property
     def trunk_sq_norm(self) -> float:
-        """Squared norm of the trunk's gradient accumulated since the last step."""
+        """Squared norm of the trunk's gradient accumulated since the last step, as it is."""
         return self._trunk_sq_norm
 
     @property
@@ -231,7 +232,9 @@ class RemoteTrunk:
         """What the codec left out of the last gradient that went up, if that is made good."""
         return self._feedback.residue if self._feedback else None
 
-    def step(self, *, step: int, num_tokens: int, ends_sq_norm: float) -> None:
+    def step(
+        self, *, step: int, num_tokens: int, ends_sq_norm: float, loss_scale: float = 1.0
+    ) -> None:
         """Contribute the accumulated gradient to the trunk's next step; waits for no one.
 
         Raises:
@@ -243,6 +246,7 @@ class RemoteTrunk:
             step=step,
             num_tokens=num_tokens,
             ends_sq_norm=ends_sq_norm,
+            loss_scale=loss_scale,
         )
         self.exchange(request)
         self._trunk_sq_norm = 0.0
@@ -253,7 +257,8 @@ class RemoteTrunk:
         """Contribute to the trunk's step whenever this optimizer of the ends has stepped.
 
         So whatever trains the client's model, such as the Trainer of transformers, trains the
-        trunk with it; a step weighs as much as any other client's. Open a session before.
+        trunk with it; a step weighs as much as any other client's. Open a session before, and let
+        nothing scale the loss: the trunk would not know of it.
 
         Args:
             optimizer: Steps bottom and top; it keeps their gradients until it has.
@@ -272,7 +277,10 @@ class RemoteTrunk:
         return optimizer.register_step_post_hook(contribute)
 
     def gradients(self, *, tensors: bool = False) -> m.GradientsReply:
-        """Norms per block, and on request the tensors, of what has accumulated at the trunk."""
+        """Norms per block, and on request the tensors, of what has accumulated at the trunk.
+
+        With a loss scale they are larger by it.
+        """
         return self.exchange(m.GradientsRequest(session=self._named_session(), tensors=tensors))
 
     def training_state(self) -> m.TrainingStateReply:

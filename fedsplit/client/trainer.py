@@ -19,13 +19,14 @@ from fedsplit.client.footprint import Footprint
 from fedsplit.client.losses import prediction_loss
 from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
+from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch
 from fedsplit.errors import NonFinite, SessionLost, StaleVersion
-from fedsplit.model.acceleration import accelerate, autocast
+from fedsplit.model.acceleration import accelerate, autocast, precision_of
 from fedsplit.model.auxiliary import AuxiliaryHead, auxiliary_head_of
 from fedsplit.model.lora import trainable
-from fedsplit.optimization import PartOptimizer, clip_coefficient
+from fedsplit.optimization import PartOptimizer, clip_coefficient, unscale
 from fedsplit.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class ClientTrainer:
         step: How many optimizer steps this client has taken before.
         proximal_mu: Weight of FedProx's term, which pulls back to the values of now.
         shared: Names of the parameters that this term is for; all that train by default.
+        loss_scale: Where it was after those steps; in use only while a side is in float16.
 
     Raises:
         ConfigError: The mode is `isolated`, but the model has no auxiliary head; or the family
@@ -100,11 +102,13 @@ class ClientTrainer:
         step: int = 0,
         proximal_mu: float = 0.0,
         shared: Collection[str] | None = None,
+        loss_scale: LossScale = INITIAL_SCALE,
     ) -> None:
         accelerate(model, run.train)
         trained = trainable(model)
         self.optimizer = PartOptimizer(trained, run.train)
         self.steps = step
+        self.loss_scale = loss_scale
         self._model = model
         self._trunk = trunk
         self._run = run
@@ -126,18 +130,27 @@ class ClientTrainer:
         self.optimizer.zero_grad()
         with self._trunk.turn.drawing(f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"):
             losses = [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
+        scale = self._scale
+        unscale(self.optimizer.gradients(), scale)
         self._proximal.add_gradient()
         ends_sq_norm = self.optimizer.sq_norm()
-        sq_norm = ends_sq_norm + self._trunk.trunk_sq_norm
+        sq_norm = ends_sq_norm + self._trunk.trunk_sq_norm / scale**2
         if not math.isfinite(sq_norm):
             raise NonFinite(f"the gradient of step {self.steps} has norm {sq_norm}; it was skipped")
         if self._mode == "joint":
-            self._trunk.step(step=self.steps, num_tokens=num_tokens, ends_sq_norm=ends_sq_norm)
+            self._trunk.step(
+                step=self.steps,
+                num_tokens=num_tokens,
+                ends_sq_norm=ends_sq_norm,
+                loss_scale=scale,
+            )
         train = self._run.train
         clipped_sq_norm = sq_norm if train.clip == "global" else ends_sq_norm
         self.optimizer.step(self.steps, clip_coefficient(clipped_sq_norm, train.clip_norm))
         self._footprint.stepped(self.optimizer)
         self.steps += 1
+        if self._is_scaled:
+            self.loss_scale = self.loss_scale.after_step()
         return StepStats(loss=sum(losses), num_tokens=num_tokens)
 
     def fit(self, batches: Iterable[Sequence[Batch]], *, round: int = 0) -> FitStats:
@@ -145,10 +158,11 @@ class ClientTrainer:
 
         A step that the trunk could not take is repeated on the same batches with the same
         dropout; one that it refuses as stale again and again, and one whose numbers are not
-        finite, is given up: it changes nothing at either side.
+        finite, is given up: it changes nothing at either side but the scale of the loss, if there
+        is one.
 
         Raises:
-            NonFinite: Three steps in a row were not finite.
+            NonFinite: Three steps in a row were not finite, and no smaller scale could help.
             FedsplitError: The trunk cannot be reached, or refuses for good.
         """
         done: list[StepStats] = []
@@ -168,7 +182,10 @@ class ClientTrainer:
                 except NonFinite as reason:
                     log.warning("%s skips a step: %s", self._trunk.client, reason)
                     skipped, in_a_row = skipped + 1, in_a_row + 1
-                    if in_a_row == _ATTEMPTS:
+                    if self._is_scaled and self.loss_scale.can_fall:
+                        self.loss_scale, in_a_row = self.loss_scale.after_overflow(), 0
+                        log.warning("the loss scale falls to %g", self.loss_scale.value)
+                    elif in_a_row == _ATTEMPTS:
                         raise
                 self._trunk.open(round, first_call=next_call)
         num_tokens = sum(stats.num_tokens for stats in done)
@@ -220,7 +237,7 @@ class ClientTrainer:
             objective = loss
             if self._auxiliary is not None:
                 objective = loss + self._auxiliary_loss(self._auxiliary, batch) * weight
-        objective.backward()
+        (objective * self._scale).backward()
         return loss.item()
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -238,6 +255,16 @@ class ClientTrainer:
     def _output(self, batch: Batch) -> Any:
         """What the family's own forward returns, with `loss` and `logits`."""
         return self._model(**self._inputs(batch), labels=self._labels(batch))
+
+    @property
+    def _is_scaled(self) -> bool:
+        """Whether gradients pass through float16, here or at the trunk."""
+        ours = precision_of(self._run.model, self._model.device)
+        return "float16" in (ours, self._trunk.autocast)
+
+    @property
+    def _scale(self) -> float:
+        return self.loss_scale.value if self._is_scaled else 1.0
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self._run.model, self._model.device)

@@ -19,6 +19,7 @@ class NoTrunk:
     next_call = 0
     trunk_sq_norm = 0.0
     residue = None
+    autocast = ""
 
     def __init__(self, model: PreTrainedModel, *, client: str) -> None:
         self.client = client
@@ -35,5 +36,7 @@ class NoTrunk:
         """A block like any other."""
         yield
 
-    def step(self, *, step: int, num_tokens: int, ends_sq_norm: float) -> None:
+    def step(
+        self, *, step: int, num_tokens: int, ends_sq_norm: float, loss_scale: float = 1.0
+    ) -> None:
         """There is nobody to step with."""

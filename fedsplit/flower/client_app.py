@@ -79,6 +79,7 @@ def train(message: Message, context: Context) -> Message:
             step=memory.steps,
             proximal_mu=_proximal_mu(message.content),
             shared=half.shared,
+            loss_scale=memory.loss_scale,
         )
         trainer.optimizer.load_state(memory.moments)
         stats = trainer.fit(half.share.groups(memory.batches, steps), round=half.ticket.round)
@@ -88,6 +89,7 @@ def train(message: Message, context: Context) -> Message:
         moments=trainer.optimizer.state(),
         personal=half.personal,
         residue=half.residue,
+        loss_scale=trainer.loss_scale,
     )
     memory.put_into(context.state)
     if run.train.save_every:

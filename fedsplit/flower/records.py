@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsplit.checkpoints import Snapshot, prune, snapshots_in
+from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.errors import CheckpointError, ModelMismatch
 from fedsplit.spec import RunSpec
 
@@ -61,7 +62,7 @@ class Memory:
 
     `steps` it has taken, `batches` it has read, the `moments` of its optimizer, and the tensors
     of its `personal` part, by name; `residue` is what error feedback has to add to the next
-    gradient, if anything.
+    gradient, if anything, and `loss_scale` where that was.
     """
 
     steps: int = 0
@@ -69,6 +70,7 @@ class Memory:
     moments: dict[str, Tensor] = field(default_factory=dict)
     personal: dict[str, Tensor] = field(default_factory=dict)
     residue: dict[str, Tensor] = field(default_factory=dict)
+    loss_scale: LossScale = INITIAL_SCALE
 
     @staticmethod
     def of(state: RecordDict) -> "Memory | None":
@@ -79,11 +81,11 @@ class Memory:
         groups: dict[str, Any] = {
             name: dict(state.array_records[name].to_torch_state_dict()) for name in _KEPT
         }
-        return Memory(**groups, **counts)
+        return Memory._of(groups, counts)
 
     def put_into(self, state: RecordDict) -> None:
         """Keep this, in place of what was kept."""
-        state[_COUNTS] = MetricRecord({"steps": self.steps, "batches": self.batches})
+        state[_COUNTS] = MetricRecord(self._counts)
         for name in _KEPT:
             state[name] = to_arrays(getattr(self, name))
 
@@ -92,7 +94,7 @@ class Memory:
         Snapshot(
             round=round,
             settings=run.settings,
-            facts={"steps": self.steps, "batches": self.batches},
+            facts=self._counts,
             tensors={name: getattr(self, name) for name in _KEPT},
         ).write(parent)
         # The server may have to go back to the one before its latest.
@@ -115,7 +117,18 @@ class Memory:
             )
         snapshot = Snapshot.read(kept[max(kept)], run)
         groups: dict[str, Any] = {name: snapshot.tensors[name] for name in _KEPT}
-        return Memory(**groups, **snapshot.facts)
+        return Memory._of(groups, snapshot.facts)
+
+    @property
+    def _counts(self) -> dict[str, Any]:
+        scale = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
+        return {"steps": self.steps, "batches": self.batches, **scale}
+
+    @staticmethod
+    def _of(groups: dict[str, Any], counts: dict[str, Any]) -> "Memory":
+        scale = LossScale(value=counts["loss_scale"], good_steps=counts["good_steps"])
+        steps, batches = counts["steps"], counts["batches"]
+        return Memory(**groups, steps=steps, batches=batches, loss_scale=scale)
 
 
 def resumed_of(content: RecordDict) -> int:

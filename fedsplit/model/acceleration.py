@@ -47,9 +47,26 @@ def autocast(model: ModelSpec, device: torch.device) -> AbstractContextManager[N
 
     For forwards: a backward computes in the precision of its forward by itself.
     """
-    enabled = model.autocast != "off"
-    dtype = getattr(torch, model.autocast) if enabled else None
-    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+    precision = precision_of(model, device)
+    dtype = getattr(torch, precision) if precision else None
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def precision_of(model: ModelSpec, device: torch.device) -> str:
+    """The dtype that `model.autocast` stands for on a device, by name; empty if it is off.
+
+    `auto` is bfloat16 where the device has it, which needs no loss scale, else float16.
+    """
+    if model.autocast == "auto":
+        return "bfloat16" if device.type == "cpu" or _has_bfloat16(device) else "float16"
+    return "" if model.autocast == "off" else model.autocast
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _checkpoint(model: PreTrainedModel) -> None:

@@ -1,9 +1,11 @@
 """Which of a family's attentions a part computes with."""
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fedsplit.errors import ConfigError
+from fedsplit.model.acceleration import precision_of
 from fedsplit.spec import ModelSpec
 
 _PREFERRED = ("flash_attention_2", "sdpa", "eager")
@@ -47,6 +49,6 @@ def _obstacle(name: str, model: ModelSpec, family: type[PreTrainedModel], device
         return ""
     if device.partition(":")[0] != "cuda":
         return f"it needs a CUDA device, and this part is on {device}"
-    if "bfloat16" not in (model.dtype, model.autocast):
-        return "it needs half precision (model.dtype=bfloat16 or model.autocast=bfloat16)"
+    if model.dtype != "bfloat16" and not precision_of(model, torch.device(device)):
+        return "it needs half precision (model.dtype=bfloat16 or model.autocast=auto)"
     return "" if is_flash_attn_2_available() else "the package flash-attn is not installed here"

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from fedsplit.errors import ConfigError
+from fedsplit.model.acceleration import precision_of
 from fedsplit.model.attention import attention_of
 from fedsplit.model.auxiliary import add_auxiliary_head
 from fedsplit.model.hollow import ClientPart, TrunkPart
@@ -202,5 +203,7 @@ def _whole(run: RunSpec, config: PretrainedConfig, device: str) -> PreTrainedMod
 
 def _options(run: RunSpec, family: type[PreTrainedModel], device: str) -> dict[str, Any]:
     attention = attention_of(run.model, family, device)
-    log.info("%s on %s computes attention as %s", family.__name__, device, attention)
+    precision = precision_of(run.model, torch.device(device)) or run.model.dtype
+    told = family.__name__, device, attention, precision
+    log.info("%s on %s computes attention as %s, matrix products in %s", *told)
     return {"dtype": getattr(torch, run.model.dtype), "attn_implementation": attention}

@@ -77,7 +77,8 @@ class ModelSpec:
     `attention` is a name of transformers, or `auto` for the fastest of flash_attention_2, sdpa
     and eager that the family, the device and the precision allow. With `autocast` the weights,
     and what travels, stay in `dtype`, and matrix products of training and evaluation are in the
-    smaller one.
+    smaller one; `auto` is bfloat16 on devices that have it and float16 on others, each side for
+    itself. Where either side is in float16, losses are scaled.
     """
 
     pretrained: str = ""
@@ -92,7 +93,7 @@ class ModelSpec:
         attentions = ("auto", "flash_attention_2", "sdpa", "eager")
         one_of("model.attention", self.attention, attentions)
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"), later=("float16",))
-        one_of("model.autocast", self.autocast, ("off", "bfloat16"), later=("float16",))
+        one_of("model.autocast", self.autocast, ("off", "auto", "bfloat16", "float16"))
         if not self.pretrained and not self.family:
             raise ConfigError("model.pretrained and model.family are both empty; set one of them")
 

@@ -184,6 +184,12 @@ class RunSpec:
                 f"wire.feedback goes by the trunk's steps, and in train.mode={self.train.mode} it "
                 "takes none; use train.mode=joint"
             )
+        if self.wire.feedback and self.model.autocast in ("auto", "float16"):
+            raise ConfigError(
+                f"wire.feedback adds to the next gradient, which with model.autocast="
+                f"{self.model.autocast} may be scaled by another factor; use "
+                "model.autocast=bfloat16 or wire.feedback=false"
+            )
         if self.policy.sim_slowdown and self.train.mode != "joint":
             raise ConfigError(
                 f"policy.sim_slowdown goes by the trunk's steps, and in train.mode="

@@ -163,16 +163,18 @@ class OpenRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("session", "incarnation", "version", "limits")
+    __slots__ = ("session", "incarnation", "version", "limits", "autocast")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     session: str
     incarnation: str
     version: int
     limits: Limits
-    def __init__(self, session: _Optional[str] = ..., incarnation: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    autocast: str
+    def __init__(self, session: _Optional[str] = ..., incarnation: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec")
@@ -227,18 +229,20 @@ class BackwardReply(_message.Message):
     def __init__(self, grad_smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., trunk_sq_norm: _Optional[float] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("session", "call", "step", "num_tokens", "ends_sq_norm")
+    __slots__ = ("session", "call", "step", "num_tokens", "ends_sq_norm", "loss_scale")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDS_SQ_NORM_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     step: int
     num_tokens: int
     ends_sq_norm: float
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., step: _Optional[int] = ..., num_tokens: _Optional[int] = ..., ends_sq_norm: _Optional[float] = ...) -> None: ...
+    loss_scale: float
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., step: _Optional[int] = ..., num_tokens: _Optional[int] = ..., ends_sq_norm: _Optional[float] = ..., loss_scale: _Optional[float] = ...) -> None: ...
 
 class StepReply(_message.Message):
     __slots__ = ("version",)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import StaleVersion
-from fedsplit.optimization import clip_coefficient, squared_norm
+from fedsplit.optimization import clip_coefficient, squared_norm, unscale
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.compute import Compute, Inputs
@@ -88,6 +88,7 @@ class _Contribution:
     replays: list[Replay]
     step: int
     ends_sq_norm: float
+    loss_scale: float
 
 
 class Replica:
@@ -141,6 +142,7 @@ class Replica:
             NonFinite: Its norm is NaN or Inf.
         """
         work.end()
+        unscale(work.gradients.values(), request.loss_scale)
         sq_norm = self._sq_norm(work.gradients, request.ends_sq_norm)
         require_finite(torch.tensor(sq_norm, dtype=torch.float64), "the squared gradient norm")
         self._clip(work.gradients, sq_norm)
@@ -160,6 +162,7 @@ class Replica:
             replays=work.replays,
             step=request.step,
             ends_sq_norm=request.ends_sq_norm,
+            loss_scale=request.loss_scale,
         )
         return StepReply(version=self.versions.current + 1)
 
@@ -217,6 +220,7 @@ class Replica:
                 out_BTD, list(leaves.values()), replay.grad_trunk_out_BTD, versions, version
             )
             _accumulate(total, dict(zip(leaves, found, strict=True)))
+        unscale(total.values(), contribution.loss_scale)
         return total
 
     def _sq_norm(self, gradients: Gradients, ends_sq_norm: float) -> float:

@@ -29,6 +29,7 @@ from fedsplit.errors import (
     SessionLost,
     TooLarge,
 )
+from fedsplit.model.acceleration import precision_of
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.optimization import block_norms
@@ -75,6 +76,7 @@ class TrunkService:
         self._model = model_fingerprint(trunk.config, run.split)
         self._family = str(trunk.config.model_type)
         self._dtype = trunk.dtype
+        self._autocast = precision_of(run.model, trunk.device)
         self._round = 0
         self._admission = Admission()
         self._sessions: dict[str, Session] = {}
@@ -249,6 +251,7 @@ class TrunkService:
             incarnation=self.incarnation,
             version=version,
             limits=self.limits,
+            autocast=self._autocast,
         )
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:

@@ -53,6 +53,7 @@ _LEAST = {
     "round": 0,
     "num_tokens": 1,
     "ends_sq_norm": 0,
+    "loss_scale": 1,
     "past": 0,
     "wanted": 1,
     "cache_tokens": 0,

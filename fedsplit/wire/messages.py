@@ -45,12 +45,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenReply(Reply):
-    """A new session; `incarnation` is random per start of the server."""
+    """A new session; `incarnation` is random per start of the server.
+
+    `autocast` is the precision of the trunk's matrix products, empty where it is the model's own:
+    where it is float16, the client has to scale its losses.
+    """
 
     session: str
     incarnation: str
     version: int
     limits: Limits
+    autocast: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +111,7 @@ class BackwardReply(Reply):
     """The smashed data's gradient (absent if not wanted).
 
     `trunk_sq_norm` is the squared norm of all that this session has accumulated since its last
-    step: the one float that clipping by the global norm needs.
+    step, scaled as the losses were: the one float that clipping by the global norm needs.
     """
 
     grad_smashed_BTD: Tensor | None
@@ -138,7 +143,8 @@ class StepRequest(Request[StepReply]):
 
     `call` is the last backward's, `step` the client's own count of optimizer steps (it places
     the learning rate), `num_tokens` the weight among clients and `ends_sq_norm` the squared
-    gradient norm of bottom and top.
+    gradient norm of bottom and top. All gradients that crossed since the last step are
+    `loss_scale` times what they should be; `ends_sq_norm` is not.
     """
 
     session: str
@@ -146,6 +152,7 @@ class StepRequest(Request[StepReply]):
     step: int
     num_tokens: int
     ends_sq_norm: float
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -60,7 +60,7 @@ REFUSED = [
     (lambda: SplitSpec.parse("1/0/1"), "leaves the trunk no block"),
     (lambda: SplitSpec.parse("1/2/0"), "split.top=0 is too small"),
     (lambda: ModelSpec(attention="flex"), "is not one of: auto, flash_attention_2, sdpa, eager"),
-    (lambda: ModelSpec(autocast="float16"), "not available yet; allowed: off, bfloat16"),
+    (lambda: ModelSpec(autocast="fp16"), "is not one of: off, auto, bfloat16, float16"),
     (lambda: TrainSpec(checkpointing="top"), "is not one of: none, trunk, client, all"),
     (lambda: TrainSpec(compile_trunk="reduce-overhead"), "is not available yet; allowed: off, d"),
     (lambda: TrainSpec(optimizer="adamw_8bit"), "not available yet; allowed: adamw, adam, sgd"),
@@ -95,6 +95,12 @@ REFUSED = [
             wire=WireSpec(grad_up="int4", feedback=True), train=TrainSpec(mode="frozen_trunk")
         ),
         "wire.feedback goes by the trunk's steps, and in train.mode=frozen_trunk",
+    ),
+    (
+        lambda: RunSpec(
+            wire=WireSpec(grad_up="int4", feedback=True), model=ModelSpec(autocast="float16")
+        ),
+        "with model.autocast=float16 may be scaled by another factor; use model.autocast=bfl",
     ),
     (lambda: WireSpec(tls_cert="a"), "wire.tls_cert and wire.tls_key go together"),
     (lambda: WireSpec(bind="0.0.0.0:1", insecure=True), "set wire.advertise=host:port"),

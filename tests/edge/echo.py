@@ -58,7 +58,9 @@ class EchoService:
             return sorted(self._gone)
 
     def OpenRequest(self, request: m.OpenRequest) -> m.OpenReply:
-        return m.OpenReply(session=request.client, incarnation="i1", version=3, limits=LIMITS)
+        return m.OpenReply(
+            session=request.client, incarnation="i1", version=3, limits=LIMITS, autocast="float16"
+        )
 
     def ForwardRequest(self, request: m.ForwardRequest) -> m.ForwardReply:
         return m.ForwardReply(trunk_out_BTD=request.smashed_BTD, version=request.call)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from fedsplit.checkpoints import snapshots_in
+from fedsplit.client.scaling import LossScale
 from fedsplit.errors import CheckpointError, ConfigError, Diverged
+from fedsplit.flower.records import Memory
 from fedsplit.run_folder import RunFolder
 from fedsplit.spec import RunSpec
 from tests.edge.federation import (
@@ -63,6 +65,7 @@ VARIANTS = {
         "halves.options={fraction_train: 0.5}",
     ),
     "feedback": ("wire=strong", "wire.feedback=true", "train.accumulation=2"),
+    "float16": ("model.autocast=float16",),
     "v1": ("strategy=splitfed_v1",),
     "sequential": ("strategy=sequential",),
     "async": ("policy=async", "policy.sim_slowdown={client-2: 3}"),
@@ -81,6 +84,13 @@ def test_going_on_gives_the_numbers_of_not_stopping(tmp_path, words):
     went_on = joined(folder)
     for name, tensor in joined(whole).items():
         assert tensor.equal(went_on[name]), name
+
+
+def test_the_loss_scale_goes_on_too(tmp_path):
+    run = spec_for(tmp_path, *KEPT, "model.autocast=float16")
+    interrupted(run, 3)
+    memory = Memory.restore(resumed(run).path / "clients" / "client-1", 4, run)
+    assert memory.loss_scale == LossScale(good_steps=4 * 2)
 
 
 def test_a_snapshot_that_was_not_finished_is_not_used(tmp_path):

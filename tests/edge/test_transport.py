@@ -76,7 +76,9 @@ def test_every_request_is_answered(kind: str, service: EchoService, tmp_path: Pa
                 training=True,
             )
         )
-        assert opened == m.OpenReply(session="s1", incarnation="i1", version=3, limits=LIMITS)
+        assert opened == m.OpenReply(
+            session="s1", incarnation="i1", version=3, limits=LIMITS, autocast="float16"
+        )
         sent = forward(tokens=5, call=7)
         reply = link.exchange(sent)
         assert reply.trunk_out_BTD.equal(sent.smashed_BTD)
@@ -87,7 +89,9 @@ def test_every_request_is_answered(kind: str, service: EchoService, tmp_path: Pa
             )
         )
         assert (back.grad_smashed_BTD, back.trunk_sq_norm) == (None, 0.5)
-        step = m.StepRequest(session="s1", call=7, step=4, num_tokens=9, ends_sq_norm=0.25)
+        step = m.StepRequest(
+            session="s1", call=7, step=4, num_tokens=9, ends_sq_norm=0.25, loss_scale=512.0
+        )
         assert link.exchange(step) == m.StepReply(version=5)
         assert service.handled[-1] == step
         state = link.exchange(m.TrainingStateRequest(session="s1"))
