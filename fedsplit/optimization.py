@@ -4,14 +4,19 @@ Clipping is by the global norm over all three parts, so it takes the squared nor
 Each tensor's norm is torch's; their squares are summed exactly, so no order of summing shows.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsplit.errors import CheckpointError
+from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.spec import TrainSpec
+from fedsplit.spec.train import EIGHT_BIT
+
+log = logging.getLogger(__name__)
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> float:
@@ -63,6 +68,10 @@ class PartOptimizer:
     it goes by names, so it also decays vectors that are neither bias nor norm (state-space and
     attention-sink scalars) and leaves out matrices that are named a bias (experts of gpt-oss).
     Steps are torch's fused ones, as the `Trainer`'s are: one pass over memory, five times as fast.
+    Those with 8-bit moments are of bitsandbytes, again as the `Trainer`'s.
+
+    Raises:
+        ConfigError: bitsandbytes is needed, and is not installed or cannot use this device.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainSpec) -> None:
@@ -121,6 +130,9 @@ class PartOptimizer:
                     f"optimizer state {key!r} belongs to no trained parameter here"
                 )
             parameter = self.parameters[name]
+            if self._train.optimizer in EIGHT_BIT:
+                _restore(self._torch, parameter, moment, value)
+                continue
             # On its way it may have left the parameter's device and dtype; steps are float32.
             dtype = value.dtype if moment == "step" else parameter.dtype
             kept = value.to(parameter.device, dtype)
@@ -132,9 +144,68 @@ def _torch_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if train.optimizer in EIGHT_BIT:
+        return _eight_bit(groups, train)
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=True)
     decoupled = train.optimizer == "adamw"
     kind: type[torch.optim.Adam] = torch.optim.AdamW if decoupled else torch.optim.Adam
     betas = (train.beta1, train.beta2)
     return kind(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
+
+
+# --- moments in 8 bits --------------------------------------------------------------------------
+
+
+def _eight_bit(groups: list[dict[str, Any]], train: TrainSpec) -> torch.optim.Optimizer:
+    """AdamW whose moments are blocks of 8-bit numbers with a scale; small tensors keep 32 bits.
+
+    Dettmers, Lewis, Shleifer and Zettlemoyer 2022, "8-bit Optimizers via Block-wise Quantization",
+    ICLR, arXiv 2110.02861.
+    """
+    name = f"train.optimizer={train.optimizer}"
+    try:
+        import bitsandbytes
+    except ImportError as exc:
+        raise ConfigError(
+            f"{name} needs bitsandbytes, which is not installed here: pip install "
+            "'fedsplit[optimizers]' at every client and at the trunk, or use train.optimizer=adamw"
+        ) from exc
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    if strange := sorted(devices - bitsandbytes.supported_torch_devices):
+        raise ConfigError(
+            f"{name} cannot run on {strange[0]}, which bitsandbytes {bitsandbytes.__version__} "
+            "does not support; use train.optimizer=adamw"
+        )
+    kind = bitsandbytes.optim.AdamW8bit
+    if train.optimizer.startswith("paged"):
+        if "cpu" in devices:
+            log.warning("%s pages nothing on a CPU; it is adamw_8bit here", name)
+        else:
+            kind = bitsandbytes.optim.PagedAdamW8bit
+    made: torch.optim.Optimizer = kind(
+        groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps
+    )
+    return made
+
+
+def _restore(optimizer: Any, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+    """Put a moment where bitsandbytes itself would have it, in the type and memory it chose."""
+    kept = optimizer.state[parameter]
+    if not kept:
+        place, group, index = next(
+            (place, group, index)
+            for place, group in enumerate(optimizer.param_groups)
+            for index, each in enumerate(group["params"])
+            if each is parameter
+        )
+        optimizer.init_state(group, parameter, place, index)
+    if moment not in kept or value.shape != torch.as_tensor(kept[moment]).shape:
+        raise CheckpointError(
+            f"a moment {moment!r} of shape {tuple(value.shape)} is none of an 8-bit optimizer "
+            "here; resume with the train.optimizer and bitsandbytes it was saved with"
+        )
+    if moment == "step":
+        kept[moment] = int(value)
+    else:
+        kept[moment].copy_(value)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import at_least, one_of, positive, within
 
-_8_BIT = ("adamw_8bit", "paged_adamw_8bit")
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
+"""Optimizers that need bitsandbytes."""
 _MODES = ("off", "default", "max-autotune-no-cudagraphs")
 # A CUDA graph writes each output over the one before, and here several wait for their backward.
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -22,7 +23,8 @@ class TrainSpec:
 
     `clip_norm` is the largest norm of the gradient, over all three parts (`clip=global`) or of
     the client's and the trunk's each (`clip=parts`); 0 turns clipping off. `momentum` is SGD's.
-    Weight decay is for matrices only.
+    Weight decay is for matrices only. `adamw_8bit` keeps its moments in 8 bits (extra
+    `optimizers`), `paged_adamw_8bit` in memory that a GPU may move out when it is short.
 
     `mode` says what trains: `joint` all three parts, `frozen_trunk` the halves with gradients that
     pass through a trunk that stays as it is, `isolated` the halves alone: the top on what the
@@ -77,7 +79,7 @@ class TrainSpec:
         counts = ("rounds", "local_steps", "batch_size", "accumulation", "trunk_steps")
         for name in (*counts, "clients_per_pass"):
             at_least(f"train.{name}", getattr(self, name), 1)
-        one_of("train.optimizer", self.optimizer, ("adamw", "adam", "sgd"), _8_BIT)
+        one_of("train.optimizer", self.optimizer, ("adamw", "adam", "sgd", *EIGHT_BIT))
         one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
         one_of("train.clip", self.clip, ("global", "parts"))
         one_of("train.mode", self.mode, ("joint", "frozen_trunk", "isolated"))

@@ -63,7 +63,7 @@ REFUSED = [
     (lambda: ModelSpec(autocast="fp16"), "is not one of: off, auto, bfloat16, float16"),
     (lambda: TrainSpec(checkpointing="top"), "is not one of: none, trunk, client, all"),
     (lambda: TrainSpec(compile_trunk="reduce-overhead"), "is not available yet; allowed: off, d"),
-    (lambda: TrainSpec(optimizer="adamw_8bit"), "not available yet; allowed: adamw, adam, sgd"),
+    (lambda: TrainSpec(optimizer="adam_8bit"), "is not one of: adamw, adam, sgd, adamw_8bit, pa"),
     (lambda: ModelSpec(dtype="float64"), "model.dtype='float64' is not one of: float32, bfloat16"),
     (lambda: ModelSpec(family=""), "both empty; set one of them"),
     (lambda: LoraSpec(rank=0), "lora.rank=0 is too small"),

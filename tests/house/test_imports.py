@@ -17,6 +17,7 @@ LIBRARIES |= {"huggingface_hub"}  # whose errors transformers lets through
 EXTRAS = {  # imported by the function that needs them
     "fedsplit/data/sources.py": {"datasets", "sklearn"},
     "fedsplit/data/partitioners.py": {"datasets"},
+    "fedsplit/optimization.py": {"bitsandbytes"},
 }
 
 
