@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedsplit.errors import Diverged
+from fedsplit.errors import Diverged, FedsplitError
+from fedsplit.flower.halves import packed, shapes_of, unpacked
 from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.records import ARRAYS, WEIGHT
 from fedsplit.spec import RunSpec
@@ -164,6 +165,7 @@ class Crew:
         reasons = []
         for message in messages:
             self._give_ticket(message, self.name_of(message), number)
+            self._pack(message)
             self.tally.carried(message)
         asked = dict(zip(self.post.send(messages), messages, strict=True))
         until = time.monotonic() + self.timeout_s
@@ -226,7 +228,7 @@ class Crew:
         for work in works:
             message = self._sent[work.client] = messages[work.client]
             self._give_ticket(message, work.client, work.round)
-            self._began[work.number] = arrays
+            self._began[work.number] = self._pack(message)
             self.tally.carried(message)
             out.append(message)
         self._go_on([work.client for work in works], at_once=at_once, failures=failures)
@@ -250,6 +252,16 @@ class Crew:
             until=self.rounds.deadline,
         )
 
+    def _pack(self, message: Message) -> ArrayRecord:
+        """Have a message carry its halves as the run says; what its client makes of them."""
+        arrays = message.content.array_records.get(ARRAYS, ArrayRecord())
+        codec = self._run.wire.halves
+        if codec == "none":
+            return arrays
+        carried = packed(arrays, codec)
+        message.content = RecordDict({**message.content, ARRAYS: carried})
+        return unpacked(carried, codec, shapes_of(arrays))
+
     def _message_again(self, work: Work, arrays: ArrayRecord) -> Message:
         last = self._sent[work.client]
         return Message(
@@ -267,7 +279,8 @@ class Crew:
         return [self._event_of(work, reply) for work, reply in found]
 
     def _event_of(self, work: Work, reply: Message) -> Event:
-        if trouble := _trouble_with(reply, self._began[work.number]):
+        self.tally.carried(reply)
+        if trouble := self._unpack(reply, self._began[work.number]):
             self._service.release(work.client)
             del self._began[work.number]
             self.tally.reasons.append(trouble)
@@ -275,7 +288,6 @@ class Crew:
             return Failed(number=work.number)
         numbers = numbers_of(reply)
         self._replies[work.number] = reply
-        self.tally.carried(reply)
         self.tally.trained.append((work.client, numbers))
         if numbers["done"]:
             self._done.add(work.client)
@@ -285,21 +297,31 @@ class Crew:
             again=work.client not in self._done,
         )
 
+    def _unpack(self, reply: Message, began: ArrayRecord) -> str:
+        """Have a reply hold its halves as they are meant; why it cannot be used, if so."""
+        if reply.has_error():
+            return f"{reply.error.reason}"
+        if self._run.wire.halves != "none" and ARRAYS in reply.content:
+            came = reply.content.array_records[ARRAYS]
+            try:
+                whole = unpacked(came, self._run.wire.halves, shapes_of(began))
+            except FedsplitError as refusal:
+                return str(refusal)
+            reply.content = RecordDict({**reply.content, ARRAYS: whole})
+        return _trouble_with(reply, began)
+
     def _take(self, work: Work) -> tuple[ArrayRecord, Message]:
         return self._began.pop(work.number), self._replies.pop(work.number)
 
 
 def _trouble_with(reply: Message, began: ArrayRecord) -> str:
     """Why a reply cannot be used; empty if it can."""
-    if reply.has_error():
-        return f"{reply.error.reason}"
     missing = {WEIGHT, "loss", "done"} - numbers_of(reply).keys()
     if missing:
         return f"its reply has no number {sorted(missing)[0]!r}"
     came = reply.content.array_records.get(ARRAYS, ArrayRecord())
-    shapes = {name: array.shape for name, array in came.items()}
-    if shapes != {name: array.shape for name, array in began.items()}:
-        return f"its reply has {len(shapes)} arrays, not the {len(began)} that were sent"
+    if shapes_of(came) != shapes_of(began):
+        return f"its reply has {len(came)} arrays, not the {len(began)} that were sent"
     if not all(np.isfinite(array.numpy()).all() for array in came.values()):
         return "its halves hold NaN or Inf"
     return ""

@@ -23,6 +23,7 @@ from fedsplit.client.unsplit import NoTrunk
 from fedsplit.config import from_run_config
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import ModelMismatch
+from fedsplit.flower.halves import packed, unpacked
 from fedsplit.flower.node import Node, Preparation, Share, share_of, texts_of, tokenizer_of
 from fedsplit.flower.records import (
     ARRAYS,
@@ -96,7 +97,7 @@ def train(message: Message, context: Context) -> Message:
         memory.save(half.node.snapshots_of(run), half.ticket.round, run)
     content = RecordDict({METRICS: MetricRecord(half.numbers_of(stats, memory, begin))})
     if half.shared:
-        content[ARRAYS] = to_arrays(half.shared)
+        content[ARRAYS] = packed(to_arrays(half.shared), run.wire.halves)
     return Message(content, reply_to=message)
 
 
@@ -191,7 +192,10 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
     model: PreTrainedModel = build(run, config, node.device)
     nn.Module.to(model, node.device)
     if ARRAYS in message.content:
-        load_arrays(shared(model, run), message.content.array_records[ARRAYS])
+        halves = shared(model, run)
+        shapes = {name: tuple(parameter.shape) for name, parameter in halves.items()}
+        came = message.content.array_records[ARRAYS]
+        load_arrays(halves, unpacked(came, run.wire.halves, shapes))
     with torch.no_grad():
         for name, parameter in personal(model, run).items():
             if memory.personal:

@@ -15,7 +15,7 @@ from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
 
-_LOSSY = ("up", "down", "grad_up", "grad_down", "feedback")
+_LOSSY = ("up", "down", "grad_up", "grad_down", "feedback", "halves")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -30,7 +30,8 @@ class WireSpec:
     Hidden states travel as `up` and `down` say, their gradients as `grad_up` and `grad_down`: none,
     bf16, fp16, int8 or int4 (with `:stochastic` rounding if so written), topk:FRACTION,
     randtopk:FRACTION or huffman:STEP. With `feedback`, what a codec leaves out of a gradient is
-    added to the next one that goes the same way. These five alone decide numbers.
+    added to the next one that goes the same way. The halves that Flower carries travel as `halves`
+    says, both ways: none, fp16 or int8. These six alone decide numbers.
     """
 
     bind: str = "127.0.0.1:0"
@@ -44,6 +45,7 @@ class WireSpec:
     grad_up: str = "none"
     grad_down: str = "none"
     feedback: bool = False
+    halves: str = "none"
     call_deadline_s: float = 120.0
     budget_s: float = 300.0
     stash_ttl_s: float = 300.0
@@ -52,6 +54,7 @@ class WireSpec:
     def __post_init__(self) -> None:
         for name in ("up", "down", "grad_up", "grad_down"):
             parsed_codec(f"wire.{name}", getattr(self, name))
+        one_of("wire.halves", self.halves, ("none", "fp16", "int8"))
         if self.feedback and self.grad_up == self.grad_down == "none":
             raise ConfigError(
                 "wire.feedback=true has nothing to add to; set wire.grad_up or wire.grad_down, or "
@@ -178,6 +181,11 @@ class RunSpec:
             raise ConfigError(
                 f"baseline={self.baseline} has no trunk: it takes neither policy.sim_slowdown nor "
                 f"train.mode={self.train.mode}"
+            )
+        if self.wire.halves != "none" and not self.shares_halves:
+            raise ConfigError(
+                f"wire.halves={self.wire.halves} has nothing to compress: no client gives anything "
+                "of its halves away; set wire.halves=none"
             )
         if self.wire.feedback and self.train.mode != "joint":
             raise ConfigError(

@@ -88,6 +88,7 @@ REFUSED = [
     (lambda: PolicySpec(sim_slowdown={"client-0": 0.5}), "sim_slowdown of client-0=0.5 is too sm"),
     (lambda: HalvesSpec(personal="head"), "halves.personal='head' is not one of: none, bottom"),
     (lambda: WireSpec(up="zip"), "wire.up='zip' is not one of: none, bf16, fp16"),
+    (lambda: WireSpec(halves="int4"), "wire.halves='int4' is not one of: none, fp16, int8"),
     (lambda: WireSpec(grad_down="topk:2"), "wire.grad_down=topk:2 must say which fraction"),
     (lambda: WireSpec(feedback=True), "wire.feedback=true has nothing to add to; set wire.grad_up"),
     (

@@ -66,9 +66,15 @@ VARIANTS = {
     ),
     "feedback": ("wire=strong", "wire.feedback=true", "train.accumulation=2"),
     "float16": ("model.autocast=float16",),
-    "v1": ("strategy=splitfed_v1",),
+    "v1": ("strategy=splitfed_v1", "wire.halves=int8"),
     "sequential": ("strategy=sequential",),
     "async": ("policy=async", "policy.sim_slowdown={client-2: 3}"),
+    "fedbuff": (
+        "policy=async",
+        "policy.buffer=2",
+        "policy.sim_slowdown={client-2: 3}",
+        "wire.halves=fp16",
+    ),
     "quorum": ("policy=quorum", "policy.sim_slowdown={client-2: 3}", "policy.quorum=2"),
 }
 
