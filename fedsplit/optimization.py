@@ -177,12 +177,13 @@ def _eight_bit(groups: list[dict[str, Any]], train: TrainSpec) -> torch.optim.Op
             f"{name} cannot run on {strange[0]}, which bitsandbytes {bitsandbytes.__version__} "
             "does not support; use train.optimizer=adamw"
         )
-    kind = bitsandbytes.optim.AdamW8bit
+    optimizers: Any = bitsandbytes.optim
+    kind = optimizers.AdamW8bit
     if train.optimizer.startswith("paged"):
         if "cpu" in devices:
             log.warning("%s pages nothing on a CPU; it is adamw_8bit here", name)
         else:
-            kind = bitsandbytes.optim.PagedAdamW8bit
+            kind = optimizers.PagedAdamW8bit
     made: torch.optim.Optimizer = kind(
         groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps
     )
