@@ -6,8 +6,11 @@ works over any other link.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
+from fedsplit.errors import ConnectionLost, FedsplitError
 from fedsplit.wire.codec import through_codec
 from fedsplit.wire.messages import R, Request
 
@@ -47,9 +50,44 @@ class Link(ABC):
             FedsplitError: What the trunk answered, or what became of the connection.
         """
 
+    def lane(self) -> "Lane":
+        """For requests of which several are on their way; here each reply is waited for at once."""
+        return _OneByOne(self)
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the connection; a second call does nothing."""
+
+
+class Lane(ABC):
+    """Carries requests of which several may be on their way, in order.
+
+    If one of them is lost, so are all that were, or are, begun after it.
+    """
+
+    @abstractmethod
+    def begin(self, request: Request[R]) -> Callable[[], R]:
+        """Send a request; what this returns waits for its reply, and must be called, once.
+
+        It raises what `Link.exchange` would.
+        """
+
+
+class _OneByOne(Lane):
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._has_lost = False
+
+    def begin(self, request: Request[R]) -> Callable[[], R]:
+        reply: Future[R] = Future()
+        try:
+            if self._has_lost:
+                raise ConnectionLost("a request before this one was lost; send it again")
+            reply.set_result(self._link.exchange(request))
+        except FedsplitError as failure:
+            self._has_lost = failure.retryable
+            reply.set_exception(failure)
+        return reply.result
 
 
 class LocalLink(Link):

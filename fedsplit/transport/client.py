@@ -9,7 +9,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from queue import SimpleQueue
@@ -19,7 +20,7 @@ import grpc
 from torch import Tensor
 
 from fedsplit.errors import FedsplitError, ProtocolError
-from fedsplit.link import Link
+from fedsplit.link import Lane, Link
 from fedsplit.spec import WireSpec
 from fedsplit.transport.frames import (
     ALIGNMENT,
@@ -60,8 +61,9 @@ OPTIONS = (
 class GrpcLink(Link):
     """A link to the trunk at `address` (host:port, or unix:path).
 
-    May be used by several threads; their requests on the stream take turns. The connection is
-    made with the first request. `bytes_up` and `bytes_down` count every byte of every frame.
+    May be used by several threads; their requests go over the stream one after another, and the
+    replies come in the same order. The connection is made with the first request. `bytes_up` and
+    `bytes_down` count every byte of every frame.
 
     Args:
         address: Where the trunk server listens.
@@ -83,7 +85,7 @@ class GrpcLink(Link):
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._closed = False
-        self._idle: list[_Stream] = []
+        self._streams: list[_Stream] = []  # the one in use, if there is one
         if ca or wire.tls_ca or wire.tls_cert:
             self._channel = grpc.secure_channel(address, channel_credentials(wire, ca), OPTIONS)
         else:
@@ -97,16 +99,18 @@ class GrpcLink(Link):
         """
         self._check_open()
         call = CALLS[type(request)]
-        body = self._stream(request) if call.streams else self._unary(call.method, request)
-        if isinstance(body, FedsplitError):
-            raise body
-        if not isinstance(body, call.reply):
-            raise ProtocolError(
-                f"the trunk at {self._address} answered a {type(request).__name__} with a "
-                f"{type(body).__name__}"
-            )
-        check_reply(request, body)
-        return cast(R, body)
+        if not call.streams:
+            return self._checked(request, self._unary(call.method, request))
+        return self.begin_on(self._open_stream(), request)()
+
+    def lane(self) -> Lane:
+        """The stream that is open now, or a new one."""
+        return _StreamLane(self, self._open_stream())
+
+    def begin_on(self, stream: "_Stream", request: Request[R]) -> Callable[[], R]:
+        """Send a request over a stream; what this returns waits for its reply."""
+        turn = stream.send(self._counted(to_frames(request)))
+        return lambda: self._checked(request, self._converse(stream, turn, request))
 
     def close(self) -> None:
         """Let go of the connection; calls in work end with `ConnectionLost`."""
@@ -115,9 +119,9 @@ class GrpcLink(Link):
         self._closed = True
         self._channel.close()
         with self._turn:
-            for stream in self._idle:
+            for stream in self._streams:
                 stream.end()
-            self._idle.clear()
+            self._streams.clear()
 
     def _check_open(self) -> None:
         # Not a lost connection: no attempt after this one could succeed.
@@ -138,18 +142,26 @@ class GrpcLink(Link):
         self._count(len(frame), len(answer))
         return from_frame(answer, FRAME_BYTES)
 
-    def _stream(self, request: Request[Any]) -> Body:
-        with self._turn, self._borrowed() as stream:
-            try:
-                with stream.bounded():
-                    return self._converse(stream, request)
-            except grpc.RpcError as exc:
-                if stream.expired:
-                    raise self._error("DEADLINE_EXCEEDED") from exc
-                raise from_rpc_error(exc, self._address, self._deadline_s) from exc
+    def _open_stream(self) -> "_Stream":
+        """The stream in use, or a new one if that is broken or there is none."""
+        with self._turn:
+            self._check_open()
+            if self._streams and self._streams[0].broken:
+                self._streams.pop().end()
+            if not self._streams:
+                self._streams.append(_Stream(self._channel, self._metadata, self._deadline_s))
+            return self._streams[0]
 
-    def _converse(self, stream: "_Stream", request: Request[Any]) -> Body:
-        stream.send(self._counted(to_frames(request)))
+    def _converse(self, stream: "_Stream", turn: threading.Event, request: Request[Any]) -> Body:
+        try:
+            with stream.answering(turn):
+                return self._read(stream, request)
+        except grpc.RpcError as exc:
+            if stream.expired:
+                raise self._error("DEADLINE_EXCEEDED") from exc
+            raise from_rpc_error(exc, self._address, self._deadline_s) from exc
+
+    def _read(self, stream: "_Stream", request: Request[Any]) -> Body:
         reader = Reader(_longest_reply(request))
         for frame in stream.frames:
             self._count(0, len(frame))
@@ -157,21 +169,17 @@ class GrpcLink(Link):
                 return body
         raise self._error("UNAVAILABLE", "it ended the stream")
 
-    @contextmanager
-    def _borrowed(self) -> Iterator["_Stream"]:
-        """The open stream or a new one; used again only if its call ended well."""
-        self._check_open()
-        stream = self._idle.pop() if self._idle else self._new_stream()
-        try:
-            yield stream
-            if not stream.expired:
-                self._idle.append(stream)
-        finally:
-            if stream not in self._idle:
-                stream.end()
-
-    def _new_stream(self) -> "_Stream":
-        return _Stream(self._channel, self._metadata, self._deadline_s)
+    def _checked(self, request: Request[R], body: Body) -> R:
+        if isinstance(body, FedsplitError):
+            raise body
+        reply = CALLS[type(request)].reply
+        if not isinstance(body, reply):
+            raise ProtocolError(
+                f"the trunk at {self._address} answered a {type(request).__name__} with a "
+                f"{type(body).__name__}"
+            )
+        check_reply(request, body)
+        return cast(R, body)
 
     def _counted(self, frames: Iterator[bytes]) -> Iterator[bytes]:
         for frame in frames:
@@ -196,40 +204,70 @@ def _longest_reply(request: Request[Any]) -> int:
     return sum(value.nbytes + ALIGNMENT for value in values if isinstance(value, Tensor))
 
 
+class _StreamLane(Lane):
+    """One stream; once it is broken, nothing that is sent over it is answered."""
+
+    def __init__(self, link: GrpcLink, stream: "_Stream") -> None:
+        self._link = link
+        self._stream = stream
+
+    def begin(self, request: Request[R]) -> Callable[[], R]:
+        return self._link.begin_on(self._stream, request)
+
+
 class _Stream:
-    """One Exchange call: frames out, frames in, and a watch that ends it when it is late."""
+    """One Exchange call: frames out, frames in, and a watch that ends it when it is late.
+
+    Several requests may be on their way; each has an event that is set when it is the next to be
+    answered. For that it may take `deadline_s` from then on. The stream is `expired` if a reply
+    was late, and `broken` if no more of them can be read.
+    """
 
     def __init__(
         self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...], deadline_s: float
     ) -> None:
         self.expired = False
+        self.broken = False
         self._outbox: SimpleQueue[Iterator[bytes] | None] = SimpleQueue()
         open_stream = channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
         frames = itertools.chain.from_iterable(iter(self._outbox.get, None))
         self.frames: Any = open_stream(frames, metadata=metadata)
         self._deadline_s = deadline_s
         self._due = math.inf
-        self._due_lock = threading.Lock()
+        self._unanswered: deque[threading.Event] = deque()
+        self._lock = threading.Lock()  # of the two above
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._end_if_late, name="fedsplit-watch", daemon=True)
         self._watch.start()
 
-    def send(self, frames: Iterator[bytes]) -> None:
+    def send(self, frames: Iterator[bytes]) -> threading.Event:
         """Put frames on their way; each is made when the one before it is gone.
 
         So they never lie in memory together, and what makes one fails here if it is the first.
         """
-        first = next(frames)
-        self._outbox.put(itertools.chain((first,), frames))
+        first, turn = next(frames), threading.Event()
+        with self._lock:
+            self._unanswered.append(turn)
+            self._outbox.put(itertools.chain((first,), frames))
+            if len(self._unanswered) == 1:
+                self._await_next()
+        return turn
 
     @contextmanager
-    def bounded(self) -> Iterator[None]:
-        """Inside, the stream may take as long as one call may."""
-        self._set_due(time.monotonic() + self._deadline_s)
+    def answering(self, turn: threading.Event) -> Iterator[None]:
+        """Inside, the request of this event is answered; it waits until those before it were."""
         try:
+            turn.wait()
             yield
+        except BaseException:
+            self.broken = True
+            self.frames.cancel()  # or the rest of this reply would be read as the next one
+            raise
         finally:
-            self._set_due(math.inf)
+            with self._lock:
+                self._unanswered.remove(turn)
+                self._await_next()
+                self.broken |= self.expired
 
     def end(self) -> None:
         """Cancel the call; its threads end."""
@@ -238,14 +276,16 @@ class _Stream:
         self.frames.cancel()
         self._watch.join()
 
-    def _set_due(self, due: float) -> None:
-        with self._due_lock:
-            self._due = due
+    def _await_next(self) -> None:
+        self._due = math.inf
+        if self._unanswered:
+            self._due = time.monotonic() + self._deadline_s
+            self._unanswered[0].set()
 
     def _end_if_late(self) -> None:
         wait_s = self._deadline_s  # whatever begins meanwhile is not due before
         while not self._ended.wait(wait_s):
-            with self._due_lock:
+            with self._lock:
                 left_s = self._due - time.monotonic()
                 self.expired = left_s <= 0
             if self.expired:

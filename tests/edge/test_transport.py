@@ -142,6 +142,22 @@ def test_a_link_may_be_used_by_several_threads(link: GrpcLink) -> None:
         assert list(pool.map(ask, range(24))) == [(call, True) for call in range(24)]
 
 
+def test_requests_are_sent_before_the_replies_are_there(
+    link: GrpcLink, service: EchoService
+) -> None:
+    service.gate.clear()
+    lane = link.lane()
+    answers = [lane.begin(forward(tokens=1 + call, call=call)) for call in range(3)]
+    assert service.working.wait(10)
+    assert len(service.handled) == 1, "one after another"
+    with ThreadPoolExecutor(3) as pool:
+        replies = [pool.submit(answer) for answer in reversed(answers)]
+        service.gate.set()
+        found = [reply.result(10) for reply in reversed(replies)]
+    assert [reply.version for reply in found] == [0, 1, 2]
+    assert [reply.trunk_out_BTD.shape[1] for reply in found] == [1, 2, 3]
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -250,6 +266,55 @@ def test_a_late_reply_is_a_deadline_and_the_link_goes_on(
                 link.exchange(request_)
         service.gate.set()
         link.exchange(request_)
+
+
+def test_who_waits_behind_others_is_not_late(address: str, service: EchoService) -> None:
+    def open_now_and_then() -> None:
+        for call in range(4):
+            while len(service.handled) <= call:
+                time.sleep(0.01)
+            time.sleep(0.4)
+            service.gate.set()
+            service.gate.clear()
+
+    service.gate.clear()
+    with linked(address, deadline_s=1.0) as link, ThreadPoolExecutor(4) as pool:
+        pool.submit(open_now_and_then)
+        lane = link.lane()
+        answers = [lane.begin(forward(call=call)) for call in range(3)]
+        assert [pool.submit(answer).result(10).version for answer in answers] == [0, 1, 2]
+        answer = lane.begin(forward(call=3))
+        assert answer().version == 3
+
+
+def test_a_late_reply_takes_those_behind_it_along(address: str, service: EchoService) -> None:
+    service.gate.clear()
+    with linked(address, deadline_s=0.3) as link:
+        lane = link.lane()
+        answers = [lane.begin(forward(call=call)) for call in range(3)]
+        for answer in answers:
+            with pytest.raises(errors.DeadlineExceeded):
+                answer()
+        service.gate.set()
+        assert link.exchange(forward(call=3)).version == 3
+
+
+def test_a_reply_that_cannot_be_read_is_not_mistaken_for_the_next(address: str) -> None:
+    class Long(EchoService):
+        def ForwardRequest(self, request: m.ForwardRequest) -> m.ForwardReply:
+            tokens = 9000 if request.call == 0 else 4
+            return m.ForwardReply(trunk_out_BTD=torch.zeros(1, tokens, 128), version=request.call)
+
+    with serving(Long()) as where, linked(where) as link:
+        lane = link.lane()
+        answers = [lane.begin(forward(tokens=4, call=call)) for call in range(2)]
+        with pytest.raises(errors.TooLarge):
+            answers[0]()
+        with pytest.raises(errors.ConnectionLost):
+            answers[1]()
+        with pytest.raises(errors.ConnectionLost):
+            lane.begin(forward(tokens=4, call=1))()
+        assert link.exchange(forward(tokens=4, call=2)).version == 2
 
 
 def test_a_link_may_idle_for_longer_than_its_deadline(address: str, service: EchoService) -> None:
