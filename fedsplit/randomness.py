@@ -25,8 +25,14 @@ def draws(model: PreTrainedModel) -> bool:
     return any(isinstance(p, float) and p > 0 for p in (*layers, *rates))
 
 
+class _Mine(threading.local):
+    """Whether this thread has the generators."""
+
+    held = False
+
+
 class Turn:
-    """One worker's use of the generators.
+    """One worker's use of the generators, or that of several threads which work for it in turns.
 
     Args:
         needed: Whether this worker draws at all; if not, it never holds anybody up.
@@ -34,7 +40,7 @@ class Turn:
 
     def __init__(self, *, needed: bool) -> None:
         self._needed = needed
-        self._has_it = False
+        self._mine = _Mine()
 
     @contextmanager
     def drawing(self, name: str) -> Iterator[None]:
@@ -44,26 +50,26 @@ class Turn:
             return
         with _GENERATORS, torch.random.fork_rng():
             torch.manual_seed(_seed(name))
-            self._has_it = True
+            self._mine.held = True
             try:
                 yield
             finally:
-                self._has_it = False
+                self._mine.held = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """A block inside of `drawing` in which others may draw; then it goes on where it was."""
-        if not self._has_it:
+        if not self._mine.held:
             yield
             return
         kept = _states()
-        self._has_it = False
+        self._mine.held = False
         _GENERATORS.release()
         try:
             yield
         finally:
             _GENERATORS.acquire()
-            self._has_it = True
+            self._mine.held = True
             torch.set_rng_state(kept[0])
             for device, state in enumerate(kept[1:]):
                 torch.cuda.set_rng_state(state, device)

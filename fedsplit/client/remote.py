@@ -7,9 +7,9 @@ PyTorch: `loss.backward()` crosses the wire.
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fedsplit.client.generation import CacheSession, TrunkCache
+from fedsplit.client.overlap import Overlap
 from fedsplit.client.retry import Retry
 from fedsplit.errors import (
     ActivationExpired,
@@ -36,6 +37,8 @@ from fedsplit.spec import RunSpec
 from fedsplit.spec.checks import one_of
 from fedsplit.wire import messages as m
 from fedsplit.wire.feedback import Feedback
+
+T = TypeVar("T")
 
 _REFORWARDS = 6
 """How often a graph that expired is made again before its backward is given up."""
@@ -70,6 +73,7 @@ class RemoteTrunk:
         self.client = client
         self.turn = Turn(needed=draws(model))
         self._link = link
+        self._overlap = Overlap(link, run.train.micro_batches)
         self._identity: dict[str, Any] = {
             "client": client,
             "model": model_fingerprint(model.config, run.split),
@@ -170,7 +174,7 @@ class RemoteTrunk:
         )
         self._next_call += 1
         if not request.training:
-            return self.exchange(request).trunk_out_BTD.to(hidden_BTD.device)
+            return self._in_turn(request).trunk_out_BTD.to(hidden_BTD.device)
         # Autograd calls a backward only if an input needs a gradient; the trunk always does.
         below_trains = hidden_BTD.requires_grad
         entering_BTD = hidden_BTD if below_trains else hidden_BTD.detach().requires_grad_()
@@ -232,6 +236,10 @@ class RemoteTrunk:
         """What the codec left out of the last gradient that went up, if that is made good."""
         return self._feedback.residue if self._feedback else None
 
+    def overlapped(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        """Do pieces of a step, `train.micro_batches` of them at a time; what each returned."""
+        return self._overlap.run(pieces)
+
     def step(
         self, *, step: int, num_tokens: int, ends_sq_norm: float, loss_scale: float = 1.0
     ) -> None:
@@ -291,9 +299,6 @@ class RemoteTrunk:
         """What the server is; needs no session."""
         return self.exchange(m.ServiceInfoRequest(served=self._identity["served"]))
 
-    def _forward(self, request: m.ForwardRequest) -> m.ForwardReply:
-        return self.exchange(request)
-
     def _backward(
         self, request: m.ForwardRequest, version: int, grad_trunk_out_BTD: Tensor, want_grad: bool
     ) -> Tensor | None:
@@ -315,7 +320,7 @@ class RemoteTrunk:
     ) -> m.BackwardReply:
         for tries in range(_REFORWARDS):
             try:
-                return self.exchange(backward)
+                return self.exchange(backward) if tries else self._in_turn(backward)
             except ActivationExpired:
                 if tries:  # others need the trunk's memory as well; make room for one another
                     self._retry.pause(tries)
@@ -324,7 +329,7 @@ class RemoteTrunk:
 
     def _forward_again(self, request: m.ForwardRequest, version: int) -> None:
         """Have the trunk make an expired graph again; its dropout is that of the call."""
-        now = self._forward(request).version
+        now = self.exchange(request).version
         if now != version:
             raise StaleVersion(
                 f"the graph of call {request.call} expired, and the trunk has moved from version "
@@ -345,6 +350,11 @@ class RemoteTrunk:
         with self.turn.paused():
             return self._retry(lambda: self._link.exchange(request))
 
+    def _in_turn(self, request: m.Request[m.R]) -> m.R:
+        """As `exchange`; other pieces of a step that is `overlapped` go on meanwhile."""
+        with self.turn.paused():
+            return self._overlap.exchange(request, self._retry)
+
     def _named_session(self) -> str:
         if not self._session:
             raise ProtocolError("no session with the trunk is open; call open() first")
@@ -358,7 +368,7 @@ class _Crossing(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_BTD: Tensor, trunk: RemoteTrunk, request: m.ForwardRequest, below: bool
     ) -> Tensor:
-        reply = trunk._forward(request)
+        reply = trunk._in_turn(request)
         # The request holds it, for a forward to be repeated; so whoever counts activations sees it.
         ctx.save_for_backward(hidden_BTD)
         ctx.trunk, ctx.request, ctx.version, ctx.below = trunk, request, reply.version, below

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.client.unsplit import NoTrunk
-from fedsplit.data.batches import Batch
+from fedsplit.data.batches import Batch, micro_batches
 from fedsplit.errors import NonFinite, SessionLost, StaleVersion
 from fedsplit.model.acceleration import accelerate, autocast, precision_of
 from fedsplit.model.auxiliary import AuxiliaryHead, auxiliary_head_of
@@ -116,7 +117,7 @@ class ClientTrainer:
         self._auxiliary = auxiliary_head_of(model) if self._mode == "isolated" else None
         pulled = [p for name, p in trained.items() if shared is None or name in shared]
         self._proximal = ProximalTerm(pulled, proximal_mu)
-        self._footprint = Footprint(model)
+        self._footprint = Footprint(model, run.train.micro_batches)
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One optimizer step at both sides, on the mean over all tokens of `batches`.
@@ -128,8 +129,7 @@ class ClientTrainer:
         num_tokens = sum(batch.num_tokens for batch in batches)
         self._model.train()
         self.optimizer.zero_grad()
-        with self._trunk.turn.drawing(f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"):
-            losses = [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
+        losses = self._backwards(batches, num_tokens)
         scale = self._scale
         unscale(self.optimizer.gradients(), scale)
         self._proximal.add_gradient()
@@ -168,10 +168,11 @@ class ClientTrainer:
         done: list[StepStats] = []
         refused = skipped = in_a_row = 0
         # An asynchronous round may see a client twice, which needs dropout of its own each time.
-        first_call = self.steps * self._run.train.accumulation
+        per_batch = self._run.train.micro_batches
+        first_call = self.steps * self._run.train.accumulation * per_batch
         with self._trunk.session(round, first_call=first_call):
             for group in batches:
-                next_call = self._trunk.next_call + len(group)
+                next_call = self._trunk.next_call + len(group) * per_batch
                 try:
                     done.append(self._step_at_last(group, round))
                     in_a_row = 0
@@ -230,6 +231,20 @@ class ClientTrainer:
             except (StaleVersion, SessionLost):
                 self._trunk.open(round, first_call=first_call)
         return replace(self.step(group), repeats=_ATTEMPTS - 1)
+
+    def _backwards(self, batches: Sequence[Batch], num_tokens: int) -> list[float]:
+        """Accumulate the gradients of all batches; their shares in the loss."""
+        dropout = f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"
+        if self._run.train.micro_batches == 1:
+            with self._trunk.turn.drawing(dropout):
+                return [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
+        pieces = [p for each in batches for p in micro_batches(each, self._run.train.micro_batches)]
+
+        def work(number: int) -> float:
+            with self._trunk.turn.drawing(f"{dropout}/{number}"):
+                return self._backward(pieces[number], pieces[number].num_tokens / num_tokens)
+
+        return self._trunk.overlapped([partial(work, number) for number in range(len(pieces))])
 
     def _backward(self, batch: Batch, weight: float) -> float:
         with self._footprint.forward(), self._autocast():

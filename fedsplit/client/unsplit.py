@@ -1,11 +1,14 @@
 """In the trunk's place, for a model that is not split: the baselines train with the same loop."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from fedsplit.randomness import Turn, draws
+
+T = TypeVar("T")
 
 
 class NoTrunk:
@@ -35,6 +38,10 @@ class NoTrunk:
     ) -> Iterator[None]:
         """A block like any other."""
         yield
+
+    def overlapped(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        """Do pieces of a step, one after another: nothing is waited for."""
+        return [piece() for piece in pieces]
 
     def step(
         self, *, step: int, num_tokens: int, ends_sq_norm: float, loss_scale: float = 1.0

@@ -33,6 +33,29 @@ class Batch:
     num_bytes: int
 
 
+def micro_batches(batch: Batch, number: int) -> list[Batch]:
+    """A batch in `number` pieces of as equal sizes as can be, or in as many as it has rows.
+
+    A piece without predictions is left out. How many bytes of text a piece stands for is not
+    known here; its `num_bytes` is 0.
+    """
+    inputs = {name: tensor.tensor_split(number) for name, tensor in batch.inputs.items()}
+    pieces = [
+        Batch(
+            inputs={name: parts[i] for name, parts in inputs.items()},
+            labels=labels,
+            num_tokens=_num_predictions(labels),
+            num_bytes=0,
+        )
+        for i, labels in enumerate(batch.labels.tensor_split(number))
+    ]
+    return [piece for piece in pieces if piece.num_tokens] if number > 1 else [batch]
+
+
+def _num_predictions(labels: Tensor) -> int:
+    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != IGNORED).sum())
+
+
 class Examples(Protocol):
     """What batches are made of: numbered rows."""
 

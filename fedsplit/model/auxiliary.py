@@ -7,7 +7,9 @@ Learning on Locally Generated Losses".
 Shapes: B sequences, T tokens, D hidden width, C classes (of a language model its vocabulary).
 """
 
+import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +36,14 @@ class AuxiliaryHead(nn.Module):
         nn.init.normal_(self.head.weight, std=_STD)
         nn.init.zeros_(self.head.bias)
         self._pools = pools
-        self._smashed_BTD: Tensor | None = None
+        # By thread: several may run one client, and what one of them leaves goes with it.
+        self._smashed_BTD: WeakKeyDictionary[threading.Thread, Tensor] = WeakKeyDictionary()
 
     def note(self, _: nn.Module, sent: tuple[Any, ...]) -> None:
         """As a hook before the `Remote` layer: keep what is sent off, with its graph."""
-        self._smashed_BTD = sent[0] if torch.is_grad_enabled() else None
+        self._smashed_BTD.pop(threading.current_thread(), None)
+        if torch.is_grad_enabled():
+            self._smashed_BTD[threading.current_thread()] = sent[0]
 
     def forward(self, attention_mask_BT: Tensor | None = None) -> Tensor:
         """Logits of what was sent off last; each is there once.
@@ -48,7 +53,7 @@ class AuxiliaryHead(nn.Module):
         Raises:
             ConfigError: The client has run no forward with gradients since.
         """
-        hidden_BTD, self._smashed_BTD = self._smashed_BTD, None
+        hidden_BTD = self._smashed_BTD.pop(threading.current_thread(), None)
         if hidden_BTD is None:
             raise ConfigError(
                 "the auxiliary head has nothing to predict from; run the client's forward first, "

@@ -17,7 +17,9 @@ _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 class TrainSpec:
     """What every optimizer of the run, at the clients and at the trunk, does.
 
-    `batch_size` is in sequences and `accumulation` in batches per optimizer step. A client takes
+    `batch_size` is in sequences and `accumulation` in batches per optimizer step. Each batch goes
+    through the three parts in `micro_batches` pieces, one part at work on one while the next is at
+    another; it is the same step, up to the rounding of sums. A client takes
     `local_steps` optimizer steps a round, or, if that is above 0, `local_epochs` over its data,
     and in all at most `max_steps` (0: no bound), which is then the horizon of the schedule.
 
@@ -51,6 +53,7 @@ class TrainSpec:
     max_steps: int = 0
     batch_size: int = 8
     accumulation: int = 1
+    micro_batches: int = 1
     optimizer: str = "adamw"
     lr: float = 3e-3
     beta1: float = 0.9
@@ -76,8 +79,8 @@ class TrainSpec:
     pass_wait_s: float = 0.2
 
     def __post_init__(self) -> None:
-        counts = ("rounds", "local_steps", "batch_size", "accumulation", "trunk_steps")
-        for name in (*counts, "clients_per_pass"):
+        counts = ("rounds", "local_steps", "batch_size", "accumulation", "micro_batches")
+        for name in (*counts, "trunk_steps", "clients_per_pass"):
             at_least(f"train.{name}", getattr(self, name), 1)
         one_of("train.optimizer", self.optimizer, ("adamw", "adam", "sgd", *EIGHT_BIT))
         one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))

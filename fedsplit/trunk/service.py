@@ -238,7 +238,8 @@ class TrunkService:
         )
         with self._lock:
             same = [each for each in self._sessions.values() if each.is_of(worker)]
-            opened = self._sessions[worker.session] = Session(worker=worker)
+            opened = Session(worker=worker, at_once=self._run.train.micro_batches)
+            self._sessions[worker.session] = opened
             self._await_word(opened, self._run.wire.stash_ttl_s)
         for old in same:
             self._drop(old, replaced=True)

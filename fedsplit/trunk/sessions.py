@@ -15,9 +15,6 @@ from fedsplit.wire.session import Event, SessionState, advance
 T = TypeVar("T")
 
 Steps = dict[tuple[str, int], "Future[StepReply]"]
-_REMEMBERED = 2
-"""Replies kept per session. A client has one call at a time, so it asks for the last one again;
-they hold tensors, so no more are kept than that and one to spare."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -25,9 +22,12 @@ class Session:
     """A session of a client; `lock` is held while a request is looked at.
 
     `farewell` ends it unless its client says something, and `leaving` is what becomes of the end.
+    A client has at most `at_once` calls on their way, and may ask for each of them again; their
+    replies hold tensors, so no more are kept than these and as many to spare.
     """
 
     worker: Worker
+    at_once: int = 1
     state: SessionState = field(default_factory=SessionState)
     replies: "OrderedDict[tuple[type, int], Future[Any]]" = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -51,7 +51,7 @@ class Session:
             if future is None:
                 self.state = advance(self.state, event, request.call)
                 future = self.replies[name] = submit(self.worker, request)
-                while len(self.replies) > _REMEMBERED:
+                while len(self.replies) > 2 * self.at_once:
                     self.replies.popitem(last=False)
         return future
 

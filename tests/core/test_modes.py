@@ -99,6 +99,20 @@ def test_exactly_these_parameters_move(config, mode):
     assert version == (len(GROUPS) if mode == "joint" else 0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches_are_whole_batches(config, mode):
+    found = []
+    for number in (1, 2, 2):
+        run = run_in(mode)
+        run = replace(run, train=replace(run.train, micro_batches=number))
+        with halves(config, run) as here:
+            here.trainer.fit(GROUPS)
+            found.append(here.weights())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-6, rtol=0, msg=name)
+    assert same(found[1], found[2])
+
+
 @pytest.mark.parametrize("mode", ["frozen_trunk", "isolated"])
 def test_with_adapters_only_those_of_the_client_move(tiny_llama, mode):
     with halves(tiny_llama(), run_in(mode, lora=LoraSpec(enabled=True, rank=2))) as here:

@@ -61,6 +61,7 @@ REFUSED = [
     (lambda: SplitSpec.parse("1/2/0"), "split.top=0 is too small"),
     (lambda: ModelSpec(attention="flex"), "is not one of: auto, flash_attention_2, sdpa, eager"),
     (lambda: ModelSpec(autocast="fp16"), "is not one of: off, auto, bfloat16, float16"),
+    (lambda: TrainSpec(micro_batches=0), "train.micro_batches=0 is too small"),
     (lambda: TrainSpec(checkpointing="top"), "is not one of: none, trunk, client, all"),
     (lambda: TrainSpec(compile_trunk="reduce-overhead"), "is not available yet; allowed: off, d"),
     (lambda: TrainSpec(optimizer="adam_8bit"), "is not one of: adamw, adam, sgd, adamw_8bit, pa"),

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -16,6 +17,7 @@ from fedsplit.errors import ProtocolError
 from fedsplit.spec import PolicySpec, WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
+from fedsplit.wire.messages import CloseRequest, ForwardRequest, Request
 from tests.core.worlds import Member, World, batch, same, small_run, world
 from tests.edge.proxy import Proxy, proxied
 
@@ -24,11 +26,18 @@ STEPS = 8
 
 @contextmanager
 def federation(
-    config: PretrainedConfig, clients: int, *, reset_every: int = 0, deadline_s: float = 30.0
+    config: PretrainedConfig,
+    clients: int,
+    *,
+    reset_every: int = 0,
+    deadline_s: float = 30.0,
+    micro_batches: int = 1,
+    link_class: type[GrpcLink] = GrpcLink,
 ) -> Iterator[tuple[World, Proxy]]:
     """A served trunk and its clients, a proxy between them."""
     wire = WireSpec(budget_s=60.0, call_deadline_s=20.0)
     run = small_run(wire=wire, policy=PolicySpec(deadline_s=deadline_s))
+    run = replace(run, train=replace(run.train, batch_size=4, micro_batches=micro_batches))
     with ExitStack() as stack:
         here = stack.enter_context(world(config, run))
         limits = here.service.limits
@@ -36,7 +45,7 @@ def federation(
         stack.callback(server.stop)
         proxy = stack.enter_context(proxied(server.start(), reset_every))
         for name in (f"client-{i}" for i in range(clients)):
-            link = GrpcLink(proxy.address, token=here.service.admit(name), wire=wire)
+            link = link_class(proxy.address, token=here.service.admit(name), wire=wire)
             here.add(name, stack.enter_context(closing(link)))
         yield here, proxy
 
@@ -58,7 +67,8 @@ class Outcome:
 
 
 def fit(member: Member, number: int) -> FitStats:
-    groups = ([batch(100 * number + i), batch(100 * number + i + 50, pad=3)] for i in range(STEPS))
+    seeds = range(100 * number, 100 * number + STEPS)
+    groups = ([batch(i, rows=4), batch(i + 50, rows=3, pad=3)] for i in seeds)
     return member.trainer.fit(groups)
 
 
@@ -90,6 +100,45 @@ def test_connections_that_are_reset_change_no_number(
     assert proxy.resets > 0
     assert got.version == STEPS
     assert got.equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "clients", "reset_every"), [(2, 1, 17), (2, 1, 50), (4, 1, 13), (2, 3, 50)]
+)
+def test_connections_that_are_reset_change_no_number_of_micro_batches(
+    config: PretrainedConfig, micro_batches: int, clients: int, reset_every: int
+) -> None:
+    with federation(config, clients, micro_batches=micro_batches) as (here, _):
+        expected = train(here)
+    broken = federation(config, clients, micro_batches=micro_batches, reset_every=reset_every)
+    with broken as (here, proxy):
+        got = train(here)
+    assert proxy.resets > 0
+    assert got.version == STEPS
+    assert got.equals(expected)
+
+
+class Forgetful(GrpcLink):
+    """A link whose trunk drops the session before every seventh forward, up to the fifth one."""
+
+    count = 0
+
+    def begin_on(self, stream: Any, request: Request[Any]) -> Any:
+        if isinstance(request, ForwardRequest):
+            self.count += 1
+            if self.count in (7, 14, 21, 28, 35):
+                super().begin_on(stream, CloseRequest(session=request.session))()
+        return super().begin_on(stream, request)
+
+
+def test_sessions_that_are_lost_change_no_number_of_micro_batches(config: PretrainedConfig) -> None:
+    with federation(config, 1, micro_batches=2) as (here, _):
+        expected = train(here)
+    with federation(config, 1, micro_batches=2, link_class=Forgetful) as (here, _):
+        got = train(here)
+    assert got.stats[0].repeated > 0
+    assert got.equals(replace(expected, stats=got.stats))
+    assert got.stats[0].loss == expected.stats[0].loss
 
 
 def test_a_network_that_stands_still_changes_no_number(config: PretrainedConfig) -> None:
