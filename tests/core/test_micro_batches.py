@@ -125,7 +125,7 @@ def test_it_goes_with(tiny_gpt2, changes, atol):
     assert same(*found)
 
 
-LOSSY = WireSpec(grad_up="int3", grad_down="int3", feedback=True)
+LOSSY = WireSpec(grad_up="int4", grad_down="int4", feedback=True)
 
 
 @pytest.mark.parametrize("train", [{}, {"checkpointing": "all"}], ids=["plain", "recomputing"])
