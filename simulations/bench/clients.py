@@ -26,7 +26,7 @@ from fedsplit.client.trainer import ClientTrainer
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.model import connect
 from fedsplit.transport.client import GrpcLink
-from simulations.bench.models import GPT2_SMALL, TOY, Shape, batch_of
+from simulations.bench.models import GPT2_SMALL, TOY, Shape
 from simulations.bench.processes import Answers, Process, process, threads_of_torch
 from simulations.bench.report import Report, in_turns
 from simulations.bench.roles import name_of, trunk_server
@@ -122,7 +122,7 @@ def _cost(report: Report, what: Size, trains: str) -> float:
 
 
 def _seconds(trainer: ClientTrainer, shape: Shape, steps: int) -> float:
-    batch = batch_of(shape)
+    batch = shape.batch()
     began = perf_counter()
     for _ in range(steps):
         trainer.step([batch])
@@ -179,7 +179,7 @@ def _whole(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
     """A client that has both ends; its step."""
     model = shape.client()
     connect(model, trunk)
-    trainer, batch = ClientTrainer(model, trunk, shape.run), batch_of(shape)
+    trainer, batch = ClientTrainer(model, trunk, shape.run), shape.batch()
     return lambda: trainer.step([batch])
 
 

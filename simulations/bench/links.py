@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fedsplit.link import Link
+from fedsplit.link import Lane, Link
 from fedsplit.transport.client import GrpcLink
 from fedsplit.wire.messages import R, Request
 
@@ -33,9 +34,29 @@ class DelayedLink(Link):
         self._sleep(self._seconds)
         return self._link.exchange(request)
 
+    def lane(self) -> Lane:
+        """One on which each reply is late, and others are on their way meanwhile."""
+        return _DelayedLane(self._link.lane(), partial(self._sleep, self._seconds))
+
     def close(self) -> None:
         """Close the link inside."""
         self._link.close()
+
+
+class _DelayedLane(Lane):
+    def __init__(self, lane: Lane, wait: Callable[[], None]) -> None:
+        self._lane = lane
+        self._wait = wait
+
+    def begin(self, request: Request[R]) -> Callable[[], R]:
+        answer = self._lane.begin(request)
+
+        def late() -> R:
+            reply = answer()
+            self._wait()
+            return reply
+
+        return late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

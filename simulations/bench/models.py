@@ -37,6 +37,7 @@ class Shape:
     split: str
     rows: int = 8
     tokens: int = 1024
+    micro_batches: int = 1
     seed: int = 0
     lora_rank: int = 0
     together: int = 1
@@ -49,7 +50,10 @@ class Shape:
             split=SplitSpec.parse(self.split),
             data=DataSpec(sequence_length=self.tokens),
             train=TrainSpec(
-                batch_size=self.rows, clients_per_pass=self.together, pass_wait_s=PASS_WAIT_S
+                batch_size=self.rows,
+                micro_batches=self.micro_batches,
+                clients_per_pass=self.together,
+                pass_wait_s=PASS_WAIT_S,
             ),
             lora=LoraSpec(enabled=self.lora_rank > 0, rank=max(1, self.lora_rank)),
         )
@@ -78,6 +82,17 @@ class Shape:
         chance = torch.Generator().manual_seed(self.seed)
         return torch.randn(rows, tokens, self.hidden, generator=chance)
 
+    def batch(self) -> Batch:
+        """Random tokens, as many as may be; the same ones every time."""
+        chance = torch.Generator().manual_seed(self.seed)
+        ids_BT = torch.randint(self.vocabulary, (self.rows, self.tokens), generator=chance)
+        return Batch(
+            inputs={"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)},
+            labels=ids_BT,
+            num_tokens=self.rows * (self.tokens - 1),
+            num_bytes=ids_BT.numel(),
+        )
+
     def client(self) -> ClientPart:
         """Its two ends."""
         whole = self.whole()
@@ -95,18 +110,6 @@ class Shape:
         if self.lora_rank:
             add_adapters(model, self.run.lora, self.seed)
         return model
-
-
-def batch_of(shape: Shape) -> Batch:
-    """A batch of random tokens, rows times tokens; the same one every time."""
-    chance = torch.Generator().manual_seed(shape.seed)
-    ids_BT = torch.randint(shape.vocabulary, (shape.rows, shape.tokens), generator=chance)
-    return Batch(
-        inputs={"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)},
-        labels=ids_BT,
-        num_tokens=shape.rows * (shape.tokens - 1),
-        num_bytes=ids_BT.numel(),
-    )
 
 
 def text_of(model: Any, prompt_BT: Tensor, new_tokens: int, **how: Any) -> Tensor:

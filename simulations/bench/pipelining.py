@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn import functional as F
 
-from simulations.bench.models import Shape, batch_of
+from simulations.bench.models import Shape
 from simulations.bench.processes import Answers, Process, process
 
 STAGES = 3
@@ -57,7 +57,7 @@ def stage(shape: Shape, rank: int, meeting: str) -> Iterator[Answers]:
     place = PipelineStage(module, rank, STAGES, torch.device("cpu"))
     schedule = ScheduleGPipe(place, n_microbatches=1, loss_fn=_loss)
     optimizer = torch.optim.AdamW(module.parameters(), lr=shape.run.train.lr, fused=True)
-    ids_BT = batch_of(shape).labels
+    ids_BT = shape.batch().labels
 
     def steps(number: int) -> float:
         began = perf_counter()

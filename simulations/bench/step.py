@@ -3,7 +3,8 @@
 Shapes: B sequences, T tokens. GPT-2 small in shape, in float32 on the CPU: the client is this
 process, the trunk another one behind gRPC on loopback, with as many threads each as the unsplit
 model has. Both train the same batch from the same weights, and so do the same three stages under
-torch.distributed.pipelining. docs/performance.md says what the figures mean.
+torch.distributed.pipelining. Then the same in micro-batches (`simulations.bench.overlap`).
+docs/performance.md says what the figures mean.
 """
 
 import os
@@ -24,7 +25,8 @@ from fedsplit.spec import WireSpec
 from fedsplit.transport.client import GrpcLink
 from simulations.bench.echo import talkers
 from simulations.bench.links import WatchedLink
-from simulations.bench.models import GPT2_SMALL, TOY, Shape, batch_of
+from simulations.bench.models import GPT2_SMALL, TOY, Shape
+from simulations.bench.overlap import measure_overlap
 from simulations.bench.pipelining import stages
 from simulations.bench.processes import process, threads_of_torch
 from simulations.bench.report import Report, in_turns
@@ -57,6 +59,7 @@ def measure(size: str) -> Report:
     with threads_of_torch(THREADS):
         _steps(report, what)
     _wire(report, what)
+    measure_overlap(report, size)
     return report
 
 
@@ -77,7 +80,7 @@ def _steps(report: Report, what: Size) -> None:
         }
         found = in_turns(what.turns, measures)
         link.forget()
-        split.step([batch_of(shape)])
+        split.step([shape.batch()])
         _transfers(report, link)
     for name, values in found.items():
         report.spread("steps_per_s", values, by=name)
@@ -113,7 +116,7 @@ def _per_second(
     trainer: ClientTrainer, what: Size, losses: list[float], finish: Callable[[], object]
 ) -> float:
     """Steps a second, until `finish` says that all is done that they asked for."""
-    batch = batch_of(what.shape)
+    batch = what.shape.batch()
     began = perf_counter()
     losses += [trainer.step([batch]).loss for _ in range(what.steps)]
     finish()

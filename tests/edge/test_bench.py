@@ -60,7 +60,13 @@ FIGURES = {
         "wire_ratio_5c",
         "wire_ratio_64m",
     ],
-    "step": ["naive_wire_ratio", "step_ratio", "transfers_per_step"],
+    "step": [
+        "micro_batch_gain",
+        "micro_batch_gain_50ms",
+        "naive_wire_ratio",
+        "step_ratio",
+        "transfers_per_step",
+    ],
 }
 
 
@@ -155,6 +161,16 @@ def test_a_delay_is_waited_for_once_an_exchange() -> None:
     with serving(EchoService()) as address, linked(address) as link:
         reply = DelayedLink(link, 0.1, sleep=waits.append).exchange(forward())
     assert (reply.version, waits) == (0, [0.1])
+
+
+def test_several_replies_are_late_at_the_same_time() -> None:
+    waits: list[float] = []
+    with serving(EchoService()) as address, linked(address) as link:
+        lane = DelayedLink(link, 0.1, sleep=waits.append).lane()
+        answers = [lane.begin(forward(call=call)) for call in range(2)]
+        assert waits == []
+        assert [answer().version for answer in answers] == [0, 1]
+    assert waits == [0.1, 0.1]
 
 
 def test_the_code_in_the_docs_runs() -> None:
