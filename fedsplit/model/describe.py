@@ -203,7 +203,14 @@ def _whole(run: RunSpec, config: PretrainedConfig, device: str) -> PreTrainedMod
 
 def _options(run: RunSpec, family: type[PreTrainedModel], device: str) -> dict[str, Any]:
     attention = attention_of(run.model, family, device)
-    precision = precision_of(run.model, torch.device(device)) or run.model.dtype
+    precision = precision_of(run.model, _device(device)) or run.model.dtype
     told = family.__name__, device, attention, precision
     log.info("%s on %s computes attention as %s, matrix products in %s", *told)
     return {"dtype": getattr(torch, run.model.dtype), "attn_implementation": attention}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as exc:
+        raise ConfigError(f"device={name} cannot be used: {str(exc).splitlines()[0]}") from exc

@@ -1,6 +1,7 @@
 """Many sessions in one pass: each gets the tokens that it gets alone."""
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -136,7 +137,12 @@ def test_others_go_on_between_the_pieces_of_a_long_prompt(family):
         order: list[str] = []
         alice.wire.after = lambda request: order.append("alice")
         bob.wire.after = lambda request: order.append("bob")
-        run_pass = here.trunk.register_forward_hook(lambda *_: order.append("pass"))
+
+        def passed(*_):
+            order.append("pass")
+            time.sleep(0.02)  # as much as the way to a client and back takes
+
+        run_pass = here.trunk.register_forward_hook(passed)
 
         def long_prompt():
             bobs_turn.wait(10)
