@@ -203,10 +203,11 @@ class RunSpec:
                 f"policy.sim_slowdown goes by the trunk's steps, and in train.mode="
                 f"{self.train.mode} it takes none; use train.mode=joint"
             )
-        if self.policy.sim_slowdown and self.train.clients_per_pass > 1:
+        own_time = self.policy.sim_slowdown or self.policy.kind == "async"
+        if own_time and self.train.clients_per_pass > 1:
             raise ConfigError(
-                "policy.sim_slowdown gives every client its own time, and with "
-                f"train.clients_per_pass={self.train.clients_per_pass} they wait for one another; "
+                f"train.clients_per_pass={self.train.clients_per_pass} has clients wait for one "
+                "another, but with policy=async or policy.sim_slowdown each goes by its own time; "
                 "use one of the two"
             )
         if self.policy.sim_slowdown and 0 < self.launch.workers < self.clients:

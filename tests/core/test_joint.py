@@ -188,6 +188,7 @@ def test_a_module_that_mixes_rows_is_found_out(tiny_llama):
         ({"checkpointing": "trunk"}, {}),
         ({"compile_trunk": "default"}, {}),
         ({}, {"sim_slowdown": {"client-0": 2.0}}),
+        ({}, {"kind": "async"}),
     ],
 )
 def test_what_does_not_go_together_is_refused(train, policy):
