@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, D hidden width. Only the thread that owns the mod
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -108,8 +109,12 @@ class Compute:
                 output_BTD, wanted, grad_output_BTD.to(self.device), allow_unused=True
             )
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """A block in the precision that forwards compute in."""
+        return autocast(self._precision, self.device)
+
     def _run(self, inputs: Inputs) -> Tensor:
-        with autocast(self._precision, self.device):
+        with self.autocast():
             out_BTD = self._trunk.run(
                 inputs.smashed_BTD,
                 attention_mask_BT=inputs.attention_mask_BT,

@@ -78,10 +78,8 @@ class JointPass:
         if self._can is None:
             self._can = not self._compute.draws and self._try(versions)
             if not self._can:
-                log.warning(
-                    "%s cannot train several clients in one pass; they take turns",
-                    self._trunk.family.__name__,
-                )
+                why = "it has dropout" if self._compute.draws else "its rows cannot be told apart"
+                log.warning("clients of %s take turns: %s", self._trunk.family.__name__, why)
         return self._can
 
     def forward(
@@ -155,8 +153,10 @@ class JointPass:
             module, names = self._trunk.get_submodule(call.module), self._owners[call.module]
             inputs, grads = (_parted(t, joint.rows) for t in (call.input, call.grad_output))
             for total, given, grad in zip(own, inputs, grads, strict=True):
-                for name, found in _gradients(module, names, given, grad).items():
-                    total[name] = total[name] + found if name in total else found
+                with self._compute.autocast():
+                    found = _gradients(module, names, given, grad)
+                for name, gradient in found.items():
+                    total[name] = total[name] + gradient if name in total else gradient
         return own
 
     def _try(self, versions: ParameterVersions) -> bool:

@@ -116,11 +116,22 @@ def test_three_clients_share_every_pass_and_have_the_same_numbers(tiny_llama):
     assert all(map(same, joint, again))
 
 
-def test_with_dropout_everybody_computes_alone(tiny_gpt2):
+def test_under_autocast_too(tiny_llama):
+    found = {}
+    for clients in (1, 3):
+        run = joint_run(clients)
+        run = replace(run, model=replace(run.model, autocast="bfloat16"))
+        found[clients], rows = trained(tiny_llama(), run)
+    assert rows[3:] == 3 * [6]
+    assert largest_gap(found[1], found[3]) < 1e-4
+
+
+def test_with_dropout_everybody_computes_alone(tiny_gpt2, caplog):
     config = tiny_gpt2(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
     apart, _ = trained(config, joint_run(clients=1))
     joint, rows = trained(config, joint_run())
     assert sorted(rows) == 9 * [2]
+    assert "take turns: it has dropout" in caplog.text
     assert all(map(same, apart, joint))
 
 
