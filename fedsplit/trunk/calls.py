@@ -62,5 +62,6 @@ class Taken:
 
     @property
     def num_members(self) -> int:
-        """How many calls were in the pass that it is a part of."""
-        return len(self.graph.joint.rows) if self.graph.joint else 1
+        """How many calls it runs with, itself among them."""
+        joint = self.graph.joint
+        return len(joint.rows) if joint and not joint.broken else 1

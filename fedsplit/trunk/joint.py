@@ -43,15 +43,19 @@ class _Seen:
     grad_output: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Joint:
-    """A forward of several members; `rows` says how many sequences are whose."""
+    """A forward of several members; `rows` says how many sequences are whose.
+
+    It is `broken` once a member's backward has run without the others': then none waits any more.
+    """
 
     smashed_BTD: Tensor
     trunk_out_BTD: Tensor
     num_bytes: int
     rows: tuple[int, ...]
     seen: list[_Seen] = field(default_factory=list)
+    broken: bool = False
 
 
 class JointPass:

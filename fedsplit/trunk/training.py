@@ -198,7 +198,7 @@ class Training:
         try:
             if joint and len(calls) == len(joint.rows):
                 versions, version = calls[0].graph.replica.versions, calls[0].graph.version
-                grads = [call.grad_trunk_out_BTD.to(self._compute.device) for call in calls]
+                grads = [call.grad_trunk_out_BTD for call in calls]
                 found: Sequence[Found] = self._joint.backward(joint, grads, versions, version)
             else:
                 found = [self._backward_alone(call) for call in calls]
@@ -340,9 +340,9 @@ class Training:
 
     def _backward_alone(self, call: Taken) -> Found:
         graph = call.graph
-        versions, version = graph.replica.versions, graph.version
-        out_BTD = graph.trunk_out_BTD
+        versions, version, out_BTD = graph.replica.versions, graph.version, graph.trunk_out_BTD
         if graph.joint:
+            graph.joint.broken = True
             out_BTD = self._compute.forward(graph.inputs, versions, version).trunk_out_BTD
         leaves = versions.leaves(version)
         smashed = [graph.inputs.smashed_BTD] if call.want_grad else []

@@ -138,7 +138,7 @@ def test_with_dropout_everybody_computes_alone(tiny_gpt2, caplog):
 def test_who_stays_away_costs_the_others_one_wait_and_no_number(tiny_llama):
     found = {}
     for clients in (1, 3):
-        run = joint_run(clients, pass_wait_s=0.05)
+        run = joint_run(clients, pass_wait_s=1.5)
         with world(tiny_llama(), run) as here:
             members = [here.add(name) for name in NAMES]
             for member in members:
@@ -149,6 +149,9 @@ def test_who_stays_away_costs_the_others_one_wait_and_no_number(tiny_llama):
                 backwards = [backward_of(request) for request in requests[:2]]
                 replies = pool.map(lambda n, r: ask(here, n, r), NAMES, backwards)
                 found[clients] = [reply.grad_smashed_BTD for reply in replies]
+                began = time.monotonic()
+                ask(here, "carol", backward_of(requests[2]))  # waits for nobody any more
+                assert time.monotonic() - began < 1.0
     for apart, joint in zip(found[1], found[3], strict=True):
         torch.testing.assert_close(joint, apart, rtol=1e-5, atol=1e-7)
 
