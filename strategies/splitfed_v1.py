@@ -33,6 +33,12 @@ class SplitFedV1(SplitStrategy):
                 f"SplitFedV1 averages trunks that train, but with train.mode={self.run.train.mode} "
                 "the trunk stays as it is; use strategy=splitfed_v2 or train.mode=joint"
             )
+        if self.run.train.clients_per_pass > 1:
+            raise ConfigError(
+                f"train.clients_per_pass={self.run.train.clients_per_pass} has clients share a "
+                "pass of one trunk, but SplitFedV1 gives each a replica of its own; use "
+                "strategy=splitfed_v2 or clients_per_pass=1"
+            )
 
     def merged(self, shares: Sequence[Share]) -> None:
         """Average the trunks with the weights of the halves."""
