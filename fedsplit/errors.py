@@ -116,6 +116,13 @@ class StaleVersion(FedsplitError):
     status = "FAILED_PRECONDITION"
 
 
+class HistoryLost(FedsplitError):
+    """The server has lost activations that this forward is a difference from: send them again."""
+
+    code = "HISTORY_LOST"
+    status = "FAILED_PRECONDITION"
+
+
 class SessionLost(FedsplitError):
     """The server does not know this session (any more): open a new one."""
 

@@ -6,9 +6,9 @@ PyTorch: `loss.backward()` crosses the wire.
 """
 
 import itertools
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -17,16 +17,14 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fedsplit.client.carrier import Carrier
 from fedsplit.client.generation import CacheSession, TrunkCache
-from fedsplit.client.overlap import Overlap
-from fedsplit.client.retry import Retry
+from fedsplit.client.history import History
 from fedsplit.errors import (
-    ActivationExpired,
     FedsplitError,
     ModelMismatch,
     ProtocolError,
     SessionLost,
-    StaleVersion,
 )
 from fedsplit.link import Link
 from fedsplit.model.checkpoint import model_fingerprint
@@ -39,9 +37,6 @@ from fedsplit.wire import messages as m
 from fedsplit.wire.feedback import Feedback
 
 T = TypeVar("T")
-
-_REFORWARDS = 6
-"""How often a graph that expired is made again before its backward is given up."""
 
 
 class RemoteTrunk:
@@ -56,6 +51,7 @@ class RemoteTrunk:
         kv: Who keeps the trunk's keys and values in generation: `server`, or `client`, where they
             travel with every token and the server keeps nothing.
         residue: What error feedback has to add to the next gradient, as `residue` said before.
+        history: What the trunk has had of this client's examples, as `history` said before.
     """
 
     def __init__(
@@ -68,12 +64,12 @@ class RemoteTrunk:
         served: str = "",
         kv: str = "server",
         residue: Tensor | None = None,
+        history: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         one_of("kv", kv, ("server", "client"))
         self.client = client
         self.turn = Turn(needed=draws(model))
         self._link = link
-        self._overlap = Overlap(link, run.train.micro_batches)
         self._identity: dict[str, Any] = {
             "client": client,
             "model": model_fingerprint(model.config, run.split),
@@ -88,7 +84,8 @@ class RemoteTrunk:
         self._is_isolated = run.train.mode == "isolated"
         self._wire = run.wire
         self._feedback = Feedback(run.wire.grad_up, residue) if run.wire.feedback else None
-        self._retry = Retry(run.wire.budget_s, random.Random(client))
+        self._history = History(run.wire, history)
+        self._carrier = Carrier(link, run, client=client, turn=self.turn, history=self._history)
         self._session = ""
         self._next_call = 0
         self._trunk_sq_norm = 0.0
@@ -117,8 +114,8 @@ class RemoteTrunk:
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
                 f"{self._hidden_size}; start both from the same model"
             )
-        if self._feedback:
-            self._feedback.dropped()
+        for kept in self._kept:
+            kept.dropped()
         self._session, self.autocast = reply.session, reply.autocast
         self._next_call, self._trunk_sq_norm = first_call, 0.0
         return reply.version
@@ -174,12 +171,24 @@ class RemoteTrunk:
         )
         self._next_call += 1
         if not request.training:
-            return self._in_turn(request).trunk_out_BTD.to(hidden_BTD.device)
+            return self._carrier.in_turn(request).trunk_out_BTD.to(hidden_BTD.device)
         # Autograd calls a backward only if an input needs a gradient; the trunk always does.
         below_trains = hidden_BTD.requires_grad
         entering_BTD = hidden_BTD if below_trains else hidden_BTD.detach().requires_grad_()
         cross: Callable[..., Tensor] = _Crossing.apply
-        return cross(entering_BTD, self, request, below_trains)
+        return cross(entering_BTD, self, self._history.differing(request), below_trains)
+
+    def examples(self, numbers_B: Tensor) -> AbstractContextManager[None]:
+        """A block whose training forwards, in this thread, are of these examples of the client.
+
+        With `wire.history_bytes` only what has changed about them since the last step that they
+        were part of crosses.
+
+        Args:
+            numbers_B: An example's number for each sequence, always the same one; int64. None at
+                all for sequences that have none.
+        """
+        return self._history.of(numbers_B)
 
     # --- generation ---------------------------------------------------------------------------
 
@@ -232,13 +241,18 @@ class RemoteTrunk:
         return self._trunk_sq_norm
 
     @property
+    def history(self) -> Mapping[str, Tensor]:
+        """What the trunk has had of this client's examples, if that is kept, by name."""
+        return self._history.state
+
+    @property
     def residue(self) -> Tensor | None:
         """What the codec left out of the last gradient that went up, if that is made good."""
         return self._feedback.residue if self._feedback else None
 
     def overlapped(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         """Do pieces of a step, `train.micro_batches` of them at a time; what each returned."""
-        return self._overlap.run(pieces)
+        return self._carrier.overlapped(pieces)
 
     def step(
         self, *, step: int, num_tokens: int, ends_sq_norm: float, loss_scale: float = 1.0
@@ -258,8 +272,8 @@ class RemoteTrunk:
         )
         self.exchange(request)
         self._trunk_sq_norm = 0.0
-        if self._feedback:
-            self._feedback.taken()
+        for kept in self._kept:
+            kept.taken()
 
     def follow(self, optimizer: Optimizer, *, step: int = 0) -> RemovableHandle:
         """Contribute to the trunk's step whenever this optimizer of the ends has stepped.
@@ -299,6 +313,11 @@ class RemoteTrunk:
         """What the server is; needs no session."""
         return self.exchange(m.ServiceInfoRequest(served=self._identity["served"]))
 
+    @property
+    def _kept(self) -> list[History | Feedback]:
+        """What both sides go by from step to step."""
+        return [self._history, self._feedback] if self._feedback else [self._history]
+
     def _backward(
         self, request: m.ForwardRequest, version: int, grad_trunk_out_BTD: Tensor, want_grad: bool
     ) -> Tensor | None:
@@ -311,30 +330,9 @@ class RemoteTrunk:
             grad_trunk_out_BTD=grad_trunk_out_BTD,
             codec=self._wire.grad_up,
         )
-        reply = self._backward_at_last(backward, request, version)
+        reply = self._carrier.backward(backward, request, version)
         self._trunk_sq_norm = reply.trunk_sq_norm
         return reply.grad_smashed_BTD
-
-    def _backward_at_last(
-        self, backward: m.BackwardRequest, forward: m.ForwardRequest, version: int
-    ) -> m.BackwardReply:
-        for tries in range(_REFORWARDS):
-            try:
-                return self.exchange(backward) if tries else self._in_turn(backward)
-            except ActivationExpired:
-                if tries:  # others need the trunk's memory as well; make room for one another
-                    self._retry.pause(tries)
-                self._forward_again(forward, version)
-        return self.exchange(backward)
-
-    def _forward_again(self, request: m.ForwardRequest, version: int) -> None:
-        """Have the trunk make an expired graph again; its dropout is that of the call."""
-        now = self.exchange(request).version
-        if now != version:
-            raise StaleVersion(
-                f"the graph of call {request.call} expired, and the trunk has moved from version "
-                f"{version} to {now} meanwhile; repeat the step"
-            )
 
     def _close(self, session: str) -> None:
         self._caches.discard(session)
@@ -347,13 +345,7 @@ class RemoteTrunk:
         Raises:
             FedsplitError: The last failure.
         """
-        with self.turn.paused():
-            return self._retry(lambda: self._link.exchange(request))
-
-    def _in_turn(self, request: m.Request[m.R]) -> m.R:
-        """As `exchange`; other pieces of a step that is `overlapped` go on meanwhile."""
-        with self.turn.paused():
-            return self._overlap.exchange(request, self._retry)
+        return self._carrier.exchange(request)
 
     def _named_session(self) -> str:
         if not self._session:
@@ -368,7 +360,7 @@ class _Crossing(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_BTD: Tensor, trunk: RemoteTrunk, request: m.ForwardRequest, below: bool
     ) -> Tensor:
-        reply = trunk._in_turn(request)
+        reply = trunk._carrier.forward(request)
         # The request holds it, for a forward to be repeated; so whoever counts activations sees it.
         ctx.save_for_backward(hidden_BTD)
         ctx.trunk, ctx.request, ctx.version, ctx.below = trunk, request, reply.version, below

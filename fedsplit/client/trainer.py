@@ -247,7 +247,8 @@ class ClientTrainer:
         return self._trunk.overlapped([partial(work, number) for number in range(len(pieces))])
 
     def _backward(self, batch: Batch, weight: float) -> float:
-        with self._footprint.forward(), self._autocast():
+        is_of = self._trunk.examples(batch.examples_B)
+        with self._footprint.forward(), self._autocast(), is_of:
             loss = self._loss(batch) * weight
             objective = loss
             if self._auxiliary is not None:

@@ -1,9 +1,11 @@
 """In the trunk's place, for a model that is not split: the baselines train with the same loop."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedsplit.randomness import Turn, draws
@@ -22,6 +24,7 @@ class NoTrunk:
     next_call = 0
     trunk_sq_norm = 0.0
     residue = None
+    history: Mapping[str, Tensor] = MappingProxyType({})
     autocast = ""
 
     def __init__(self, model: PreTrainedModel, *, client: str) -> None:
@@ -38,6 +41,10 @@ class NoTrunk:
     ) -> Iterator[None]:
         """A block like any other."""
         yield
+
+    def examples(self, numbers_B: Tensor) -> AbstractContextManager[None]:
+        """A block like any other: nothing crosses."""
+        return nullcontext()
 
     def overlapped(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         """Do pieces of a step, one after another: nothing is waited for."""

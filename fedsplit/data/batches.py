@@ -4,7 +4,7 @@ Shapes: N sequences, B sequences of a batch, T tokens of a sequence, V vocabular
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -24,13 +24,15 @@ class Batch:
     a classifier `labels` [B] are classes. `num_tokens` is how many predictions the loss is the
     mean of (tokens, of a classifier rows): weigh losses by it. `num_bytes` is how many UTF-8
     bytes of text these stand for: `loss * num_tokens / num_bytes / ln 2` is in bits per byte;
-    classes stand for none.
+    classes stand for none. `examples_B` are the numbers of the client's examples that it is made
+    of, the same ones whenever they come up; empty where they have none.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     num_tokens: int
     num_bytes: int
+    examples_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 def micro_batches(batch: Batch, number: int) -> list[Batch]:
@@ -40,12 +42,14 @@ def micro_batches(batch: Batch, number: int) -> list[Batch]:
     known here; its `num_bytes` is 0.
     """
     inputs = {name: tensor.tensor_split(number) for name, tensor in batch.inputs.items()}
+    examples = batch.examples_B.tensor_split(number)
     pieces = [
         Batch(
             inputs={name: parts[i] for name, parts in inputs.items()},
             labels=labels,
             num_tokens=_num_predictions(labels),
             num_bytes=0,
+            examples_B=examples[i],
         )
         for i, labels in enumerate(batch.labels.tensor_split(number))
     ]
@@ -93,6 +97,7 @@ class Sequences:
             labels=ids_BT.masked_fill(~is_real_BT, IGNORED),
             num_tokens=counted.numel(),
             num_bytes=int(self.bytes_V[counted].sum()),
+            examples_B=index_B,
         )
 
 
@@ -119,6 +124,7 @@ class Labelled:
             labels=self.labels_N[index_B],
             num_tokens=len(index_B),
             num_bytes=0,
+            examples_B=index_B,
         )
 
 

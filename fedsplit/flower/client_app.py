@@ -90,6 +90,7 @@ def train(message: Message, context: Context) -> Message:
         moments=trainer.optimizer.state(),
         personal=half.personal,
         residue=half.residue,
+        history=dict(half.trunk.history),
         loss_scale=trainer.loss_scale,
     )
     memory.put_into(context.state)
@@ -208,8 +209,14 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
         return
     wire = replace(run.wire, tls_ca=node.tls_ca)
     with closing(GrpcLink(ticket.address, token=ticket.token, wire=wire)) as link:
-        residue = memory.residue.get(_RESIDUE)
-        trunk = RemoteTrunk(link, model, run, client=ticket.client, residue=residue)
+        trunk = RemoteTrunk(
+            link,
+            model,
+            run,
+            client=ticket.client,
+            residue=memory.residue.get(_RESIDUE),
+            history=memory.history,
+        )
         connect(model, trunk)
         yield half(trunk=trunk, link=link)
 

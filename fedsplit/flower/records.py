@@ -23,7 +23,7 @@ WEIGHT = "num-examples"
 RESUMED = "resumed"
 """Key of the record in the first message to a client that says where a resumed run goes on."""
 _TICKET, _COUNTS = "fedsplit", "counts"
-_KEPT = ("moments", "personal", "residue")
+_KEPT = ("moments", "personal", "residue", "history")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,8 @@ class Memory:
 
     `steps` it has taken, `batches` it has read, the `moments` of its optimizer, and the tensors
     of its `personal` part, by name; `residue` is what error feedback has to add to the next
-    gradient, if anything, and `loss_scale` where that was.
+    gradient and `history` what the trunk has had of its examples, if anything, and `loss_scale`
+    where that was.
     """
 
     steps: int = 0
@@ -70,6 +71,7 @@ class Memory:
     moments: dict[str, Tensor] = field(default_factory=dict)
     personal: dict[str, Tensor] = field(default_factory=dict)
     residue: dict[str, Tensor] = field(default_factory=dict)
+    history: dict[str, Tensor] = field(default_factory=dict)
     loss_scale: LossScale = INITIAL_SCALE
 
     @staticmethod

@@ -15,7 +15,7 @@ from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
 
-_LOSSY = ("up", "down", "grad_up", "grad_down", "feedback", "halves")
+_LOSSY = ("up", "down", "history_bytes", "grad_up", "grad_down", "feedback", "halves")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -29,9 +29,11 @@ class WireSpec:
 
     Hidden states travel as `up` and `down` say, their gradients as `grad_up` and `grad_down`: none,
     bf16, fp16, int8 or int4 (with `:stochastic` rounding if so written), topk:FRACTION,
-    randtopk:FRACTION or huffman:STEP. With `feedback`, what a codec leaves out of a gradient is
-    added to the next one that goes the same way. The halves that Flower carries travel as `halves`
-    says, both ways: none, fp16 or int8. These six alone decide numbers.
+    randtopk:FRACTION or huffman:STEP. With `history_bytes`, each side keeps so many bytes of what
+    the other made of a client's examples the last time, and of these only what has changed travels.
+    With `feedback`, what a codec leaves out of a gradient is added to the next one that goes the
+    same way. The halves that Flower carries travel as `halves` says, both ways: none, fp16 or int8.
+    These seven alone decide numbers.
     """
 
     bind: str = "127.0.0.1:0"
@@ -42,6 +44,7 @@ class WireSpec:
     insecure: bool = False
     up: str = "none"
     down: str = "none"
+    history_bytes: int = 0
     grad_up: str = "none"
     grad_down: str = "none"
     feedback: bool = False
@@ -55,6 +58,12 @@ class WireSpec:
         for name in ("up", "down", "grad_up", "grad_down"):
             parsed_codec(f"wire.{name}", getattr(self, name))
         one_of("wire.halves", self.halves, ("none", "fp16", "int8"))
+        at_least("wire.history_bytes", self.history_bytes, 0)
+        if self.history_bytes and "none" in (self.up, self.down):
+            raise ConfigError(
+                f"wire.history_bytes is for what is compressed, but wire.up={self.up} and "
+                f"wire.down={self.down}; set both, or wire.history_bytes=0"
+            )
         if self.feedback and self.grad_up == self.grad_down == "none":
             raise ConfigError(
                 "wire.feedback=true has nothing to add to; set wire.grad_up or wire.grad_down, or "
@@ -187,21 +196,12 @@ class RunSpec:
                 f"wire.halves={self.wire.halves} has nothing to compress: no client gives anything "
                 "of its halves away; set wire.halves=none"
             )
-        if self.wire.feedback and self.train.mode != "joint":
-            raise ConfigError(
-                f"wire.feedback goes by the trunk's steps, and in train.mode={self.train.mode} it "
-                "takes none; use train.mode=joint"
-            )
+        self._check_steps()
         if self.wire.feedback and self.model.autocast in ("auto", "float16"):
             raise ConfigError(
                 f"wire.feedback adds to the next gradient, which with model.autocast="
                 f"{self.model.autocast} may be scaled by another factor; use "
                 "model.autocast=bfloat16 or wire.feedback=false"
-            )
-        if self.policy.sim_slowdown and self.train.mode != "joint":
-            raise ConfigError(
-                f"policy.sim_slowdown goes by the trunk's steps, and in train.mode="
-                f"{self.train.mode} it takes none; use train.mode=joint"
             )
         own_time = self.policy.sim_slowdown or self.policy.kind == "async"
         if own_time and self.train.clients_per_pass > 1:
@@ -221,6 +221,19 @@ class RunSpec:
                 f"policy.sim_slowdown names {strangers[0]}, but the clients of this run are "
                 f"{names[0]} to {names[-1]}"
             )
+
+    def _check_steps(self) -> None:
+        by_steps = {
+            "wire.feedback": self.wire.feedback,
+            "wire.history_bytes": self.wire.history_bytes,
+            "policy.sim_slowdown": self.policy.sim_slowdown,
+        }
+        for name, value in by_steps.items():
+            if value and self.train.mode != "joint":
+                raise ConfigError(
+                    f"{name} goes by the trunk's steps, and in train.mode={self.train.mode} it "
+                    "takes none; use train.mode=joint"
+                )
 
     @property
     def num_nodes(self) -> int:

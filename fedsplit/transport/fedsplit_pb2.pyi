@@ -177,7 +177,7 @@ class OpenReply(_message.Message):
     def __init__(self, session: _Optional[str] = ..., incarnation: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec")
+    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec", "bases_B", "references")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +185,8 @@ class ForwardRequest(_message.Message):
     ATTENTION_MASK_BT_FIELD_NUMBER: _ClassVar[int]
     POSITION_IDS_BT_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    BASES_B_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     training: bool
@@ -192,7 +194,9 @@ class ForwardRequest(_message.Message):
     attention_mask_BT: TensorMeta
     position_ids_BT: TensorMeta
     codec: str
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., codec: _Optional[str] = ...) -> None: ...
+    bases_B: TensorMeta
+    references: _containers.RepeatedCompositeFieldContainer[TensorMeta]
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., codec: _Optional[str] = ..., bases_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., references: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
     __slots__ = ("trunk_out_BTD", "version", "codec")

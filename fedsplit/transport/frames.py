@@ -6,7 +6,7 @@ valid protobuf. Received payloads go to memory that is taken once, after the hea
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, error_from_code
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.wire import messages
-from fedsplit.wire.codec import TensorMeta, codec_of, decode_tensor, encode_tensor
+from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor, how_of, traveling
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
 CHUNK_BYTES = 1 << 20
@@ -84,10 +84,10 @@ _KINDS: dict[Any, _Kind] = {
 
 
 _LAYOUTS: dict[type, tuple[tuple[str, _Kind], ...]] = {
-    cls: tuple((field.name, _KINDS.get(field.type, _Kind.VALUE)) for field in fields(cls))
+    cls: tuple((field.name, _KINDS.get(field.type, _Kind.VALUE)) for field in traveling(cls))
     for cls in (*_CLASSES.values(), KVCacheEntry, Limits)
 }
-_NEEDED = {cls: {f.name for f in fields(cls) if f.type is Tensor} for cls in _LAYOUTS}
+_NEEDED = {cls: {f.name for f in traveling(cls) if f.type is Tensor} for cls in _LAYOUTS}
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
         elif not isinstance(value, Tensor) and not value:
             pass
         elif kind is _Kind.TENSOR:
-            getattr(body, name).CopyFrom(_write_tensor(value, parts, codec_of(message)))
+            getattr(body, name).CopyFrom(_write_tensor(value, parts, *how_of(message)))
         elif kind is _Kind.TENSORS:
             getattr(body, name).extend(_write_tensor(item, parts) for item in value)
         elif kind is _Kind.VALUES:
@@ -152,8 +152,8 @@ def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
                 _write_fields(getattr(body, name).add(), item, parts)
 
 
-def _write_tensor(tensor: Tensor, parts: list[memoryview], codec: str = "none") -> pb.TensorMeta:
-    meta, raw = encode_tensor(tensor, codec)
+def _write_tensor(tensor: Tensor, parts: list[memoryview], *how: Any) -> pb.TensorMeta:
+    meta, raw = encode_tensor(tensor, *how)
     parts.append(raw)
     if padding := -len(raw) % ALIGNMENT:
         parts.append(memoryview(bytes(padding)))

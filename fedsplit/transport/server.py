@@ -102,8 +102,9 @@ class GrpcServer:
 def largest_payload(limits: Limits) -> int:
     """Bytes of the largest legal request, and a quarter on top."""
     per_token = 4 * limits.hidden_size + 2 * 8  # float32, and an int64 for mask and position
-    num_tokens = max(limits.max_rows * limits.max_tokens, limits.session_tokens)
-    return max(num_tokens * per_token * 5 // 4, limits.stateless_bytes) + HEADER_BYTES
+    with_bases = per_token + 2 * 2 * limits.hidden_size  # bfloat16 up and down
+    tokens = limits.max_rows * limits.max_tokens * with_bases, limits.session_tokens * per_token
+    return max(max(tokens) * 5 // 4, limits.stateless_bytes) + HEADER_BYTES
 
 
 class _Door:

@@ -37,6 +37,7 @@ from fedsplit.spec import RunSpec
 from fedsplit.trunk.admission import Admission
 from fedsplit.trunk.calls import Worker
 from fedsplit.trunk.engine import TrunkEngine
+from fedsplit.trunk.histories import Histories
 from fedsplit.trunk.sessions import Session, Steps, no_session
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import check_request
@@ -79,6 +80,7 @@ class TrunkService:
         self._autocast = precision_of(run.model, trunk.device)
         self._round = 0
         self._admission = Admission()
+        self.histories = Histories(run.wire.history_bytes)
         self._sessions: dict[str, Session] = {}
         self._last_steps: dict[str, Steps] = {}
         self._closing = False
@@ -117,6 +119,7 @@ class TrunkService:
                 return False
             self._admission.dismiss(client)
             self._last_steps.pop(client, None)
+            self.histories.dismiss(client)
         self.engine.dismiss(client)
         return True
 
@@ -243,10 +246,9 @@ class TrunkService:
             self._await_word(opened, self._run.wire.stash_ttl_s)
         for old in same:
             self._drop(old, replaced=True)
-        join = self.engine.join
         if worker.generating:
             self._wait(self.engine.open_cache(worker))
-        version = self._wait(join(worker)) if worker.training else self.engine.version
+        version = self._wait(self.engine.join(worker)) if worker.training else self.engine.version
         return m.OpenReply(
             session=worker.session,
             incarnation=self.incarnation,
@@ -257,17 +259,15 @@ class TrunkService:
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:
         self._check_dtype("smashed_BTD", request.smashed_BTD)
-        mask_BT = request.attention_mask_BT
-        if mask_BT is not None and mask_BT.shape != request.smashed_BTD.shape[:2]:
-            raise ProtocolError(
-                f"a mask of shape {tuple(mask_BT.shape)} for {tuple(request.smashed_BTD.shape)} "
-                "needs a KV cache, which only a session that generates has"
-            )
         if request.training and not session.worker.training:
             raise ProtocolError("a training forward in a session that was not opened for training")
         if not request.training:
             return self._wait(self.engine.forward(session.worker, request))
-        return self._wait(session.once(request, Event.FORWARD, self.engine.forward))
+        forward = self.histories.of(session.worker.client, request)
+        future = session.once(
+            request, Event.FORWARD, lambda worker, _: self.engine.forward(worker, forward.whole)
+        )
+        return forward.answer(self._wait(future))
 
     def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
         self._check_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD)

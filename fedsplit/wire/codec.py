@@ -8,7 +8,7 @@ trunk's guard to say.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from fedsplit.errors import BadTensor, ProtocolError, TooLarge
 from fedsplit.spec import NAME_PATTERN
 from fedsplit.wire.compression import READERS, writer
 from fedsplit.wire.messages import (
+    STAYS,
     BackwardReply,
     BackwardRequest,
     ForwardReply,
@@ -108,11 +109,13 @@ class TensorMeta:
         READERS[self.codec].check(self.nbytes, *self.rows)
 
 
-def encode_tensor(tensor: Tensor, codec: str = "none") -> tuple[TensorMeta, memoryview]:
-    """Describe a tensor and show its bytes.
+def encode_tensor(
+    tensor: Tensor, codec: str = "none", base: Tensor | None = None
+) -> tuple[TensorMeta, memoryview]:
+    """Describe a tensor, or its difference from a base of its shape, and show the bytes.
 
     With codec `none`, and of whole numbers, they are its own, copied only if it is strided or on
-    another device.
+    another device; there is no difference then.
 
     Raises:
         BadTensor: The tensor's dtype or shape may not cross the wire.
@@ -124,7 +127,9 @@ def encode_tensor(tensor: Tensor, codec: str = "none") -> tuple[TensorMeta, memo
     held = tensor.detach()
     if codec != "none" and tensor.is_floating_point():
         name, compress = writer(codec)
-        held = compress.encode(held.reshape(-1, held.shape[-1]).float().contiguous())
+        rows_ND = held.reshape(-1, held.shape[-1]).float().contiguous()
+        change_ND = rows_ND if base is None else rows_ND - base.to(rows_ND).view_as(rows_ND)
+        held = compress.encode(change_ND, rows_ND)
         meta = replace(meta, nbytes=held.nbytes, codec=name)
     flat = held.cpu().contiguous().view(-1).view(torch.uint8)
     return meta, flat.numpy().data
@@ -157,28 +162,33 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
 def through_codec(message: M) -> M:
     """The message as its receiver would have it: every tensor a detached, independent copy."""
     original: Any = message
-    codec = codec_of(message)
-    copies = {f.name: _copied(getattr(original, f.name), codec) for f in fields(original)}
-    copy: M = replace(original, **copies)
+    how = how_of(message)
+    copies = {f.name: _copied(getattr(original, f.name), *how) for f in traveling(original)}
+    copy: M = type(original)(**copies)
     return copy
 
 
-def codec_of(message: object) -> str:
-    """How the float tensors of a message travel."""
-    return str(getattr(message, "codec", "none"))
+def traveling(message: Any) -> list[Field[Any]]:
+    """The fields of a message, or of its class, that its receiver gets."""
+    return [each for each in fields(message) if each.metadata != STAYS]
 
 
-def as_received(tensor: Tensor, codec: str) -> Tensor:
-    """What the other side makes of a tensor, in memory of its own, on the CPU."""
-    meta, raw = encode_tensor(tensor, codec)
+def how_of(message: object) -> tuple[str, Tensor | None]:
+    """How the float tensors of a message travel: by which codec, as differences from what."""
+    return getattr(message, "codec", "none"), getattr(message, "base_BTD", None)
+
+
+def as_received(tensor: Tensor, codec: str, base: Tensor | None = None) -> Tensor:
+    """What the other side makes of a tensor's bytes, in memory of its own, on the CPU."""
+    meta, raw = encode_tensor(tensor, codec, base)
     return decode_tensor(meta, bytearray(raw))
 
 
-def _copied(value: object, codec: str) -> object:
+def _copied(value: object, codec: str = "none", base: Tensor | None = None) -> object:
     if isinstance(value, tuple):
-        return tuple(_copied(item, codec) for item in value)
+        return tuple(_copied(item) for item in value)
     if isinstance(value, Tensor):
-        return as_received(value, codec)
+        return as_received(value, codec, base)
     if isinstance(value, KVCacheEntry):
         return through_codec(value)
     return value
@@ -233,10 +243,10 @@ def _check_forward(request: ForwardRequest, limits: Limits) -> None:
     B, T, _ = request.smashed_BTD.shape
     if (mask_BT := request.attention_mask_BT) is not None:
         _check_integers("attention_mask", mask_BT)
-        if mask_BT.shape[0] != B or not T <= mask_BT.shape[1] <= limits.max_tokens:
+        if tuple(mask_BT.shape) != (B, T):
             raise BadTensor(
                 f"attention_mask of shape {tuple(mask_BT.shape)} does not fit {B} sequences "
-                f"of {T} tokens (at most {limits.max_tokens} with what is cached)"
+                f"of {T} tokens; only a session that generates has some cached"
             )
     if (positions_BT := request.position_ids_BT) is not None:
         _check_integers("position_ids", positions_BT)
@@ -245,6 +255,28 @@ def _check_forward(request: ForwardRequest, limits: Limits) -> None:
                 f"position_ids of shape {tuple(positions_BT.shape)} do not fit {B} sequences "
                 f"of {T} tokens"
             )
+
+    _check_bases(request)
+
+
+def _check_bases(request: ForwardRequest) -> None:
+    shape = request.smashed_BTD.shape
+    if (bases_B := request.bases_B) is None:
+        if request.references:
+            raise ProtocolError("bases were sent to a forward that goes by none")
+        return
+    if not request.training:
+        raise ProtocolError("a forward that trains nothing goes by no bases")
+    if bases_B.dtype != torch.int64 or tuple(bases_B.shape) != (shape[0],) or bases_B.min() < -1:
+        raise BadTensor(
+            f"bases are {NAMES[bases_B.dtype]} of shape {tuple(bases_B.shape)}; the name of one, 0 "
+            f"or -1 for each of {shape[0]} sequences is needed, as int64"
+        )
+    references = request.references
+    if len(references) not in (0, 2) or any(
+        each.dtype != torch.bfloat16 or each.shape != shape for each in references
+    ):
+        raise BadTensor(f"bases that are sent are two tensors {tuple(shape)} in bfloat16")
 
 
 def _check_backward(request: BackwardRequest, limits: Limits) -> None:

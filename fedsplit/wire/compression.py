@@ -36,8 +36,13 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def encode(self, rows_ND: Tensor) -> Tensor:
-        """The bytes, as uint8 of any shape."""
+    def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
+        """The bytes, as uint8 of any shape.
+
+        Args:
+            rows_ND: What to encode.
+            whole_ND: Where those are differences, the rows that they help to say.
+        """
 
     @abstractmethod
     def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
@@ -88,7 +93,7 @@ class Cast(RowCodec):
         """See `RowCodec`."""
         _check_length(row_bytes, width * self.dtype.itemsize, width)
 
-    def encode(self, rows_ND: Tensor) -> Tensor:
+    def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
         return rows_ND.to(self.dtype).view(torch.uint8)
 
@@ -121,7 +126,7 @@ class Int(RowCodec):
         """See `RowCodec`."""
         _check_length(row_bytes, _SCALE_BYTES + _packed_bytes(width, self.bits), width)
 
-    def encode(self, rows_ND: Tensor) -> Tensor:
+    def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
         largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
         scales_N1 = _rounded_up(largest_N1 / self.most)
@@ -162,7 +167,7 @@ class TopK(RowCodec):
         if not 1 <= kept <= width:
             raise BadTensor(f"rows of {row_bytes} bytes hold {kept} of {width} values")
 
-    def encode(self, rows_ND: Tensor) -> Tensor:
+    def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
         kept_NK = self._chosen(rows_ND).sort(dim=1).values
         mask_ND = torch.zeros_like(rows_ND, dtype=torch.uint8).scatter_(1, kept_NK, 1)
@@ -196,9 +201,11 @@ class Huffman(Codec):
     """Whole numbers of dithered steps, of which the frequent ones take fewer bits.
 
     A step is a part of its row's root mean square: at equal bytes the error is less than with one
-    that goes by the largest value. Both ends make the same dither, which is added before rounding
-    and taken away after it. So an error is at most half a step, and nothing on average, whatever
-    the value: Ziv 1985, "On Universal Quantization", IEEE Transactions on Information Theory 31(3).
+    that goes by the largest value. Of a difference it is one of the whole row, so its error is what
+    it always is, and it takes fewer bytes. Both ends make the same dither, which is added before
+    rounding and taken away after it. So an error is at most half a step, and nothing on average,
+    whatever the value: Ziv 1985, "On Universal Quantization", IEEE Transactions on Information
+    Theory 31(3).
 
     The bytes are the dither's seed and a raw deflate stream of Huffman codes alone: the high bytes
     of all steps as bfloat16, the low ones, and a byte for each number; each in blocks of its own.
@@ -215,9 +222,10 @@ class Huffman(Codec):
         if 8 * (nbytes - _SEED_BYTES) < symbols:  # of Huffman codes, none is shorter than a bit
             raise BadTensor(f"{nbytes} bytes are no code of {symbols} symbols; they are too few")
 
-    def encode(self, rows_ND: Tensor) -> Tensor:
+    def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
-        seed, steps_N1 = _seed(rows_ND), self._steps(rows_ND)
+        seed = _seed(rows_ND)
+        steps_N1 = self._steps(rows_ND, rows_ND if whole_ND is None else whole_ND)
         dithered_ND = (rows_ND / steps_N1.float()).add_(_dither(rows_ND.shape, seed, rows_ND))
         low_N, high_N = steps_N1.view(torch.uint8).unbind(dim=1)
         packed = bytearray(seed.to_bytes(_SEED_BYTES, "little"))
@@ -236,12 +244,10 @@ class Huffman(Codec):
         rows_ND = numbers.view(num_rows, width).float().sub_(_KEPT.most)
         return rows_ND.sub_(_dither(rows_ND.shape, seed, rows_ND)).mul_(steps_N1)
 
-    def _steps(self, rows_ND: Tensor) -> Tensor:
+    def _steps(self, rows_ND: Tensor, whole_ND: Tensor) -> Tensor:
         """Long enough for the largest value to be a number."""
         largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
-        squares_N1 = (rows_ND / largest_N1).square_().mean(dim=1, keepdim=True)
-        rms_N1 = squares_N1.sqrt_().nan_to_num_(nan=0.0).mul_(largest_N1)
-        return _rounded_up(torch.maximum(self.step * rms_N1, largest_N1 / _KEPT.most))
+        return _rounded_up(torch.maximum(self.step * _rms(whole_ND), largest_N1 / _KEPT.most))
 
 
 _KEPT = Int(8)
@@ -311,6 +317,13 @@ def _inflated(bytes_M: Tensor, length: int) -> Tensor:
     if more or inflate.unused_data or not inflate.eof or len(symbols) != length:
         raise BadTensor(f"{len(bytes_M)} bytes are not the code of {length} symbols and an end")
     return torch.frombuffer(symbols, dtype=torch.uint8)
+
+
+def _rms(rows_ND: Tensor) -> Tensor:
+    """Root mean square of every row, 0 where that is no number."""
+    largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
+    squares_N1 = (rows_ND / largest_N1).square_().mean(dim=1, keepdim=True)
+    return squares_N1.sqrt_().nan_to_num_(nan=0.0).mul_(largest_N1)
 
 
 def _rounded_up(positive: Tensor) -> Tensor:

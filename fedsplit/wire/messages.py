@@ -5,13 +5,16 @@ Shapes: B sequences, T tokens, D hidden width. A request names the work it asks 
 Hidden states and their gradients travel as the `codec` of their message says.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the messages in this file; the two sides must agree."""
+
+STAYS = {"stays": True}
+"""Marks a field that is the sender's own: it says how the others travel."""
 
 R = TypeVar("R", bound="Reply")
 
@@ -83,11 +86,15 @@ class OpenRequest(Request[OpenReply]):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ForwardReply(Reply):
-    """The trunk's output and the parameter version it was made with."""
+    """The trunk's output and the parameter version it was made with.
+
+    With a `base_BTD`, see the request, what arrives is the difference from it.
+    """
 
     trunk_out_BTD: Tensor
     version: int
     codec: str = "none"
+    base_BTD: Tensor | None = field(default=None, metadata=STAYS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,6 +102,11 @@ class ForwardRequest(Request[ForwardReply]):
     """Smashed data on its way up; `training` keeps the graph for one backward.
 
     The mask is absent where it is all ones, and positions where the family makes its own.
+
+    With `bases_B` what travels, both ways, are differences from what both sides have had of these
+    examples before (`fedsplit.wire.history`): each is the name of a base, or says that there is
+    none. `references` are those bases, up and down, where the trunk has lost them. The sender's
+    `base_BTD` does not travel: with it, `smashed_BTD` arrives as the difference from it.
     """
 
     session: str
@@ -104,6 +116,9 @@ class ForwardRequest(Request[ForwardReply]):
     attention_mask_BT: Tensor | None = None
     position_ids_BT: Tensor | None = None
     codec: str = "none"
+    bases_B: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
+    base_BTD: Tensor | None = field(default=None, metadata=STAYS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -332,8 +332,8 @@ REFUSED_REQUESTS = [
         lambda alice: forward_of(
             alice, smashed_BTD=torch.zeros(2, 6, 16), attention_mask_BT=torch.ones(2, 12).long()
         ),
-        errors.ProtocolError,
-        "needs a KV cache, which only a session that generates has",
+        errors.BadTensor,
+        "only a session that generates has some cached",
         id="mask of a cache",
     ),
     pytest.param(

@@ -1,7 +1,7 @@
 """A small federation in one process: real parts, a real service, local links."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +34,7 @@ def small_run(**changes: object) -> RunSpec:
 
 
 def batch(seed: int = 0, rows: int = 2, tokens: int = 12, pad: int = 0) -> Batch:
-    """Random tokens below 60; the last row ends in `pad` padding tokens."""
+    """Random tokens below 60, other examples for each seed; the last row ends in `pad` padding."""
     ids_BT = torch.randint(1, 60, (rows, tokens), generator=torch.Generator().manual_seed(seed))
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[-1, tokens - pad :] = 0
@@ -45,6 +45,7 @@ def batch(seed: int = 0, rows: int = 2, tokens: int = 12, pad: int = 0) -> Batch
         labels=labels_BT,
         num_tokens=counted,
         num_bytes=counted,
+        examples_B=rows * seed + torch.arange(rows),
     )
 
 
@@ -67,11 +68,13 @@ class World:
     service: TrunkService
     members: dict[str, Member] = field(default_factory=dict)
 
-    def add(self, name: str, link: Link | None = None) -> Member:
+    def add(
+        self, name: str, link: Link | None = None, history: Mapping[str, Tensor] | None = None
+    ) -> Member:
         """A client with the initial halves, on a local link by default."""
         model = _initial_parts(self.config, self.run).client
         link = link or LocalLink(self.service, self.service.admit(name))
-        trunk = RemoteTrunk(link, model, self.run, client=name)
+        trunk = RemoteTrunk(link, model, self.run, client=name, history=history or {})
         connect(model, trunk)
         member = Member(model=model, trunk=trunk, trainer=ClientTrainer(model, trunk, self.run))
         self.members[name] = member

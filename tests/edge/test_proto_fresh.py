@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import fedsplit.transport
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.frames import CALLS
 from fedsplit.wire import messages as m
-from fedsplit.wire.codec import DTYPES
+from fedsplit.wire.codec import DTYPES, traveling
 from fedsplit.wire.compression import READERS
 
 FOLDER = Path(fedsplit.transport.__file__).parent
@@ -30,7 +29,7 @@ def test_the_generated_code_is_fresh(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cls", [*BODIES, m.Limits], ids=lambda cls: cls.__name__)
 def test_a_message_has_the_fields_of_its_dataclass(cls: type) -> None:
-    names = [field.name for field in fields(cls)]
+    names = [field.name for field in traveling(cls)]
     assert [field.name for field in getattr(pb, cls.__name__).DESCRIPTOR.fields] == names
 
 
