@@ -25,6 +25,7 @@ STRONG = WireSpec(
     grad_up="topk:0.2",
     grad_down="huffman:0.9",
     feedback=True,
+    history_bytes=1 << 20,
 )
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TINY = GPT2Config(

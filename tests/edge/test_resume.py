@@ -92,6 +92,21 @@ def test_going_on_gives_the_numbers_of_not_stopping(tmp_path, words):
         assert tensor.equal(went_on[name]), name
 
 
+def test_a_trunk_that_starts_anew_is_given_the_history_it_had(tmp_path):
+    words = (*KEPT, "train.local_steps=8", "wire=strong", "wire.history_bytes=1000000")
+    whole = federate(spec_for(tmp_path / "whole", *words))
+    run = spec_for(tmp_path / "whole", *words, f"launch.run_dir={tmp_path / 'cut' / 'runs'}")
+    interrupted(run, 3)
+    folder = resumed(run)
+    for wanted, got in zip(whole.rounds(), folder.rounds(), strict=True):
+        more = got.bytes_up - wanted.bytes_up
+        assert more > 0 if got.round >= 3 else more == 0  # by then the first epoch is over
+        alike = {"seconds": 0, "bytes_up": 0, "bytes_down": 0}  # it asks for what it has lost
+        assert replace(got, **alike) == replace(wanted, **alike)
+    went_on = joined(folder)
+    assert all(tensor.equal(went_on[name]) for name, tensor in joined(whole).items())
+
+
 def test_the_loss_scale_goes_on_too(tmp_path):
     run = spec_for(tmp_path, *KEPT, "model.autocast=float16")
     interrupted(run, 3)
