@@ -137,11 +137,16 @@ class Watched(Link):
         self._inner.close()
 
 
-def test_a_trunk_that_forgets_is_told_again_and_no_number_changes(expected: Numbers) -> None:
-    with world(TINY, run_of()) as here:
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_trunk_that_forgets_is_told_again_and_no_number_changes(pieces: int) -> None:
+    run = run_of()
+    run = replace(run, train=replace(run.train, micro_batches=pieces))
+    with world(TINY, run) as here:
+        expected = numbers(here, trained(here.add("alice"), EPOCHS))
+    with world(TINY, run) as here:
         link = Forgetful(here)
         losses, weights = numbers(here, trained(here.add("alice", link), EPOCHS))
-    assert link.brought == len(EPOCHS) - 3
+    assert link.brought == pieces * (len(EPOCHS) - 3)
     assert losses == expected[0]
     assert same(weights, expected[1])
 

@@ -33,9 +33,11 @@ FIGURES = {
     ],
     "compress": [
         "bytes_ratio_default",
+        "bytes_ratio_history",
         "bytes_ratio_strong",
         "bytes_ratio_strong_feedback",
         "loss_delta_default",
+        "loss_delta_history",
         "loss_delta_strong",
         "loss_delta_strong_feedback",
     ],
