@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.cli_serving import add_commands
+from fedsplit.console import ending_with_its_reader
 from fedsplit.errors import ConfigError, DataError, FedsplitError
 from fedsplit.spec import SplitSpec, WireSpec
 
@@ -38,9 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (the process's own arguments by default) describes.
 
     Returns:
-        The exit status: 0, or 1 after one line on stderr, or 130 after Ctrl-C, or 141 where
-        nobody reads the output any more.
+        The exit status: 0, or 1 after one line on stderr, or 130 after Ctrl-C.
     """
+    try:
+        with ending_with_its_reader():
+            arguments = _arguments(argv)
+            arguments.command(arguments)
+    except (FedsplitError, OSError) as exc:
+        print(f"error: {_one_line(str(exc))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
     if more:
@@ -48,17 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(arguments, "words") or any(word.startswith("-") for word in more):
             parser.error(f"unrecognized arguments: {' '.join(more)}")
         arguments.words += more
-    try:
-        arguments.command(arguments)
-    except BrokenPipeError:  # whoever read our output has enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-        return 141
-    except (FedsplitError, OSError) as exc:
-        print(f"error: {_one_line(str(exc))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fedsplit.console import ending_with_its_reader, quiet_libraries
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.model.parts import SplitModel, split_model
@@ -44,6 +44,7 @@ class Verdict:
     detail: str = ""
 
 
+@ending_with_its_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and the closing line."""
     parser = argparse.ArgumentParser(prog="python -m simulations.families", description=__doc__)
@@ -51,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the models are too small to share
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     verdicts = []
     for model_type in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         verdict = judge(model_type)

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
-from fedsplit.console import quiet_libraries
+from fedsplit.console import ending_with_its_reader, quiet_libraries
 from fedsplit.data import Batch
 from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.link import Link, LocalLink
@@ -232,6 +232,7 @@ def _link(asked: Parity, service: TrunkService, run: RunSpec) -> Iterator[Link]:
         server.stop()
 
 
+@ending_with_its_reader()
 def main() -> int:
     """Compare as the command line says; 0 if the difference is exactly 0."""
     parser = argparse.ArgumentParser(

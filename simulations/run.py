@@ -7,6 +7,7 @@ python -m simulations.run --help
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 import fedsplit.config
 from fedsplit.compare import COLUMNS, Group, Table, plot, rows_of
 from fedsplit.config import Variants
+from fedsplit.console import READER_GONE, ending_with_its_reader
 from fedsplit.metrics import closing_table
 from fedsplit.run_folder import RunFolder
 from fedsplit.spec import RunSpec
@@ -48,6 +50,7 @@ _TABLES: dict[str, Callable[[RunSpec, Variants], Table]] = {
 """What an experiment ends in, by `sweep.kind`."""
 
 
+@ending_with_its_reader()  # here too, as Hydra has words for every error
 def run_one(run: RunSpec) -> Path:
     """Run one experiment to its end and print it as it goes; the folder that it leaves."""
     run, folder = claim(run)
@@ -72,9 +75,14 @@ def run_sweep(run: RunSpec, variants: Variants) -> None:
 
 @contextmanager
 def _printing_rounds(folder: RunFolder) -> Iterator[None]:
-    """Print each further round's line once it stands in the folder, whatever put it there."""
+    """Print each further round's line once it stands in the folder, whatever put it there.
+
+    Raises:
+        BrokenPipeError: Nobody reads them any more; the block was interrupted, as by Ctrl-C.
+    """
     over = threading.Event()
     known = folder.rounds()
+    unread: list[BrokenPipeError] = []
 
     def follow() -> None:
         while True:
@@ -86,13 +94,27 @@ def _printing_rounds(folder: RunFolder) -> Iterator[None]:
             if last_look:
                 return
 
-    thread = threading.Thread(target=follow, name="round-printer")
+    def follow_while_read() -> None:
+        try:
+            follow()
+        except BrokenPipeError as exc:
+            unread.append(exc)
+            main_thread = threading.main_thread().ident
+            assert main_thread is not None, "it has been started"
+            signal.pthread_kill(main_thread, signal.SIGINT)
+
+    thread = threading.Thread(target=follow_while_read, name="round-printer")
     thread.start()
     try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+    except KeyboardInterrupt:
+        if unread:
+            raise unread[0] from None
+        raise
 
 
 def _heading(run: RunSpec) -> str:
@@ -108,6 +130,7 @@ def _left(folder: Path) -> str:
     return " ".join(sorted(names))
 
 
+@ending_with_its_reader()
 def main() -> None:
     """Run what the command line says."""
     done: list[Path] = []
@@ -117,8 +140,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # At once: a plain exit waits for clients, and those for a trunk that is gone.
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # a plain exit waits for clients, and those for a trunk that is gone
+        os._exit(130)
+    except SystemExit as end:
+        if end.code == READER_GONE:
+            os._exit(READER_GONE)
+        raise

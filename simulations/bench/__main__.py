@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from fedsplit.console import quiet_libraries
+from fedsplit.console import ending_with_its_reader, quiet_libraries
 from fedsplit.errors import FedsplitError
 from simulations.bench.report import Report
 
@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Read when torch is imported: threads that wait by spinning take the cores from other processes.
 
 
+@ending_with_its_reader()
 def main(words: list[str] | None = None) -> int:
     """Measure as the command line says; 0 if it came to an end."""
     parser = argparse.ArgumentParser(

@@ -1,5 +1,6 @@
 """The `fedsplit` command: as installed in a process of its own, and its errors in this one."""
 
+import os
 import re
 import shutil
 import signal
@@ -390,6 +391,22 @@ def test_ctrl_c_is_quiet():
             told = process.communicate(timeout=60)
             connection.close()
     assert (process.returncode, told) == (130, (b"", b""))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[*COMMAND, "plot", "run"], [sys.executable, "-m", "simulations.parity", "steps=1"]],
+    ids=["fedsplit", "parity"],
+)
+def test_output_that_nobody_reads_ends_a_program_quietly(command, here):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head -0` does
+    pipes = dict(stdout=writer, stderr=subprocess.PIPE)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=here, env=environment, **pipes) as process:
+        os.close(writer)
+        told = process.communicate(timeout=120)[1]
+    assert (process.returncode, told) == (141, b"")
 
 
 def test_a_wrong_command_line_shows_how_it_is_used(capsys):

@@ -210,6 +210,20 @@ def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
     assert "interrupted" in stderr and "Traceback" not in stderr
 
 
+def test_a_run_ends_quietly_and_whole_when_nobody_reads_it_any_more(tmp_path: Path) -> None:
+    words = overrides_for(tmp_path, "train.rounds=5000", "train.save_every=1")
+    process = start(*words)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("round   3/"):
+        pass
+    process.stdout.close()  # as `head -4` does
+    code, _, stderr = end(process)
+    assert (code, stderr) == (141, "")
+    folder = RunFolder(tmp_path / "runs" / "tiny")
+    rounds = len(folder.rounds())  # and each of its lines is a whole one
+    assert 3 < rounds < 5000 and rounds - 1 <= folder.last_snapshot <= rounds
+
+
 def test_help_lists_the_groups_with_examples() -> None:
     code, stdout, stderr = end(start("--help"))
     assert (code, stderr) == (0, "")
