@@ -91,14 +91,6 @@ class Overloaded(FedsplitError):
     retryable = True
 
 
-class InProgress(FedsplitError):
-    """The same call is being worked on already."""
-
-    code = "IN_PROGRESS"
-    status = "ABORTED"
-    retryable = True
-
-
 # --- the client has to do something before it tries again ------------------------------------
 
 
@@ -130,33 +122,11 @@ class SessionLost(FedsplitError):
     status = "NOT_FOUND"
 
 
-class ServerRestarted(FedsplitError):
-    """The server is another incarnation than the one the session was opened with."""
-
-    code = "SERVER_RESTARTED"
-    status = "FAILED_PRECONDITION"
-
-
 class NonFinite(FedsplitError):
     """A tensor holds NaN or Inf; it was refused and nothing was changed."""
 
     code = "NONFINITE"
     status = "INVALID_ARGUMENT"
-
-
-class GradExploded(FedsplitError):
-    """A gradient is far larger than the ones before; it was refused."""
-
-    code = "GRAD_EXPLODED"
-    status = "INVALID_ARGUMENT"
-
-
-class Quarantined(FedsplitError):
-    """This client was refused too often and has to wait."""
-
-    code = "QUARANTINED"
-    status = "PERMISSION_DENIED"
-    retryable = True
 
 
 # --- the two sides do not fit together --------------------------------------------------------

@@ -55,8 +55,6 @@ def test_only_what_may_pass_by_itself_is_retryable():
         "DeadlineExceeded",
         "Draining",
         "Overloaded",
-        "InProgress",
-        "Quarantined",
     }
 
 

@@ -107,6 +107,15 @@ def test_nothing_is_left_for_later(file):
     assert re.findall(r"\b(?:TODO|FIXME|XXX)\b", text(file)) == []
 
 
+def test_every_error_is_used_outside_its_file():
+    errors = "fedsplit/errors.py"
+    defined = {node.name for node in tree(errors).body if isinstance(node, ast.ClassDef)}
+    others = [node for file in FILES if file != errors for node in ast.walk(tree(file))]
+    names = {node.id for node in others if isinstance(node, ast.Name)}
+    names |= {node.attr for node in others if isinstance(node, ast.Attribute)}  # errors.TlsFailed
+    assert defined - names == set()
+
+
 @files
 def test_a_broad_except_is_at_a_door_only(file):
     handlers = (n for n in ast.walk(tree(file)) if isinstance(n, ast.ExceptHandler))
