@@ -20,6 +20,7 @@ from fedsplit.spec import RunSpec, SweepSpec
 Variants = dict[str, list[RunSpec]]
 """The runs of an experiment with a sweep of its own: of each variant one for each seed."""
 
+_ADD = "add a variant: 'sweep.variants.NAME=\"field=value\"'"
 _MULTIRUN = {"-m", "--multirun"}
 
 
@@ -82,7 +83,7 @@ def _variants(runs: Sequence[RunSpec], words: Sequence[str]) -> Variants:
     if len(runs) > 1:
         raise ConfigError(
             f"{sweep.name} is a sweep of its own ({', '.join(sweep.sweep.variants)}), so no values "
-            "can be listed beside it; add a variant: 'sweep.variants.NAME=\"field=value\"'"
+            f"can be listed beside it; {_ADD}"
         )
     folder = str(Path(sweep.launch.run_dir, sweep.name))
     variants: Variants = {}
@@ -100,5 +101,8 @@ def _variants(runs: Sequence[RunSpec], words: Sequence[str]) -> Variants:
                 for seed in sweep.sweep.seeds
             ]
         except (ConfigError, ValueError) as exc:
-            raise ConfigError(f"sweep.variants.{name} ({line}): {exc}") from exc
+            raise ConfigError(
+                f"sweep.variants.{name} ({line}): {exc}. Every variant takes what the command line "
+                f"sets; for what only some can take, {_ADD}"
+            ) from exc
     return variants

@@ -117,6 +117,19 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_setting_that_a_variant_cannot_take_is_refused_with_the_way_out(call: Call) -> None:
+    refused = (
+        "error: sweep.variants.local_loss-dirichlet (sharding=dirichlet strategy=local_loss): "
+        "policy.sim_slowdown goes by the trunk's steps"
+    )
+    with pytest.raises(SystemExit, match=re.escape(refused)) as told:
+        call("experiment=noniid", "policy=async", "policy.sim_slowdown={client-0: 2.0}")
+    assert str(told.value).endswith(
+        "Every variant takes what the command line sets; for what only some can take, add a "
+        "variant: 'sweep.variants.NAME=\"field=value\"'"
+    )
+
+
 # --- what is asked of the runs --------------------------------------------------------------------
 
 
