@@ -41,11 +41,12 @@ def require_like(grad_trunk_out_BTD: Tensor, trunk_out_BTD: Tensor) -> None:
 
 
 def require_plausible(request: StepRequest, num_positions: int, run: RunSpec) -> None:
-    """Refuse a step that claims more tokens than were sent for it, or more steps than there are.
+    """Refuse a step whose counts or whose loss scale cannot be.
 
-    The first would be a weight over all others, the second a place in the schedule that pulls
-    the others' after it. Where no client waits for another, a fast one may take the steps of all.
-    How many steps `train.local_epochs` are, only the data tell.
+    More tokens than were sent for it would be a weight over all others, and more steps than there
+    are a place in the schedule that pulls the others' after it. Where no client waits for another,
+    a fast one may take the steps of all. How many steps `train.local_epochs` are, only the data
+    tell. An infinite loss scale would make every gradient 0.
 
     Args:
         request: The step.
@@ -53,8 +54,12 @@ def require_plausible(request: StepRequest, num_positions: int, run: RunSpec) ->
         run: The run.
 
     Raises:
-        ProtocolError: Names the count, and what it may be at most.
+        ProtocolError: Names the value, and what it may be.
     """
+    if not math.isfinite(request.loss_scale):
+        raise ProtocolError(
+            f"loss_scale={request.loss_scale} must be finite; send what the loss was multiplied by"
+        )
     if request.num_tokens > num_positions:
         raise ProtocolError(
             f"num_tokens={request.num_tokens} for a step of {num_positions} positions; count the "

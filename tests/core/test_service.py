@@ -1,5 +1,6 @@
 """The trunk service: exactly once, expiry, sessions, refusals, and who waits for whom."""
 
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -393,6 +394,7 @@ def test_nonfinite_gradients_never_reach_a_parameter(tiny_llama):
 LIES = [
     pytest.param({"num_tokens": 25}, "num_tokens=25 for a step of 24 positions", id="tokens"),
     pytest.param({"step": 10**9}, "clients of this run take at most 960 steps", id="steps"),
+    pytest.param({"loss_scale": math.inf}, "loss_scale=inf must be finite", id="scale"),
 ]
 
 
