@@ -7,6 +7,7 @@ buffers and what the allocator does not give back on top.
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Iterable
 from multiprocessing import get_context
@@ -31,10 +32,14 @@ from fedsplit.model.hollow import Part, part_class
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.source import on_meta
 from fedsplit.optimization import PartOptimizer
-from fedsplit.spec import RunSpec
+from fedsplit.spec import RunSpec, TrainSpec
+from fedsplit.spec.train import EIGHT_BIT
 
 _MEASURED_BELOW = 4 << 30
 """A step that takes less than this many bytes at the whole model is measured too."""
+
+_LEAST_8BIT, _PER_SCALE = 4096, 256
+"""Of bitsandbytes: a parameter with fewer entries keeps 32 bits; entries that share a scale."""
 
 
 def measured(sweep: RunSpec, variants: Variants) -> Table:
@@ -120,11 +125,11 @@ def computed(run: RunSpec, part: str) -> dict[str, int]:
         live = _LiveBytes()
         live.add([*model.parameters(), *model.buffers()])
         weights = live.now
-        moments = [torch.zeros_like(p) for p in trained for _ in range(2)]  # Adam's
+        moments = [moment for p in trained for moment in _moments(p, run.train)]
         live.add(moments)
         with live:
             loss = _loss(model, run)
-            activations = live.now - weights - 2 * _num_bytes(trained)
+            activations = live.now - weights - _num_bytes(moments)
             loss.backward()
     return {
         "weights": weights,
@@ -134,6 +139,19 @@ def computed(run: RunSpec, part: str) -> dict[str, int]:
         "peak": live.peak,
         "trained": sum(p.numel() for p in trained),
     }
+
+
+def _moments(parameter: Tensor, train: TrainSpec) -> list[Tensor]:
+    """What the optimizer keeps of a parameter from step to step, each the size it really has."""
+    if train.optimizer == "sgd":
+        return [torch.zeros_like(parameter)] if train.momentum else []
+    if train.optimizer not in EIGHT_BIT:
+        return [torch.zeros_like(parameter) for _ in range(2)]
+    count = parameter.numel()
+    if count < _LEAST_8BIT:
+        return [torch.zeros(count) for _ in range(2)]
+    scales = math.ceil(count / _PER_SCALE)
+    return [torch.zeros(n, dtype=d) for n, d in 2 * [(count, torch.uint8), (scales, torch.float32)]]
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from fedsplit.compare import Group, Run
 from fedsplit.config import compose
 from fedsplit.metrics import RoundStats
+from fedsplit.model import model_class_for
+from fedsplit.model.describe import config_of
+from fedsplit.model.lora import trainable
+from fedsplit.optimization import PartOptimizer
 from fedsplit.spec import PolicySpec, RunSpec, ShardingSpec
 from simulations.experiments import convergence, noniid, straggler
 from simulations.memory import computed
 from simulations.run import main
+from tests.core.test_eight_bit import installed
 from tests.edge.federation import write_corpus
 from tests.edge.test_compare import stats
 
@@ -217,6 +224,32 @@ def test_weights_gradients_and_moments_are_exact() -> None:
         # The gradients come while the activations go.
         kept = told["weights"] + told["moments"]
         assert kept + max(told["gradients"], told["activations"]) <= told["peak"]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "sgd",
+        "sgd train.momentum=0.9",
+        "adam",
+        "adamw",
+        pytest.param("adamw_8bit", marks=installed),
+        pytest.param("paged_adamw_8bit", marks=installed),
+    ],
+)
+def test_moments_are_those_that_the_optimizer_has(optimizer: str) -> None:
+    run = compose([*SHAPE, *f"train.optimizer={optimizer}".split()])
+    config = config_of(run, None)
+    model: nn.Module = model_class_for(config)(config)
+    made = PartOptimizer(trainable(model), run.train)
+    for parameter in made.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    made.step(0)
+    moments = {key: value for key, value in made.state().items() if "|qmap" not in key}  # tables
+    counted = sum(value.nbytes for key, value in moments.items() if not key.endswith("|step"))
+    told = computed(run, part="whole")
+    assert told["moments"] == counted
+    assert told["activations"] == computed(compose(SHAPE), part="whole")["activations"]
 
 
 def test_adapters_leave_the_weights_and_train_little() -> None:
