@@ -106,6 +106,9 @@ class _Turns:
     def take(self, worker: int) -> None:
         """Wait for a worker's turn.
 
+        It comes: whoever has the turn computes, or waits for a call with a budget of its own
+        (`fedsplit.client.retry`), and then passes the turn on, is done, or fails.
+
         Raises:
             _Over: Another one has failed.
         """
