@@ -1,6 +1,7 @@
 """Outstanding forward graphs: kept for one backward each, for a time, within a byte budget."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class Stash:
 
     Args:
         budget_bytes: What all graphs together may hold; of the session that holds most, the oldest
-            make way for a new one.
+            make way for a new one, each with all others of its joint pass.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -49,10 +50,10 @@ class Stash:
     def put(self, session: str, call: int, graph: Graph) -> list[Graph]:
         """Keep a graph; returns those that it replaced or that had to make way."""
         dropped = self.drop(session, call)
-        while self._graphs and self.num_bytes + graph.num_bytes > self._budget:
-            dropped += self.drop(*self._first_to_go())
+        while self._graphs and _bytes_of([*self._graphs.values(), graph]) > self._budget:
+            dropped += self._drop_pass(self._first_to_go())
         self._graphs[session, call] = graph
-        self.num_bytes += graph.num_bytes
+        self.num_bytes = _bytes_of(self._graphs.values())
         return dropped
 
     def take(self, session: str, call: int) -> Graph:
@@ -74,7 +75,7 @@ class Stash:
         graph = self._graphs.pop((session, call), None)
         if graph is None:
             return []
-        self.num_bytes -= graph.num_bytes
+        self.num_bytes = _bytes_of(self._graphs.values())
         return [graph]
 
     def drop_session(self, session: str) -> list[Graph]:
@@ -96,6 +97,12 @@ class Stash:
         ]
         return [graph for key in old for graph in self.drop(*key)]
 
+    def _drop_pass(self, key: tuple[str, int]) -> list[Graph]:
+        """Forget a graph and those that share its pass, as all of them are what is freed."""
+        joint = self._graphs[key].joint
+        members = [each for each, graph in self._graphs.items() if joint and graph.joint is joint]
+        return [graph for each in members or [key] for graph in self.drop(*each)]
+
     def _first_to_go(self) -> tuple[str, int]:
         """The oldest graph of the session that holds most, so that one cannot evict the others."""
         held: Counter[str] = Counter()
@@ -103,3 +110,9 @@ class Stash:
             held[session] += graph.num_bytes
         most = max(held.values())
         return next(key for key in self._graphs if held[key[0]] == most)
+
+
+def _bytes_of(graphs: Collection[Graph]) -> int:
+    """What graphs hold; a joint pass is held as a whole while any member's graph is."""
+    joints = {id(graph.joint): graph.joint.num_bytes for graph in graphs if graph.joint}
+    return sum(joints.values()) + sum(graph.num_bytes for graph in graphs if not graph.joint)

@@ -7,13 +7,14 @@ from torch import nn
 from fedsplit.errors import ActivationExpired
 from fedsplit.memory import ByteCount
 from fedsplit.trunk.compute import Inputs
+from fedsplit.trunk.joint import Joint
 from fedsplit.trunk.stash import Graph, Stash
 
 ALICES, BOBS = object(), object()
 """Replicas; a stash tells them apart and nothing more."""
 
 
-def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES):
+def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES, joint=None):
     x = torch.zeros(1, requires_grad=True)
     inputs = Inputs(smashed_BTD=x, attention_mask_BT=None, position_ids_BT=None, dropout="")
     return Graph(
@@ -24,7 +25,15 @@ def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES):
         barrier=barrier,
         num_bytes=num_bytes,
         expires_at=expires_at,
+        joint=joint,
     )
+
+
+def pass_of_two(num_bytes=20):
+    """The graphs of two clients that shared a pass."""
+    x = torch.zeros(2, requires_grad=True)
+    joint = Joint(smashed_BTD=x, trunk_out_BTD=x * 2, num_bytes=num_bytes, rows=(1, 1))
+    return [graph(num_bytes=num_bytes // 2, joint=joint) for _ in joint.rows]
 
 
 def test_a_graph_is_handed_out_once():
@@ -53,6 +62,23 @@ def test_one_that_floods_the_stash_evicts_itself():
     dropped = [stash.put("flood", call, each) for call, each in enumerate(flood)]
     assert dropped == [[], [], [flood[0]], [flood[1]], [flood[2]]]
     assert stash.take("quiet", 0) is quiet
+
+
+def test_a_joint_pass_is_held_as_long_as_one_of_its_graphs():
+    stash, (mine, yours) = Stash(100), pass_of_two()
+    stash.put("a", 0, mine), stash.put("b", 0, yours), stash.put("b", 1, graph())
+    assert stash.num_bytes == 20 + 10
+    stash.drop_session("a")
+    assert stash.num_bytes == 20 + 10, "b's graph is the same one"
+    assert stash.take("b", 0) is yours
+    assert stash.num_bytes == 10
+
+
+def test_a_joint_pass_makes_way_as_a_whole():
+    stash, joint, alone, new = Stash(35), pass_of_two(), graph(), graph()
+    stash.put("a", 0, joint[0]), stash.put("b", 0, joint[1]), stash.put("c", 0, alone)
+    assert stash.put("d", 0, new) == joint
+    assert (stash.take("c", 0), stash.take("d", 0)) == (alone, new)
 
 
 def test_old_graphs_of_a_replica_go():
