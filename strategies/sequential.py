@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
+from fedsplit.errors import ConfigError
 from fedsplit.flower.records import ARRAYS
 from strategies.base import SplitStrategy
 
@@ -20,6 +21,20 @@ class Sequential(SplitStrategy):
 
     policies: ClassVar = ("sync",)
     averages_halves: ClassVar = False
+
+    def check(self) -> None:
+        """Clients take turns, so nothing may need two of them at a time.
+
+        Raises:
+            ConfigError: It does.
+        """
+        super().check()
+        if self.run.train.clients_per_pass > 1:
+            raise ConfigError(
+                f"train.clients_per_pass={self.run.train.clients_per_pass} has clients share a "
+                "pass of one trunk, but Sequential lets one work at a time; use "
+                "strategy=splitfed_v2 or clients_per_pass=1"
+            )
 
     def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
         """One client after the other, in the order in which the wrapped strategy drew them."""
