@@ -125,7 +125,7 @@ class TrunkEngine:
         """Take in the next tokens of a session that generates, in a pass with others'."""
         future: Future[GenerateReply] = Future()
         ask = partial(self._generation.ask, worker.session, request, future)
-        self._inbox.put(_TOKENS, future, lambda: _attempt(future, ask))
+        self._inbox.put(_TOKENS, future, lambda: _attempt(ask, future))
         return future
 
     def open_cache(self, worker: Worker) -> "Future[None]":
@@ -252,7 +252,7 @@ class TrunkEngine:
     def _forward(
         self, worker: Worker, request: ForwardRequest, future: "Future[ForwardReply]"
     ) -> None:
-        if begun := _attempt(future, lambda: self._training.begin(worker, request)):
+        if begun := _attempt(lambda: self._training.begin(worker, request), future):
             place = worker.client, request.call
             call = Waiting(call=begun, session=worker.session, place=place, future=future)
             self._forwards.put(begun.kind, call, enough=self._training.clients_per_pass)
@@ -260,7 +260,7 @@ class TrunkEngine:
     def _backward(
         self, worker: Worker, request: BackwardRequest, future: "Future[BackwardReply]"
     ) -> None:
-        if taken := _attempt(future, lambda: self._training.take(worker, request)):
+        if taken := _attempt(lambda: self._training.take(worker, request), future):
             place = taken.graph.place
             call = Waiting(call=taken, session=worker.session, place=place, future=future)
             self._backwards.put(taken.kind, call, enough=taken.num_members)
@@ -368,32 +368,27 @@ class TrunkEngine:
         )
 
 
-def _attempt(future: "Future[Any]", work: Callable[[], R]) -> R | None:
-    """Run work; if it fails, that is the outcome for who waits."""
+def _attempt(work: Callable[[], R], *futures: "Future[Any]") -> R | None:
+    """Run work; if it fails, that is the outcome for all who wait."""
     try:
         return work()
     except Exception as failure:
-        future.set_exception(failure)
+        for future in futures:
+            future.set_exception(failure)
         return None
 
 
 def _resolve(future: "Future[Any]", work: Callable[[], Any]) -> None:
     """Run work and hand its outcome, whatever it is, to who waits for it."""
-    try:
-        result = work()
-    except Exception as failure:
-        future.set_exception(failure)
-    else:
+    result = _attempt(work, future)
+    if not future.done():
         future.set_result(result)
 
 
 def _resolve_all(work: Callable[[list[C]], list[R]], calls: Sequence[Waiting[C, R]]) -> None:
     """Run work for all of several calls, and hand each one's outcome to who waits for it."""
-    try:
-        results = work([each.call for each in calls])
-    except Exception as failure:
-        for each in calls:
-            each.future.set_exception(failure)
-    else:
-        for each, result in zip(calls, results, strict=True):
-            each.future.set_result(result)
+    waiting = [each.future for each in calls]
+    results = _attempt(lambda: work([each.call for each in calls]), *waiting)
+    if results is not None:
+        for future, result in zip(waiting, results, strict=True):
+            future.set_result(result)
