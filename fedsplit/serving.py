@@ -18,7 +18,7 @@ from fedsplit.model import ClientPart, TrunkPart, connect
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.describe import client_of, trunk_of
 from fedsplit.model.hollow import Part
-from fedsplit.model.lora import load_adapter
+from fedsplit.model.lora import load_adapter, share_frozen
 from fedsplit.model.source import Source
 from fedsplit.spec import RunSpec, SplitSpec, WireSpec
 from fedsplit.transport.client import GrpcLink
@@ -190,8 +190,7 @@ def hosted(
             "use this trunk; give a token (--token-file, or FEDSPLIT_TOKEN)"
         )
     services = {
-        each.name: TrunkService(_on_device(_trunk(each, run, device), device), run)
-        for each in served
+        each.name: TrunkService(trunk, run) for each, trunk in trunks_of(served, run, device)
     }
     hub = TrunkHub(services, token=token)
     clients = max(_MAX_CLIENTS, 2 * run.clients)
@@ -201,6 +200,27 @@ def hosted(
         opened.callback(server.stop)
         bound = server.start()
         yield wire.advertise or bound
+
+
+def trunks_of(
+    served: Sequence[Served], run: RunSpec, device: str = "cpu"
+) -> Iterator[tuple[Served, TrunkPart]]:
+    """What is served, each with its trunk; all adapters of a model are on the same weights.
+
+    Args:
+        served: Names the models and adapters.
+        run: The split.
+        device: Of the trunks, as torch names it.
+
+    Raises:
+        FedsplitError: A model or an adapter cannot be read, or cannot be cut.
+    """
+    adapted: dict[tuple[str, str], TrunkPart] = {}
+    for each in served:
+        trunk = _on_device(_trunk(each, run, device), device)
+        if each.adapter:  # a model without one trains in full, and so by itself
+            share_frozen(trunk, adapted.setdefault((each.model, each.revision), trunk))
+        yield each, trunk
 
 
 def _trunk(served: Served, run: RunSpec, device: str) -> TrunkPart:

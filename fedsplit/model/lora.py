@@ -149,6 +149,25 @@ def _family_of(part: PreTrainedModel) -> type[PreTrainedModel]:
     return part.family if isinstance(part, Part) else type(part)
 
 
+def share_frozen(part: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Have a part hold another one's tensors where both hold equal ones that do not train.
+
+    Args:
+        part: Of the same model as the other, perhaps with another adapter; changed in place.
+        other: Whose tensors they will be.
+    """
+    theirs = {
+        name.replace(_BASE, ""): parameter
+        for name, parameter in other.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    for name, mine in list(part.named_parameters(remove_duplicate=False)):
+        same = theirs.get(name.replace(_BASE, ""))
+        if same is not None and not mine.requires_grad and torch.equal(mine, same):
+            module, _, leaf = name.rpartition(".")
+            part.get_submodule(module)._parameters[leaf] = same
+
+
 def trainable(part: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name; tied ones once."""
     return {name: p for name, p in part.named_parameters() if p.requires_grad}

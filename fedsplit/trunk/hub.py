@@ -28,9 +28,9 @@ class _Guest:
 class TrunkHub:
     """Serves trunks by name, to all who hold one token; implements `fedsplit.link.Service`.
 
-    Engine, parameters and optimizer are each trunk's own. A client is who it says it is when it
-    opens a session: who holds the token is trusted that far, and takes a name that nobody else
-    has. From then on the session's name, which is a secret, says who asks.
+    Engine, optimizer and the parameters that train are each trunk's own. A client is who it says
+    it is when it opens a session: who holds the token is trusted that far, and takes a name that
+    nobody else has. From then on the session's name, which is a secret, says who asks.
 
     Args:
         services: The trunks by name; who names none gets the first.

@@ -1,5 +1,6 @@
 """Adapters that were saved, by us or by peft, back on the parts of a model."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedsplit.errors import CheckpointError
 from fedsplit.model import SplitModel, split_model
-from fedsplit.model.lora import load_adapter, save_adapter, trainable
+from fedsplit.model.lora import load_adapter, save_adapter, share_frozen, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 IDS_BT = torch.arange(1, 13).reshape(2, 6)
@@ -63,6 +64,45 @@ def test_an_adapter_of_a_family_with_transposed_layers(tiny_gpt2, tmp_path):
     )
     expected = PeftModel.from_pretrained(whole, str(tmp_path)).eval()(IDS_BT).logits
     assert torch.equal(parts.client(IDS_BT).logits, expected)
+
+
+def test_adapters_on_one_model_share_its_weights_and_train_apart(tiny_llama, tmp_path):
+    whole = whole_of(tiny_llama())
+    targets = {"a": ["q_proj", "v_proj"], "b": ["q_proj", "down_proj"]}  # not the same layers
+    folders = [peft_adapter(whole, tmp_path / k, target_modules=t) for k, t in targets.items()]
+    trunks = [adapted(whole, folder).trunk for folder in folders]
+    x_BTD = torch.randn(2, 6, whole.config.hidden_size)
+    before = [trunk.run(x_BTD) for trunk in trunks]
+    apart = {p.data_ptr() for trunk in trunks for p in trunk.parameters()}
+    share_frozen(trunks[1], trunks[0])
+    shared = {p.data_ptr() for trunk in trunks for p in trunk.parameters()}
+    assert all(
+        torch.equal(trunk.run(x_BTD), out) for trunk, out in zip(trunks, before, strict=True)
+    )
+    own = sum(len(trainable(trunk)) for trunk in trunks)
+    assert len(apart) - own == 2 * (len(shared) - own)
+    trunks[1].run(x_BTD).sum().backward()
+    torch.optim.SGD(trainable(trunks[1]).values(), lr=1.0).step()
+    assert not torch.equal(trunks[1].run(x_BTD), before[1])
+    assert torch.equal(trunks[0].run(x_BTD), before[0])
+
+
+def test_what_trains_or_differs_is_not_shared(tiny_llama, tmp_path):
+    whole = whole_of(tiny_llama())
+    full, other = (split_model(copy.deepcopy(whole), "1/2/1").trunk for _ in range(2))
+    folder = peft_adapter(whole, tmp_path, target_modules=["q_proj"])
+    load_adapter(other, str(folder))
+    with torch.no_grad():
+        next(p for n, p in other.named_parameters() if n.endswith("up_proj.weight")).add_(1.0)
+    third = adapted(whole, folder).trunk
+    share_frozen(other, full)
+    share_frozen(third, other)
+    of = [{n: p.data_ptr() for n, p in part.named_parameters()} for part in (full, other, third)]
+    assert not {*of[0].values()} & {*of[1].values()}
+    differ = {name for name in of[2] if of[2][name] != of[1][name]}
+    assert {name for name in differ if "lora_" not in name} == {
+        next(n for n in of[1] if n.endswith("up_proj.weight"))
+    }
 
 
 def test_saved_again_it_is_the_same(tiny_llama, tmp_path):

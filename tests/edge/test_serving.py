@@ -33,7 +33,7 @@ from fedsplit.errors import Draining, FedsplitError, Unauthenticated
 from fedsplit.model import split_model
 from fedsplit.model.lora import add_adapters, save_adapter
 from fedsplit.prompting import Conversation, Writer
-from fedsplit.serving import FinishedRun, Served, hosted, plan, reach, remote_model
+from fedsplit.serving import FinishedRun, Served, hosted, plan, reach, remote_model, trunks_of
 from fedsplit.spec import DataSpec, LoraSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
 from fedsplit.wire.messages import ServiceInfoRequest
 from tests.core.worlds import batch, small_run
@@ -457,6 +457,15 @@ def test_a_server_that_is_told_to_stop_finishes_what_is_in_work(place):
 def test_ctrl_c_is_a_good_end_too(place):
     place.server.send_signal(signal.SIGINT)
     assert (place.server.wait(timeout=20), place.server.stderr.read()) == (0, "")
+
+
+def test_adapters_of_a_model_are_served_on_the_same_weights(tmp_path):
+    make_model(tmp_path / "model")
+    make_adapter(tmp_path / "model", tmp_path / "adapter")
+    served = plan([f"{tmp_path}/model"], [f"{name}={tmp_path}/adapter" for name in "ab"])
+    base, a, b = (dict(trunk.named_parameters()) for _, trunk in trunks_of(served, RUN))
+    assert {name for name in a if a[name] is not b[name]} == {n for n in a if "lora_" in n}
+    assert not {id(p) for p in base.values()} & {id(p) for p in a.values()}, "it trains in full"
 
 
 @pytest.mark.parametrize(
