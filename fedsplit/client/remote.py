@@ -52,6 +52,12 @@ class RemoteTrunk:
             travel with every token and the server keeps nothing.
         residue: What error feedback has to add to the next gradient, as `residue` said before.
         history: What the trunk has had of this client's examples, as `history` said before.
+
+    Attributes:
+        client: The client's name.
+        turn: Lets others in this process compute while this client waits.
+        autocast: The precision of the trunk's matrix products, as it said when a session was
+            opened; empty for that of its weights.
     """
 
     def __init__(
