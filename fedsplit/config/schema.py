@@ -1,8 +1,10 @@
 """The schema: `RunSpec` as Hydra sees it, the way back, and its errors in our own words."""
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import yaml
@@ -21,7 +23,13 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def make_schema() -> DictConfig:
-    """`RunSpec` and its defaults as a schema that can be composed onto."""
+    """`RunSpec` and its defaults as a schema that can be composed onto; the caller's own."""
+    return copy.deepcopy(_schema())
+
+
+@cache
+def _schema() -> DictConfig:
+    """The one that all are copies of: clients read their run anew for every message."""
     schema: DictConfig = OmegaConf.structured(RunSpec)
     _thaw(schema)
     return schema
@@ -45,7 +53,7 @@ def from_dictconfig(config: DictConfig) -> RunSpec:
     """
     try:
         # Merged again, although it was composed onto the schema: `+key=value` slips past that.
-        spec = OmegaConf.to_object(OmegaConf.merge(make_schema(), config))
+        spec = OmegaConf.to_object(OmegaConf.merge(_schema(), config))
     except OmegaConfBaseException as exc:
         raise told(exc) from exc
     if not isinstance(spec, RunSpec):
@@ -82,7 +90,7 @@ def told(exc: Exception) -> ConfigError:
     key = getattr(exc, "full_key", None) or ""
     if isinstance(exc, ConfigKeyError | ConfigAttributeError):
         return ConfigError(f"there is no field {key}; {_hint(key)}")
-    word = _WORDS.get(type(OmegaConf.select(make_schema(), key))) if key else None
+    word = _WORDS.get(type(OmegaConf.select(_schema(), key))) if key else None
     if isinstance(exc, ValidationError) and word:
         return ConfigError(f"{key}={exc.value!r} must be {word}")
     return ConfigError(_first_line(exc))
