@@ -26,6 +26,7 @@ from fedsplit.model.parts import (
     SplitModel,
     build_client,
     build_trunk,
+    initial_client,
     initial_parts,
     initial_whole,
     split_model,
@@ -151,18 +152,15 @@ def _parts(run: RunSpec, config: PretrainedConfig, device: str) -> SplitModel:
 
 
 def _client(run: RunSpec, config: PretrainedConfig, device: str) -> ClientPart:
-    if not run.model.pretrained:
-        return _parts(run, config, device).client
     family = model_class_for(config, run.task)
-    client = build_client(
-        config,
-        run.split,
-        source=run.model.pretrained,
-        revision=run.model.revision,
-        model_class=family,
-        seed=run.seed,
-        **_options(run, family, device),
-    )
+    options = {"model_class": family, **_options(run, family, device)}
+    if run.model.pretrained:
+        source, revision = run.model.pretrained, run.model.revision
+        client = build_client(
+            config, run.split, source=source, revision=revision, seed=run.seed, **options
+        )
+    else:
+        client = initial_client(config, run.split, run.seed, **options)
     add_adapters(client, run.lora, run.seed)
     if run.train.mode == "isolated":
         add_auxiliary_head(client, run.task, run.seed)
