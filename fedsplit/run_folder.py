@@ -2,6 +2,7 @@
 
 `config.yaml` is written first, when the run begins; `metrics.jsonl` grows by a line a round, and
 `snapshots/` by a folder where the run keeps them; the rest is there when the run is over.
+Torch is imported by what writes a model or looks for snapshots, so that readers start at once.
 """
 
 import itertools
@@ -9,23 +10,22 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from transformers import PreTrainedModel, TokenizersBackend
 
 from fedsplit import metrics
-from fedsplit.card import model_card
-from fedsplit.checkpoints import snapshots_in
-from fedsplit.data import Corpus
 from fedsplit.errors import ConfigError
 from fedsplit.metrics import RoundStats
-from fedsplit.model import SplitModel
-from fedsplit.model.checkpoint import join_checkpoint
-from fedsplit.model.lora import save_adapter
-from fedsplit.model.parts import folded_model
 from fedsplit.spec import RunSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TokenizersBackend
+
+    from fedsplit.data import Corpus
+    from fedsplit.model import SplitModel
 
 
 class RunFolder:
@@ -85,7 +85,13 @@ class RunFolder:
 
     @property
     def _can_go_on(self) -> bool:
-        return bool(snapshots_in(self.snapshots)) and not (self.path / "model").exists()
+        return bool(self._kept) and not (self.path / "model").exists()
+
+    @property
+    def _kept(self) -> dict[int, Path]:
+        from fedsplit.checkpoints import snapshots_in
+
+        return snapshots_in(self.snapshots)
 
     @property
     def snapshots(self) -> Path:
@@ -95,7 +101,7 @@ class RunFolder:
     @property
     def last_snapshot(self) -> int:
         """The round that a resumed run goes on after."""
-        return max(snapshots_in(self.snapshots))
+        return max(self._kept)
 
     @property
     def best(self) -> Path:
@@ -151,9 +157,9 @@ class RunFolder:
 
     def keep(
         self,
-        result: SplitModel | PreTrainedModel,
-        tokenizer: TokenizersBackend | None,
-        corpus: Corpus,
+        result: "SplitModel | PreTrainedModel",
+        tokenizer: "TokenizersBackend | None",
+        corpus: "Corpus",
         run: RunSpec,
     ) -> None:
         """Write what a finished run leaves.
@@ -161,6 +167,12 @@ class RunFolder:
         `model/` is the joined model, a plain Hugging Face checkpoint with tokenizer and card
         (adapters folded in, and by themselves in `adapter/`).
         """
+        from fedsplit.card import model_card
+        from fedsplit.model import SplitModel
+        from fedsplit.model.checkpoint import join_checkpoint
+        from fedsplit.model.lora import save_adapter
+        from fedsplit.model.parts import folded_model
+
         model = self.path / "model"
         if isinstance(result, SplitModel):
             join_checkpoint(result.client, result.trunk, model)
@@ -170,17 +182,16 @@ class RunFolder:
             tokenizer.save_pretrained(model)
         trunk = result.trunk if isinstance(result, SplitModel) else result
         attention = trunk.config._attn_implementation or ""
-        card = model_card(run, _cut(result), attention, corpus, self.rounds())
+        cut = _cut(result) if isinstance(result, SplitModel) else "not split"
+        card = model_card(run, cut, attention, corpus, self.rounds())
         (model / "README.md").write_text(card, encoding="utf-8")
         if run.lora.enabled and isinstance(result, SplitModel):
             save_adapter(result.client, result.trunk, self.path / "adapter")
         self.plot()
 
 
-def _cut(result: SplitModel | PreTrainedModel) -> str:
+def _cut(result: "SplitModel") -> str:
     """How many blocks bottom, trunk and top have."""
-    if not isinstance(result, SplitModel):
-        return "not split"
     blocks, num_blocks = result.client.trunk_blocks, result.client.plan.num_blocks
     return f"{blocks.start}/{len(blocks)}/{num_blocks - blocks.stop}"
 

@@ -22,7 +22,6 @@ from fedsplit.metrics import closing_table
 from fedsplit.run_folder import RunFolder
 from fedsplit.spec import RunSpec
 from simulations.experiments import convergence, noniid, straggler
-from simulations.memory import measured
 from simulations.single import carry_out, claim
 from simulations.sweep import carried_out
 
@@ -40,12 +39,18 @@ def _of_runs(table: Callable[[Sequence[Group]], Table]) -> Callable[[RunSpec, Va
     return answer
 
 
+def _measured(sweep: RunSpec, variants: Variants) -> Table:
+    from simulations.memory import measured  # it imports torch
+
+    return measured(sweep, variants)
+
+
 _TABLES: dict[str, Callable[[RunSpec, Variants], Table]] = {
     "compare": _of_runs(lambda groups: Table(rows=rows_of(groups), columns=COLUMNS)),
     "convergence": _of_runs(convergence.table),
     "straggler": _of_runs(straggler.table),
     "noniid": _of_runs(noniid.table),
-    "memory": measured,
+    "memory": _measured,
 }
 """What an experiment ends in, by `sweep.kind`."""
 

@@ -1,13 +1,13 @@
-"""Carries out one run, from its folder to its end: in this process, or by Flower's own."""
+"""Carries out one run, from its folder to its end: in this process, or by Flower's own.
+
+What trains is imported when it is to train here, so that a program that only starts it is quick.
+"""
 
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 from fedsplit.config import to_yaml
-from fedsplit.console import quiet_libraries
-from fedsplit.flower import client_app, server_app
-from fedsplit.flower.inline import run_inline
 from fedsplit.run_folder import RunFolder
 from fedsplit.spec import RunSpec
 from simulations.launch import run_flwr
@@ -42,6 +42,10 @@ def carry_out(run: RunSpec, folder: RunFolder) -> None:
 
 
 def _inline(run: RunSpec, folder: RunFolder) -> None:
+    from fedsplit.console import quiet_libraries
+    from fedsplit.flower import client_app, server_app
+    from fedsplit.flower.inline import run_inline
+
     logging.getLogger("flwr").setLevel(logging.WARNING)
     quiet_libraries()
     run_inline(

@@ -12,13 +12,14 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedsplit.compare import Group, Run, number
 from fedsplit.config import Variants, from_yaml, to_yaml
 from fedsplit.errors import DataError, Diverged, FedsplitError
 from fedsplit.spec import RunSpec
 from simulations.single import carry_out, claim
+
+_PRELOADED = ["fedsplit.flower.client_app", "fedsplit.flower.server_app", __name__]
+"""Imported once for the processes of all runs, as it takes seconds."""
 
 
 def carried_out(sweep: RunSpec, variants: Variants) -> list[Group]:
@@ -97,7 +98,7 @@ class _Work:
     @staticmethod
     def begin(run: RunSpec, num_threads: int) -> "_Work":
         context = get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # what it imports takes seconds
+        context.set_forkserver_preload(_PRELOADED)
         answer, sender = context.Pipe(duplex=False)
         arguments = (to_yaml(run), num_threads, sender)
         process = context.Process(target=_train, args=arguments, daemon=True)
@@ -117,6 +118,8 @@ class _Work:
 
 
 def _train(config: str, num_threads: int, sender: "Connection[bytes, bytes]") -> None:
+    import torch  # not in the process that starts all of them
+
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(num_threads)
