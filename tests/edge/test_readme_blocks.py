@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"^```(sh|bash|python)\n(.*?)^```", README, re.MULTILINE | r
 
 # What makes a command quick without changing what it is; later settings win over README's.
 TOY = {
-    "simulations.run": "experiment=toy train.rounds=1 train.local_steps=1",
+    "simulations.run": "experiment=toy train.rounds=1 train.local_steps=1 data.held_out=0.02",
     "simulations.parity": "steps=2",
     "simulations.families": "gpt2",
     "simulations.one_step": "",
