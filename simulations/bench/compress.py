@@ -38,7 +38,7 @@ class _Size:
 
 _SHORT = ["clients=1", "train.rounds=4", "train.local_steps=30", "train.evaluate_every=4"]
 _LONG = ["clients=1", "train.rounds=5", "train.local_steps=112", "train.evaluate_every=5"]
-_TOY = ["experiment=toy", "clients=1", "train.rounds=1"]
+_TOY = ["experiment=toy", "clients=1", "train.rounds=1", "data.held_out=0.02"]
 _SIZES = {
     "full": _Size(overrides=_SHORT, epochs=_LONG, seeds=3),
     "toy": _Size(overrides=_TOY, epochs=_TOY, seeds=1),
