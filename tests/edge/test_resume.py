@@ -13,6 +13,7 @@ import pytest
 
 from fedsplit.checkpoints import snapshots_in
 from fedsplit.client.scaling import LossScale
+from fedsplit.config import compose
 from fedsplit.errors import CheckpointError, ConfigError, Diverged
 from fedsplit.flower.records import Memory
 from fedsplit.run_folder import RunFolder
@@ -25,7 +26,6 @@ from tests.edge.federation import (
     overrides_for,
     spec_for,
     without_seconds,
-    write_corpus,
 )
 
 KEPT = ("train.rounds=4", "train.local_steps=2", "train.save_every=1")
@@ -45,11 +45,31 @@ def breaking_in(round: int):
 def interrupted(run: RunSpec, round: int) -> RunFolder:
     with pytest.raises(Diverged, match="the power is gone"):
         federate(run, breaking_in(round))
-    return RunFolder(Path(run.launch.run_dir) / run.name)
+    return folder_of(run)
 
 
 def resumed(run: RunSpec, resume: str = "auto") -> RunFolder:
     return federate(replace(run, resume=resume))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A run that broke off in its third round."""
+    run = spec_for(tmp_path_factory.mktemp("broken"), *KEPT)
+    interrupted(run, 3)
+    return run
+
+
+@pytest.fixture
+def run(broken, tmp_path):
+    """A copy of it, for a test that goes on from there or changes what is there."""
+    runs = tmp_path / "runs"
+    shutil.copytree(broken.launch.run_dir, runs)
+    return replace(broken, launch=replace(broken.launch, run_dir=str(runs)))
+
+
+def folder_of(run: RunSpec) -> RunFolder:
+    return RunFolder(Path(run.launch.run_dir) / run.name)
 
 
 VARIANTS = {
@@ -114,18 +134,14 @@ def test_the_loss_scale_goes_on_too(tmp_path):
     assert memory.loss_scale == LossScale(good_steps=4 * 2)
 
 
-def test_a_snapshot_that_was_not_finished_is_not_used(tmp_path):
-    run = spec_for(tmp_path, *KEPT)
-    folder = interrupted(run, 3)
-    latest = snapshots_in(folder.snapshots)[2]
+def test_a_snapshot_that_was_not_finished_is_not_used(run):
+    latest = snapshots_in(folder_of(run).snapshots)[2]
     (latest / "snapshot.json").unlink()
     assert [stats.round for stats in resumed(run).rounds()] == [1, 2, 3, 4]
 
 
-def test_a_damaged_snapshot_is_refused_and_can_be_removed(tmp_path):
-    run = spec_for(tmp_path, *KEPT)
-    folder = interrupted(run, 3)
-    latest = snapshots_in(folder.snapshots)[2]
+def test_a_damaged_snapshot_is_refused_and_can_be_removed(run):
+    latest = snapshots_in(folder_of(run).snapshots)[2]
     (latest / "trunk.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="missing or damaged"):
         resumed(run)
@@ -133,21 +149,17 @@ def test_a_damaged_snapshot_is_refused_and_can_be_removed(tmp_path):
     assert [stats.round for stats in resumed(run).rounds()] == [1, 2, 3, 4]
 
 
-def test_a_client_without_its_state_is_refused_by_name(tmp_path):
-    run = spec_for(tmp_path, *KEPT)
-    folder = interrupted(run, 3)
-    shutil.rmtree(folder.path / "clients" / "client-1")
+def test_a_client_without_its_state_is_refused_by_name(run):
+    shutil.rmtree(folder_of(run).path / "clients" / "client-1")
     with pytest.raises(ConfigError, match=r"client-1 holds nothing of round 2 .* state-dir"):
         resumed(run)
 
 
 @pytest.mark.parametrize("resume", ["auto", "path"])
-def test_other_settings_are_refused_by_name(tmp_path, resume):
-    run = spec_for(tmp_path, *KEPT)
-    folder = interrupted(run, 3)
-    other = spec_for(tmp_path, *KEPT, "train.lr=0.5")
+def test_other_settings_are_refused_by_name(run, resume):
+    other = replace(run, train=replace(run.train, lr=0.5))
     with pytest.raises(ConfigError, match=r"train.lr was 0.003, is 0.5; resume with the same"):
-        resumed(other, "auto" if resume == "auto" else str(folder.path))
+        resumed(other, "auto" if resume == "auto" else str(folder_of(run).path))
 
 
 def test_other_data_is_refused(tmp_path):
@@ -160,14 +172,14 @@ def test_other_data_is_refused(tmp_path):
 
 
 def test_auto_begins_anew_where_there_is_nothing(tmp_path):
-    run = spec_for(tmp_path, *KEPT)
-    assert len(resumed(run).rounds()) == 4
+    run = spec_for(tmp_path, *KEPT, "train.rounds=2")
+    assert len(resumed(run).rounds()) == 2
     again = resumed(run)  # the first one is finished
     assert again.path.name == f"{run.name}-2"
 
 
 def test_a_folder_that_cannot_be_resumed_is_refused(tmp_path):
-    run = spec_for(tmp_path, *KEPT)
+    run = spec_for(tmp_path, *KEPT, "train.rounds=1")
     with pytest.raises(ConfigError, match=r"nowhere has no snapshot; name the folder"):
         resumed(run, str(tmp_path / "nowhere"))
     done = federate(run)
@@ -193,10 +205,9 @@ def test_the_best_round_is_what_is_left(tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path):
     words = [*overrides_for(tmp_path / "a", *KEPT), "train.schedule=constant"]
+    one = federate(compose(words))
     command = [sys.executable, "-m", "simulations.run", *words]
-    subprocess.run(command, check=True, capture_output=True)
     runs = tmp_path / "b" / "runs"
-    write_corpus(tmp_path / "b")
     killed = [*command, f"launch.run_dir={runs}"]
     process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = runs / "tiny" / "metrics.jsonl"
@@ -208,7 +219,7 @@ def test_a_killed_process_goes_on(tmp_path):
     assert not (runs / "tiny" / "model").exists(), "it was done before it could be killed"
     done = subprocess.run([*killed, "resume=auto"], check=True, capture_output=True, text=True)
     assert "goes on" in done.stdout
-    one, other = RunFolder(tmp_path / "a" / "runs" / "tiny"), RunFolder(runs / "tiny")
+    other = RunFolder(runs / "tiny")
     assert without_seconds(one.rounds()) == without_seconds(other.rounds())
     assert [json.loads(line)["round"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
     went_on = joined(other)
