@@ -48,7 +48,8 @@ class Turn:
         if not self._needed:
             yield
             return
-        with _GENERATORS, torch.random.fork_rng():
+        every = range(torch.accelerator.device_count())  # unnamed, torch warns of so many
+        with _GENERATORS, torch.random.fork_rng(devices=every):
             torch.manual_seed(_seed(name))
             self._mine.held = True
             try:
