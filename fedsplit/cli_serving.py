@@ -65,7 +65,7 @@ def add_commands(add: Add) -> None:
     for option, metavar, text in _SERVER_OPTIONS:
         serve.add_argument(option, default="", metavar=metavar, help=text)
     serve.add_argument("--insecure", action="store_true", help="no TLS, and I mean it")
-    _add_common(serve)
+    _add_common(serve, "of torch; several, cuda:0,cuda:1, or auto for all GPUs; default cpu")
     example = '--trunk 127.0.0.1:9500 --model gpt2 "Once upon a time"'
     generate = add("generate", _generate, "go on from a prompt, as the tokens come", example)
     generate.add_argument("prompt", metavar="PROMPT", help="what to go on from")
@@ -94,14 +94,14 @@ def _add_client(command: argparse.ArgumentParser) -> None:
     kinds = ("float32", "bfloat16")
     dtype = "of a --model, as at the server; default float32"
     command.add_argument("--dtype", choices=kinds, default="", help=dtype)
-    _add_common(command)
+    _add_common(command, "of torch; default cpu")
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_common(command: argparse.ArgumentParser, devices: str) -> None:
     text = f"file with the server's token; default {_TOKEN} of the environment, if it is set"
     command.add_argument("--token-file", default="", metavar="FILE", help=text)
     command.add_argument("--revision", default="main", metavar="R", help="of hub ids; default main")
-    command.add_argument("--device", default="cpu", metavar="NAME", help="of torch; default cpu")
+    command.add_argument("--device", default="cpu", metavar="NAME", help=devices)
 
 
 # --- serve ------------------------------------------------------------------------------------

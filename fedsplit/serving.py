@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -19,6 +19,7 @@ from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.describe import client_of, trunk_of
 from fedsplit.model.hollow import Part
 from fedsplit.model.lora import load_adapter, share_frozen
+from fedsplit.model.placement import devices_of, on_device, placed
 from fedsplit.model.source import Source
 from fedsplit.spec import RunSpec, SplitSpec, WireSpec
 from fedsplit.transport.client import GrpcLink
@@ -29,8 +30,6 @@ from fedsplit.wire.messages import ServiceInfoRequest
 
 ADDRESS = "127.0.0.1:9500"
 """Where a trunk is served, and looked for, if nothing else is said."""
-
-P = TypeVar("P", bound=Part)
 
 _MAX_CLIENTS = 64
 _NAMED = re.compile(r"([A-Za-z0-9_-]{1,64})=(.+)")
@@ -178,7 +177,7 @@ def hosted(
             train must be configured with an equal run.
         wire: Where to listen, and TLS.
         token: What clients have to present; may be empty where only this machine can connect.
-        device: Of the trunks, as torch names it.
+        device: Of the trunks, as torch names it; several, `cuda:0,cuda:1`, or `auto` for all GPUs.
 
     Raises:
         ConfigError: Other machines could connect without a token, or the address is taken.
@@ -217,7 +216,7 @@ def trunks_of(
     """
     adapted: dict[tuple[str, str], TrunkPart] = {}
     for each in served:
-        trunk = _on_device(_trunk(each, run, device), device)
+        trunk = placed(_trunk(each, run, device), device)
         if each.adapter:  # a model without one trains in full, and so by itself
             share_frozen(trunk, adapted.setdefault((each.model, each.revision), trunk))
         yield each, trunk
@@ -226,18 +225,10 @@ def trunks_of(
 def _trunk(served: Served, run: RunSpec, device: str) -> TrunkPart:
     run = _begun_from(run, served.model, served.revision, served.adapter)
     config = Source(name=served.model, revision=served.revision).config()
-    trunk = trunk_of(run, config, device)
+    trunk = trunk_of(run, config, devices_of(device)[0])
     if served.adapter:
         load_adapter(trunk, served.adapter)
     return trunk
-
-
-def _on_device(part: P, device: str) -> P:
-    try:
-        moved: P = part.to(device)  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as exc:  # none here, or none that torch knows
-        raise ConfigError(f"device={device} cannot be used: {str(exc).splitlines()[0]}") from exc
-    return moved
 
 
 def _begun_from(run: RunSpec, model: str, revision: str, adapter: str) -> RunSpec:
@@ -320,7 +311,7 @@ def reach(
         client = client_of(_begun_from(run, source, revision, adapter), config, device)
         if adapter:
             load_adapter(client, adapter)
-        _on_device(client, device).eval()  # type: ignore[no-untyped-call]
+        on_device(client, device).eval()  # type: ignore[no-untyped-call]
         name = f"guest-{secrets.token_hex(8)}"
         remote = RemoteTrunk(link, client, run, client=name, served=served, kv=kv)
         connect(client, remote)

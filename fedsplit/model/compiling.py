@@ -18,6 +18,8 @@ from fedsplit.model.plan import plan_for
 
 log = logging.getLogger(__name__)
 
+_COMPILED = "fedsplit_compiled"
+
 
 def compile_blocks(model: PreTrainedModel, mode: str) -> None:
     """Have the blocks of a part, or of an unsplit model, run compiled wherever they train.
@@ -30,7 +32,7 @@ def compile_blocks(model: PreTrainedModel, mode: str) -> None:
     """
     compiler = _Compiler(type(model).__name__, mode)
     for block in _blocks(model):
-        if "forward" not in vars(block):
+        if not hasattr(block.forward, _COMPILED):
             compiler.take(block)
 
 
@@ -67,6 +69,7 @@ class _Compiler:
                     self._give_up(exc)
             return plain(*args, **kwargs)
 
+        setattr(forward, _COMPILED, True)
         block.forward = forward
 
     def _give_up(self, exc: Exception) -> None:

@@ -126,9 +126,11 @@ class Exit(Skip):
     """The trunk's last stand-in: notes what leaves the trunk."""
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
-        """`hidden_BTD`, noted as this call's trunk output."""
-        _current("the trunk's exit").trunk_out_BTD = hidden_BTD
-        return hidden_BTD
+        """`hidden_BTD`, noted as this call's trunk output, on the device of the smashed data."""
+        crossing = _current("the trunk's exit")
+        assert crossing.smashed_BTD is not None, "TrunkPart.forward sets it"
+        crossing.trunk_out_BTD = hidden_BTD.to(crossing.smashed_BTD.device)
+        return crossing.trunk_out_BTD
 
 
 Carry = Callable[..., Tensor]

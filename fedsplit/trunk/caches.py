@@ -143,10 +143,10 @@ def check_entries(entries: Sequence[KVCacheEntry], past: int, probe: Any) -> Non
         require_finite(entry.values_BHTE, f"values_BHTE of block {entry.block}")
 
 
-def filled(cache: Any, entries: Sequence[KVCacheEntry], past: int, device: torch.device) -> Any:
-    """A new cache with a client's keys and values in it, of `past` tokens."""
+def filled(cache: Any, entries: Sequence[KVCacheEntry], past: int, probe: Any) -> Any:
+    """A new cache with a client's keys and values in it, of `past` tokens; `probe` tells where."""
     for entry in entries:
-        layer = cache.layers[entry.block]
+        layer, device = cache.layers[entry.block], probe.layers[entry.block].keys.device
         layer.update(entry.keys_BHTE.to(device), entry.values_BHTE.to(device))
         if getattr(layer, "is_sliding", False):
             layer.cumulative_length = past

@@ -180,7 +180,7 @@ class Generation:
         check_entries(request.entries, request.past, self._probe)
         mask_BT = request.attention_mask_BT
         return Kept(
-            cache=filled(self._new_cache(0), request.entries, request.past, self._device),
+            cache=filled(self._new_cache(0), request.entries, request.past, self._probe),
             tokens=request.past,
             rows=request.smashed_BTD.shape[0],
             mask_BT=None if mask_BT is None else mask_BT[:, : request.past].to(self._device),

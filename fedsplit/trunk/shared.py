@@ -183,7 +183,7 @@ class _Rooms(Cache):
             rows, tokens = segment.hidden_BTD.shape[:2]
             end = begin + rows * tokens
             mine = [_of_rows(x[:, :, begin:end], rows, tokens) for x in (query, key, value)]
-            mask = masks.of(segment.cache.layers[self._layer])
+            mask = masks.of(segment.cache.layers[self._layer], query.device)
             keys, values = segment.cache.update(mine[1], mine[2], self._layer)
             out_BTHE, _ = self._attention(module, mine[0], keys, values, mask, **kwargs)
             outs.append(out_BTHE.reshape(1, rows * tokens, *out_BTHE.shape[2:]))
@@ -207,9 +207,10 @@ class _Masks:
                 position_ids=segment.position_ids_BT,
             )
 
-    def of(self, layer: Any) -> Any:
-        """The mask for a block with such a cache."""
-        return self._made[getattr(layer, "is_sliding", False)]
+    def of(self, layer: Any, device: torch.device) -> Any:
+        """The mask for a block with such a cache, on the block's device."""
+        mask = self._made[getattr(layer, "is_sliding", False)]
+        return None if mask is None else mask.to(device)
 
 
 class _Current(threading.local):

@@ -12,7 +12,7 @@ import pytest
 from tests.house.source import CORE, FILES, ROOT, module, tree
 
 IMPORT_CORE = "\n".join(f"import {module(file)}" for file in CORE)
-LIBRARIES = {"torch", "transformers", "peft", "safetensors", "numpy", "tokenizers"}
+LIBRARIES = {"torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tokenizers"}
 LIBRARIES |= {"huggingface_hub"}  # whose errors transformers lets through
 EXTRAS = {  # imported by the function that needs them
     "fedsplit/data/sources.py": {"datasets", "sklearn"},
