@@ -17,7 +17,6 @@ from fedsplit.errors import ConfigError, DataError, ModelMismatch
 from fedsplit.model import ClientPart, TrunkPart, connect
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.describe import client_of, trunk_of
-from fedsplit.model.hollow import Part
 from fedsplit.model.lora import load_adapter, share_frozen
 from fedsplit.model.placement import devices_of, on_device, placed
 from fedsplit.model.source import Source
