@@ -38,6 +38,7 @@ from fedsplit.flower.records import (
 from fedsplit.metrics import bits_per_byte
 from fedsplit.model import ClientPart, connect
 from fedsplit.model.describe import client_of, config_of, personal, shared, whole_of
+from fedsplit.model.placement import on_device
 from fedsplit.spec import RunSpec
 from fedsplit.transport.client import GrpcLink
 
@@ -191,7 +192,7 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
     config = config_of(run, tokenizer_of(run, preparation), ticket.labels)
     build = client_of if run.baseline == "none" else whole_of
     model: PreTrainedModel = build(run, config, node.device)
-    nn.Module.to(model, node.device)
+    on_device(model, node.device)
     if ARRAYS in message.content:
         halves = shared(model, run)
         shapes = {name: tuple(parameter.shape) for name, parameter in halves.items()}

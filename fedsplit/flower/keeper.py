@@ -19,6 +19,7 @@ from fedsplit.flower.records import load_arrays, to_arrays
 from fedsplit.metrics import RoundStats
 from fedsplit.model import SplitModel
 from fedsplit.model.describe import shared
+from fedsplit.model.placement import placed
 from fedsplit.run_folder import RunFolder
 from fedsplit.spec import RunSpec
 
@@ -109,6 +110,8 @@ class Keeper:
         if self._run.train.load_best and kept:
             self._restore(Snapshot.read(kept[max(kept)], self._run))
             shutil.rmtree(self._folder.best)
+        if self._parts:
+            placed(self._parts.trunk, "cpu")
         result = self._parts or self._model
         self._folder.keep(result, self._tokenizer, self._corpus, self._run)
         log.info("Run %s is done: %s", self._run.name, self._folder.path)

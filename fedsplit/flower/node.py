@@ -55,7 +55,7 @@ class Node:
             partition=int(told.get("partition-id", -1)),
             partitions=int(told.get("num-partitions", run.num_nodes)),
             data_path=str(told.get("data-path", "")),
-            device=str(told.get("device", "cpu")),
+            device=str(told.get("device", run.launch.client_device)),
             tls_ca=str(told.get("tls-ca", run.wire.tls_ca)),
             state_dir=str(told.get("state-dir", "")),
         )

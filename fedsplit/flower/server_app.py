@@ -19,6 +19,7 @@ from fedsplit.data import (
 from fedsplit.flower.keeper import Keeper
 from fedsplit.flower.records import WEIGHT
 from fedsplit.model.describe import config_of, parts_of, whole_of
+from fedsplit.model.placement import devices_of, placed
 from fedsplit.spec import RunSpec
 
 app = ServerApp()
@@ -33,14 +34,15 @@ def main(grid: Grid, context: Context) -> None:
     labels = labels_of(corpus)
     tokenizer = _tokenizer(run, corpus)
     config = config_of(run, tokenizer, labels)
-    parts = parts_of(run, config) if run.baseline == "none" else None
+    device = run.launch.trunk_device
+    parts = parts_of(run, config, devices_of(device)[0]) if run.baseline == "none" else None
     model = parts.client if parts else whole_of(run, config)
     keeper = Keeper(run, corpus, model, parts, tokenizer)
     sent = "" if tokenizer is None or run.model.pretrained else tokenizer_to_json(tokenizer)
     method = build(
         run.strategy.target if parts else "strategies.Unsplit",
         halves=_halves(run),
-        trunk=parts.trunk if parts else None,
+        trunk=placed(parts.trunk, device) if parts else None,
         run=run,
         tokenizer=sent,
         labels=labels,

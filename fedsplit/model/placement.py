@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import (
+    AlignDevicesHook,
+    add_hook_to_module,
+    remove_hook_from_submodules,
+)
 from accelerate.utils import named_module_tensors, set_module_tensor_to_device
 from torch import nn
 
@@ -54,6 +58,7 @@ def placed(trunk: TrunkPart, device: str) -> TrunkPart:
     held, devices = trunk.held_blocks, devices_of(device)
     if device == "auto":
         devices = devices[: len(held)]
+    remove_hook_from_submodules(trunk)
     if len(devices) == 1:
         return on_device(trunk, devices[0])
     if len(devices) > len(held):

@@ -97,12 +97,16 @@ class LaunchSpec:
 
     `workers` is how many simulated clients work at once (0: all of them), and `run_dir` the
     folder that holds one folder per run. `start_timeout_s` bounds the wait for the first sign.
+    `trunk_device` is where the server's trunk lies, as torch names it: one, several with commas,
+    or `auto` for all GPUs; `client_device` where clients compute whose node does not say.
     """
 
     kind: str = "inline"
     workers: int = 0
     run_dir: str = "runs"
     start_timeout_s: float = 120.0
+    trunk_device: str = "cpu"
+    client_device: str = "cpu"
 
     def __post_init__(self) -> None:
         one_of("launch", self.kind, ("inline", "flwr"))

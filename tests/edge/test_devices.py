@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.serving import Served, hosted, reach
 from fedsplit.spec import RunSpec, SplitSpec, WireSpec
+from tests.core.worlds import same
+from tests.edge.federation import federate, joined, spec_for, without_seconds
 
 RUN = RunSpec(split=SplitSpec.parse("1/*/1"))
 
@@ -43,6 +45,21 @@ def test_a_server_spreads_its_trunk_and_serves_it(model, tmp_path, device):
 def test_what_cannot_be_is_told_before_it_listens(model, tmp_path, device, told):
     with pytest.raises(ConfigError, match=told), serving(tmp_path, device):
         pass
+
+
+def test_a_run_may_have_its_trunk_on_several_devices(tmp_path):
+    here, there = (
+        federate(spec_for(tmp_path / name, f"launch.trunk_device={device}"))
+        for name, device in (("here", "cpu"), ("there", "'cpu,cpu'"))
+    )
+    assert without_seconds(here.rounds()) == without_seconds(there.rounds())
+    assert same(joined(here), joined(there))
+
+
+@pytest.mark.parametrize("whose", ["trunk", "client"])
+def test_a_run_on_a_device_that_is_not_there_says_so(tmp_path, whose):
+    with pytest.raises(FedsplitError, match="device=cuda:99 cannot be used"):
+        federate(spec_for(tmp_path, f"launch.{whose}_device=cuda:99"))
 
 
 def test_a_client_is_on_one_device(model, tmp_path):
