@@ -311,9 +311,15 @@ def part_class(
     }
     if issubclass(kind, ClientPart):
         # generate() and Trainer look at the arguments that forward names.
-        body["forward"] = functools.wraps(family.forward)(_client_forward)
+        body["forward"] = _client_forward(family)
     return cast(type[P], type(family.__name__, (kind, family), body))
 
 
-def _client_forward(self: ClientPart, *args: Any, **kwargs: Any) -> Any:
-    return ClientPart.forward(self, *args, **kwargs)
+def _client_forward(family: type[PreTrainedModel]) -> Callable[..., Any]:
+    """A function of its own for each family, since it bears the signature of one."""
+
+    @functools.wraps(family.forward)
+    def forward(self: ClientPart, *args: Any, **kwargs: Any) -> Any:
+        return ClientPart.forward(self, *args, **kwargs)
+
+    return forward

@@ -1,6 +1,7 @@
 """Whatever transformers generates with the unsplit model, the split one generates too."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ def test_tokens_of_a_padded_batch_are_equal_in_every_mode(family):
             wanted = here.wanted(ids_BT, **asked)
             assert torch.equal(alice.says(ids_BT, **asked), wanted)
         assert torch.equal(bob.says(ids_BT, **asked), wanted)  # beams
+
+
+def test_clients_of_two_families_keep_their_own_signatures():
+    ids_BT = prompt(rows=3, pad=4)
+    with scene("gpt2") as here, scene("bloom") as there:
+        gpt2, bloom = here.client(), there.client()
+        for scene_, client in ((here, gpt2), (there, bloom)):
+            assert inspect.signature(client.model.forward) == inspect.signature(
+                scene_.whole.forward
+            )
+            assert torch.equal(client.says(ids_BT), scene_.wanted(ids_BT))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma3_text", "bloom"])
