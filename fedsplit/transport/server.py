@@ -60,7 +60,8 @@ class GrpcServer:
     ) -> None:
         self._wire = wire
         self._health = health.HealthServicer()
-        self._door = _Door(service, max_bytes=largest_payload(limits), max_clients=max_clients)
+        max_bytes = largest_payload(limits, with_bases=bool(wire.history_bytes))
+        self._door = _Door(service, max_bytes=max_bytes, max_clients=max_clients)
         workers = 2 * max_clients + 8  # streams whose client went away, and unary calls
         options = {**OPTIONS, "grpc.max_receive_message_length": self._door.max_bytes}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fedsplit-call")
@@ -99,12 +100,18 @@ class GrpcServer:
         self._pool.shutdown(wait=False)  # a call may still wait for the service to stop
 
 
-def largest_payload(limits: Limits) -> int:
-    """Bytes of the largest legal request, and a quarter on top."""
+def largest_payload(limits: Limits, *, with_bases: bool = False) -> int:
+    """Bytes of the largest legal request, and a quarter on top.
+
+    Args:
+        limits: Of requests.
+        with_bases: Whether a forward may bring what it goes by, up and down in bfloat16.
+    """
     per_token = 4 * limits.hidden_size + 2 * 8  # float32, and an int64 for mask and position
-    with_bases = per_token + 2 * 2 * limits.hidden_size  # bfloat16 up and down
-    tokens = limits.max_rows * limits.max_tokens * with_bases, limits.session_tokens * per_token
-    return max(max(tokens) * 5 // 4, limits.stateless_bytes) + HEADER_BYTES
+    in_training = per_token + (2 * 2 * limits.hidden_size if with_bases else 0)
+    in_batch = limits.max_rows * limits.max_tokens * in_training
+    payload = max(in_batch, limits.session_tokens * per_token) * 5 // 4
+    return max(payload, limits.stateless_bytes) + HEADER_BYTES
 
 
 class _Door:

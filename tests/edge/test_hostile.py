@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 import torch
 
-from fedsplit.errors import FedsplitError, Internal, Overloaded, StaleVersion
+from fedsplit.errors import FedsplitError, Internal, Overloaded, StaleVersion, TooLarge
 from fedsplit.transport import fedsplit_pb2 as pb
-from fedsplit.transport.frames import SERVICE, to_frame, to_frames
+from fedsplit.transport.frames import SERVICE, from_frame, to_frame, to_frames
 from fedsplit.transport.server import largest_payload
 from fedsplit.transport.status import TOKEN_KEY, from_rpc_error
 from fedsplit.wire import messages as m
@@ -291,3 +292,22 @@ def test_an_unknown_code_of_a_server_is_internal() -> None:
     with answering(code="NEW", detail="something new") as where, linked(where) as link:
         with pytest.raises(Internal, match="something new"):
             link.exchange(forward())
+
+
+def test_the_largest_forward_with_all_that_it_goes_by_is_taken() -> None:
+    limits = replace(LIMITS, session_tokens=1, stateless_bytes=1)
+    whole = forward(limits.max_tokens)
+    rows_BTD = whole.smashed_BTD.expand(limits.max_rows, -1, -1).contiguous()
+    ones_BT = torch.ones(rows_BTD.shape[:2], dtype=torch.int64)
+    request = replace(
+        whole,
+        smashed_BTD=rows_BTD,
+        attention_mask_BT=ones_BT,
+        position_ids_BT=ones_BT,
+        bases_B=ones_BT[:, 0],
+        references=(rows_BTD.bfloat16(), rows_BTD.bfloat16()),
+    )
+    frame = to_frame(request)
+    assert from_frame(frame, largest_payload(limits, with_bases=True))
+    with pytest.raises(TooLarge):
+        from_frame(frame, largest_payload(limits))
