@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 PROTO := fedsplit/transport/fedsplit.proto
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where it is set, each of the suite's many processes compiles every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check format proto clean
