@@ -71,10 +71,7 @@ class History:
             raise ProtocolError(
                 f"{len(examples)} examples were named for {len(whole_BTD)} sequences"
             )
-        bases = [self._bases.get(example) for example in examples]
-        bases = [
-            base if base and base.up_TD.shape == whole_BTD.shape[1:] else None for base in bases
-        ]
+        bases = [self._base_of(example, whole_BTD) for example in examples]
         names = [
             base.name if base else self._admitted_as(example, whole_BTD)
             for example, base in zip(examples, bases, strict=True)
@@ -117,6 +114,10 @@ class History:
     def _examples(self) -> list[int]:
         examples: list[int] = getattr(self._here, "examples", [])
         return examples
+
+    def _base_of(self, example: int, whole_BTD: Tensor) -> Base | None:
+        base = self._bases.get(example)
+        return base if base and base.up_TD.shape == whole_BTD.shape[1:] else None
 
     def _admitted_as(self, example: int, whole_BTD: Tensor) -> int:
         """Whether there is room for one more example: what stands in place of its base's name."""

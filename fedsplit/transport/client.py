@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -34,7 +33,7 @@ from fedsplit.transport.frames import (
 )
 from fedsplit.transport.status import MAX_METADATA_BYTES, TOKEN_KEY, from_rpc_error, from_status
 from fedsplit.transport.tls import channel_credentials
-from fedsplit.wire.codec import check_reply
+from fedsplit.wire.codec import check_reply, traveling
 from fedsplit.wire.messages import GradientsRequest, R, Request
 
 FRAME_BYTES = 4 << 20
@@ -199,8 +198,7 @@ def _longest_reply(request: Request[Any]) -> int:
     """How many bytes of payload its reply may have: those of its own tensors, but for a few."""
     if isinstance(request, GradientsRequest) or getattr(request, "stateless", False):
         return LONG_REPLY_BYTES
-    message: Any = request
-    values = (getattr(message, field.name) for field in fields(message))
+    values = (getattr(request, field.name) for field in traveling(request))
     return sum(value.nbytes + ALIGNMENT for value in values if isinstance(value, Tensor))
 
 

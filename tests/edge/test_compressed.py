@@ -14,7 +14,7 @@ from transformers import GPT2Config
 from fedsplit.flower.records import Memory
 from fedsplit.link import Link, LocalLink
 from fedsplit.spec import WireSpec
-from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.client import GrpcLink, _longest_reply
 from fedsplit.transport.server import GrpcServer
 from fedsplit.wire import messages as m
 from tests.core.worlds import World, batch, small_run, world
@@ -103,6 +103,12 @@ def test_feedback_changes_what_is_learned(expected: Numbers) -> None:
 def test_a_reply_may_be_longer_than_its_request() -> None:
     wire = WireSpec(up="topk:0.1", grad_up="topk:0.1")
     assert trained(grpc, wire)[0] == trained(local, wire)[0]
+
+
+def test_what_a_forward_goes_by_does_not_lengthen_its_reply() -> None:
+    smashed_BTD = torch.zeros(1, 4, 128)
+    plain = m.ForwardRequest(session="s", call=0, training=True, smashed_BTD=smashed_BTD)
+    assert _longest_reply(replace(plain, base_BTD=smashed_BTD)) == _longest_reply(plain)
 
 
 def test_a_step_that_is_repeated_adds_what_was_left_out_once(expected: Numbers) -> None:
