@@ -128,8 +128,10 @@ def encode_tensor(
     if codec != "none" and tensor.is_floating_point():
         name, compress = writer(codec)
         rows_ND = held.reshape(-1, held.shape[-1]).float().contiguous()
-        change_ND = rows_ND if base is None else rows_ND - base.to(rows_ND).view_as(rows_ND)
-        held = compress.encode(change_ND, rows_ND)
+        if base is None:
+            held = compress.encode(rows_ND)
+        else:
+            held = compress.encode(rows_ND - base.to(rows_ND).view_as(rows_ND), rows_ND)
         meta = replace(meta, nbytes=held.nbytes, codec=name)
     flat = held.cpu().contiguous().view(-1).view(torch.uint8)
     return meta, flat.numpy().data

@@ -128,7 +128,7 @@ class Int(RowCodec):
 
     def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
-        largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
+        largest_N1 = _largest(rows_ND)
         scales_N1 = _rounded_up(largest_N1 / self.most)
         steps_ND = rows_ND / scales_N1.float()
         if self.stochastic:
@@ -224,8 +224,7 @@ class Huffman(Codec):
 
     def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
-        seed = _seed(rows_ND)
-        steps_N1 = self._steps(rows_ND, rows_ND if whole_ND is None else whole_ND)
+        seed, steps_N1 = _seed(rows_ND), self._steps(rows_ND, whole_ND)
         dithered_ND = (rows_ND / steps_N1.float()).add_(_dither(rows_ND.shape, seed, rows_ND))
         low_N, high_N = steps_N1.view(torch.uint8).unbind(dim=1)
         packed = bytearray(seed.to_bytes(_SEED_BYTES, "little"))
@@ -244,10 +243,14 @@ class Huffman(Codec):
         rows_ND = numbers.view(num_rows, width).float().sub_(_KEPT.most)
         return rows_ND.sub_(_dither(rows_ND.shape, seed, rows_ND)).mul_(steps_N1)
 
-    def _steps(self, rows_ND: Tensor, whole_ND: Tensor) -> Tensor:
+    def _steps(self, rows_ND: Tensor, whole_ND: Tensor | None) -> Tensor:
         """Long enough for the largest value to be a number."""
-        largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
-        return _rounded_up(torch.maximum(self.step * _rms(whole_ND), largest_N1 / _KEPT.most))
+        largest_N1 = _largest(rows_ND)
+        if whole_ND is None:
+            rms_N1 = _rms(rows_ND, largest_N1)
+        else:
+            rms_N1 = _rms(whole_ND, _largest(whole_ND))
+        return _rounded_up(torch.maximum(self.step * rms_N1, largest_N1 / _KEPT.most))
 
 
 _KEPT = Int(8)
@@ -319,9 +322,13 @@ def _inflated(bytes_M: Tensor, length: int) -> Tensor:
     return torch.frombuffer(symbols, dtype=torch.uint8)
 
 
-def _rms(rows_ND: Tensor) -> Tensor:
+def _largest(rows_ND: Tensor) -> Tensor:
+    """How large the largest value of every row is."""
+    return rows_ND.abs().amax(dim=1, keepdim=True)
+
+
+def _rms(rows_ND: Tensor, largest_N1: Tensor) -> Tensor:
     """Root mean square of every row, 0 where that is no number."""
-    largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
     squares_N1 = (rows_ND / largest_N1).square_().mean(dim=1, keepdim=True)
     return squares_N1.sqrt_().nan_to_num_(nan=0.0).mul_(largest_N1)
 
