@@ -121,7 +121,11 @@ def test_no_operation_mixes_two_devices_and_all_numbers_are_those_of_one():
     """In a process of its own: torch cannot forget a kind of device again."""
     asked = ["-q", "-p", "no:cacheprovider", "tests/core/two_devices.py"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *asked], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *asked],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
