@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedsplit.errors import ProtocolError
+from fedsplit.errors import ConfigError, ProtocolError
 from fedsplit.spec import WireSpec
 from fedsplit.wire.history import NEW, UNKEPT, Base, restored, sent, stacked
 from fedsplit.wire.messages import ForwardReply, ForwardRequest
@@ -63,6 +63,7 @@ class History:
 
         Raises:
             ProtocolError: They are not as many as its sequences.
+            ConfigError: There is no room for a single one.
         """
         whole_BTD, examples = request.smashed_BTD, self._examples
         if not examples or not self._budget:
@@ -122,6 +123,11 @@ class History:
     def _admitted_as(self, example: int, whole_BTD: Tensor) -> int:
         """Whether there is room for one more example: what stands in place of its base's name."""
         size = 2 * torch.bfloat16.itemsize * whole_BTD[0].numel()
+        if size > self._budget:
+            raise ConfigError(
+                f"wire.history_bytes={self._budget} holds no example, of which each takes {size} "
+                "bytes here; set as many for each of the client's examples, or 0 for no history"
+            )
         num_bytes = self._num_bytes + len(self._admitted | {example}) * size
         if example in self._bases or num_bytes > self._budget:
             return UNKEPT

@@ -217,6 +217,12 @@ def test_who_came_first_is_kept_as_long_as_there_is_room() -> None:
     assert bases[5] is None
 
 
+def test_a_history_that_holds_no_example_is_refused() -> None:
+    with world(TINY, run_of(history_bytes=ROW_BYTES - 1)) as here:
+        with pytest.raises(ConfigError, match="history_bytes=767 holds no example.*takes 768"):
+            trained(here.add("alice"), [0])
+
+
 def test_a_forward_of_no_examples_goes_whole() -> None:
     with world(TINY, run_of()) as here:
         alice = here.add("alice")
