@@ -34,7 +34,6 @@ from fedsplit.randomness import Turn, draws
 from fedsplit.spec import RunSpec
 from fedsplit.spec.checks import one_of
 from fedsplit.wire import messages as m
-from fedsplit.wire.feedback import Feedback
 
 T = TypeVar("T")
 
@@ -50,7 +49,6 @@ class RemoteTrunk:
         served: The trunk's name at a server that has several; its first by default.
         kv: Who keeps the trunk's keys and values in generation: `server`, or `client`, where they
             travel with every token and the server keeps nothing.
-        residue: What error feedback has to add to the next gradient, as `residue` said before.
         history: What the trunk has had of this client's examples, as `history` said before.
 
     Attributes:
@@ -69,7 +67,6 @@ class RemoteTrunk:
         client: str,
         served: str = "",
         kv: str = "server",
-        residue: Tensor | None = None,
         history: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         one_of("kv", kv, ("server", "client"))
@@ -89,7 +86,6 @@ class RemoteTrunk:
         self._hidden_size: int = model.config.hidden_size
         self._is_isolated = run.train.mode == "isolated"
         self._wire = run.wire
-        self._feedback = Feedback(run.wire.grad_up, residue) if run.wire.feedback else None
         self._history = History(run.wire, history)
         self._carrier = Carrier(link, run, client=client, turn=self.turn, history=self._history)
         self._session = ""
@@ -120,8 +116,7 @@ class RemoteTrunk:
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
                 f"{self._hidden_size}; start both from the same model"
             )
-        for kept in self._kept:
-            kept.dropped()
+        self._history.dropped()
         self._session, self.autocast = reply.session, reply.autocast
         self._next_call, self._trunk_sq_norm = first_call, 0.0
         return reply.version
@@ -251,11 +246,6 @@ class RemoteTrunk:
         """What the trunk has had of this client's examples, if that is kept, by name."""
         return self._history.state
 
-    @property
-    def residue(self) -> Tensor | None:
-        """What the codec left out of the last gradient that went up, if that is made good."""
-        return self._feedback.residue if self._feedback else None
-
     def overlapped(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         """Do pieces of a step, `train.micro_batches` of them at a time; what each returned."""
         return self._carrier.overlapped(pieces)
@@ -278,8 +268,7 @@ class RemoteTrunk:
         )
         self.exchange(request)
         self._trunk_sq_norm = 0.0
-        for kept in self._kept:
-            kept.taken()
+        self._history.taken()
 
     def follow(self, optimizer: Optimizer, *, step: int = 0) -> RemovableHandle:
         """Contribute to the trunk's step whenever this optimizer of the ends has stepped.
@@ -319,16 +308,9 @@ class RemoteTrunk:
         """What the server is; needs no session."""
         return self.exchange(m.ServiceInfoRequest(served=self._identity["served"]))
 
-    @property
-    def _kept(self) -> list[History | Feedback]:
-        """What both sides go by from step to step."""
-        return [self._history, self._feedback] if self._feedback else [self._history]
-
     def _backward(
         self, request: m.ForwardRequest, version: int, grad_trunk_out_BTD: Tensor, want_grad: bool
     ) -> Tensor | None:
-        if self._feedback:
-            grad_trunk_out_BTD = self._feedback.compensate(grad_trunk_out_BTD)
         backward = m.BackwardRequest(
             session=request.session,
             call=request.call,

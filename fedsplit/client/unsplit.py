@@ -23,7 +23,6 @@ class NoTrunk:
 
     next_call = 0
     trunk_sq_norm = 0.0
-    residue = None
     history: Mapping[str, Tensor] = MappingProxyType({})
     autocast = ""
 

@@ -35,17 +35,15 @@ from fedsplit.flower.records import (
     resumed_of,
     to_arrays,
 )
-from fedsplit.metrics import bits_per_byte
 from fedsplit.model import ClientPart, connect
 from fedsplit.model.describe import client_of, config_of, personal, shared, whole_of
 from fedsplit.model.placement import on_device
+from fedsplit.runs.metrics import bits_per_byte
 from fedsplit.spec import RunSpec
 from fedsplit.transport.client import GrpcLink
 
 Numbers = dict[str, int | float | list[int] | list[float]]
 """What Flower takes for the numbers of a reply."""
-
-_RESIDUE = "grad_up"
 
 app = ClientApp()
 
@@ -90,7 +88,6 @@ def train(message: Message, context: Context) -> Message:
         batches=memory.batches + steps * run.train.accumulation,
         moments=trainer.optimizer.state(),
         personal=half.personal,
-        residue=half.residue,
         history=dict(half.trunk.history),
         loss_scale=trainer.loss_scale,
     )
@@ -146,12 +143,6 @@ class _Half:
     def personal(self) -> dict[str, Tensor]:
         """What stays here."""
         return {name: p.detach() for name, p in personal(self.model, self.run).items()}
-
-    @property
-    def residue(self) -> dict[str, Tensor]:
-        """What error feedback left out of the last gradient, if anything."""
-        left = self.trunk.residue
-        return {} if left is None else {_RESIDUE: left}
 
     @property
     def traffic(self) -> dict[str, int]:
@@ -215,7 +206,6 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
             model,
             run,
             client=ticket.client,
-            residue=memory.residue.get(_RESIDUE),
             history=memory.history,
         )
         connect(model, trunk)

@@ -9,9 +9,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedsplit.checkpoints import Snapshot, prune, snapshots_in
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.errors import CheckpointError, ModelMismatch
+from fedsplit.runs.checkpoint import Snapshot, prune, snapshots_in
 from fedsplit.spec import RunSpec
 
 ARRAYS = "arrays"
@@ -23,7 +23,7 @@ WEIGHT = "num-examples"
 RESUMED = "resumed"
 """Key of the record in the first message to a client that says where a resumed run goes on."""
 _TICKET, _COUNTS = "fedsplit", "counts"
-_KEPT = ("moments", "personal", "residue", "history")
+_KEPT = ("moments", "personal", "history")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +61,14 @@ class Memory:
     """What a client keeps from one message to the next, in Flower's `context.state`.
 
     `steps` it has taken, `batches` it has read, the `moments` of its optimizer, and the tensors
-    of its `personal` part, by name; `residue` is what error feedback has to add to the next
-    gradient and `history` what the trunk has had of its examples, if anything, and `loss_scale`
-    where that was.
+    of its `personal` part, by name; `history` is what the trunk has had of its examples, if
+    anything, and `loss_scale` where that was.
     """
 
     steps: int = 0
     batches: int = 0
     moments: dict[str, Tensor] = field(default_factory=dict)
     personal: dict[str, Tensor] = field(default_factory=dict)
-    residue: dict[str, Tensor] = field(default_factory=dict)
     history: dict[str, Tensor] = field(default_factory=dict)
     loss_scale: LossScale = INITIAL_SCALE
 

@@ -15,7 +15,7 @@ from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
 
-_LOSSY = ("up", "down", "history_bytes", "grad_up", "grad_down", "feedback", "halves")
+_LOSSY = ("up", "down", "history_bytes", "grad_up", "grad_down", "halves")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -31,9 +31,8 @@ class WireSpec:
     bf16, fp16, int8 or int4 (with `:stochastic` rounding if so written), topk:FRACTION,
     randtopk:FRACTION or huffman:STEP. With `history_bytes`, each side keeps so many bytes of what
     the other made of a client's examples the last time, and of these only what has changed travels.
-    With `feedback`, what a codec leaves out of a gradient is added to the next one that goes the
-    same way. The halves that Flower carries travel as `halves` says, both ways: none, fp16 or int8.
-    These seven alone decide numbers.
+    The halves that Flower carries travel as `halves` says, both ways: none, fp16 or int8.
+    These six alone decide numbers.
     """
 
     bind: str = "127.0.0.1:0"
@@ -47,7 +46,6 @@ class WireSpec:
     history_bytes: int = 0
     grad_up: str = "none"
     grad_down: str = "none"
-    feedback: bool = False
     halves: str = "none"
     call_deadline_s: float = 120.0
     budget_s: float = 300.0
@@ -63,11 +61,6 @@ class WireSpec:
             raise ConfigError(
                 f"wire.history_bytes is for what is compressed, but wire.up={self.up} and "
                 f"wire.down={self.down}; set both, or wire.history_bytes=0"
-            )
-        if self.feedback and self.grad_up == self.grad_down == "none":
-            raise ConfigError(
-                "wire.feedback=true has nothing to add to; set wire.grad_up or wire.grad_down, or "
-                "wire.feedback=false"
             )
         for name in ("call_deadline_s", "budget_s", "stash_ttl_s", "stash_bytes"):
             positive(f"wire.{name}", getattr(self, name))
@@ -201,12 +194,6 @@ class RunSpec:
                 "of its halves away; set wire.halves=none"
             )
         self._check_steps()
-        if self.wire.feedback and self.model.autocast in ("auto", "float16"):
-            raise ConfigError(
-                f"wire.feedback adds to the next gradient, which with model.autocast="
-                f"{self.model.autocast} may be scaled by another factor; use "
-                "model.autocast=bfloat16 or wire.feedback=false"
-            )
         own_time = self.policy.sim_slowdown or self.policy.kind == "async"
         if own_time and self.train.clients_per_pass > 1:
             raise ConfigError(
@@ -228,7 +215,6 @@ class RunSpec:
 
     def _check_steps(self) -> None:
         by_steps = {
-            "wire.feedback": self.wire.feedback,
             "wire.history_bytes": self.wire.history_bytes,
             "policy.sim_slowdown": self.policy.sim_slowdown,
         }

@@ -18,7 +18,6 @@ from fedsplit.trunk import aggregator
 from fedsplit.trunk.compute import Compute, Inputs
 from fedsplit.trunk.guard import require_finite
 from fedsplit.trunk.versions import ParameterVersions
-from fedsplit.wire.feedback import Feedback
 from fedsplit.wire.messages import StepReply, StepRequest
 
 Gradients = dict[str, Tensor]
@@ -38,7 +37,6 @@ class Work:
 
     `barrier` counts the barriers that had closed when it began, and `num_positions` sequences
     times tokens of its backwards. Work that is `outdated` has lost its version and cannot go on.
-    `feedback` is over the gradients that are sent back, where there is one.
     """
 
     replica: "Replica"
@@ -48,7 +46,6 @@ class Work:
     num_positions: int = 0
     replays: list[Replay] = field(default_factory=list)
     outdated: bool = False
-    feedback: Feedback | None = None
 
     def __post_init__(self) -> None:
         self.replica.versions.pin(self.version)

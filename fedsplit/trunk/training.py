@@ -22,7 +22,6 @@ from fedsplit.trunk.joint import Found, Joint, JointPass
 from fedsplit.trunk.replica import Replay, Replica, Work
 from fedsplit.trunk.stash import Graph, Stash
 from fedsplit.trunk.versions import ParameterVersions
-from fedsplit.wire.feedback import Feedback
 from fedsplit.wire.messages import (
     BackwardReply,
     BackwardRequest,
@@ -32,7 +31,7 @@ from fedsplit.wire.messages import (
     StepRequest,
 )
 
-_SHARED, _REPLICA, _RESIDUE = "trunk/", "replica/", "residue/"
+_SHARED, _REPLICA = "trunk/", "replica/"
 
 
 class Training:
@@ -57,7 +56,6 @@ class Training:
         self._shared = self._new_replica(resident=True)
         self._replicas: dict[str, Replica] = {}
         self._works: dict[str, Work] = {}
-        self._residues: dict[str, Tensor] = {}
 
     # --- how it stands ------------------------------------------------------------------------
 
@@ -119,10 +117,6 @@ class Training:
         self._unpin(self._stash.drop_session(session))
         if work := self._works.pop(session, None):
             work.end()
-
-    def dismiss(self, client: str) -> None:
-        """Drop what is kept for a client from one session to the next, but for a replica."""
-        self._residues.pop(client, None)
 
     def drop_expired(self) -> None:
         """Drop graphs whose time is over."""
@@ -218,11 +212,7 @@ class Training:
             raise ProtocolError("there is nothing to step with: no backward since the last step")
         require_plausible(request, work.num_positions, self._run)
         del self._works[worker.session]
-        reply = work.replica.contribute(worker.client, work, request, now)
-        if work.feedback:
-            work.feedback.taken()
-            self._keep_residue(worker.client, work.feedback.residue)
-        return reply
+        return work.replica.contribute(worker.client, work, request, now)
 
     def step_if_due(self) -> None:
         """Take the steps that barriers have decided on."""
@@ -264,7 +254,7 @@ class Training:
             prefix + name: tensor
             for prefix, replica in owners.items()
             for name, tensor in replica.state().items()
-        } | {f"{_RESIDUE}{client}": tensor for client, tensor in self._residues.items()}
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` handed out.
@@ -281,7 +271,6 @@ class Training:
                 "all share one; resume with the strategy it was saved with"
             )
         self._shared.load_state(_under(_SHARED, state))
-        self._residues = _under(_RESIDUE, state)
         self._replicas.clear()
         for client in sorted(clients):
             self._replica_of(client).load_state(_under(f"{_REPLICA}{client}/", state))
@@ -362,24 +351,11 @@ class Training:
             work.replays.append(replay)
         if not call.want_grad:
             grad_smashed_BTD = None
-        if grad_smashed_BTD is not None and self._run.wire.feedback:
-            grad_smashed_BTD = self._feedback_of(call.worker, work).compensate(grad_smashed_BTD)
         return BackwardReply(
             grad_smashed_BTD=None if grad_smashed_BTD is None else grad_smashed_BTD.cpu(),
             trunk_sq_norm=squared_norm(work.gradients.values()),
             codec=self._run.wire.grad_down,
         )
-
-    def _feedback_of(self, worker: Worker, work: Work) -> Feedback:
-        """That of the session's work; it begins with what the client's last step left."""
-        if work.feedback is None:
-            residue = self._residues.get(worker.client)
-            work.feedback = Feedback(self._run.wire.grad_down, residue)
-        return work.feedback
-
-    def _keep_residue(self, client: str, residue: Tensor | None) -> None:
-        if residue is not None:
-            self._residues[client] = residue
 
     def _drop_outdated(self, replica: Replica) -> None:
         """Let go of versions so old that nothing made with them would be taken."""

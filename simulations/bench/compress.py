@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
-from fedsplit.compare import Group, Run
 from fedsplit.config import compose
+from fedsplit.runs.compare import Group, Run
 from simulations.bench.report import Report
 from simulations.sweep import carried_out
 
@@ -18,7 +18,6 @@ _VARIANTS = {
     "none": [],
     "default": ["wire=lossy"],
     "strong": ["wire=strong"],
-    "strong_feedback": ["wire=strong", "wire.feedback=true"],
 }
 _EPOCHS = {
     "strong_epochs": ["wire=strong"],

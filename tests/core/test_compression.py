@@ -22,7 +22,6 @@ from fedsplit.wire.codec import (
     encode_tensor,
     through_codec,
 )
-from fedsplit.wire.feedback import Feedback
 
 INTS = {"int8": 127, "int8:stochastic": 127, "int4": 7, "int4:stochastic": 7}
 _LEAST = 1e-40
@@ -273,27 +272,3 @@ def test_a_message_travels_as_it_says() -> None:
     received = through_codec(lossy)
     assert received.smashed_BTD.equal(as_received(plain.smashed_BTD, "int4"))
     assert (received.codec, received.session) == ("int4", "s1")
-
-
-def test_what_was_left_out_is_sent_later() -> None:
-    feedback, sent = Feedback("topk:0.1"), torch.zeros(1, 2, 10)
-    gradient = torch.linspace(0.5, 1.0, 20).view(1, 2, 10)
-    for _ in range(400):
-        sent += as_received(feedback.compensate(gradient), "topk:0.1")
-        feedback.taken()
-    assert (sent / 400).allclose(gradient, atol=0.05)
-    assert (as_received(gradient, "topk:0.1") == 0).sum() == 18
-
-
-def test_what_was_left_out_of_a_step_that_was_not_taken_is_forgotten() -> None:
-    feedback = Feedback("int4")
-    first = torch.randn(1, 2, 10)
-    feedback.compensate(first)
-    feedback.taken()
-    again = feedback.compensate(first)
-    feedback.dropped()
-    assert feedback.compensate(first).equal(again)
-    kept = feedback.residue
-    assert kept is not None
-    assert Feedback("int4", kept.clone()).compensate(first).equal(again)
-    assert feedback.compensate(first[:, :1]).equal(first[:, :1])

@@ -91,18 +91,12 @@ REFUSED = [
     (lambda: WireSpec(up="zip"), "wire.up='zip' is not one of: none, bf16, fp16"),
     (lambda: WireSpec(halves="int4"), "wire.halves='int4' is not one of: none, fp16, int8"),
     (lambda: WireSpec(grad_down="topk:2"), "wire.grad_down=topk:2 must say which fraction"),
-    (lambda: WireSpec(feedback=True), "wire.feedback=true has nothing to add to; set wire.grad_up"),
     (
         lambda: RunSpec(
-            wire=WireSpec(grad_up="int4", feedback=True), train=TrainSpec(mode="frozen_trunk")
+            wire=WireSpec(up="int4", down="int4", history_bytes=9),
+            train=TrainSpec(mode="frozen_trunk"),
         ),
-        "wire.feedback goes by the trunk's steps, and in train.mode=frozen_trunk",
-    ),
-    (
-        lambda: RunSpec(
-            wire=WireSpec(grad_up="int4", feedback=True), model=ModelSpec(autocast="float16")
-        ),
-        "with model.autocast=float16 may be scaled by another factor; use model.autocast=bfl",
+        "wire.history_bytes goes by the trunk's steps, and in train.mode=frozen_trunk",
     ),
     (lambda: WireSpec(tls_cert="a"), "wire.tls_cert and wire.tls_key go together"),
     (lambda: WireSpec(bind="0.0.0.0:1", insecure=True), "set wire.advertise=host:port"),

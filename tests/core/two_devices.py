@@ -127,7 +127,7 @@ RUNS = {
     "sgd": run_with(train={"optimizer": "sgd", "momentum": 0.9}),
     "further steps": run_with(train={"trunk_steps": 2}),
     "frozen": run_with(train={"mode": "frozen_trunk"}),
-    "feedback": run_with(wire=WireSpec(grad_down="int8", feedback=True, budget_s=10.0)),
+    "compressed": run_with(wire=WireSpec(grad_down="int8", budget_s=10.0)),
 }
 
 

@@ -37,11 +37,9 @@ FIGURES = {
         "bytes_ratio_default",
         "bytes_ratio_history",
         "bytes_ratio_strong",
-        "bytes_ratio_strong_feedback",
         "loss_delta_default",
         "loss_delta_history",
         "loss_delta_strong",
-        "loss_delta_strong_feedback",
     ],
     "generate": [
         "bytes_per_token",

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.checkpoints import snapshots_in
 from fedsplit.client.scaling import LossScale
 from fedsplit.config import compose
 from fedsplit.errors import CheckpointError, ConfigError, Diverged
 from fedsplit.flower.records import Memory
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.checkpoint import snapshots_in
+from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from tests.edge.federation import (
     SGD,
@@ -84,7 +84,7 @@ VARIANTS = {
         "halves.strategy=flwr.serverapp.strategy.FedAdam",
         "halves.options={fraction_train: 0.5}",
     ),
-    "feedback": ("wire=strong", "wire.feedback=true", "train.accumulation=2"),
+    "strong": ("wire=strong", "train.accumulation=2"),
     "float16": ("model.autocast=float16",),
     "v1": ("strategy=splitfed_v1", "wire.halves=int8"),
     "sequential": ("strategy=sequential",),
