@@ -18,8 +18,8 @@ from fedsplit.errors import ConfigError, DataError, FedsplitError
 from fedsplit.spec import SplitSpec, WireSpec
 
 if TYPE_CHECKING:
-    from fedsplit.metrics import RoundStats
-    from fedsplit.run_folder import RunFolder
+    from fedsplit.runs.folder import RunFolder
+    from fedsplit.runs.metrics import RoundStats
 
 _EXAMPLES = """\
 examples:
@@ -127,10 +127,10 @@ def _split(arguments: argparse.Namespace) -> None:
 
 
 def _part_line(directory: Path) -> str:
-    from fedsplit.metrics import in_mib
     from fedsplit.model.checkpoint import WEIGHTS
     from fedsplit.model.manifest import Manifest
     from fedsplit.model.source import tensor_names
+    from fedsplit.runs.metrics import in_mib
 
     manifest, weights = Manifest.read(directory), directory / WEIGHTS
     first, end = manifest.trunk_blocks
@@ -189,7 +189,7 @@ def _plot(arguments: argparse.Namespace) -> None:
             f"{path} is not a run's folder: it has no config.yaml; give one that a run left, "
             "such as runs/default"
         )
-    from fedsplit.run_folder import RunFolder
+    from fedsplit.runs.folder import RunFolder
 
     folder = RunFolder(path)
     if not _rounds(folder):
@@ -207,7 +207,7 @@ def _rounds(folder: "RunFolder") -> "list[RoundStats]":
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from fedsplit.compare import COLUMNS, Table, grouped, plot, read_runs, rows_of
+    from fedsplit.runs.compare import COLUMNS, Table, grouped, plot, read_runs, rows_of
 
     groups = grouped(read_runs(map(Path, arguments.run_dirs)))
     table = Table(rows=rows_of(groups), columns=COLUMNS)
@@ -218,7 +218,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _shards(arguments: argparse.Namespace) -> None:
     from fedsplit.config import compose
     from fedsplit.data import hold_out, load_corpus, shard
-    from fedsplit.holdings import Holdings
+    from fedsplit.runs.shard_stats import Holdings
 
     run = compose(arguments.overrides)
     corpus, _ = hold_out(load_corpus(run.data, run.task), run.data.held_out, run.seed)

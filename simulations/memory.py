@@ -20,10 +20,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from fedsplit.compare import Columns, Row, Table
 from fedsplit.config import Variants, from_yaml, to_yaml
 from fedsplit.console import quiet_libraries
-from fedsplit.metrics import in_mib
 from fedsplit.model import ClientPart, TrunkPart, connect, model_class_for, plan_for
 from fedsplit.model.acceleration import accelerate, autocast
 from fedsplit.model.describe import config_of
@@ -32,6 +30,8 @@ from fedsplit.model.hollow import Part, part_class
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.source import on_meta
 from fedsplit.optimization import PartOptimizer
+from fedsplit.runs.compare import Columns, Row, Table
+from fedsplit.runs.metrics import in_mib
 from fedsplit.spec import RunSpec, TrainSpec
 from fedsplit.spec.train import EIGHT_BIT
 

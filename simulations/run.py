@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fedsplit.config
-from fedsplit.compare import COLUMNS, Group, Table, plot, rows_of
 from fedsplit.config import Variants
 from fedsplit.console import READER_GONE, ending_with_its_reader
-from fedsplit.metrics import closing_table
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.compare import COLUMNS, Group, Table, plot, rows_of
+from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.metrics import closing_table
 from fedsplit.spec import RunSpec
 from simulations.experiments import convergence, noniid, straggler
 from simulations.single import carry_out, claim

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedsplit.config import to_yaml
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from simulations.launch import run_flwr
 

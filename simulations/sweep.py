@@ -12,9 +12,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from fedsplit.compare import Group, Run, number
 from fedsplit.config import Variants, from_yaml, to_yaml
 from fedsplit.errors import DataError, Diverged, FedsplitError
+from fedsplit.runs.compare import Group, Run, number
 from fedsplit.spec import RunSpec
 from simulations.single import carry_out, claim
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from fedsplit.errors import ConfigError, Diverged
 from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Ticket
-from fedsplit.metrics import RoundStats
 from fedsplit.model.hollow import TrunkPart
+from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
 from strategies.crew import Crew
 from strategies.meeting import Choice, Meeting, drawing

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes
-from fedsplit.metrics import RoundStats, bits_per_byte
+from fedsplit.runs.metrics import RoundStats, bits_per_byte
 from fedsplit.spec import RunSpec
 
 Numbers = Mapping[str, float]

@@ -10,17 +10,17 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 from transformers import PreTrainedModel, TokenizersBackend
 
-from fedsplit.checkpoints import Snapshot, prune, snapshots_in
 from fedsplit.config import to_yaml
 from fedsplit.data import Corpus
 from fedsplit.errors import ConfigError
 from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.records import load_arrays, to_arrays
-from fedsplit.metrics import RoundStats
 from fedsplit.model import SplitModel
 from fedsplit.model.describe import shared
 from fedsplit.model.placement import placed
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.checkpoint import Snapshot, prune, snapshots_in
+from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
 
 log = logging.getLogger("flwr.fedsplit")

@@ -6,7 +6,7 @@ the bytes of all tensors that live at a time; see `simulations/memory.py`.
 
 from dataclasses import dataclass, replace
 
-from fedsplit.metrics import in_mib
+from fedsplit.runs.metrics import in_mib
 from fedsplit.spec import DataSpec, ModelSpec, RunSpec, SplitSpec, TrainSpec
 from simulations.bench.models import GPT2_SMALL, TOY, Shape
 from simulations.bench.report import Report, in_turns

@@ -7,7 +7,7 @@ that of one client that has all data and trains on as many tokens, batch after b
 
 from collections.abc import Sequence
 
-from fedsplit.compare import COLUMNS, Group, Table, rows_of
+from fedsplit.runs.compare import COLUMNS, Group, Table, rows_of
 
 
 def table(groups: Sequence[Group]) -> Table:

@@ -7,7 +7,7 @@ one means that split learning loses there; the table says so where it is more th
 import math
 from collections.abc import Sequence
 
-from fedsplit.compare import COLUMNS, Group, Row, Table, rows_of
+from fedsplit.runs.compare import COLUMNS, Group, Row, Table, rows_of
 
 _COLUMNS = {**COLUMNS, "against fedavg": lambda row: _verdict(row)}
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from fedsplit.compare import COLUMNS, Group, Run, Table, number, rows_of
+from fedsplit.runs.compare import COLUMNS, Group, Run, Table, number, rows_of
 
 _COLUMNS = {
     **COLUMNS,

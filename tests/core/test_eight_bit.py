@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedsplit.checkpoints import Snapshot
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.optimization import PartOptimizer
+from fedsplit.runs.checkpoint import Snapshot
 from fedsplit.spec import TrainSpec
 from fedsplit.spec.train import EIGHT_BIT
 from tests.core.worlds import batch, small_run, world

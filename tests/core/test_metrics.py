@@ -3,7 +3,7 @@
 import json
 import math
 
-from fedsplit.metrics import RoundStats, append, closing_table, parse
+from fedsplit.runs.metrics import RoundStats, append, closing_table, parse
 
 
 def stats(**changes: float) -> RoundStats:

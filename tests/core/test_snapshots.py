@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsplit.checkpoints import Snapshot, prune, snapshots_in
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.runs.checkpoint import Snapshot, prune, snapshots_in
 from fedsplit.spec import RunSpec, TrainSpec
 
 RUN = RunSpec()

@@ -17,8 +17,8 @@ from fedsplit.config import compose, to_yaml
 from fedsplit.data import Batch, hold_out, load_corpus, shard, tokenize, training_batches
 from fedsplit.flower import client_app, server_app
 from fedsplit.flower.inline import run_inline
-from fedsplit.metrics import RoundStats
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
 
 WORDS = "the of and to in is that it was for on are as with his they at be this from".split()

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config
 
-from fedsplit import metrics
 from fedsplit.cli import main
 from fedsplit.flower.hosting import TrunkHost
-from fedsplit.metrics import RoundStats
 from fedsplit.model import ClientPart, TrunkPart, connect, initial_parts
 from fedsplit.model.checkpoint import load_part, model_fingerprint, split_checkpoint
+from fedsplit.runs import metrics
+from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec, SplitSpec, WireSpec
 from fedsplit.wire import messages as m
 from tests.edge.echo import EchoService, serving

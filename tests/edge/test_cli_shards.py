@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from fedsplit.cli import main
 from fedsplit.data import Corpus, Document, hold_out, load_corpus, shard
-from fedsplit.holdings import Holdings
+from fedsplit.runs.shard_stats import Holdings
 from fedsplit.spec import DataSpec, ShardingSpec
 
 

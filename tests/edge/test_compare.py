@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from fedsplit import metrics
 from fedsplit.cli import main
-from fedsplit.compare import COLUMNS, Table, grouped, read_runs, rows_of
 from fedsplit.config import to_yaml
-from fedsplit.metrics import RoundStats
+from fedsplit.runs import metrics
+from fedsplit.runs.compare import COLUMNS, Table, grouped, read_runs, rows_of
+from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import PolicySpec, RunSpec, ShardingSpec
 
 Leave = Callable[..., Path]

@@ -18,7 +18,7 @@ import pytest
 import tomli_w
 
 from fedsplit.config import from_yaml
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.folder import RunFolder
 from tests.edge.federation import federate, overrides_for, spec_for, without_seconds
 from tests.edge.test_transport import self_signed
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedsplit.compare import Group, Run
 from fedsplit.config import compose
-from fedsplit.metrics import RoundStats
 from fedsplit.model import model_class_for
 from fedsplit.model.describe import config_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer
+from fedsplit.runs.compare import Group, Run
+from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import PolicySpec, RunSpec, ShardingSpec
 from simulations.experiments import convergence, noniid, straggler
 from simulations.memory import computed

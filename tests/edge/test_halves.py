@@ -8,11 +8,11 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.checkpoints import Snapshot, snapshots_in
 from fedsplit.config import compose
 from fedsplit.errors import BadTensor, ConfigError, Diverged, ModelMismatch
 from fedsplit.flower.halves import packed, shapes_of, unpacked
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes, to_arrays
+from fedsplit.runs.checkpoint import Snapshot, snapshots_in
 from fedsplit.wire.codec import as_received
 from tests.edge.federation import (
     SGD,

@@ -14,9 +14,9 @@ from safetensors.torch import load, save
 from transformers import AutoTokenizer
 
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.metrics import RoundStats
 from fedsplit.model.describe import config_of, parts_of
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.metrics import RoundStats
 from strategies.mixing import in_types_of, mixed, moved
 from strategies.wrapped import memory_of, remember
 from tests.edge.federation import SGD, client_that, federate, joined, spec_for

@@ -12,8 +12,8 @@ from flwr.clientapp import ClientApp
 
 from fedsplit.errors import ConfigError, Diverged
 from fedsplit.flower import client_app
-from fedsplit.metrics import RoundStats
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.metrics import RoundStats
 from strategies.crew import Crew
 from strategies.rounds import Decision, Event
 from tests.edge.federation import client_that, federate, joined, spec_for, without_seconds

@@ -21,7 +21,7 @@ from fedsplit.data import (
     shard_held_out,
     tokenize,
 )
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from tests.edge.federation import federate, metrics_lines, overrides_for, spec_for
 

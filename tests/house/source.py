@@ -22,10 +22,7 @@ DOORS = (
     "cli_serving",
     "prompting",
     "serving",
-    "run_folder",
-    "holdings",
-    "compare",
-    "card",
+    "runs",
     "console",
 )
 CORE = [

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fedsplit.data import Corpus
-from fedsplit.metrics import RoundStats, evaluated, in_mib
+from fedsplit.runs.metrics import RoundStats, evaluated, in_mib
 from fedsplit.spec import RunSpec
 
 _PIPELINES = {

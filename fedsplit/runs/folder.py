@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedsplit import metrics
 from fedsplit.errors import ConfigError
-from fedsplit.metrics import RoundStats
+from fedsplit.runs import metrics
+from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class RunFolder:
 
     @property
     def _kept(self) -> dict[int, Path]:
-        from fedsplit.checkpoints import snapshots_in
+        from fedsplit.runs.checkpoint import snapshots_in
 
         return snapshots_in(self.snapshots)
 
@@ -167,11 +167,11 @@ class RunFolder:
         `model/` is the joined model, a plain Hugging Face checkpoint with tokenizer and card
         (adapters folded in, and by themselves in `adapter/`).
         """
-        from fedsplit.card import model_card
         from fedsplit.model import SplitModel
         from fedsplit.model.checkpoint import join_checkpoint
         from fedsplit.model.lora import save_adapter
         from fedsplit.model.parts import folded_model
+        from fedsplit.runs.model_card import model_card
 
         model = self.path / "model"
         if isinstance(result, SplitModel):

@@ -1,6 +1,6 @@
 """Runs side by side: those that differ in their seed only are one row, and one line of a plot.
 
-Everything is read from the folders that runs leave (`fedsplit.run_folder`).
+Everything is read from the folders that runs leave (`fedsplit.runs.folder`).
 """
 
 import json
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from fedsplit.config import from_yaml
 from fedsplit.errors import ConfigError, DataError
-from fedsplit.metrics import RoundStats, in_mib
-from fedsplit.run_folder import RunFolder
+from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.metrics import RoundStats, in_mib
 from fedsplit.spec import RunSpec
 
 Row = dict[str, Any]

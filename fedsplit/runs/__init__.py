@@ -1,0 +1,1 @@
+"""What a run keeps on disk, and what is read from it: folder, snapshots, metrics, comparison."""
