@@ -1,6 +1,7 @@
-"""The product's source files, as the house tests read them."""
+"""The product's source files, as the house tests read them, and how a broken rule is reported."""
 
 import ast
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -44,3 +45,13 @@ def tree(file: str) -> ast.Module:
 
 def module(file: str) -> str:
     return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def require_none(offenders: Iterable[str], remedy: str) -> None:
+    """Fail with every offender ("file:line: what is wrong") and with what to do about them.
+
+    Raises:
+        AssertionError: There is an offender.
+    """
+    found = list(offenders)
+    assert not found, "\n".join([f"{len(found)} found; {remedy}", *found])

@@ -7,9 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.house.source import CORE, FILES, ROOT, module, tree
+from tests.house.source import CORE, FILES, ROOT, module, require_none, tree
 
 IMPORT_CORE = "\n".join(f"import {module(file)}" for file in CORE)
 LIBRARIES = {"torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tokenizers"}
@@ -45,18 +43,26 @@ def test_the_doors_cannot_be_imported_without_their_libraries():
     assert "the core needs hydra" in done.stderr
 
 
-@pytest.mark.parametrize("file", CORE)
-def test_the_core_imports_few_libraries(file):
-    roots = {name.partition(".")[0] for name in imported(tree(file))} - sys.stdlib_module_names
-    assert roots - {"fedsplit"} <= LIBRARIES | EXTRAS.get(file, set())
+def test_the_core_imports_few_libraries():
+    found = ((file, line, name) for file in CORE for line, name in imported(tree(file)))
+    require_none(
+        (
+            f"{file}:{line}: {name}"
+            for file, line, name in found
+            if name not in {"fedsplit"} | sys.stdlib_module_names | LIBRARIES
+            and name not in EXTRAS.get(file, set())
+        ),
+        f"move it to a door; the core has only {', '.join(sorted(LIBRARIES))}",
+    )
 
 
-def imported(code: ast.AST) -> Iterator[str]:
+def imported(code: ast.AST) -> Iterator[tuple[int, str]]:
+    """The top-level packages that code imports, each with its line."""
     for node in ast.walk(code):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            yield node.lineno, node.module.partition(".")[0]
 
 
 def test_one_step_runs_without_the_doors():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.house.source import FILES, ROOT
+from tests.house.source import FILES, ROOT, require_none
 
 
 def listed() -> dict[str, bool]:
@@ -30,13 +30,15 @@ def paths() -> dict[str, bool]:
 
 
 def test_every_line_names_something_that_is_there(paths):
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+    gone = (f"README.md: {path}" for path in paths if not (ROOT / path).exists())
+    require_none(gone, "remove the line")
 
 
 def test_every_line_says_what_it_is(paths):
-    assert [path for path, told in paths.items() if not told] == []
+    bare = (f"README.md: {path}" for path, described in paths.items() if not described)
+    require_none(bare, "say beside the path what it is")
 
 
 def test_every_module_has_a_line(paths):
     modules = {file for file in FILES if not file.endswith("/__init__.py")}
-    assert sorted(modules - paths.keys()) == []
+    require_none(sorted(modules - paths.keys()), "add a line under the heading in README.md")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.source import FILES, text, tree
+from tests.house.source import FILES, require_none, text, tree
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "compile", "__import__"}
-UNPICKLES = {"simulations/bench/naive.py": ["pickle"]}  # what ours is measured against
+UNPICKLES = {("simulations/bench/naive.py", "pickle")}  # what ours is measured against
 MAX_FILE, MAX_FUNCTION = 400, 60
 DOORS = {  # they answer a caller who is somewhere else
     "fedsplit/flower/inline.py",
@@ -19,26 +19,42 @@ DOORS = {  # they answer a caller who is somewhere else
     "fedsplit/trunk/engine.py",
 }
 
-files = pytest.mark.parametrize("file", FILES)
+
+def nodes() -> Iterator[tuple[str, ast.AST]]:
+    """Every node of every file, with the file."""
+    return ((file, node) for file in FILES for node in ast.walk(tree(file)))
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """Every line of every file, with "file:line"."""
+    for file in FILES:
+        for number, line in enumerate(text(file).splitlines(), start=1):
+            yield f"{file}:{number}", line
+
+
+def test_a_broken_rule_names_every_offender():
+    with pytest.raises(AssertionError, match=r"2 found; remove it\na.py:1: x\nb.py:7: y"):
+        require_none(["a.py:1: x", "b.py:7: y"], "remove it")
 
 
 def banned(code: ast.AST) -> Iterator[str]:
-    """Where code runs, or unpickles, what somebody else wrote."""
-    for node in ast.walk(code):
-        match node:
-            case ast.Import(names=names):
-                yield from (n.name for n in names if n.name.partition(".")[0] in PICKLES)
-            case ast.ImportFrom(module=str(name)) if name.partition(".")[0] in PICKLES:
-                yield name
-            case ast.Call(func=ast.Name(id=name)) if name in CALLS:
-                yield name
-            case ast.Attribute(value=ast.Name(id="torch"), attr="load" | "save"):
-                yield f"torch.{node.attr}"
-            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=False)):
-                continue
-            case ast.keyword(arg="trust_remote_code" | "allow_pickle", value=value):
-                if not (isinstance(value, ast.Constant) and value.value is False):
-                    yield node.arg
+    """The names by which a node of code unpickles or evaluates data."""
+    match code:
+        case ast.Import(names=names):
+            yield from (n.name for n in names if n.name.partition(".")[0] in PICKLES)
+        case ast.ImportFrom(module=str(name)) if name.partition(".")[0] in PICKLES:
+            yield name
+        case ast.Call(func=ast.Name(id=name)) if name in CALLS:
+            yield name
+        case ast.Attribute(value=ast.Name(id="torch"), attr="load" | "save"):
+            yield f"torch.{code.attr}"
+        case ast.keyword(arg="trust_remote_code" | "allow_pickle", value=value):
+            if not (isinstance(value, ast.Constant) and value.value is False):
+                yield code.arg
+
+
+def banned_in(source: str) -> list[str]:
+    return [name for node in ast.walk(ast.parse(source)) for name in banned(node)]
 
 
 @pytest.mark.parametrize(
@@ -54,21 +70,30 @@ def banned(code: ast.AST) -> Iterator[str]:
     ],
 )
 def test_the_search_finds(code):
-    assert list(banned(ast.parse(code)))
+    assert banned_in(code)
 
 
 @pytest.mark.parametrize("code", ["model.eval()", "f(trust_remote_code=False)", "re.compile(x)"])
 def test_the_search_lets_pass(code):
-    assert not list(banned(ast.parse(code)))
+    assert not banned_in(code)
 
 
-@files
-def test_nothing_is_unpickled_or_evaluated(file):
-    assert list(banned(tree(file))) == UNPICKLES.get(file, [])
+def test_nothing_is_unpickled_or_evaluated():
+    found = [(file, node, name) for file, node in nodes() for name in banned(node)]
+    require_none(
+        (
+            f"{file}:{node.lineno}: {name}"
+            for file, node, name in found
+            if (file, name) not in UNPICKLES
+        ),
+        "read safetensors, JSON or protobuf instead",
+    )
+    unused = UNPICKLES - {(file, name) for file, _, name in found}
+    require_none((f"{file}: {name}" for file, name in unused), "remove it from UNPICKLES")
 
 
 def test_what_unpickles_is_for_a_bench_only():
-    readers = {file for file in FILES for name in UNPICKLES if _imports(file, name)}
+    readers = {file for file in FILES for name, _ in UNPICKLES if _imports(file, name)}
     assert readers == {"simulations/bench/echo.py"}
 
 
@@ -84,27 +109,50 @@ def _imports(file: str, other: str) -> bool:
     )
 
 
-@files
-def test_a_file_says_first_what_it_owns(file):
-    assert ast.get_docstring(tree(file))
+def test_a_file_says_first_what_it_owns():
+    require_none(
+        (f"{file}:1: no docstring" for file in FILES if not ast.get_docstring(tree(file))),
+        "begin the file with a docstring that says what it owns",
+    )
 
 
-@files
-def test_files_and_functions_are_short(file):
-    assert text(file).count("\n") <= MAX_FILE
-    functions = (n for n in ast.walk(tree(file)) if isinstance(n, ast.FunctionDef))
-    long = [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= MAX_FUNCTION]
-    assert long == []
+def test_files_are_short():
+    lengths = {file: text(file).count("\n") for file in FILES}
+    require_none(
+        (f"{file}: {length} lines" for file, length in lengths.items() if length > MAX_FILE),
+        f"divide a file of more than {MAX_FILE} lines by its nouns",
+    )
 
 
-@files
-def test_code_is_plain_ascii(file):
-    assert text(file).isascii()
+def test_functions_are_short():
+    functions = (
+        (file, node, (node.end_lineno or 0) - node.lineno + 1)
+        for file, node in nodes()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    require_none(
+        (
+            f"{file}:{node.lineno}: {node.name} has {length} lines"
+            for file, node, length in functions
+            if length > MAX_FUNCTION
+        ),
+        f"divide a function of more than {MAX_FUNCTION} lines",
+    )
 
 
-@files
-def test_nothing_is_left_for_later(file):
-    assert re.findall(r"\b(?:TODO|FIXME|XXX)\b", text(file)) == []
+def test_code_is_plain_ascii():
+    require_none(
+        (f"{place}: {line.strip()}" for place, line in lines() if not line.isascii()),
+        "write an escape or a word instead",
+    )
+
+
+def test_nothing_is_left_for_later():
+    later = re.compile(r"\b(?:TODO|FIXME|XXX)\b")
+    require_none(
+        (f"{place}: {line.strip()}" for place, line in lines() if later.search(line)),
+        "do it, or file an issue",
+    )
 
 
 def test_every_error_is_used_outside_its_file():
@@ -113,13 +161,21 @@ def test_every_error_is_used_outside_its_file():
     others = [node for file in FILES if file != errors for node in ast.walk(tree(file))]
     names = {node.id for node in others if isinstance(node, ast.Name)}
     names |= {node.attr for node in others if isinstance(node, ast.Attribute)}  # errors.TlsFailed
-    assert defined - names == set()
+    require_none(
+        (f"{errors}: {name} is raised and caught nowhere" for name in sorted(defined - names)),
+        "remove the class",
+    )
 
 
-@files
-def test_a_broad_except_is_at_a_door_only(file):
-    handlers = (n for n in ast.walk(tree(file)) if isinstance(n, ast.ExceptHandler))
-    assert file in DOORS or not [h.lineno for h in handlers if swallows_all(h)]
+def test_a_broad_except_is_at_a_door_only():
+    require_none(
+        (
+            f"{file}:{node.lineno}: {ast.unparse(node).splitlines()[0]}"
+            for file, node in nodes()
+            if isinstance(node, ast.ExceptHandler) and swallows_all(node) and file not in DOORS
+        ),
+        "name the exceptions, or raise again",
+    )
 
 
 def swallows_all(handler: ast.ExceptHandler) -> bool:
