@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedsplit.client.sent_tokens import SentTokens
 from fedsplit.errors import ProtocolError, SessionLost
 from fedsplit.wire import messages as m
 
@@ -38,8 +39,7 @@ class TrunkCache:
         self._session = trunk.cache_session()
         self._has_lost = False
         self._record_past = False
-        self._sent: list[Tensor] = []
-        self._positions: list[Tensor] = []
+        self._sent = SentTokens()
         self._mask_BT: Tensor | None = None
         self._rows_B: Tensor | None = None
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
@@ -58,9 +58,9 @@ class TrunkCache:
         if torch.is_grad_enabled() and hidden_BTD.requires_grad:
             raise ProtocolError("a KV cache is for generation: no gradient goes through it")
         past, (B, T, _) = self.num_tokens, hidden_BTD.shape
-        if past and B != self._sent[0].shape[0]:
+        if past and B != self._sent.num_sequences:
             raise ProtocolError(
-                f"{B} sequences came for a cache of {self._sent[0].shape[0]}; begin another cache"
+                f"{B} sequences came for a cache of {self._sent.num_sequences}; begin another cache"
             )
         if mask_BT is not None and tuple(mask_BT.shape) != (B, past + T):
             raise ProtocolError(
@@ -84,7 +84,8 @@ class TrunkCache:
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._sent, self._positions, self._entries = [], [], {}
+        self._sent.clear()
+        self._entries = {}
         self._mask_BT = self._rows_B = None
         self.num_tokens, self._has_lost = 0, True
 
@@ -97,8 +98,7 @@ class TrunkCache:
         if not kept:
             self.reset()
             return
-        self._sent = [torch.cat(self._sent, dim=1)[:, :kept]]
-        self._positions = [torch.cat(self._positions, dim=1)[:, :kept]]
+        self._sent.crop(removed)
         if self._mask_BT is not None:
             self._mask_BT = self._mask_BT[:, :kept]
         for block, both in self._entries.items():
@@ -114,8 +114,7 @@ class TrunkCache:
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         if self.num_tokens:
-            rows = self._sent[0].shape[0]
-            self._select(torch.arange(rows).repeat_interleave(repeats))
+            self._select(torch.arange(self._sent.num_sequences).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some of the sequences."""
@@ -129,7 +128,7 @@ class TrunkCache:
         """A generation that goes on from the same tokens by itself."""
         copy = TrunkCache(self._trunk, self._cache_tokens, stateless=self._stateless)
         copy._has_lost, copy._record_past = True, self._record_past
-        copy._sent, copy._positions = list(self._sent), list(self._positions)
+        copy._sent = self._sent.copy()
         copy._mask_BT, copy.num_tokens = self._mask_BT, self.num_tokens
         return copy
 
@@ -140,8 +139,7 @@ class TrunkCache:
             return
         rows_B = rows_B.cpu()
         self._rows_B = rows_B if self._rows_B is None else self._rows_B[rows_B]
-        self._sent = [torch.cat(self._sent, dim=1)[rows_B]]
-        self._positions = [torch.cat(self._positions, dim=1)[rows_B]]
+        self._sent.select(rows_B)
         if self._mask_BT is not None:
             self._mask_BT = self._mask_BT[rows_B]
         for block, (keys_BHTE, values_BHTE) in self._entries.items():
@@ -174,8 +172,7 @@ class TrunkCache:
         else:
             reply = self._send(hidden_BTD, mask_BT, positions_BT)
         self._rows_B, self._has_lost = None, False
-        self._sent.append(hidden_BTD)
-        self._positions.append(positions_BT)
+        self._sent.append(hidden_BTD, positions_BT)
         self._mask_BT = mask_BT
         self.num_tokens += tokens
         return reply.trunk_out_BTD
@@ -187,8 +184,7 @@ class TrunkCache:
         session, call = self._session.next_call(self._cache_tokens)
         if self._has_lost or self._session.is_new:
             self._entries = {}
-            hidden_BTD = torch.cat((*self._sent, hidden_BTD), dim=1)
-            positions_BT = torch.cat((*self._positions, positions_BT), dim=1)
+            hidden_BTD, positions_BT = self._sent.followed_by(hidden_BTD, positions_BT)
             past = 0
         counted = torch.arange(past, past + hidden_BTD.shape[1]).expand_as(positions_BT)
         new_mask_BT = mask_BT if mask_BT is None or self._stateless else mask_BT[:, past:]

@@ -1,0 +1,81 @@
+"""The hidden states that a client has sent for a generation, in the present order of its sequences.
+
+Shapes: B sequences, T tokens, D hidden width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """The tokens of one request; `order_B` is how its sequences were selected since."""
+
+    hidden_BTD: Tensor
+    positions_BT: Tensor
+    order_B: Tensor | None = None
+
+
+class SentTokens:
+    """Hidden states and position ids by request; sequences are put in order only when read.
+
+    Beam search selects sequences at every token. Only the selections are composed then, so that a
+    token costs the same however many were sent before it.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[_Piece] = []
+
+    @property
+    def num_sequences(self) -> int:
+        """B, of what was sent last after all selections."""
+        last = self._pieces[-1]
+        return len(last.hidden_BTD if last.order_B is None else last.order_B)
+
+    def append(self, hidden_BTD: Tensor, positions_BT: Tensor) -> None:
+        """Add the tokens of a request; the tensors must not change afterwards."""
+        self._pieces.append(_Piece(hidden_BTD=hidden_BTD, positions_BT=positions_BT))
+
+    def select(self, rows_B: Tensor) -> None:
+        """Replace the sequences by those with these numbers; a number may occur repeatedly."""
+        last = self._pieces[-1]
+        order_B = rows_B if last.order_B is None else last.order_B[rows_B]
+        self._pieces[-1] = replace(last, order_B=order_B)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove this many of the last tokens; at least one must stay."""
+        while tokens_to_remove:
+            last = self._pieces.pop()
+            kept = last.hidden_BTD.shape[1] - tokens_to_remove
+            if kept > 0:
+                hidden_BTD, positions_BT = last.hidden_BTD[:, :kept], last.positions_BT[:, :kept]
+                self._pieces.append(replace(last, hidden_BTD=hidden_BTD, positions_BT=positions_BT))
+                return
+            tokens_to_remove = -kept
+            if last.order_B is not None:
+                self.select(last.order_B)
+
+    def clear(self) -> None:
+        """Remove all tokens."""
+        self._pieces = []
+
+    def copy(self) -> "SentTokens":
+        """The same tokens, to be changed independently; no tensor is copied."""
+        copy = SentTokens()
+        copy._pieces = list(self._pieces)
+        return copy
+
+    def followed_by(self, hidden_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states [B, T, D] and position ids [B, T] of all tokens, and then of these."""
+        hidden, positions = [hidden_BTD], [positions_BT]
+        order_B: Tensor | None = None
+        for piece in reversed(self._pieces):
+            if piece.order_B is not None:
+                order_B = piece.order_B if order_B is None else piece.order_B[order_B]
+            own = piece.hidden_BTD, piece.positions_BT
+            in_order = own if order_B is None else (own[0][order_B], own[1][order_B])
+            hidden.append(in_order[0])
+            positions.append(in_order[1])
+        return torch.cat(hidden[::-1], dim=1), torch.cat(positions[::-1], dim=1)
