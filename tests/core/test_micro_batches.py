@@ -1,6 +1,5 @@
 """Micro-batches are the whole batch, up to the rounding of sums, and the same bits every time."""
 
-import random
 import threading
 import time
 from dataclasses import replace
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit import errors
-from fedsplit.client.retry import Retry
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch, micro_batches
@@ -36,7 +34,6 @@ def fit(config, run, link=LocalLink):
     """What training came to: its statistics, and the weights of all parts."""
     with world(config, run) as here:
         alice = here.add("alice", link(here.service, here.service.admit("alice")))
-        alice.trunk._retry = Retry(60.0, random.Random(0), sleep=lambda seconds: None)
         stats = alice.trainer.fit(GROUPS)
         ends = {k: p.detach() for k, p in alice.model.named_parameters()}
         return stats, here.trunk_weights() | ends
@@ -189,7 +186,7 @@ class Losing(LocalLink):
         reply = super().exchange(request)
         self.count += 1
         if self.count % 5 == 0:
-            raise errors.ConnectionLost("the reply was lost")
+            raise errors.ConnectionLost("the reply was lost", retry_after_s=1e-3)
         return reply
 
 
