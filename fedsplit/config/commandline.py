@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig
 
 from fedsplit.config.compose import compose, store_schema
+from fedsplit.config.location import conf_dir
 from fedsplit.config.overrides import parse
 from fedsplit.config.schema import from_dictconfig
 from fedsplit.errors import ConfigError, FedsplitError
@@ -44,7 +45,7 @@ def main(
     except FedsplitError as exc:
         sys.exit(f"error: {exc}")
 
-    @hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")
+    @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
     def run(config: DictConfig) -> None:
         try:
             task(from_dictconfig(config))

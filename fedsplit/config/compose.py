@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedsplit.config.location import conf_dir
 from fedsplit.config.overrides import RunConfig, check, from_keys, is_group, parse
 from fedsplit.config.schema import from_dictconfig, from_yaml, make_schema, told
 from fedsplit.errors import ConfigError
@@ -35,7 +36,7 @@ def compose(overrides: Sequence[str] = ()) -> RunSpec:
     with _HYDRA:
         store_schema()
         try:
-            with hydra.initialize_config_module("conf", version_base="1.3"):
+            with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 config = hydra.compose("config", [str(o.input_line) for o in parsed])
         except (HydraException, OmegaConfBaseException) as exc:
             raise told(exc) from exc

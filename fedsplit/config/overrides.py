@@ -4,7 +4,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import resources
 from typing import Any, TypeAlias
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedsplit.config.location import conf_dir
 from fedsplit.config.schema import field_names, make_schema, told
 from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec, SplitSpec
@@ -110,7 +110,7 @@ def is_group(key: str) -> bool:
 
 def _options(group: str) -> list[str]:
     """The options of a group of `conf/`; none if there is no such group."""
-    folder = resources.files("conf") / group
+    folder = conf_dir() / group
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("fedsplit", "strategies", "simulations", "conf")
+PACKAGES = ("fedsplit", "strategies", "simulations")
 FILES = sorted(
     file.relative_to(ROOT).as_posix()
     for package in PACKAGES
