@@ -1,6 +1,5 @@
 """AdamW with 8-bit moments: by bitsandbytes where it is installed, else refused."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 
@@ -13,10 +12,9 @@ from fedsplit.optimization import PartOptimizer
 from fedsplit.runs.checkpoint import Snapshot
 from fedsplit.spec import TrainSpec
 from fedsplit.spec.train import EIGHT_BIT
+from tests.core.extras import needs_bitsandbytes
 from tests.core.worlds import batch, small_run, world
 
-INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
-installed = pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is an extra")
 # torch's own code, which it calls, uses what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 TRAIN = TrainSpec(optimizer="adamw_8bit", lr=0.01, weight_decay=0.1, warmup_steps=0)
@@ -44,14 +42,14 @@ def test_without_bitsandbytes_it_is_refused_with_what_to_do(name, monkeypatch):
         PartOptimizer(parameters(), TrainSpec(optimizer=name))
 
 
-@installed
+@needs_bitsandbytes
 def test_a_device_it_cannot_use_is_refused():
     weight = {"w": nn.Parameter(torch.zeros(3, device="meta"))}
     with pytest.raises(ConfigError, match="cannot run on meta, which bitsandbytes .*; use train"):
         PartOptimizer(weight, TRAIN)
 
 
-@installed
+@needs_bitsandbytes
 def test_a_step_is_that_of_bitsandbytes_with_weight_decay_for_matrices_only():
     import bitsandbytes
 
@@ -73,7 +71,7 @@ def test_a_step_is_that_of_bitsandbytes_with_weight_decay_for_matrices_only():
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@installed
+@needs_bitsandbytes
 def test_it_is_near_adamw_and_takes_a_quarter_of_its_moments():
     ours, theirs = parameters(), parameters()
     small, full = (
@@ -93,7 +91,7 @@ def test_it_is_near_adamw_and_takes_a_quarter_of_its_moments():
     assert size(small) < 0.32 * size(full)
 
 
-@installed
+@needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moments_carry_over_through_a_snapshot_to_the_last_bit(tmp_path, dtype):
     run = replace(small_run(), train=TRAIN)
@@ -114,7 +112,7 @@ def test_moments_carry_over_through_a_snapshot_to_the_last_bit(tmp_path, dtype):
     assert second.state()["small|state1"].dtype == torch.float32
 
 
-@installed
+@needs_bitsandbytes
 @pytest.mark.parametrize(
     "state",
     [{"large|exp_avg": torch.zeros(70, 100)}, {"large|state1": torch.zeros(3)}],
@@ -125,7 +123,7 @@ def test_moments_of_something_else_are_refused(state):
         PartOptimizer(parameters(), TRAIN).load_state(state)
 
 
-@installed
+@needs_bitsandbytes
 def test_paging_on_a_cpu_says_that_it_does_nothing(caplog):
     ours, theirs = parameters(), parameters()
     paged = PartOptimizer(ours, replace(TRAIN, optimizer="paged_adamw_8bit"))
@@ -136,7 +134,7 @@ def test_paging_on_a_cpu_says_that_it_does_nothing(caplog):
     assert "paged_adamw_8bit pages nothing on a CPU; it is adamw_8bit here" in caplog.text
 
 
-@installed
+@needs_bitsandbytes
 def test_both_sides_step_with_it_and_a_trunk_goes_on_from_its_state(tiny_llama):
     run = replace(small_run(), train=replace(TRAIN, batch_size=2, schedule="constant"))
     config = tiny_llama(hidden_size=64, intermediate_size=128)

@@ -8,7 +8,7 @@ import pytest
 
 from fedsplit import errors
 from fedsplit.spec import PolicySpec
-from tests.core.test_service import ask, backward_of, forward_of, step, step_of
+from tests.core.requests import ask, backward_of, forward_of, step, step_of
 from tests.core.worlds import same, small_run, world
 
 
@@ -42,7 +42,7 @@ def test_one_that_never_goes_back_keeps_a_few_versions_only(tiny_llama):
         ask(here, "bob", forward_of(bob))
         for number in range(6):
             step(alice, number)
-        assert len(here.service.engine._training._shared.versions._leaves) <= 3
+        assert len(here.service.engine.training._shared.versions._leaves) <= 3
         with pytest.raises(errors.ActivationExpired, match="graph of call 0 is gone"):
             ask(here, "bob", backward_of(forward_of(bob)))
         with pytest.raises(errors.StaleVersion, match="bob began this step with version 0"):
@@ -57,7 +57,7 @@ def test_an_engine_that_fails_tells_all_who_wait(tiny_llama):
     with world(tiny_llama()) as here:
         alice, bob = here.add("alice"), here.add("bob")
         alice.trunk.open(), bob.trunk.open()
-        here.service.engine._training._shared.versions.step = no_memory
+        here.service.engine.training._shared.versions.step = no_memory
         step(alice, 0)
         outcome = []
 

@@ -18,10 +18,7 @@ from simulations.families import (
     time_limit,
 )
 from simulations.tiny import tiny_config
-
-FAMILIES = (
-    "gpt2 llama qwen2 qwen3 mistral gemma2 gemma3_text opt gpt_neox phi3 bloom falcon olmoe granite"
-).split()
+from tests.core.families import FAMILIES
 
 
 def _whole(model_type, attention="eager", **fields):

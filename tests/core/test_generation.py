@@ -21,8 +21,8 @@ from fedsplit.errors import ConfigError, ProtocolError
 from fedsplit.wire.messages import OpenRequest
 from simulations.families import random_model
 from simulations.tiny import tiny_config
+from tests.core.families import FAMILIES
 from tests.core.generating import prompt, scene
-from tests.core.test_families import FAMILIES
 from tests.core.worlds import batch, small_run, world
 
 KV = ("server", "client")

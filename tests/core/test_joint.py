@@ -19,8 +19,8 @@ from fedsplit.trunk.compute import Compute, Inputs
 from fedsplit.trunk.joint import JointPass
 from fedsplit.trunk.versions import ParameterVersions
 from simulations.tiny import tiny_config
-from tests.core.test_families import FAMILIES
-from tests.core.test_service import ask, backward_of, forward_of
+from tests.core.families import FAMILIES
+from tests.core.requests import ask, backward_of, forward_of
 from tests.core.worlds import batch, same, small_run, world
 
 NAMES = ("alice", "bob", "carol")

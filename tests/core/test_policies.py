@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsplit import errors
 from fedsplit.client.trainer import FitStats
 from fedsplit.spec import PolicySpec
-from tests.core.test_service import ask, backward_of, forward_of, step_of
+from tests.core.requests import ask, backward_of, contribute, forward_of, prepare
 from tests.core.worlds import batch, same, small_run, world
 
 SLOW = {"client-2": 3.0}
@@ -129,25 +129,6 @@ def test_one_that_is_released_holds_nobody_up(tiny_llama):
 
 
 # --- what a step does ------------------------------------------------------------------------
-
-
-def contribute(here, name, request, **changes):
-    """Step, and see to it that what this has brought about is done."""
-    ask(here, name, step_of(request, **changes))
-    here.service.close()
-
-
-def prepare(here, name, call=0, seed=0):
-    """Forward and backward of a client; its request, and its gradient at the trunk."""
-    member = here.members.get(name) or here.add(name)
-    if not member.trunk._session:
-        member.trunk.open()
-    hidden = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(seed))
-    request = forward_of(member, call, smashed_BTD=hidden)
-    ask(here, name, request)
-    ask(here, name, backward_of(request))
-    told = member.trunk.gradients(tensors=True)
-    return request, dict(zip(told.names, told.gradients, strict=True))
 
 
 def moved(before, *terms):

@@ -8,8 +8,7 @@ import torch
 
 from fedsplit import errors
 from fedsplit.spec import PolicySpec, TrainSpec
-from tests.core.test_policies import contribute, prepare
-from tests.core.test_service import ask, forward_of
+from tests.core.requests import ask, contribute, forward_of, prepare
 from tests.core.worlds import batch, same, small_run, world
 
 ADAM = TrainSpec(batch_size=2, lr=0.01, schedule="linear", warmup_steps=2, clip_norm=0.1)
@@ -135,13 +134,13 @@ def test_further_steps_use_the_masks_and_the_dropout_of_the_first(tiny_gpt2):
     train = replace(small_run().train, trunk_steps=2, lr=1e-30)
     with world(tiny_gpt2(resid_pdrop=0.5), small_run(train=train)) as here:
         taken = []
-        step = here.service.engine._training._shared.versions.step
+        step = here.service.engine.training._shared.versions.step
 
         def note(gradients, *args):
             taken.append({name: value.clone() for name, value in gradients.items()})
             step(gradients, *args)
 
-        here.service.engine._training._shared.versions.step = note
+        here.service.engine.training._shared.versions.step = note
         here.add("a").trainer.fit([[batch(0, pad=4), batch(1)]])
     assert same(*taken)
 
@@ -149,7 +148,7 @@ def test_further_steps_use_the_masks_and_the_dropout_of_the_first(tiny_gpt2):
 def test_nothing_is_kept_for_further_steps_that_are_not_taken(tiny_llama):
     with world(tiny_llama()) as here:
         prepare(here, "a")
-        (work,) = here.service.engine._training._works.values()
+        (work,) = here.service.engine.training._works.values()
         assert work.replays == []
 
 

@@ -13,37 +13,8 @@ from fedsplit import errors
 from fedsplit.link import LocalLink
 from fedsplit.spec import PolicySpec
 from fedsplit.wire import messages as m
+from tests.core.requests import ask, backward_of, forward_of, step, step_of
 from tests.core.worlds import batch, same, small_run, world
-
-
-def forward_of(member, call=0, session=None, **changes):
-    """A training forward of the client's embeddings for a batch, as it would cross."""
-    smashed_BTD = member.model.get_input_embeddings()(batch().inputs["input_ids"]).detach()
-    fields = dict(
-        session=session or member.trunk._session,
-        call=call,
-        training=True,
-        smashed_BTD=smashed_BTD,
-    )
-    return m.ForwardRequest(**(fields | changes))
-
-
-def backward_of(request, scale=1.0):
-    return m.BackwardRequest(
-        session=request.session,
-        call=request.call,
-        want_grad=True,
-        grad_trunk_out_BTD=scale * torch.ones_like(request.smashed_BTD),
-    )
-
-
-def step_of(request, **changes):
-    fields = dict(step=0, num_tokens=22, ends_sq_norm=0.0)
-    return m.StepRequest(session=request.session, call=request.call, **(fields | changes))
-
-
-def ask(here, name, request):
-    return here.service.handle(request, here.service.admit(name))
 
 
 def after_one_step(config, times=1):
@@ -133,10 +104,6 @@ def test_dropout_depends_on_the_seed(tiny_gpt2):
 
 
 # --- who waits for whom ----------------------------------------------------------------------
-
-
-def step(member, seed):
-    return member.trainer.step([batch(seed)])
 
 
 def test_the_forward_after_a_step_waits_for_the_barrier(tiny_llama):

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from fedsplit.trunk.shared_pass import Segment, SharedPass
 
-from fedsplit.trunk.shared import Segment, SharedPass
 from fedsplit.wire import messages as m
+from tests.core.families import FAMILIES
 from tests.core.generating import prompt, scene
-from tests.core.test_families import FAMILIES
 
 IN_TURNS = {"bloom", "falcon"}
 """Families that do not leave attention to an exchangeable function."""

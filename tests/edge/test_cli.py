@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,19 +21,15 @@ from fedsplit.cli import main
 from fedsplit.flower.hosting import TrunkHost
 from fedsplit.model import ClientPart, TrunkPart, connect, initial_parts
 from fedsplit.model.checkpoint import load_part, model_fingerprint, split_checkpoint
-from fedsplit.runs import metrics
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec, SplitSpec, WireSpec
 from fedsplit.wire import messages as m
+from simulations.bench.certificate import self_signed
+from tests.edge.commands import COMMAND
 from tests.edge.echo import EchoService, serving
-from tests.edge.test_transport import self_signed
+from tests.house.source import ROOT
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["fedsplit"]
-MODULE, FUNCTION = SCRIPT.split(":")
-# What an installed console script does.
-CODE = f"import sys; from {MODULE} import {FUNCTION}; sys.exit({FUNCTION}())"
-COMMAND = [sys.executable, "-c", CODE]
 SPLIT = SplitSpec.parse("1/2/1")
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 
@@ -67,7 +62,7 @@ def _run_folder(folder: Path) -> None:
     numbers = dict(loss=2.0, eval_loss=2.0, bits_per_byte=3.0, seconds=1.0, version=5)
     for number in (1, 2):
         told = dict(round=number, rounds=2, clients=4, late=0, failed=0)
-        metrics.append(folder / "metrics.jsonl", RoundStats(**told, **counts, **numbers))
+        RunFolder(folder).append(RoundStats(**told, **counts, **numbers))
 
 
 @pytest.fixture

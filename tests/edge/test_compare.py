@@ -11,34 +11,12 @@ from matplotlib.image import imread
 
 from fedsplit.cli import main
 from fedsplit.config import to_yaml
-from fedsplit.runs import metrics
 from fedsplit.runs.compare import COLUMNS, Table, grouped, read_runs, rows_of
-from fedsplit.runs.metrics import RoundStats
+from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import PolicySpec, RunSpec, ShardingSpec
+from tests.edge.rounds import round_stats
 
 Leave = Callable[..., Path]
-
-
-def stats(number: int, loss: float, **changes: float) -> RoundStats:
-    one = RoundStats(
-        round=number,
-        rounds=3,
-        loss=loss + 1,
-        eval_loss=loss,
-        bits_per_byte=loss / 2,
-        tokens=100,
-        seconds=2.0,
-        bytes_up=3 << 20,
-        bytes_down=1 << 20,
-        halves_bytes=1 << 20,
-        clients=2,
-        late=0,
-        failed=0,
-        version=number,
-        steps=10,
-        client_bytes=5 << 20,
-    )
-    return replace(one, **changes)
 
 
 @pytest.fixture
@@ -48,7 +26,7 @@ def leave(tmp_path: Path) -> Leave:
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(to_yaml(replace(run, name=folder.name)))
         for number, loss in enumerate(losses, start=1):
-            metrics.append(folder / "metrics.jsonl", stats(number, loss, **changes))
+            RunFolder(folder).append(round_stats(number, loss, **changes))
         return folder
 
     return make
@@ -137,8 +115,8 @@ def test_the_command_prints_a_table_and_leaves_it(
         ({}, "is not a run's folder: it has no config.yaml"),
         ({"config.yaml": "seed: 0\n"}, "has no finished round yet"),
         ({"config.yaml": "sed: 0\n"}, "does not describe a run of this version: there is no field"),
-        ({"config.yaml": "seed: 0\n", "metrics.jsonl": "{}\n"}, "does not hold rounds: "),
-        ({"config.yaml": "seed: 0\n", "metrics.jsonl": "1 2\n"}, "does not hold rounds: "),
+        ({"config.yaml": "seed: 0\n", "metrics.jsonl": "{}\n"}, "does not hold the rounds of a run: "),
+        ({"config.yaml": "seed: 0\n", "metrics.jsonl": "1 2\n"}, "does not hold the rounds of a run: "),
         ({"table.json": "{}"}, "there is no run in these folders"),
     ],
     ids=["empty", "no round", "another version", "not rounds", "not JSON", "a table"],

@@ -19,8 +19,8 @@ import tomli_w
 
 from fedsplit.config import from_yaml
 from fedsplit.runs.folder import RunFolder
+from simulations.bench.certificate import self_signed
 from tests.edge.federation import federate, overrides_for, spec_for, without_seconds
-from tests.edge.test_transport import self_signed
 
 pytestmark = pytest.mark.slow
 

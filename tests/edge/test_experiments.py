@@ -24,9 +24,9 @@ from fedsplit.spec import PolicySpec, RunSpec, ShardingSpec
 from simulations.experiments import convergence, noniid, straggler
 from simulations.memory import computed
 from simulations.run import main
-from tests.core.test_eight_bit import installed
+from tests.core.extras import needs_bitsandbytes
 from tests.edge.federation import write_corpus
-from tests.edge.test_compare import stats
+from tests.edge.rounds import round_stats
 
 Call = Callable[..., str]
 
@@ -86,7 +86,7 @@ def test_an_experiment_trains_every_variant_and_goes_on_where_it_stopped(
     }
     assert re.search(r"\nloss_ratio_to_central +\d(\.\d+)?\n", stdout)
     # Again: what is there is not trained again, and what is not finished is.
-    (folder / "split-seed0" / "loss.png").unlink()
+    shutil.rmtree(folder / "split-seed0" / "model")
     assert "2 of 3 runs are there already" in call(*words[1:])
     assert {path.name for path in folder.iterdir()} == runs | {
         "table.json",
@@ -150,14 +150,14 @@ def group(name: str, spec: RunSpec, *rounds: list[RoundStats]) -> Group:
 
 
 def timed(loss: float, seconds: float, steps: int) -> RoundStats:
-    return stats(1, loss, virtual_seconds=seconds, steps=steps)
+    return round_stats(1, loss, virtual_seconds=seconds, steps=steps)
 
 
 def test_convergence_compares_means_over_seeds() -> None:
     run, other = RunSpec(), RunSpec(baseline="central")
     groups = [
-        group("split", run, [stats(1, 9.0), stats(2, 2.0)], [stats(1, 1.0)]),
-        group("central", other, [stats(1, 3.0)], [stats(1, 1.0)]),
+        group("split", run, [round_stats(1, 9.0), round_stats(2, 2.0)], [round_stats(1, 1.0)]),
+        group("central", other, [round_stats(1, 3.0)], [round_stats(1, 1.0)]),
     ]
     assert convergence.table(groups).figures == {"loss_ratio_to_central": 0.75}
 
@@ -183,10 +183,14 @@ def test_straggling_is_told_in_virtual_time() -> None:
 def test_methods_are_compared_with_fedavg_on_the_same_sharding() -> None:
     natural, skewed = ShardingSpec(kind="natural"), ShardingSpec(kind="dirichlet")
     groups = [
-        group("v2-sync-natural", RunSpec(sharding=natural), [stats(1, 2.0)]),
-        group("v2-sync-dirichlet", RunSpec(sharding=skewed), [stats(1, 2.0)]),
-        group("fedavg-natural", RunSpec(sharding=natural, baseline="fedavg"), [stats(1, 1.6)]),
-        group("fedavg-dirichlet", RunSpec(sharding=skewed, baseline="fedavg"), [stats(1, 2.5)]),
+        group("v2-sync-natural", RunSpec(sharding=natural), [round_stats(1, 2.0)]),
+        group("v2-sync-dirichlet", RunSpec(sharding=skewed), [round_stats(1, 2.0)]),
+        group(
+            "fedavg-natural", RunSpec(sharding=natural, baseline="fedavg"), [round_stats(1, 1.6)]
+        ),
+        group(
+            "fedavg-dirichlet", RunSpec(sharding=skewed, baseline="fedavg"), [round_stats(1, 2.5)]
+        ),
     ]
     table = noniid.table(groups)
     assert table.figures == {
@@ -199,8 +203,8 @@ def test_methods_are_compared_with_fedavg_on_the_same_sharding() -> None:
 
 def test_a_difference_within_the_spread_is_none() -> None:
     groups = [
-        group("v2-sync", RunSpec(), [stats(1, 2.0)], [stats(1, 2.2)]),
-        group("fedavg", RunSpec(baseline="fedavg"), [stats(1, 1.9)], [stats(1, 2.2)]),
+        group("v2-sync", RunSpec(), [round_stats(1, 2.0)], [round_stats(1, 2.2)]),
+        group("fedavg", RunSpec(baseline="fedavg"), [round_stats(1, 1.9)], [round_stats(1, 2.2)]),
     ]
     assert "+2.4% equal" in str(noniid.table(groups))
 
@@ -233,8 +237,8 @@ def test_weights_gradients_and_moments_are_exact() -> None:
         "sgd train.momentum=0.9",
         "adam",
         "adamw",
-        pytest.param("adamw_8bit", marks=installed),
-        pytest.param("paged_adamw_8bit", marks=installed),
+        pytest.param("adamw_8bit", marks=needs_bitsandbytes),
+        pytest.param("paged_adamw_8bit", marks=needs_bitsandbytes),
     ],
 )
 def test_moments_are_those_that_the_optimizer_has(optimizer: str) -> None:

@@ -33,12 +33,14 @@ from fedsplit.errors import Draining, FedsplitError, Unauthenticated
 from fedsplit.model import split_model
 from fedsplit.model.lora import add_adapters, save_adapter
 from fedsplit.prompting import Conversation, Writer
-from fedsplit.serving import FinishedRun, Served, hosted, plan, reach, remote_model, trunks_of
+from fedsplit.runs.folder import RunFolder
+from fedsplit.serving import Served, hosted, plan, reach, remote_model, trunks_of
 from fedsplit.spec import DataSpec, LoraSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
 from fedsplit.wire.messages import ServiceInfoRequest
+from simulations.bench.certificate import self_signed
 from tests.core.worlds import batch, small_run
-from tests.edge.test_cli import COMMAND, ROOT
-from tests.edge.test_transport import self_signed
+from tests.edge.commands import COMMAND
+from tests.house.source import ROOT
 
 PROMPT = "Once upon a time"
 SGD = ["train=sgd", "train.momentum=0", "train.clip_norm=0", "train.warmup_steps=0"]
@@ -422,8 +424,8 @@ def test_an_option_that_is_none_is_refused(capfd):
 
 
 def test_a_server_that_is_told_to_stop_finishes_what_is_in_work(place):
-    finished = FinishedRun.of(place.folder / "run")
-    source, address, run = finished.model, finished.address, finished.run
+    finished = RunFolder.finished(place.folder / "run")
+    source, address, run = str(finished.model), finished.address, finished.run
     example = batch(1)
     with (
         reach(source, address, run=run) as ann,

@@ -65,6 +65,20 @@ def imported(code: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.module.partition(".")[0]
 
 
+def test_no_test_imports_from_another_test():
+    tests = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "tests").rglob("*.py"))
+    found = ((file, node) for file in tests for node in ast.walk(tree(file)))
+    require_none(
+        (
+            f"{file}:{node.lineno}: {node.module}"
+            for file, node in found
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests.")
+            if (node.module or "").rpartition(".")[2].startswith("test_")
+        ),
+        "move what both need to a module without tests",
+    )
+
+
 def test_one_step_runs_without_the_doors():
     done = without_doors("from simulations.one_step import main; main()")
     assert (done.returncode, done.stderr) == (0, "")
