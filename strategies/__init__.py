@@ -5,6 +5,5 @@ from strategies.mu_splitfed import MUSplitFed
 from strategies.sequential import Sequential
 from strategies.splitfed_v1 import SplitFedV1
 from strategies.splitfed_v2 import SplitFedV2
-from strategies.unsplit import Unsplit
 
-__all__ = ["LocalLoss", "MUSplitFed", "Sequential", "SplitFedV1", "SplitFedV2", "Unsplit"]
+__all__ = ["LocalLoss", "MUSplitFed", "Sequential", "SplitFedV1", "SplitFedV2"]

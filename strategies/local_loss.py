@@ -10,7 +10,7 @@ the client's top trains on what it sends back. Half of the traffic falls away.
 """
 
 from fedsplit.errors import ConfigError
-from strategies.base import SplitStrategy
+from fedsplit.flower.strategy import SplitStrategy
 
 
 class LocalLoss(SplitStrategy):

@@ -9,7 +9,7 @@ step (`fedsplit.trunk`). The halves are averaged as in SplitFed V2.
 """
 
 from fedsplit.errors import ConfigError
-from strategies.base import SplitStrategy
+from fedsplit.flower.strategy import SplitStrategy
 
 
 class MUSplitFed(SplitStrategy):

@@ -13,14 +13,14 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedsplit.errors import ConfigError
 from fedsplit.flower.records import ARRAYS
-from strategies.base import SplitStrategy
+from fedsplit.flower.strategy import SplitStrategy
 
 
 class Sequential(SplitStrategy):
     """The base, with one client at work at a time."""
 
     policies: ClassVar = ("sync",)
-    averages_halves: ClassVar = False
+    averages_clients: ClassVar = False
 
     def check(self) -> None:
         """Clients take turns, so nothing may need two of them at a time.
@@ -40,5 +40,5 @@ class Sequential(SplitStrategy):
         """One client after the other, in the order in which the wrapped strategy drew them."""
         for message in self.configure_train(number, arrays, config, self.grid):
             message.content = RecordDict({**message.content, ARRAYS: arrays})
-            arrays = self.crew.work(number, [message], arrays, self.drain_of(number))
+            arrays = self.coordinator.work(number, [message], arrays, self.drain_of(number))
         return arrays

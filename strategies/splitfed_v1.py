@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from fedsplit.errors import ConfigError
-from strategies.base import SplitStrategy
-from strategies.rounds import Share
+from fedsplit.flower.strategy import SplitStrategy
+from fedsplit.flower.strategy.round_policy import Share
 
 
 class SplitFedV1(SplitStrategy):
@@ -40,6 +40,6 @@ class SplitFedV1(SplitStrategy):
                 "strategy=splitfed_v2 or clients_per_pass=1"
             )
 
-    def merged(self, shares: Sequence[Share]) -> None:
+    def after_merge(self, shares: Sequence[Share]) -> None:
         """Average the trunks with the weights of the halves."""
         self.host.service.average({share.work.client: share.weight for share in shares})

@@ -7,7 +7,7 @@ other in random order; here it takes them as the run's policy says. The halves a
 of any Flower strategy, FedAvg by default.
 """
 
-from strategies.base import SplitStrategy
+from fedsplit.flower.strategy import SplitStrategy
 
 
 class SplitFedV2(SplitStrategy):

@@ -23,14 +23,14 @@ from fedsplit.client.unsplit import NoTrunk
 from fedsplit.config import from_run_config
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import ModelMismatch
-from fedsplit.flower.halves import packed, unpacked
+from fedsplit.flower.client_arrays import packed, unpacked
 from fedsplit.flower.node import Node, Preparation, Share, share_of, texts_of, tokenizer_of
 from fedsplit.flower.records import (
     ARRAYS,
     METRICS,
     WEIGHT,
+    JoinInfo,
     Memory,
-    Ticket,
     load_arrays,
     resumed_of,
     to_arrays,
@@ -82,7 +82,7 @@ def train(message: Message, context: Context) -> Message:
             loss_scale=memory.loss_scale,
         )
         trainer.optimizer.load_state(memory.moments)
-        stats = trainer.fit(half.share.groups(memory.batches, steps), round=half.ticket.round)
+        stats = trainer.fit(half.share.groups(memory.batches, steps), round=half.join.round)
     memory = Memory(
         steps=trainer.steps,
         batches=memory.batches + steps * run.train.accumulation,
@@ -93,7 +93,7 @@ def train(message: Message, context: Context) -> Message:
     )
     memory.put_into(context.state)
     if run.train.save_every:
-        memory.save(half.node.snapshots_of(run), half.ticket.round, run)
+        memory.save(half.node.snapshots_of(run), half.join.round, run)
     content = RecordDict({METRICS: MetricRecord(half.numbers_of(stats, memory, begin))})
     if half.shared:
         content[ARRAYS] = packed(to_arrays(half.shared), run.wire.halves)
@@ -105,7 +105,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Measure the loss on this client's held-out data."""
     with _half(message, context) as half:
         trainer = ClientTrainer(half.model, half.trunk, half.run)
-        stats = trainer.evaluate(half.share.evaluation(), round=half.ticket.round)
+        stats = trainer.evaluate(half.share.evaluation(), round=half.join.round)
     numbers: Numbers = {
         WEIGHT: stats.num_tokens,
         "loss": stats.nats / max(1, stats.num_tokens),
@@ -126,7 +126,7 @@ class _Half:
     """
 
     run: RunSpec
-    ticket: Ticket
+    join: JoinInfo
     node: Node
     memory: Memory
     share: Share
@@ -170,17 +170,17 @@ class _Half:
 @contextmanager
 def _half(message: Message, context: Context) -> Iterator[_Half]:
     quiet_libraries()
-    run, ticket = from_run_config(context.run_config), Ticket.of(message.content)
-    if ticket.config != run.fingerprint:
+    run, join = from_run_config(context.run_config), JoinInfo.of(message.content)
+    if join.config != run.fingerprint:
         raise ModelMismatch(
-            f"the server runs configuration {ticket.config}, this client {run.fingerprint}; start "
+            f"the server runs configuration {join.config}, this client {run.fingerprint}; start "
             "both from the same code, conf/ and overrides"
         )
     node = Node.of(context, run)
-    preparation = Preparation(tokenizer=ticket.tokenizer, labels=ticket.labels)
+    preparation = Preparation(tokenizer=join.tokenizer, labels=join.labels)
     share = share_of(run, node, preparation)
-    memory = _memory(context, node, run, ticket.resumed)
-    config = config_of(run, tokenizer_of(run, preparation), ticket.labels)
+    memory = _memory(context, node, run, join.resumed)
+    config = config_of(run, tokenizer_of(run, preparation), join.labels)
     build = client_of if run.baseline == "none" else whole_of
     model: PreTrainedModel = build(run, config, node.device)
     on_device(model, node.device)
@@ -193,19 +193,17 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
         for name, parameter in personal(model, run).items():
             if memory.personal:
                 parameter.copy_(memory.personal[name])
-    half = partial(
-        _Half, run=run, ticket=ticket, node=node, memory=memory, share=share, model=model
-    )
+    half = partial(_Half, run=run, join=join, node=node, memory=memory, share=share, model=model)
     if not isinstance(model, ClientPart):
-        yield half(trunk=NoTrunk(model, client=ticket.client), link=None)
+        yield half(trunk=NoTrunk(model, client=join.client), link=None)
         return
     wire = replace(run.wire, tls_ca=node.tls_ca)
-    with closing(GrpcLink(ticket.address, token=ticket.token, wire=wire)) as link:
+    with closing(GrpcLink(join.address, token=join.token, wire=wire)) as link:
         trunk = RemoteTrunk(
             link,
             model,
             run,
-            client=ticket.client,
+            client=join.client,
             history=memory.history,
         )
         connect(model, trunk)

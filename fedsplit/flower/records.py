@@ -22,13 +22,13 @@ WEIGHT = "num-examples"
 """Flower's key of a client's weight; here it counts tokens."""
 RESUMED = "resumed"
 """Key of the record in the first message to a client that says where a resumed run goes on."""
-_TICKET, _COUNTS = "fedsplit", "counts"
+_JOIN_INFO, _COUNTS = "fedsplit", "counts"
 _KEPT = ("moments", "personal", "history")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ticket:
-    """What a client needs to take part in a round.
+class JoinInfo:
+    """The information that a client needs to take part in a round.
 
     `address` and `token` lead to the trunk, `config` is the run's fingerprint, `tokenizer` a
     tokenizer as JSON (empty for a checkpoint, which has its own), `labels` are the classes of a
@@ -45,15 +45,15 @@ class Ticket:
     resumed: int = 0
 
     def put_into(self, content: RecordDict) -> RecordDict:
-        """A message's content with the ticket beside it."""
+        """Return a message's content with this information added."""
         told = {**asdict(self), "labels": list(self.labels)}
-        return RecordDict({**content, _TICKET: ConfigRecord(told)})
+        return RecordDict({**content, _JOIN_INFO: ConfigRecord(told)})
 
     @staticmethod
-    def of(content: RecordDict) -> "Ticket":
-        """The ticket in a message's content."""
-        told: dict[str, Any] = dict(content.config_records[_TICKET])
-        return Ticket(**{**told, "labels": tuple(told["labels"])})
+    def of(content: RecordDict) -> "JoinInfo":
+        """Read the information from a message's content."""
+        told: dict[str, Any] = dict(content.config_records[_JOIN_INFO])
+        return JoinInfo(**{**told, "labels": tuple(told["labels"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

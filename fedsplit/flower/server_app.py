@@ -40,8 +40,8 @@ def main(grid: Grid, context: Context) -> None:
     keeper = Keeper(run, corpus, model, parts, tokenizer)
     sent = "" if tokenizer is None or run.model.pretrained else tokenizer_to_json(tokenizer)
     method = build(
-        run.strategy.target if parts else "strategies.Unsplit",
-        halves=_halves(run),
+        run.strategy.target if parts else "fedsplit.flower.strategy.Unsplit",
+        client_strategy=_client_strategy(run),
         trunk=placed(parts.trunk, device) if parts else None,
         run=run,
         tokenizer=sent,
@@ -63,11 +63,11 @@ def _tokenizer(run: RunSpec, corpus: Corpus) -> TokenizersBackend | None:
     return train_tokenizer(training, run.data.vocabulary, run.task)
 
 
-def _halves(run: RunSpec) -> Strategy:
-    """The wrapped strategy; by default it takes all clients that are connected."""
-    # The run begins with all of them. Flower waits without end for a minimum of nodes, so that
-    # one that is gone for good would keep the others from every later round.
-    anybody = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
-    options = {"weighted_by_key": WEIGHT, **anybody, **run.halves.options}
-    halves: Strategy = build(run.halves.strategy, **options)
-    return halves
+def _client_strategy(run: RunSpec) -> Strategy:
+    """Return the strategy for the client weights; by default it selects all connected clients."""
+    # A run starts with all clients. Flower waits without end for a minimum of nodes, so a client
+    # that never returns would block every later round.
+    minimums = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
+    options = {"weighted_by_key": WEIGHT, **minimums, **run.halves.options}
+    strategy: Strategy = build(run.halves.strategy, **options)
+    return strategy

@@ -7,19 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.spec import PolicySpec
-from strategies.rounds import (
+from fedsplit.flower.strategy.round_policy import (
     Decision,
     Drain,
     Event,
     Failed,
     Opened,
     Replied,
-    Rounds,
+    RoundState,
     Ticked,
     Work,
     advance,
 )
+from fedsplit.spec import PolicySpec
 
 SYNC = PolicySpec(kind="sync")
 QUORUM = PolicySpec(kind="quorum", quorum=2, max_staleness=2)
@@ -33,7 +33,7 @@ class Play:
     """A run of rounds that checks, after each event, what must always hold."""
 
     policy: PolicySpec
-    state: Rounds = field(default_factory=Rounds)
+    state: RoundState = field(default_factory=RoundState)
     now: float = 0.0
     replied: set[int] = field(default_factory=set)
     settled: set[int] = field(default_factory=set)
@@ -73,7 +73,7 @@ class Play:
     def number_of(self, client: str) -> int:
         return next(work.number for work in self.state.busy if work.client == client)
 
-    def check(self, before: Rounds, decision: Decision) -> None:
+    def check(self, before: RoundState, decision: Decision) -> None:
         after = self.state
         assert after.round >= before.round
         assert after.version == before.version + bool(decision.merge)

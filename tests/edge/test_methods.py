@@ -14,11 +14,11 @@ from safetensors.torch import load, save
 from transformers import AutoTokenizer
 
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_dtypes_of
+from fedsplit.flower.strategy.state import load_state_into, state_of
 from fedsplit.model.describe import config_of, parts_of
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.metrics import RoundStats
-from strategies.mixing import in_types_of, mixed, moved
-from strategies.wrapped import memory_of, remember
 from tests.edge.federation import SGD, client_that, federate, joined, spec_for
 
 GoOn = Callable[[], Message]
@@ -235,7 +235,7 @@ def aggregate(strategy: Strategy, round: int, arrays: ArrayRecord) -> ArrayRecor
         replies.append(Message(content, reply_to=message))
     new, _ = strategy.aggregate_train(round, replies)
     assert new is not None
-    return in_types_of(new, arrays)
+    return with_dtypes_of(new, arrays)
 
 
 def as_bytes(arrays: ArrayRecord) -> dict[str, bytes]:
@@ -257,20 +257,20 @@ def test_a_strategy_that_remembers_goes_on_to_the_same_numbers(
     lasting, arrays = make(), record(0)
     for number in (1, 2):
         arrays = aggregate(lasting, number, arrays)
-    told = load(save(memory_of(lasting)))  # as a checkpoint keeps it, in an order of its own
+    told = load(save(state_of(lasting)))  # as a checkpoint keeps it, in an order of its own
     restored, forgetful = make(), make()
-    remember(restored, told)
+    load_state_into(restored, told)
     expected = as_bytes(aggregate(lasting, 3, arrays))
     assert as_bytes(aggregate(restored, 3, arrays)) == expected
     assert as_bytes(aggregate(forgetful, 3, arrays)) != expected
-    assert same(memory_of(restored), memory_of(lasting))
+    assert same(state_of(restored), state_of(lasting))
 
 
 def test_the_memory_of_another_strategy_is_refused() -> None:
     strategy = FedAdam()
     aggregate(strategy, 1, record(0))
     with pytest.raises(CheckpointError, match="with 'current_arrays', which FedAvg does not have"):
-        remember(FedAvg(), memory_of(strategy))
+        load_state_into(FedAvg(), state_of(strategy))
 
 
 # --- mixing -----------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_fedasync_mixes_and_fedbuff_moves() -> None:
     now, began, came = (
         ArrayRecord({"w": Array(np.full(2, value, np.float32))}) for value in (1.0, 2.0, 6.0)
     )
-    assert mixed(now, [(began, came, 0.5)])["w"].numpy().tolist() == [3.5, 3.5]
+    assert fedasync(now, [(began, came, 0.5)])["w"].numpy().tolist() == [3.5, 3.5]
     changes = [(began, came, 0.5), (began, now, 1.0)]
-    assert moved(now, changes)["w"].numpy().tolist() == [1.5, 1.5]
+    assert fedbuff(now, changes)["w"].numpy().tolist() == [1.5, 1.5]
     assert now["w"].numpy().tolist() == [1.0, 1.0]

@@ -12,10 +12,10 @@ from flwr.clientapp import ClientApp
 
 from fedsplit.errors import ConfigError, Diverged
 from fedsplit.flower import client_app
+from fedsplit.flower.strategy.coordinator import RoundCoordinator
+from fedsplit.flower.strategy.round_policy import Decision, Event
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.metrics import RoundStats
-from strategies.crew import Crew
-from strategies.rounds import Decision, Event
 from tests.edge.federation import client_that, federate, joined, spec_for, without_seconds
 
 GoOn = Callable[[], Message]
@@ -153,12 +153,12 @@ def test_one_that_hangs_is_given_up_and_its_late_reply_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others_went_on = threading.Event()
-    tell = Crew._tell
+    apply = RoundCoordinator._apply
 
-    def tell_when_two_are_back(crew: Crew, event: Event) -> Decision:
-        if (crew.rounds.round, len(crew.tally.trained)) == (1, 2):
-            crew._until = 0.0  # the time of the round is over
-        return tell(crew, event)
+    def apply_when_two_are_back(coordinator: RoundCoordinator, event: Event) -> Decision:
+        if (coordinator.rounds.round, len(coordinator.metrics.trained)) == (1, 2):
+            coordinator._until = 0.0  # the time of the round is over
+        return apply(coordinator, event)
 
     def train(message: Message, context: Context, go_on: GoOn) -> Message:
         reply = go_on()
@@ -168,7 +168,7 @@ def test_one_that_hangs_is_given_up_and_its_late_reply_is_not_used(
             others_went_on.wait(timeout=60)
         return reply
 
-    monkeypatch.setattr(Crew, "_tell", tell_when_two_are_back)
+    monkeypatch.setattr(RoundCoordinator, "_apply", apply_when_two_are_back)
     rounds = federate(spec_for(tmp_path, "train.rounds=3"), client_that(train=train)).rounds()
     assert [stats.failed for stats in rounds] == [1, 0, 0]
     assert rounds[0].clients == 2

@@ -1,4 +1,4 @@
-"""What a round's replies come to: the numbers of one `RoundStats`."""
+"""The metrics of one round, summed over the clients' replies into a `RoundStats`."""
 
 import math
 from collections.abc import Mapping
@@ -14,29 +14,30 @@ Numbers = Mapping[str, float]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Tally:
-    """The numbers of a round while it goes on.
+class RoundMetrics:
+    """The metrics of a round while it runs.
 
-    `trained` and `evaluated` hold the replies' metrics by client, with a client's own in the
-    order in which they came, and `reasons` why others failed. Sums go by name: a sum of floats
-    depends on the order, and the order in which clients answer is chance.
+    `trained` and `evaluated` hold the replies' metrics with the client's name; one client's
+    entries are in the order of arrival. `reasons` are the reasons of failures. Sums are in the
+    order of names, because a sum of floats depends on its order and the order of arrival is
+    random.
     """
 
     trained: list[tuple[str, Numbers]] = field(default_factory=list)
     evaluated: list[tuple[str, Numbers]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-    halves_bytes: int = 0
+    arrays_bytes: int = 0
 
-    def carried(self, message: Message) -> None:
-        """Count the halves in a message."""
+    def count_arrays(self, message: Message) -> None:
+        """Count the bytes of the client weights in a message."""
         if message.has_content():
             arrays = message.content.array_records.get(ARRAYS, ArrayRecord())
-            self.halves_bytes += num_bytes(arrays)
+            self.arrays_bytes += num_bytes(arrays)
 
     def stats(
         self, run: RunSpec, number: int, *, seconds: float, virtual_seconds: float, version: int
     ) -> RoundStats:
-        """The round's record."""
+        """Return the round's record."""
         trained, evaluated = _by_name(self.trained), _by_name(self.evaluated)
         tokens, held_out = int(_sum(trained, WEIGHT)), _sum(evaluated, WEIGHT)
         nats, num_bytes = _sum(evaluated, "nats"), int(_sum(evaluated, "bytes"))
@@ -54,7 +55,7 @@ class Tally:
             virtual_seconds=virtual_seconds,
             bytes_up=int(_sum(trained, "bytes-up") + _sum(evaluated, "bytes-up")),
             bytes_down=int(_sum(trained, "bytes-down") + _sum(evaluated, "bytes-down")),
-            halves_bytes=self.halves_bytes,
+            halves_bytes=self.arrays_bytes,
             clients=len(trained),
             late=sum(numbers["repeated"] > 0 for numbers in trained),
             failed=len(self.reasons),
@@ -66,7 +67,7 @@ class Tally:
 
 
 def numbers_of(reply: Message) -> Numbers:
-    """The single numbers among a reply's metrics."""
+    """Return the single numbers among a reply's metrics."""
     found = reply.content.metric_records.get(METRICS, MetricRecord())
     return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
 

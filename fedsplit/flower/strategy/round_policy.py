@@ -1,19 +1,20 @@
-"""When a round closes and what is merged with which weight: pure decisions, no clock, no flwr.
+"""When a round closes, and with which weights replies are merged: pure functions without a clock.
 
-A round begins when clients are sent out with the current halves, and closes by the policy:
+A round opens when clients are sent work with the current client weights. The policy closes it:
 
-* `sync` waits for all of them.
-* `quorum` waits for as many as `PolicySpec.quorum_of` says, or for its deadline. Who is late goes
-  on and is not asked again; what it brings is merged at the end of the round in which it comes,
-  and weighs less (`PolicySpec.discount_of`), unless it is too old.
-* `async` merges a reply as it comes (FedAsync; Xie, Koyejo and Gupta 2019, "Asynchronous Federated
-  Optimization", arXiv 1903.03934), or every `buffer` replies (FedBuff; Nguyen et al. 2022,
-  "Federated Learning with Buffered Asynchronous Aggregation", AISTATS, arXiv 2106.06639), and
-  sends its client out again at once. A round is as many replies as clients were out at its start.
+* `sync` waits for all replies.
+* `quorum` waits for `PolicySpec.quorum_of` replies, or for its deadline. A late client continues
+  its work and gets no further work. Its reply is merged at the end of the round in which it
+  arrives, with a smaller weight (`PolicySpec.discount_of`), unless it is too old.
+* `async` merges each reply when it arrives (FedAsync; Xie, Koyejo and Gupta 2019, "Asynchronous
+  Federated Optimization", arXiv 1903.03934), or every `buffer` replies (FedBuff; Nguyen et al.
+  2022, "Federated Learning with Buffered Asynchronous Aggregation", AISTATS, arXiv 2106.06639),
+  and sends that client new work at once. A round has as many replies as clients had work at its
+  start.
 
-Clients that are at work cannot be asked to evaluate, and what they hold is in no checkpoint. So
-where a round is evaluated or kept, or is the last, it drains before it closes: nobody is sent out
-again, and who has to come back (`Drain`) is waited for.
+A client with work cannot evaluate, and its work is in no checkpoint. So a round that is evaluated
+or saved, and the last round, drains before it closes: no client gets new work, and the round waits
+for the clients that `Drain` selects.
 """
 
 import math
@@ -24,11 +25,11 @@ from fedsplit.spec import PolicySpec
 
 
 class Drain(Enum):
-    """Who has to come back before an asynchronous round closes, or, with `ALL`, any round.
+    """The clients that an asynchronous round waits for; `ALL` applies to a round of any policy.
 
-    `RETURNED` are the clients that have been back in this round before, and fast: they will soon
-    be there again. One that takes longer than a round, or more than twice as long as the fastest,
-    stays out and is left out of the evaluation.
+    `RETURNED` selects the clients that have replied in this round before, and fast: their next
+    replies arrive soon. A client that takes longer than a round, or more than twice as long as the
+    fastest one, is not waited for and does not evaluate.
     """
 
     NONE = "none"
@@ -38,9 +39,9 @@ class Drain(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A client at work: sent out in a round with a version of the halves, as the `number`-th.
+    """One client's work of a round, with a version of the client weights; `number` identifies it.
 
-    `since` is when, in seconds of the policy's clock.
+    `since` is the time at which it was sent, in seconds of the policy's clock.
     """
 
     number: int
@@ -50,12 +51,12 @@ class Work:
     since: float = 0.0
 
 
-# --- what happens ---------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A round begins, or goes on with other clients, and these are sent out."""
+    """A round opens, or continues with other clients; these clients are sent work."""
 
     round: int
     clients: tuple[str, ...]
@@ -65,9 +66,9 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replied:
-    """Work is done: halves that were trained on so many tokens (0: there is nothing to merge).
+    """A client has trained on `num_tokens` tokens and replied (0: there is nothing to merge).
 
-    With `again` the client may be sent out again.
+    With `again` the client may get new work.
     """
 
     number: int
@@ -77,7 +78,7 @@ class Replied:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """A piece of work will never be done."""
+    """A client's work has failed."""
 
     number: int
 
@@ -90,12 +91,12 @@ class Ticked:
 Event = Opened | Replied | Failed | Ticked
 
 
-# --- what to do -----------------------------------------------------------------------------
+# --- decisions ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What one reply counts in a merge: its weight there, and the discount for its staleness."""
+    """One reply's weight in a merge, and the discount for its staleness."""
 
     work: Work
     discount: float
@@ -106,9 +107,9 @@ class Share:
 class Decision:
     """What to do now, in this order.
 
-    `dropped` work is too old, or has nothing, to be merged; `merge` has the shares of what is
-    merged now (their weights sum to one), `send` is who is to be sent out with the halves after
-    that, and `closed` says that the round is over.
+    `dropped` work is too old to merge, or has nothing to merge. `merge` has the shares of the
+    replies to merge now; their weights sum to one. `send` is the work to send, with the client
+    weights after the merge. `closed` says that the round is over.
     """
 
     dropped: tuple[Work, ...] = ()
@@ -121,12 +122,12 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rounds:
+class RoundState:
     """The state of a run's rounds.
 
-    `busy` is who is at work, `arrived` what has come back and is not merged yet. Of the round,
-    `first` is the number of the first that was sent out, `wanted` how many replies it waits for,
-    `came` how many there are, `returned` whose, with the seconds that each took.
+    `busy` is the work that clients do now, `arrived` the work that is done and not merged yet. Of
+    the current round, `first` is the number of its first work, `wanted` the number of replies it
+    waits for, `came` the number of replies, and `returned` the seconds that each client took.
     """
 
     round: int = 0
@@ -143,31 +144,31 @@ class Rounds:
     drain: Drain = Drain.NONE
 
     def work(self, number: int) -> Work:
-        """The piece of work of this number, whose client is at it."""
+        """Return the busy client's work of this number."""
         return next(work for work in self.busy if work.number == number)
 
     @property
     def awaited(self) -> tuple[Work, ...]:
-        """Who was sent out in this round and is at work."""
+        """The work of this round that clients do now."""
         return tuple(work for work in self.busy if work.number >= self.first)
 
 
 def advance(
-    state: Rounds, event: Event, *, now: float, policy: PolicySpec
-) -> tuple[Rounds, Decision]:
-    """Take one event in.
+    state: RoundState, event: Event, *, now: float, policy: PolicySpec
+) -> tuple[RoundState, Decision]:
+    """Apply one event.
 
     Args:
-        state: The rounds before the event.
-        event: What happened. A number that is not, or no longer, at work is a fault of the caller.
+        state: The state before the event.
+        event: The event. Its number must be that of busy work.
         now: The time of the event, in seconds of the policy's clock.
-        policy: The run's.
+        policy: The run's policy.
 
     Returns:
-        The rounds after the event, and what to do.
+        The state after the event, and what to do.
 
     Raises:
-        ValueError: A round is opened while one is open, or one that is over.
+        ValueError: A round is opened while one is open, or after a later round.
     """
     client = ""
     match event:
@@ -180,8 +181,8 @@ def advance(
             state, decision = _without(state, number), Decision()
         case Ticked():
             decision = Decision()
-    again = isinstance(event, Replied) and event.again and _goes_on(state, policy)
-    waits = again or _waited_for(state, policy)
+    again = isinstance(event, Replied) and event.again and _continues(state, policy)
+    waits = again or _awaited(state, policy)
     over = state.is_open and (now >= state.deadline or not waits)
     due = len(state.arrived) >= policy.buffer if policy.kind == "async" else over
     if due or (over and state.drain is Drain.ALL):
@@ -195,7 +196,9 @@ def advance(
     return state, decision
 
 
-def _open(state: Rounds, event: Opened, now: float, policy: PolicySpec) -> tuple[Rounds, Decision]:
+def _open(
+    state: RoundState, event: Opened, now: float, policy: PolicySpec
+) -> tuple[RoundState, Decision]:
     if state.is_open or event.round < state.round:
         raise ValueError(f"round {event.round} cannot open: {state}")
     out = len(state.busy) + len(event.clients)
@@ -211,7 +214,7 @@ def _open(state: Rounds, event: Opened, now: float, policy: PolicySpec) -> tuple
     return _send(state, event.clients, now)
 
 
-def _send(state: Rounds, clients: tuple[str, ...], now: float) -> tuple[Rounds, Decision]:
+def _send(state: RoundState, clients: tuple[str, ...], now: float) -> tuple[RoundState, Decision]:
     works = tuple(
         Work(number=number, client=client, round=state.round, version=state.version, since=now)
         for number, client in enumerate(clients, start=state.sent + 1)
@@ -220,7 +223,9 @@ def _send(state: Rounds, clients: tuple[str, ...], now: float) -> tuple[Rounds, 
     return state, Decision(send=works)
 
 
-def _take(state: Rounds, event: Replied, now: float, policy: PolicySpec) -> tuple[Rounds, Decision]:
+def _take(
+    state: RoundState, event: Replied, now: float, policy: PolicySpec
+) -> tuple[RoundState, Decision]:
     work = state.work(event.number)
     state = _without(state, event.number)
     fresh = state.is_open and work.number >= state.first
@@ -234,15 +239,15 @@ def _take(state: Rounds, event: Replied, now: float, policy: PolicySpec) -> tupl
     return replace(state, arrived=(*state.arrived, (work, event.num_tokens))), Decision()
 
 
-def _without(state: Rounds, number: int) -> Rounds:
+def _without(state: RoundState, number: int) -> RoundState:
     work = state.work(number)
     return replace(state, busy=tuple(other for other in state.busy if other != work))
 
 
-def _waited_for(state: Rounds, policy: PolicySpec) -> tuple[Work, ...]:
-    """Who has to come back before the round closes."""
+def _awaited(state: RoundState, policy: PolicySpec) -> tuple[Work, ...]:
+    """Return the work that the round waits for before it closes."""
     if policy.kind == "sync":
-        return state.awaited  # one that was given up may never come back
+        return state.awaited  # a client that was given up may never reply
     if state.drain is Drain.ALL:
         return state.busy
     if state.came < state.wanted:
@@ -254,12 +259,14 @@ def _waited_for(state: Rounds, policy: PolicySpec) -> tuple[Work, ...]:
     return ()
 
 
-def _merge(state: Rounds, decision: Decision, policy: PolicySpec) -> tuple[Rounds, Decision]:
+def _merge(
+    state: RoundState, decision: Decision, policy: PolicySpec
+) -> tuple[RoundState, Decision]:
     if not state.arrived:
         return state, decision
     found = sorted(state.arrived, key=lambda arrival: (arrival[0].client, arrival[0].number))
     discounts = [policy.discount_of(state.version - work.version) for work, _ in found]
-    if policy.kind == "async":  # every reply alike, each with its own mixing rate
+    if policy.kind == "async":  # equal weights; each reply has its own mixing rate
         weights = [1.0] * len(found)
     else:
         weights = [tokens * d for (_, tokens), d in zip(found, discounts, strict=True)]
@@ -271,6 +278,6 @@ def _merge(state: Rounds, decision: Decision, policy: PolicySpec) -> tuple[Round
     return state, replace(decision, merge=shares)
 
 
-def _goes_on(state: Rounds, policy: PolicySpec) -> bool:
-    """Whether a client that came back is sent out again in the same round."""
+def _continues(state: RoundState, policy: PolicySpec) -> bool:
+    """Return whether a client that replied gets new work in the same round."""
     return policy.kind == "async" and state.is_open and state.came < state.wanted

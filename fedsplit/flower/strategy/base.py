@@ -1,9 +1,9 @@
-"""What all methods of split learning share: a Flower strategy that hosts the trunk.
+"""The base class of the strategies that train a split model: a Flower strategy that hosts a trunk.
 
-A method is a `SplitStrategy`. It wraps any Flower strategy, which chooses clients and averages
-their halves (bottom and top). Its loop is that of Flower's own `Strategy.start`, but a round closes
-as the run's policy says (`strategies.rounds`), held-out loss is measured and training stopped as
-`TrainSpec` says, and the trunk is told who is at work (`strategies.crew`).
+A `SplitStrategy` wraps any Flower strategy, which selects clients and averages their weights
+(bottom and top). Its loop is that of Flower's own `Strategy.start`, with these differences: the
+policy of the run closes a round (`round_policy`), held-out loss is measured and training stopped
+as `TrainSpec` says, and the trunk knows which clients have work (`coordinator`).
 """
 
 import math
@@ -22,44 +22,47 @@ from torch import Tensor
 
 from fedsplit.errors import ConfigError, Diverged
 from fedsplit.flower.hosting import TrunkHost
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Ticket
+from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, JoinInfo
+from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_discount, with_dtypes_of
+from fedsplit.flower.strategy.coordinator import RoundCoordinator
+from fedsplit.flower.strategy.nodes import GridView, NodeRegistry, seeded_sampling
+from fedsplit.flower.strategy.round_metrics import RoundMetrics
+from fedsplit.flower.strategy.round_policy import Drain, RoundState, Share
+from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
-from strategies.crew import Crew
-from strategies.meeting import Choice, Meeting, drawing
-from strategies.mixing import discounted, in_types_of, mixed, moved
-from strategies.rounds import Drain, Rounds, Share
-from strategies.tally import Tally
-from strategies.wrapped import averages, memory_of, remember
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-_HALVES = "halves/"
+_CLIENT_STRATEGY = "halves/"
+"""The prefix of the wrapped strategy's state in a snapshot."""
 
 
 class SplitStrategy(Strategy):
-    """A method of split learning; a subclass says what is its own.
+    """A method of split learning; a subclass overrides what the method changes.
 
-    `policies` are those that the method works with, `averages_halves` whether the wrapped strategy
-    is what makes the new halves, and `replicas` whether each client has a trunk of its own.
+    `policies` are the policies that the method works with. `averages_clients` says whether the
+    wrapped strategy aggregates the client weights. With `replicas` each client trains a trunk of
+    its own.
 
     Args:
-        halves: The wrapped strategy.
-        trunk: The trunk part; it is served from `start` to its end, whatever happens.
+        client_strategy: The wrapped Flower strategy, which selects clients and averages their
+            weights.
+        trunk: The trunk part; it is served until `start` returns or raises.
         run: The run.
         tokenizer: A tokenizer as JSON for clients to use; empty if the model brings its own.
         labels: The classes of a classifier.
-        on_round: Is told of every round that is over, with the halves as they are then.
+        on_round: Called after every round with its record and the client weights.
     """
 
     policies: ClassVar[tuple[str, ...]] = ("sync", "quorum", "async")
-    averages_halves: ClassVar[bool] = True
+    averages_clients: ClassVar[bool] = True
     replicas: ClassVar[bool] = False
 
     def __init__(
         self,
         *,
-        halves: Strategy,
+        client_strategy: Strategy,
         trunk: TrunkPart,
         run: RunSpec,
         tokenizer: str,
@@ -67,28 +70,29 @@ class SplitStrategy(Strategy):
         on_round: Callable[[RoundStats, ArrayRecord], None],
     ) -> None:
         self.run = run
-        self.halves = halves
+        self.client_strategy = client_strategy
         self.check()
         self.host = self.make_host(trunk)
         self._tokenizer = tokenizer
         self._labels = labels
         self._on_round = on_round
-        self._begin = Rounds()
+        self._first_rounds = RoundState()
         self._resumed = self._num_rounds = 0
-        self._at_work = 0
+        self._num_working = 0
         self._best, self._worse = math.inf, 0
         self._metrics: list[RecordDict] = []
         self._aggregated: MetricRecord | None = None
 
-    # --- what a method may change -------------------------------------------------------------
+    # --- hooks --------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse a run that does not fit the method.
+        """Raise an error for a run that does not fit the method.
 
         Raises:
-            ConfigError: Names the setting and what to do.
+            ConfigError: The run does not fit; the text names the setting and what to do.
         """
-        name, policy, strategy = type(self).__name__, self.run.policy, type(self.halves).__name__
+        name, policy = type(self).__name__, self.run.policy
+        strategy = type(self.client_strategy).__name__
         if policy.kind not in self.policies:
             raise ConfigError(
                 f"policy={policy.kind} does not go with {name}; use policy="
@@ -97,27 +101,27 @@ class SplitStrategy(Strategy):
         why = ""
         if policy.kind == "async":
             why = "policy=async mixes halves in by itself (policy.mixing, policy.buffer)"
-        elif not self.averages_halves:
+        elif not self.averages_clients:
             why = f"{name} hands the halves from client to client"
         elif self.run.halves.personal == "both":
             why = "halves.personal=both leaves nothing to aggregate"
-        if why and not averages(self.halves):
+        if why and not only_averages(self.client_strategy):
             raise ConfigError(
                 f"{why}, so halves.strategy={strategy} would have no effect; use "
                 "flwr.serverapp.strategy.FedAvg"
             )
 
     def make_host(self, trunk: TrunkPart) -> TrunkHost:
-        """What serves the trunk."""
+        """Return the server of the trunk."""
         return TrunkHost(trunk, self.run, replicas=self.replicas)
 
     def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
-        """Train a round; the halves after it."""
+        """Train a round, and return the client weights after it."""
         chosen = list(self.configure_train(number, arrays, config, self.grid))
-        return self.crew.work(number, chosen, arrays, self.drain_of(number))
+        return self.coordinator.work(number, chosen, arrays, self.drain_of(number))
 
-    def merged(self, shares: Sequence[Share]) -> None:
-        """Replies were merged with these shares."""
+    def after_merge(self, shares: Sequence[Share]) -> None:
+        """Called after replies were merged with these shares; it does nothing by default."""
 
     # --- Flower's strategy --------------------------------------------------------------------
 
@@ -133,21 +137,22 @@ class SplitStrategy(Strategy):
         *,
         first_round: int = 1,
     ) -> Result:
-        """Run all rounds with the trunk served; as Flower's `Strategy.start` beyond that.
+        """Serve the trunk and run all rounds; otherwise as Flower's `Strategy.start`.
 
         Args:
             grid: Flower's grid.
-            initial_arrays: The halves to begin with.
+            initial_arrays: The initial client weights.
             num_rounds: The last round.
             timeout: Real seconds that a round, and its evaluation, may take each; by default
                 `policy.round_deadline_s`, if that is not in seconds of a virtual clock.
             train_config: Sent to the clients that train.
             evaluate_config: Sent to the clients that evaluate.
-            evaluate_fn: Evaluates the halves at the server, before the first round and after each.
-            first_round: Where a resumed run goes on.
+            evaluate_fn: Evaluates the client weights at the server, before the first round and
+                after each round.
+            first_round: The first round of a resumed run.
 
         Returns:
-            The halves after the last round, and the metrics of every round.
+            The client weights after the last round, and the metrics of every round.
 
         Raises:
             DeadlineExceeded: Too few clients connected in time.
@@ -156,98 +161,103 @@ class SplitStrategy(Strategy):
         """
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
-        # Clients answer first: a process that a simulation forks while gRPC starts here would die.
-        meeting = Meeting(grid, self.run, first_round - 1)
-        meeting.begin()
+        # Register clients first: a process that a simulation forks while gRPC starts would die.
+        registry = NodeRegistry(grid, self.run, first_round - 1)
+        registry.register_all()
         self.grid, self._resumed, self._num_rounds = grid, first_round - 1, num_rounds
         result = Result(arrays=initial_arrays)
         with self.host:
             log(INFO, "Trunk is served at %s", self.host.address)
-            self.crew = self._crew(grid, meeting, timeout)
+            self.coordinator = self._new_coordinator(grid, registry, timeout)
             configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
             _evaluate_at_server(evaluate_fn, first_round - 1, result)
             for number in range(first_round, num_rounds + 1):
                 log(INFO, "[ROUND %s/%s]", number, num_rounds)
-                goes_on = self._round(number, configs, result)
+                continues = self._round(number, configs, result)
                 _evaluate_at_server(evaluate_fn, number, result)
-                if not goes_on:
+                if not continues:
                     break
         return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Have the wrapped strategy choose among the clients that are not at work.
+        """Let the wrapped strategy select among the clients without work.
 
-        The same seed and round choose the same clients. In `async`, as many are at work at once
-        as were chosen for a round in which nobody was.
+        The same seed and round select the same clients. In `async`, the number of clients that
+        work at once is the number selected for a round that began without busy clients.
         """
-        choice = self._choice(grid, self.crew.ready)
-        with drawing(f"train/{self.run.seed}/{server_round}"):
-            chosen = list(self.halves.configure_train(server_round, arrays, config, choice))
-        busy = len(self.crew.rounds.busy)
+        view = self._view(grid, self.coordinator.ready)
+        with seeded_sampling(f"train/{self.run.seed}/{server_round}"):
+            chosen = list(self.client_strategy.configure_train(server_round, arrays, config, view))
+        busy = len(self.coordinator.rounds.busy)
         if not busy or self.run.policy.kind != "async":
-            self._at_work = busy + len(chosen)
-        return chosen[: self._at_work - busy]
+            self._num_working = busy + len(chosen)
+        return chosen[: self._num_working - busy]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Have the wrapped strategy aggregate the halves."""
-        return self.halves.aggregate_train(server_round, replies)
+        """Let the wrapped strategy aggregate the client weights."""
+        return self.client_strategy.aggregate_train(server_round, replies)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Have the wrapped strategy choose among the clients that are not at work."""
-        choice = self._choice(grid, self.crew.idle)
-        with drawing(f"evaluate/{self.run.seed}/{server_round}"):
-            return list(self.halves.configure_evaluate(server_round, arrays, config, choice))
+        """Let the wrapped strategy select among the clients without work."""
+        view = self._view(grid, self.coordinator.idle)
+        with seeded_sampling(f"evaluate/{self.run.seed}/{server_round}"):
+            return list(self.client_strategy.configure_evaluate(server_round, arrays, config, view))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Have the wrapped strategy aggregate the metrics."""
-        return self.halves.aggregate_evaluate(server_round, replies)
+        """Let the wrapped strategy aggregate the metrics."""
+        return self.client_strategy.aggregate_evaluate(server_round, replies)
 
     def summary(self) -> None:
-        """Say what is about to run."""
+        """Log the run's settings."""
         run = self.run
         log(INFO, "\tmodel %s, split %s, policy %s", run.model, run.split, run.policy.kind)
-        log(INFO, "\tHalves (personal: %s):", run.halves.personal)
-        self.halves.summary()
+        log(INFO, "\tClient weights (personal: %s):", run.halves.personal)
+        self.client_strategy.summary()
 
-    # --- what a resumed run goes on from ------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """What this and the wrapped strategy remember from round to round, by name.
+        """Return the state of this strategy and of the wrapped one, by name.
 
-        Nobody is at work at the end of a round in which a checkpoint is due (`Drain.ALL`), so that
-        no half that is on its way is missing here.
+        At the end of a round with a checkpoint no client has work (`Drain.ALL`), so no client's
+        weights are missing.
         """
-        rounds = self.crew.rounds
+        rounds = self.coordinator.rounds
+        inner = state_of(self.client_strategy)
         own = {"version": rounds.version, "sent": rounds.sent, "worse": self._worse}
         return {
             **{name: torch.tensor(value) for name, value in own.items()},
             "best": torch.tensor(self._best, dtype=torch.float64),
-            **{_HALVES + name: tensor for name, tensor in memory_of(self.halves).items()},
+            **{_CLIENT_STRATEGY + name: tensor for name, tensor in inner.items()},
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over, before `start`, what `state` handed out.
+        """Load, before `start`, what `state` returned.
 
         Raises:
-            CheckpointError: It is another strategy's.
+            CheckpointError: The state is another strategy's.
         """
-        self._begin = Rounds(version=int(state["version"]), sent=int(state["sent"]))
+        self._first_rounds = RoundState(version=int(state["version"]), sent=int(state["sent"]))
         self._worse, self._best = int(state["worse"]), float(state["best"])
-        halves = {name: tensor for name, tensor in state.items() if name.startswith(_HALVES)}
-        remember(self.halves, {n.removeprefix(_HALVES): tensor for n, tensor in halves.items()})
+        inner = {
+            name.removeprefix(_CLIENT_STRATEGY): tensor
+            for name, tensor in state.items()
+            if name.startswith(_CLIENT_STRATEGY)
+        }
+        load_state_into(self.client_strategy, inner)
 
     # --- a round ------------------------------------------------------------------------------
 
     def drain_of(self, number: int) -> Drain:
-        """Who has to be back at the end of a round: all, where it may be the last or is kept."""
+        """Return the clients a round waits for: all, if it may be the last one or is saved."""
         train = self.run.train
         may_be_last = number == self._num_rounds or 0 < train.patience <= self._worse + 1
         if may_be_last or (train.save_every and number % train.save_every == 0):
@@ -260,29 +270,30 @@ class SplitStrategy(Strategy):
         configs: tuple[ConfigRecord, ConfigRecord],
         result: Result,
     ) -> bool:
-        """One round, with its evaluation and its report; whether another one is to follow."""
-        crew, service = self.crew, self.host.service
-        crew.tally = Tally()
+        """Run one round with its evaluation and report, and return whether another one follows."""
+        coordinator, service = self.coordinator, self.host.service
+        coordinator.metrics = RoundMetrics()
         self._metrics, self._aggregated = [], None
         begin, virtual_begin = time.monotonic(), service.now()
-        arrays = self.train(number, crew.catch_up(result.arrays), configs[0])
+        arrays = self.train(number, coordinator.catch_up(result.arrays), configs[0])
         seconds, virtual_seconds = time.monotonic() - begin, service.now() - virtual_begin
-        if not crew.tally.trained:
+        if not coordinator.metrics.trained:
+            reason = next(iter(coordinator.metrics.reasons), "nothing before the deadline")
             raise Diverged(
-                f"round {number}, training: none of {self._at_work} clients finished; the first "
-                f"said: {next(iter(crew.tally.reasons), 'nothing before the deadline')}"
+                f"round {number}, training: none of {self._num_working} clients finished; the "
+                f"first said: {reason}"
             )
         result.arrays = arrays
         if self._metrics and self._aggregated is None:
             self._aggregated = aggregate_metricrecords(self._metrics, WEIGHT)
         if self._aggregated is not None:
             result.train_metrics_clientapp[number] = self._aggregated
-        is_last = number == self._num_rounds or crew.is_done()
+        is_last = number == self._num_rounds or coordinator.is_done()
         if is_last or number % self.run.train.evaluate_every == 0:
             metrics = self._evaluate(number, arrays, configs[1])
             if metrics is not None:
                 result.evaluate_metrics_clientapp[number] = metrics
-        stats = crew.tally.stats(
+        stats = coordinator.metrics.stats(
             self.run,
             number,
             seconds=seconds,
@@ -293,50 +304,54 @@ class SplitStrategy(Strategy):
         self._on_round(stats, arrays)
         return not (stops or is_last)
 
-    def _crew(self, grid: Grid, meeting: Meeting, timeout_s: float | None) -> Crew:
-        return Crew(
+    def _new_coordinator(
+        self, grid: Grid, registry: NodeRegistry, timeout_s: float | None
+    ) -> RoundCoordinator:
+        return RoundCoordinator(
             grid=grid,
-            meeting=meeting,
+            registry=registry,
             run=self.run,
             host=self.host,
-            give_ticket=self._give_ticket,
+            add_join_info=self._add_join_info,
             merge=self._merge,
-            rounds=self._begin,
+            rounds=self._first_rounds,
             timeout_s=timeout_s,
         )
 
     def _merge(
-        self, found: Sequence[tuple[Share, ArrayRecord, Message]], arrays: ArrayRecord
+        self, replies: Sequence[tuple[Share, ArrayRecord, Message]], arrays: ArrayRecord
     ) -> ArrayRecord:
-        """New halves, of replies with their shares and the halves that they began with."""
-        shares, policy = [share for share, _, _ in found], self.run.policy
-        records = [reply.content.metric_records[METRICS] for _, _, reply in found]
+        """Merge replies, each with its share and the weights its client started from."""
+        shares, policy = [share for share, _, _ in replies], self.run.policy
+        records = [reply.content.metric_records[METRICS] for _, _, reply in replies]
         self._metrics += [RecordDict({METRICS: record}) for record in records]
         if not self.run.shares_halves:
             pass
         elif policy.kind == "async":
             changes = [
-                (began, reply.content.array_records[ARRAYS], policy.mixing * share.discount)
-                for share, began, reply in found
+                (started, reply.content.array_records[ARRAYS], policy.mixing * share.discount)
+                for share, started, reply in replies
             ]
-            arrays = moved(arrays, changes) if policy.buffer > 1 else mixed(arrays, changes)
+            rule = fedbuff if policy.buffer > 1 else fedasync
+            arrays = rule(arrays, changes)
         else:
-            replies = [discounted(reply, share.discount) for share, _, reply in found]
-            new, self._aggregated = self.aggregate_train(self.crew.rounds.round, replies)
-            arrays = in_types_of(new, arrays) if new is not None else arrays
-        self.merged(shares)
+            discounted = [with_discount(reply, share.discount) for share, _, reply in replies]
+            number = self.coordinator.rounds.round
+            new, self._aggregated = self.aggregate_train(number, discounted)
+            arrays = with_dtypes_of(new, arrays) if new is not None else arrays
+        self.after_merge(shares)
         return arrays
 
     def _evaluate(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord
     ) -> MetricRecord | None:
-        """Held-out loss at the clients that the wrapped strategy chooses."""
+        """Measure held-out loss at the clients that the wrapped strategy selects."""
         messages = list(self.configure_evaluate(number, arrays, config, self.grid))
-        replies = self.crew.evaluate(number, messages) if messages else []
+        replies = self.coordinator.evaluate(number, messages) if messages else []
         return self.aggregate_evaluate(number, replies) if replies else None
 
     def _stops(self, stats: RoundStats) -> bool:
-        """Whether held-out loss has not become better for too long."""
+        """Return whether held-out loss has not improved for `train.patience` evaluations."""
         patience = self.run.train.patience
         if math.isnan(stats.eval_loss):
             return False
@@ -356,11 +371,11 @@ class SplitStrategy(Strategy):
             return True
         return False
 
-    def _choice(self, grid: Grid, among: Callable[[], dict[str, int]]) -> Choice:
-        return Choice(grid, lambda: list(among().values()), self.run.launch.start_timeout_s)
+    def _view(self, grid: Grid, nodes: Callable[[], dict[str, int]]) -> GridView:
+        return GridView(grid, lambda: list(nodes().values()), self.run.launch.start_timeout_s)
 
-    def _give_ticket(self, message: Message, client: str, number: int) -> None:
-        ticket = Ticket(
+    def _add_join_info(self, message: Message, client: str, number: int) -> None:
+        join_info = JoinInfo(
             client=client,
             round=number,
             address=self.host.address,
@@ -370,7 +385,7 @@ class SplitStrategy(Strategy):
             labels=self._labels,
             resumed=self._resumed,
         )
-        message.content = ticket.put_into(message.content)
+        message.content = join_info.put_into(message.content)
 
 
 def _evaluate_at_server(evaluate_fn: EvaluateFn | None, number: int, result: Result) -> None:

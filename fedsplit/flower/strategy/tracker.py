@@ -1,4 +1,4 @@
-"""Messages that are out, and their replies as they come."""
+"""Messages that were sent through a grid, and their replies as they arrive."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -8,11 +8,11 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 _PAUSE_S = (0.005, 0.1)
-"""Between two looks at a grid: at first, and at most, while nothing comes."""
+"""The pause between two polls of a grid: the first one, and the longest while nothing arrives."""
 
 
-class Post:
-    """What was sent through a grid and is not answered yet.
+class MessageTracker:
+    """The messages that were sent through a grid and are not answered yet.
 
     Args:
         grid: Flower's grid.
@@ -26,23 +26,26 @@ class Post:
         self._pause_s = _PAUSE_S[0]
 
     def busy_nodes(self) -> set[int]:
-        """Nodes that have not answered their last message; they handle one at a time."""
+        """Return the nodes that have not answered their last message.
+
+        A node handles one message at a time.
+        """
         if self._given_up:
             self._given_up -= self.collect(self._given_up).keys()
         return {message.metadata.dst_node_id for message in self._out.values()}
 
     def give_up(self, ids: Iterable[str]) -> None:
-        """Nobody will ask for these replies any more."""
+        """Mark messages whose replies are not needed any more."""
         self._given_up |= set(ids)
 
     def send(self, messages: Sequence[Message]) -> list[str]:
-        """Push messages; the ids that their replies go by.
+        """Push messages, and return the ids to collect their replies with.
 
         A message that Flower does not take is answered by an error.
         """
         pushed = list(self._grid.push_messages(messages)) if messages else []
         ids = [
-            # Flower gives no id for a message that is not well-formed, none at all for too much.
+            # Flower returns no id for a malformed message, and no list at all for too large ones.
             (pushed[i] if i < len(pushed) else "") or f"not taken {id(message)}"
             for i, message in enumerate(messages)
         ]
@@ -51,9 +54,9 @@ class Post:
         return ids
 
     def collect(self, ids: Iterable[str]) -> dict[str, Message]:
-        """The replies to these messages that are there by now, each of them once.
+        """Return the replies to these messages that have arrived; each reply is returned once.
 
-        Where there are none, it waits a moment, the longer the longer nothing came.
+        If there are none, the call pauses, and each further pause without a reply is longer.
         """
         waiting = {i for i in ids if i in self._out}
         replies = {i: _not_taken(self._lost.pop(i)) for i in waiting & self._lost.keys()}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedsplit.config import compose
 from fedsplit.errors import BadTensor, ConfigError, Diverged, ModelMismatch
-from fedsplit.flower.halves import packed, shapes_of, unpacked
+from fedsplit.flower.client_arrays import packed, shapes_of, unpacked
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes, to_arrays
 from fedsplit.runs.checkpoint import Snapshot, snapshots_in
 from fedsplit.wire.codec import as_received

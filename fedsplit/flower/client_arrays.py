@@ -1,7 +1,7 @@
-"""How the halves travel between a client and the strategy: as they are, or in fewer bytes.
+"""The client weights as Flower's arrays carry them: as they are, or compressed.
 
-A compressed array is one of bytes: its last dimension is what the codec made of a row. Whoever
-receives it knows the shapes, because both sides build the same model.
+A compressed array is an array of bytes: its last dimension is the codec's encoding of one row. The
+receiver knows the shapes, because both sides build the same model.
 """
 
 import math
@@ -18,23 +18,23 @@ Shape = tuple[int, ...]
 
 
 def packed(arrays: ArrayRecord, codec: str) -> ArrayRecord:
-    """Halves as they travel with a codec of `wire.halves`."""
+    """Return client weights as they travel with a codec of `wire.halves`."""
     if codec == "none":
         return arrays
     return ArrayRecord({name: _compressed(array, codec) for name, array in arrays.items()})
 
 
 def unpacked(arrays: ArrayRecord, codec: str, shapes: Mapping[str, Shape]) -> ArrayRecord:
-    """Halves as their receiver has them, in float32.
+    """Return client weights as their receiver uses them, in float32.
 
     Args:
-        arrays: What came.
-        codec: How it was packed.
-        shapes: What it should be, by name.
+        arrays: The arrays that arrived.
+        codec: The codec that packed them.
+        shapes: The expected shapes, by name.
 
     Raises:
-        ModelMismatch: Other arrays came.
-        BadTensor: Their bytes are not what the codec makes of such shapes.
+        ModelMismatch: Other arrays arrived.
+        BadTensor: Their bytes are not the codec's encoding of such shapes.
     """
     if codec == "none":
         return arrays
@@ -47,7 +47,7 @@ def unpacked(arrays: ArrayRecord, codec: str, shapes: Mapping[str, Shape]) -> Ar
 
 
 def shapes_of(arrays: ArrayRecord) -> dict[str, Shape]:
-    """The shapes of a record's arrays, by name."""
+    """Return the shapes of a record's arrays, by name."""
     return {name: tuple(array.shape) for name, array in arrays.items()}
 
 

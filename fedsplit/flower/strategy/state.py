@@ -1,9 +1,9 @@
-"""What a wrapped Flower strategy remembers from round to round, as tensors by name.
+"""The state that a Flower strategy keeps from round to round, as tensors by name.
 
 FedAdam has moments, FedAvgM a momentum; Flower keeps them in plain attributes. A name here is
-`attribute:kind:place:key`, where kind says what the attribute holds: a `dict` or a `list` of NumPy
+`attribute:kind:place:key`, where kind is the type of the attribute: a `dict` or a `list` of NumPy
 arrays, Flower's `arrays`, or a single `number`. The place keeps the order, on which some of
-Flower's sums depend. A strategy that itself wraps another one has that one's names below its own.
+Flower's sums depend. The state of a strategy inside a strategy is below that attribute's name.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,48 +20,48 @@ from fedsplit.errors import CheckpointError
 _WITHIN = "/"
 
 
-def averages(strategy: Strategy) -> bool:
-    """Whether a strategy does nothing to halves but average them."""
+def only_averages(strategy: Strategy) -> bool:
+    """Return whether a strategy's aggregation is the weighted average of FedAvg."""
     return getattr(type(strategy), "aggregate_train", None) is FedAvg.aggregate_train
 
 
-def memory_of(strategy: Strategy) -> dict[str, Tensor]:
-    """Copies of all that the strategy remembers."""
+def state_of(strategy: Strategy) -> dict[str, Tensor]:
+    """Return copies of all tensors that a strategy keeps."""
     found: dict[str, Tensor] = {}
     for attribute, value in vars(strategy).items():
         if isinstance(value, Strategy):
-            inner = memory_of(value)
+            inner = state_of(value)
             found |= {f"{attribute}{_WITHIN}{name}": tensor for name, tensor in inner.items()}
         else:
-            for kind, place, key, array in _pieces(value):
+            for kind, place, key, array in _entries(value):
                 name = f"{attribute}:{kind}:{place}:{key}"
                 found[name] = torch.from_numpy(np.array(array))
     return found
 
 
-def remember(strategy: Strategy, memory: Mapping[str, Tensor]) -> None:
-    """Give a strategy back what `memory_of` found in one of its kind.
+def load_state_into(strategy: Strategy, state: Mapping[str, Tensor]) -> None:
+    """Load into a strategy what `state_of` returned for one of the same class.
 
     Raises:
-        CheckpointError: The memory is another strategy's.
+        CheckpointError: The state is another strategy's.
     """
-    pieces: dict[tuple[str, str], list[tuple[int, str, np.ndarray]]] = {}
+    entries: dict[tuple[str, str], list[tuple[int, str, np.ndarray]]] = {}
     inner: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in memory.items():
+    for name, tensor in state.items():
         before, within, rest = name.partition(_WITHIN)
         if within and ":" not in before:
             inner.setdefault(before, {})[rest] = tensor
             continue
         attribute, kind, place, key = name.split(":", 3)
         array = tensor.numpy().copy()
-        pieces.setdefault((attribute, kind), []).append((int(place), key, array))
-    for (attribute, kind), entries in pieces.items():
+        entries.setdefault((attribute, kind), []).append((int(place), key, array))
+    for (attribute, kind), found in entries.items():
         _require(strategy, attribute)
-        entries.sort(key=lambda entry: entry[0])
-        setattr(strategy, attribute, _assembled(kind, entries))
-    for attribute, told in inner.items():
+        found.sort(key=lambda entry: entry[0])
+        setattr(strategy, attribute, _value_of(kind, found))
+    for attribute, inner_state in inner.items():
         _require(strategy, attribute)
-        remember(getattr(strategy, attribute), told)
+        load_state_into(getattr(strategy, attribute), inner_state)
 
 
 def _require(strategy: Strategy, attribute: str) -> None:
@@ -72,7 +72,7 @@ def _require(strategy: Strategy, attribute: str) -> None:
         )
 
 
-def _pieces(value: object) -> Iterator[tuple[str, int, str, Any]]:
+def _entries(value: object) -> Iterator[tuple[str, int, str, Any]]:
     if isinstance(value, ArrayRecord):
         arrays = {name: array.numpy() for name, array in value.items()}
         yield from _numbered("arrays", arrays.items())
@@ -93,7 +93,7 @@ def _numbered(kind: str, entries: Iterable[tuple[str, Any]]) -> Iterator[tuple[s
         yield kind, place, key, array
 
 
-def _assembled(kind: str, entries: list[tuple[int, str, np.ndarray]]) -> object:
+def _value_of(kind: str, entries: list[tuple[int, str, np.ndarray]]) -> object:
     if kind == "arrays":
         return ArrayRecord({key: Array(array) for _, key, array in entries})
     if kind == "dict":

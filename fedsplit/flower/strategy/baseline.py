@@ -1,4 +1,4 @@
-"""The baselines: the unsplit model, trained without a trunk by the loop of all methods.
+"""The baselines: the unsplit model, trained without a trunk by the loop of all strategies.
 
 With `baseline=fedavg` each client trains the whole model and a Flower strategy averages them
 (McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
@@ -13,59 +13,59 @@ from typing import cast
 from torch import Tensor
 
 from fedsplit.flower.hosting import TrunkHost
+from fedsplit.flower.strategy.base import SplitStrategy
 from fedsplit.model.hollow import TrunkPart
-from strategies.base import SplitStrategy
 
 
 class Unsplit(SplitStrategy):
-    """The base, with nothing to host."""
+    """`SplitStrategy` without a trunk to serve."""
 
     def check(self) -> None:
-        """Any policy that closes rounds goes with it, but the wrapped strategy has to be used."""
+        """Accept every policy; only `baseline=fedavg` uses the strategy for the client weights."""
         if self.run.baseline == "fedavg":
             super().check()
 
     def make_host(self, trunk: TrunkPart) -> TrunkHost:
-        """Nobody serves anything."""
-        return cast(TrunkHost, NoHost())
+        """Return a host that serves nothing."""
+        return cast(TrunkHost, NoTrunkHost())
 
 
-class NoHost:
-    """What a method asks of a `TrunkHost`, its service and its engine, where there is no trunk."""
+class NoTrunkHost:
+    """The interface of `TrunkHost`, its service and its engine, without a trunk."""
 
     address = ""
     version = 0
 
     @property
-    def service(self) -> "NoHost":
-        """There is nothing behind it."""
+    def service(self) -> "NoTrunkHost":
+        """The object itself."""
         return self
 
     engine = service
 
-    def __enter__(self) -> "NoHost":
+    def __enter__(self) -> "NoTrunkHost":
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def admit(self, client: str) -> str:
-        """No token is needed where nobody is called."""
+        """Return an empty token: no client calls a trunk."""
         return ""
 
     def expect(self, clients: Sequence[str], **_: object) -> None:
-        """Nothing waits for them."""
+        """Do nothing: no barrier waits for clients."""
 
     def release(self, client: str) -> None:
-        """Nothing waits for it."""
+        """Do nothing: no barrier waits for clients."""
 
     def now(self) -> float:
-        """Seconds that do not run backwards."""
+        """Return seconds of a monotonic clock."""
         return time.monotonic()
 
     def state(self) -> dict[str, Tensor]:
-        """There is nothing to go on from."""
+        """Return no state."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """There is nothing to take over."""
+        """Load no state."""

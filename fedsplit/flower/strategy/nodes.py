@@ -1,4 +1,4 @@
-"""Who the nodes are: their names and configuration, and which of them a strategy may choose."""
+"""The nodes of a run: their names and configuration, and which of them a strategy may choose."""
 
 import random
 import time
@@ -18,13 +18,13 @@ from fedsplit.spec import RunSpec
 _POLL_S = 0.1
 
 
-class Meeting:
+class NodeRegistry:
     """The nodes of a run by name.
 
     Args:
         grid: Flower's grid.
         run: The run that they must be configured for.
-        resumed: The round after which the run goes on; 0 for a new one.
+        resumed: The round after which the run continues; 0 for a new run.
     """
 
     def __init__(self, grid: Grid, run: RunSpec, resumed: int) -> None:
@@ -33,16 +33,16 @@ class Meeting:
         self._resumed = resumed
         self._names: dict[int, str] = {}
 
-    def begin(self) -> None:
-        """Wait for all clients of the run and meet them.
+    def register_all(self) -> None:
+        """Wait until all clients of the run are connected, and register them.
 
         Raises:
             DeadlineExceeded: Too few clients connected, or answered, in time.
-            ConfigError: A client cannot take part, or there are two of one name.
+            ConfigError: A client cannot take part, or two clients have one name.
             ModelMismatch: A client is configured for another run.
         """
-        nodes = self._await(self._run.num_nodes)
-        self._meet(nodes)
+        nodes = self._wait_for(self._run.num_nodes)
+        self._register(nodes)
         names = [self._names[node] for node in nodes]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(
@@ -51,25 +51,25 @@ class Meeting:
             )
 
     def present(self) -> dict[str, int]:
-        """The nodes that are connected, by name and in its order; who is new is met first.
+        """Return the connected nodes by name, sorted by name; new nodes are registered first.
 
         Raises:
-            DeadlineExceeded: None is connected for `launch.start_timeout_s`.
+            DeadlineExceeded: No node is connected for `launch.start_timeout_s`.
         """
-        nodes = self._await(1)
+        nodes = self._wait_for(1)
         for node in [node for node in nodes if node not in self._names]:
             try:
-                self._meet([node])
+                self._register([node])
             except FedsplitError as error:
                 log(WARNING, "Node %s is left out of this round: %s", node, error)
         return {name: node for name, node in sorted((self.name_of(n), n) for n in nodes) if name}
 
     def name_of(self, node: int) -> str:
-        """The name of a node's client; empty if it never said it."""
+        """Return the name of a node's client; empty if the node is not registered."""
         return self._names.get(node, "")
 
-    def _await(self, wanted: int) -> list[int]:
-        """The nodes that are connected, once there are as many as wanted."""
+    def _wait_for(self, wanted: int) -> list[int]:
+        """Return the connected nodes as soon as there are `wanted` of them."""
         clients, patience = self._run.num_nodes, self._run.launch.start_timeout_s
         until = time.monotonic() + patience
         while len(nodes := list(self._grid.get_node_ids())) < wanted:
@@ -83,11 +83,11 @@ class Meeting:
             time.sleep(_POLL_S)
         return nodes
 
-    def _meet(self, nodes: list[int]) -> None:
+    def _register(self, nodes: list[int]) -> None:
         """Ask nodes for their names and configuration, before any work is done."""
-        told = RecordDict({RESUMED: ConfigRecord({"round": self._resumed})})
+        content = RecordDict({RESUMED: ConfigRecord({"round": self._resumed})})
         questions = [
-            Message(told, dst_node_id=node, message_type=f"{MessageType.QUERY}.hello")
+            Message(content, dst_node_id=node, message_type=f"{MessageType.QUERY}.hello")
             for node in nodes
         ]
         patience = self._run.launch.start_timeout_s
@@ -108,17 +108,17 @@ class Meeting:
             )
 
 
-class Choice(Grid):
-    """A view of a grid for a strategy that samples: only some nodes, always in the same order.
+class GridView(Grid):
+    """A grid that shows a strategy some of the nodes, always in the same order.
 
-    Flower's strategies sample from the ids of the nodes that are connected, in the order in which
-    the grid has them, and both are chance. Here they find those that may be chosen, in the order
-    of their clients' names. Messages go through it as through the grid.
+    Flower's strategies sample from the ids of the connected nodes, in the order of the grid. That
+    order is random. The view shows the nodes that may be chosen, in the order of their clients'
+    names. It forwards messages to the grid.
 
     Args:
         grid: The grid.
-        nodes: Finds the nodes that may be chosen, in order.
-        patience_s: How long a strategy may wait for more of them.
+        nodes: Returns the nodes that may be chosen, in order.
+        patience_s: How long a strategy may wait for more nodes, in seconds.
     """
 
     def __init__(self, grid: Grid, nodes: Callable[[], list[int]], patience_s: float) -> None:
@@ -128,12 +128,12 @@ class Choice(Grid):
         self._patience_s = patience_s
 
     def set_run(self, run: Run) -> None:
-        """As the grid does."""
+        """Forward to the grid."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> Run:
-        """As the grid has it."""
+        """The grid's run."""
         return self._grid.run
 
     def create_message(
@@ -144,14 +144,14 @@ class Choice(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """As the grid does."""
+        """Forward to the grid."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> list[int]:
-        """The nodes that may be chosen.
+        """Return the nodes that may be chosen.
 
         Raises:
-            ConfigError: The strategy has waited for more of them all the time there is.
+            ConfigError: The strategy has waited `patience_s` for more nodes.
         """
         nodes = self._nodes()
         if time.monotonic() > self._until:
@@ -163,32 +163,32 @@ class Choice(Grid):
         return nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the grid does."""
+        """Forward to the grid."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the grid does."""
+        """Forward to the grid."""
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """As the grid does."""
+        """Forward to the grid."""
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
 @contextmanager
-def drawing(name: str) -> Iterator[None]:
-    """Let Python's own random numbers, which Flower samples with, depend on `name` alone.
+def seeded_sampling(seed: str) -> Iterator[None]:
+    """Seed Python's `random`, which Flower samples with, inside the block, and restore it after.
 
-    >>> with drawing("a"):
+    >>> with seeded_sampling("a"):
     ...     one = random.random()
-    >>> with drawing("a"):
+    >>> with seeded_sampling("a"):
     ...     one == random.random()
     True
     """
     before = random.getstate()
-    random.seed(name)
+    random.seed(seed)
     try:
         yield
     finally:

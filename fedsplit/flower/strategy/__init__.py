@@ -1,0 +1,6 @@
+"""The base class of Flower strategies that train a split model, and its parts."""
+
+from fedsplit.flower.strategy.base import SplitStrategy
+from fedsplit.flower.strategy.baseline import Unsplit
+
+__all__ = ["SplitStrategy", "Unsplit"]

@@ -1,0 +1,65 @@
+"""Arithmetic on client weights: staleness discounts, and the rules of FedAsync and FedBuff."""
+
+from collections.abc import Sequence
+from copy import copy
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+from fedsplit.flower.records import METRICS, WEIGHT
+
+
+def with_discount(reply: Message, discount: float) -> Message:
+    """Return a reply whose weight in any of Flower's averages is multiplied by `discount`."""
+    if discount == 1.0:
+        return reply
+    metrics = dict(reply.content.metric_records[METRICS])
+    metrics[WEIGHT] = metrics[WEIGHT] * discount  # type: ignore[operator]
+    lighter = copy(reply)
+    lighter.content = RecordDict({**reply.content, METRICS: MetricRecord(metrics)})
+    return lighter
+
+
+def fedasync(
+    current: ArrayRecord, changes: Sequence[tuple[ArrayRecord, ArrayRecord, float]]
+) -> ArrayRecord:
+    """FedAsync (arXiv 1903.03934, algorithm 1): `(1 - rate) * current + rate * returned`.
+
+    Args:
+        current: The current client weights.
+        changes: For each reply the weights that its client started from, the weights that it
+            returned, and its rate.
+    """
+    for _, returned, rate in changes:
+        new = {
+            name: (1 - rate) * array.numpy() + rate * returned[name].numpy()
+            for name, array in current.items()
+        }
+        current = _record(new, current)
+    return current
+
+
+def fedbuff(
+    current: ArrayRecord, changes: Sequence[tuple[ArrayRecord, ArrayRecord, float]]
+) -> ArrayRecord:
+    """FedBuff (arXiv 2106.06639, algorithm 1): `current + mean of rate * (returned - started)`.
+
+    Args:
+        current: The current client weights.
+        changes: As in `fedasync`.
+    """
+    sums = {name: array.numpy().copy() for name, array in current.items()}
+    for started, returned, rate in changes:
+        for name, total in sums.items():
+            total += rate / len(changes) * (returned[name].numpy() - started[name].numpy())
+    return _record(sums, current)
+
+
+def with_dtypes_of(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
+    """Return the arrays in the dtypes of `like`; some of Flower's strategies widen them."""
+    return _record({name: array.numpy() for name, array in arrays.items()}, like)
+
+
+def _record(arrays: dict[str, np.ndarray], like: ArrayRecord) -> ArrayRecord:
+    dtypes = {name: array.dtype for name, array in like.items()}
+    return ArrayRecord({n: Array(np.asarray(array, dtypes[n])) for n, array in arrays.items()})
