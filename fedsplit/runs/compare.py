@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedsplit.config import from_yaml
-from fedsplit.errors import ConfigError, DataError
+from fedsplit import atomic
+from fedsplit.console import table_text
+from fedsplit.errors import DataError
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.metrics import RoundStats, in_mib
 from fedsplit.spec import RunSpec
@@ -45,25 +46,8 @@ class Run:
         Raises:
             DataError: It is not a run's folder, is damaged, or has no finished round.
         """
-        file = path / "config.yaml"
-        if not file.is_file():
-            raise DataError(
-                f"{path} is not a run's folder: it has no config.yaml; give one that a run left, "
-                "such as runs/default"
-            )
-        try:
-            spec = from_yaml(file.read_text(encoding="utf-8"))
-        except (ConfigError, UnicodeDecodeError) as exc:
-            raise DataError(f"{file} does not describe a run of this version: {exc}") from exc
-        try:
-            rounds = RunFolder(path).rounds()
-        except (ValueError, TypeError) as exc:
-            raise DataError(f"{path / 'metrics.jsonl'} does not hold rounds: {exc}") from exc
-        if not rounds:
-            raise DataError(
-                f"{path} has no finished round yet; compare it when the first one is over"
-            )
-        return Run(path=path, spec=spec, rounds=rounds)
+        folder = RunFolder(path)
+        return Run(path=path, spec=folder.run, rounds=folder.measured_rounds())
 
     def total(self, measure: str) -> float:
         """The sum of a measure of its rounds; NaN if one of them lacks it."""
@@ -99,11 +83,12 @@ class Table:
     def __str__(self) -> str:
         """Aligned text: the rows without columns that are empty in all of them, the figures."""
         cells = [[head, *map(tell, self.rows)] for head, tell in self.columns.items()]
-        lines = _aligned([column for column in cells if any(column[1:])])
+        columns = [column for column in cells if any(column[1:])]
+        text = _aligned(columns)
         if self.figures:
             told = [f"{value:.4g}" for value in self.figures.values()]
-            lines += ["", *_aligned([list(self.figures), told])]
-        return "\n".join(lines)
+            text += f"\n\n{_aligned([list(self.figures), told])}"
+        return text
 
     def write(self, folder: Path) -> Path:
         """Write `table.json`; a number that is not finite is null there.
@@ -114,7 +99,7 @@ class Table:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "table.json"
         told = {"figures": _plain(self.figures), "rows": _plain(self.rows)}
-        file.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        atomic.write_text(file, json.dumps(told, indent=2, allow_nan=False) + "\n")
         return file
 
 
@@ -237,15 +222,8 @@ COLUMNS: Columns = {
 """What is printed of a comparison."""
 
 
-def _aligned(columns: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in columns]
-    return [
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in zip(*columns, strict=True)
-    ]
+def _aligned(columns: Sequence[Sequence[str]]) -> str:
+    return table_text(zip(*columns, strict=True), right=range(1, len(columns)))
 
 
 # --- as a picture ---------------------------------------------------------------------------------
@@ -284,7 +262,8 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
         panels[0].set_ylabel("held-out loss (nats per token)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     file = folder / "compare.png"
-    figure.savefig(file, dpi=100)
+    with atomic.new_file(file) as unfinished:
+        figure.savefig(unfinished, dpi=100)
     return file
 
 

@@ -4,8 +4,9 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from fedsplit.console import table_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,15 +97,14 @@ def evaluated(rounds: Sequence[RoundStats]) -> Sequence[RoundStats]:
     return [stats for stats in rounds if not math.isnan(stats.eval_loss)] or rounds
 
 
-def append(path: Path, stats: RoundStats) -> None:
-    """Add one round to a file of JSON lines; a number that is not finite is null there."""
+def line_of(stats: RoundStats) -> str:
+    """One round as a line of JSON; a number that is not finite is null there."""
     told = {key: value if math.isfinite(value) else None for key, value in asdict(stats).items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(told, allow_nan=False) + "\n")
+    return json.dumps(told, allow_nan=False)
 
 
 def parse(lines: Iterable[str]) -> list[RoundStats]:
-    """The rounds in JSON lines that `append` wrote."""
+    """The rounds in lines that `line_of` wrote."""
     told: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
     for one in told:
         one.update({key: math.nan for key, value in one.items() if value is None})
@@ -131,5 +131,4 @@ def closing_table(rounds: Sequence[RoundStats]) -> str:
         ("memory of a client", in_mib(max(stats.client_bytes for stats in rounds))),
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return table_text(rows)

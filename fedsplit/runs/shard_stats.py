@@ -14,6 +14,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedsplit import atomic
+from fedsplit.console import table_text
 from fedsplit.data import Corpus
 
 LARGEST = 3  # labels that the table names for each client
@@ -103,7 +105,7 @@ class Holdings:
                 )
             )
         skew = f"skew {self.skew:.3f}: how unlike all together a client is, from 0 to 1"
-        return f"{_aligned(lines)}\n{skew}"
+        return f"{table_text(lines, right=range(1, 5))}\n{skew}"
 
     @property
     def json(self) -> str:
@@ -139,22 +141,8 @@ class Holdings:
         axes.set_xlabel("client")
         figure.suptitle(title, fontsize="medium", wrap=True)
         figure.legend(loc="outside right center", fontsize="small", reverse=True)
-        figure.savefig(file, dpi=120)
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    """Columns with names to the left and numbers to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(cell.rjust(w) for cell, w in zip(line[1:-1], widths[1:-1], strict=True)),
-                line[-1],
-            ]
-        ).rstrip()
-        for line in lines
-    )
+        with atomic.new_file(file) as unfinished:
+            figure.savefig(unfinished, dpi=120)
 
 
 def _short(label: str) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from fedsplit.console import table_text
+
 Figure = float | bool
 
 
@@ -44,9 +46,7 @@ class Report:
         return {"figures": self.figures, "rows": self.rows}
 
     def __str__(self) -> str:
-        width = max(map(len, self.figures), default=0)
-        lines = (f"{name:<{width}}  {_short(value)}" for name, value in self.figures.items())
-        return "\n".join(("", *lines))
+        return "\n" + table_text([(name, _short(value)) for name, value in self.figures.items()])
 
 
 def in_turns(
