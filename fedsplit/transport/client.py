@@ -24,6 +24,7 @@ from fedsplit.spec import WireSpec
 from fedsplit.transport.frames import (
     ALIGNMENT,
     CALLS,
+    FRAME_BYTES,
     SERVICE,
     Body,
     Reader,
@@ -35,9 +36,6 @@ from fedsplit.transport.status import MAX_METADATA_BYTES, TOKEN_KEY, from_rpc_er
 from fedsplit.transport.tls import channel_credentials
 from fedsplit.wire.codec import check_reply, traveling
 from fedsplit.wire.messages import GradientsRequest, R, Request
-
-FRAME_BYTES = 4 << 20
-"""The longest single frame a client takes; longer payloads come as chunks."""
 
 LONG_REPLY_BYTES = 4 << 30
 """The longest payload of gradients, or of keys and values, that a client takes."""

@@ -1,8 +1,6 @@
 """Messages as the frames of `fedsplit.proto`, and back, with one copy of a tensor on each side.
 
-Building a protobuf object around a tensor costs more than sending it. So only the small header
-is serialized, and the payload is appended as the last field's tag, length and bytes: the same
-valid protobuf. Received payloads go to memory that is taken once, after the header was checked.
+Received payloads go to memory that is taken once, after the header was checked.
 """
 
 from collections.abc import Iterator
@@ -11,16 +9,19 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, error_from_code
 from fedsplit.transport import fedsplit_pb2 as pb
+from fedsplit.transport.envelope import read_frame, write_frame
 from fedsplit.wire import messages
 from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor, how_of, traveling
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
 CHUNK_BYTES = 1 << 20
+FRAME_BYTES = 4 << 20
+"""The longest frame that either side receives. A longer payload travels in several frames."""
+
 ALIGNMENT = 8
 SERVICE = "fedsplit.v1.ComputeService"
 
@@ -102,7 +103,7 @@ def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
     header = pb.Header()
     if isinstance(message, FedsplitError):
         _write_error(header.error, message)
-        yield _frame(header, [])
+        yield write_frame(header, [])
         return
     parts: list[memoryview] = []
     name = _BODIES[type(message).__name__]
@@ -111,18 +112,29 @@ def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
     _write_fields(body, message, parts)
     header.payload_bytes = sum(len(part) for part in parts)
     if header.payload_bytes <= chunk_bytes:
-        yield _frame(header, parts)
+        yield write_frame(header, parts)
         return
     offset = 0
     for pieces in _cut(parts, chunk_bytes):
-        yield _frame(header, pieces)
+        yield write_frame(header, pieces)
         offset += sum(len(piece) for piece in pieces)
         header = pb.Header(chunk=pb.Chunk(offset=offset))
 
 
 def to_frame(message: Body) -> bytes:
-    """The one frame of a message in a unary call, however large."""
-    return next(to_frames(message, chunk_bytes=1 << 62))
+    """The one frame of a message in a unary call.
+
+    Raises:
+        BadTensor: A tensor's dtype or shape may not cross the wire.
+        TooLarge: The message does not fit into one frame.
+    """
+    frame = next(to_frames(message, chunk_bytes=FRAME_BYTES))
+    if len(frame) > FRAME_BYTES:
+        raise TooLarge(
+            f"a {type(message).__name__} of more than {FRAME_BYTES} bytes does not fit into one "
+            "frame; ask for it over Exchange"
+        )
+    return frame
 
 
 def _write_error(body: pb.Error, error: FedsplitError) -> None:
@@ -181,23 +193,6 @@ def _cut(parts: list[memoryview], size: int) -> Iterator[list[memoryview]]:
         yield group
 
 
-def _frame(header: pb.Header, payload: list[memoryview]) -> bytes:
-    head = header.SerializeToString()
-    start = b"\x0a" + _varint(len(head)) + head
-    if not payload:
-        return start
-    return b"".join((start, b"\x12", _varint(sum(map(len, payload))), *payload))
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
 # --- reading ---------------------------------------------------------------------------------
 
 
@@ -220,7 +215,7 @@ class Reader:
             BadTensor: The header's tensors and the payload do not agree.
             TooLarge: The payload is longer than `max_bytes`.
         """
-        header, payload = _parse(frame)
+        header, payload = read_frame(frame)
         if header.WhichOneof("body") == "chunk":
             if self._pending is None:
                 raise ProtocolError("a chunk came before the message that it belongs to")
@@ -311,32 +306,6 @@ class _Pending:
 
     def __str__(self) -> str:
         return f"{self._cls.__name__}, of which {self._filled} of {self._total} bytes are there"
-
-
-def _parse(frame: bytes) -> tuple[pb.Header, memoryview]:
-    """Header and payload; by hand if the frame is laid out as ours are, else by protobuf."""
-    view = memoryview(frame)
-    start, end = _span(view, 0, 0x0A)
-    begin, stop = (end, end) if end == len(view) else _span(view, end, 0x12)
-    try:
-        if start and stop == len(view):
-            return pb.Header.FromString(frame[start:end]), view[begin:stop]
-        other = pb.Frame.FromString(frame)
-        return other.header, memoryview(other.payload)
-    except DecodeError as exc:
-        raise ProtocolError(f"{len(frame)} bytes came that are not a frame") from exc
-
-
-def _span(view: memoryview, at: int, tag: int) -> tuple[int, int]:
-    """Where the length-delimited field at `at` begins and ends; (0, 0) if `tag` is not there."""
-    if at >= len(view) or view[at] != tag:
-        return 0, 0
-    length = 0
-    for i, byte in enumerate(view[at + 1 : at + 6]):
-        length |= (byte & 0x7F) << (7 * i)
-        if byte < 0x80:
-            return at + 2 + i, at + 2 + i + length
-    return 0, 0
 
 
 def _read_error(body: pb.Error) -> FedsplitError:

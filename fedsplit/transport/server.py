@@ -14,6 +14,7 @@ from fedsplit.link import Service
 from fedsplit.spec import WireSpec
 from fedsplit.transport.frames import (
     CALLS,
+    FRAME_BYTES,
     SERVICE,
     Body,
     Call,
@@ -39,6 +40,8 @@ OPTIONS = {
     "grpc.http2.ping_timeout_ms": 5000,
     "grpc.http2.max_pings_without_data": 0,
     "grpc.max_metadata_size": MAX_METADATA_BYTES,
+    # Of one frame, not of a message: gRPC holds this number in 32 bits.
+    "grpc.max_receive_message_length": FRAME_BYTES,
     "grpc.so_reuseport": 0,
 }
 HEADER_BYTES = 1 << 20
@@ -63,12 +66,11 @@ class GrpcServer:
         max_bytes = largest_payload(limits, with_bases=bool(wire.history_bytes))
         self._door = _Door(service, max_bytes=max_bytes, max_clients=max_clients)
         workers = 2 * max_clients + 8  # streams whose client went away, and unary calls
-        options = {**OPTIONS, "grpc.max_receive_message_length": self._door.max_bytes}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fedsplit-call")
         self._server = grpc.server(
             self._pool,
             maximum_concurrent_rpcs=workers,
-            options=tuple(options.items()),
+            options=tuple(OPTIONS.items()),
         )
         self._server.add_generic_rpc_handlers((self._door.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -118,7 +120,7 @@ class _Door:
     """What happens to a call between gRPC and the service."""
 
     def __init__(self, service: Service, *, max_bytes: int, max_clients: int) -> None:
-        self.max_bytes = max_bytes
+        self._max_bytes = max_bytes
         self._service = service
         self._streams = Streams(max_clients, service.disconnected)
         self._draining = False
@@ -143,19 +145,19 @@ class _Door:
     def _unary(self, call: Call) -> Callable[[bytes, grpc.ServicerContext], bytes]:
         def answer(frame: bytes, context: grpc.ServicerContext) -> bytes:
             try:
-                message = from_frame(frame, self.max_bytes)
+                message = from_frame(frame, self._max_bytes)
                 if not isinstance(message, call.request):
                     raise ProtocolError(f"{call.method} takes a {call.request.__name__}")
                 with self._working():
                     reply = self._answer(message, context)
+                return to_frame(reply)
             except FedsplitError as error:
                 abort(context, error)
-            return to_frame(reply)
 
         return answer
 
     def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        stream, reader = object(), Reader(self.max_bytes)
+        stream, reader = object(), Reader(self._max_bytes)
         try:
             self._service.check_token(_token_of(context))
             self._streams.enter(stream)

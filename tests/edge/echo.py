@@ -23,7 +23,8 @@ TOKEN = "a-token"
 class EchoService:
     """Echoes tensors. `refusal` is raised if set, and every reply waits while `gate` is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: m.Limits = LIMITS) -> None:
+        self.limits = limits
         self.refusal: Exception | None = None
         self.gate = threading.Event()
         self.gate.set()
@@ -38,7 +39,7 @@ class EchoService:
 
     def handle(self, request: Any, token: str) -> Any:
         self.check_token(token)
-        check_request(request, LIMITS)
+        check_request(request, self.limits)
         if self.refusal:
             raise self.refusal
         self.handled.append(request)
@@ -59,7 +60,11 @@ class EchoService:
 
     def OpenRequest(self, request: m.OpenRequest) -> m.OpenReply:
         return m.OpenReply(
-            session=request.client, incarnation="i1", version=3, limits=LIMITS, autocast="float16"
+            session=request.client,
+            incarnation="i1",
+            version=3,
+            limits=self.limits,
+            autocast="float16",
         )
 
     def ForwardRequest(self, request: m.ForwardRequest) -> m.ForwardReply:
@@ -85,7 +90,7 @@ class EchoService:
 
     def ServiceInfoRequest(self, request: m.ServiceInfoRequest) -> m.ServiceInfoReply:
         told = dict(incarnation="i1", model="f", family="echo", blocks="1-2", version=3)
-        return m.ServiceInfoReply(protocol=1, sessions=0, limits=LIMITS, served=(), **told)
+        return m.ServiceInfoReply(protocol=1, sessions=0, limits=self.limits, served=(), **told)
 
 
 @contextmanager
@@ -93,7 +98,8 @@ def serving(
     service: EchoService, wire: WireSpec | None = None, max_clients: int = 4
 ) -> Iterator[str]:
     """The address of a server of `service`, which is stopped at the end."""
-    server = GrpcServer(service, wire=wire or WireSpec(), limits=LIMITS, max_clients=max_clients)
+    wire = wire or WireSpec()
+    server = GrpcServer(service, wire=wire, limits=service.limits, max_clients=max_clients)
     address = server.start()
     try:
         yield address

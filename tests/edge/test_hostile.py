@@ -12,7 +12,7 @@ import torch
 
 from fedsplit.errors import FedsplitError, Internal, Overloaded, StaleVersion, TooLarge
 from fedsplit.transport import fedsplit_pb2 as pb
-from fedsplit.transport.frames import SERVICE, from_frame, to_frame, to_frames
+from fedsplit.transport.frames import FRAME_BYTES, SERVICE, Reader, to_frame, to_frames
 from fedsplit.transport.server import largest_payload
 from fedsplit.transport.status import TOKEN_KEY, from_rpc_error
 from fedsplit.wire import messages as m
@@ -188,8 +188,8 @@ def test_chunks_that_do_not_fit(frames: list[bytes], text: str, address: str) ->
     assert text in str(stream(address, frames))
 
 
-def test_a_message_longer_than_the_largest_legal_one_is_refused(address: str) -> None:
-    error = unary(address, bytes(largest_payload(LIMITS) + 1))
+def test_a_frame_longer_than_the_longest_legal_one_is_refused(address: str) -> None:
+    error = unary(address, bytes(FRAME_BYTES + 1))
     assert error.code == "TOO_LARGE"
     assert "larger than" in str(error)
 
@@ -307,7 +307,8 @@ def test_the_largest_forward_with_all_that_it_goes_by_is_taken() -> None:
         bases_B=ones_BT[:, 0],
         references=(rows_BTD.bfloat16(), rows_BTD.bfloat16()),
     )
-    frame = to_frame(request)
-    assert from_frame(frame, largest_payload(limits, with_bases=True))
+    first, *others = to_frames(request)
+    reader = Reader(largest_payload(limits, with_bases=True))
+    assert [reader.feed(frame) is None for frame in (first, *others)][-2:] == [True, False]
     with pytest.raises(TooLarge):
-        from_frame(frame, largest_payload(limits))
+        Reader(largest_payload(limits)).feed(first)
