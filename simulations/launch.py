@@ -34,6 +34,7 @@ def run_flwr(
     log_path: Path,
     workers: int = 0,
     start_timeout_s: float = 120.0,
+    commands: Path = Path(sys.executable).parent,
     on_output: Callable[[str], None] = print,
 ) -> None:
     """Run the app in `app_dir` to its end, simulated, as `flwr run` does.
@@ -49,6 +50,7 @@ def run_flwr(
         log_path: File that takes the SuperLink's own log.
         workers: How many clients work at once, however few cores there are; 0: all of them.
         start_timeout_s: Seconds for the SuperLink to come up, and for the run to start.
+        commands: Folder of Flower's commands; one that is not there is looked for in PATH.
         on_output: Called with each line that the run prints, without its newline.
 
     Raises:
@@ -65,7 +67,7 @@ def run_flwr(
     # Ray puts Unix sockets below: their paths have at most 103 bytes, and $TMPDIR may be long.
     with TemporaryDirectory(prefix="fedsplit-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
-        env = _environment(home)
+        env = _environment(home, commands)
         config_path = home / "run.toml"
         config_path.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
         command = ["flwr", "run", str(app_dir.resolve()), "--run-config", str(config_path)]
@@ -76,12 +78,12 @@ def run_flwr(
     _judge(status, start_timeout_s, tail, log_path)
 
 
-def _environment(home: Path) -> dict[str, str]:
-    """What Flower's and Ray's processes find in their environment; `home` holds all they write."""
+def _environment(home: Path, commands: Path) -> dict[str, str]:
+    """Return the environment of Flower's and Ray's processes; `home` holds all they write."""
     (home / "start").mkdir()
     return {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PATH": f"{commands}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
         "FLWR_HOME": str(home),

@@ -101,8 +101,8 @@ class Difference:
         return f"parity: {told.removeprefix('family=')}"
 
 
-def compare(asked: Parity) -> Difference:
-    """Train both and compare."""
+def compare(asked: Parity, remote: type[RemoteTrunk] = RemoteTrunk) -> Difference:
+    """Train both and compare; `remote` leads the client's model to its trunk."""
     run = _run(asked)
     config = _config(asked)
     parts = initial_parts(config, run.split, run.seed)
@@ -114,7 +114,7 @@ def compare(asked: Parity) -> Difference:
     groups = list(_groups(asked, config))
     unsplit = _train_unsplit(whole, run, groups)
     with TrunkService(parts.trunk, run) as service, _link(asked, service, run) as link:
-        trunk = RemoteTrunk(link, parts.client, run, client="alice")
+        trunk = remote(link, parts.client, run, client="alice")
         connect(parts.client, trunk)
         trainer = ClientTrainer(parts.client, trunk, run)
         with trunk.session():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from fedsplit.model import initial_parts
@@ -114,24 +115,16 @@ def test_steps_are_those_of_the_plain_optimizer(tiny_llama):
         assert torch.equal(ours, theirs)
 
 
-def test_a_model_that_is_built_in_another_thread_does_not_get_at_the_leaves(
-    tiny_llama, monkeypatch
-):
-    register = nn.Module.register_parameter
-
-    def on_another_device(module, name, parameter):  # as libraries do while they build a model
-        register(module, name, parameter)
-        module._parameters[name] = nn.Parameter(torch.empty_like(parameter))
-
+def test_a_model_that_is_built_in_another_thread_does_not_get_at_the_leaves(tiny_llama):
     trunk = trunk_of(tiny_llama())
     versions = ParameterVersions(trunk, names_of(trunk), SGD)
-    monkeypatch.setattr(nn.Module, "register_parameter", on_another_device)
-    versions.pin(0)
-    versions.step({n: torch.ones_like(p) for n, p in versions.leaves(0).items()}, step=0)
-    for version in (0, 1):
-        with versions.installed(version):
-            held = dict(trunk.named_parameters())
-            assert all(held[k] is leaf for k, leaf in versions.leaves(version).items())
+    with init_empty_weights():  # it replaces parameters of all modules of this process
+        versions.pin(0)
+        versions.step({n: torch.ones_like(p) for n, p in versions.leaves(0).items()}, step=0)
+        for version in (0, 1):
+            with versions.installed(version):
+                held = dict(trunk.named_parameters())
+                assert all(held[k] is leaf for k, leaf in versions.leaves(version).items())
 
 
 def test_only_the_trained_parameters_change(tiny_llama):

@@ -156,27 +156,23 @@ def test_an_app_that_flower_refuses_is_an_error(app: Path, mark: str) -> None:
     assert left_behind(mark, []) == []
 
 
-def test_a_run_that_does_not_start_is_an_error(
-    app: Path, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_does_not_start_is_an_error(app: Path, mark: str, tmp_path: Path) -> None:
     real, fake = Path(sys.executable).parent, tmp_path / "bin"
     fake.mkdir()
     for command in ("flwr", "flower-superlink", "flower-superexec"):
         (fake / command).symlink_to(real / command)
     (fake / "flwr-simulation").write_text("#!/bin/sh\nsleep 600\n")
     (fake / "flwr-simulation").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(fake / "python"))
     with pytest.raises(DeadlineExceeded, match="launch.start_timeout_s"):
-        run(app, [], start_timeout_s=6.0)
+        run(app, [], start_timeout_s=6.0, commands=fake)
     assert left_behind(mark, []) == []
 
 
 def test_without_flower_the_error_says_what_to_install(
     app: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", str(app / "python"))
     monkeypatch.setenv("PATH", str(app))
     with pytest.raises(
         ConfigError, match=r"needs the command flower-superlink.*flwr\[simulation\]"
     ):
-        run(app, [])
+        run(app, [], commands=app)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedsplit.client.remote import RemoteTrunk
 from fedsplit.errors import ConfigError
 from simulations.parity import Parity, compare
 
@@ -45,11 +46,15 @@ def test_every_optimizer(optimizer: str, link: str) -> None:
     assert difference(optimizer=optimizer, link=link, steps=3, seed=7) == (0.0, 0.0)
 
 
-def test_a_difference_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the trunk's norm is left out, clipping differs; the comparison says so."""
-    monkeypatch.setattr("fedsplit.client.remote.RemoteTrunk.trunk_sq_norm", 0.0)
-    loss_diff, weight_diff = difference(steps=3, clip_norm=0.01, optimizer="sgd")
-    assert loss_diff > 0.0 and weight_diff > 0.0
+class NormOfTheClientOnly(RemoteTrunk):
+    """Leaves the trunk's gradient out of the norm that the client clips by."""
+
+    trunk_sq_norm = 0.0
+
+
+def test_a_difference_would_be_seen() -> None:
+    found = compare(Parity(steps=3, clip_norm=0.01, optimizer="sgd"), NormOfTheClientOnly)
+    assert found.max_loss_diff > 0.0 and found.max_weight_diff > 0.0
 
 
 @pytest.mark.parametrize(
