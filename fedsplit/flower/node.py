@@ -1,5 +1,6 @@
 """A client's machine: which client it is, and its share of the data."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,7 +25,7 @@ from fedsplit.data import (
     training_batches,
 )
 from fedsplit.errors import ConfigError
-from fedsplit.spec import RunSpec
+from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,39 +125,81 @@ class Share:
         return chain.from_iterable(evaluation_batches(own, size) for own in self.held_out)
 
 
-@lru_cache(maxsize=64)
 def texts_of(run: RunSpec, node: Node) -> tuple[tuple[Corpus, ...], tuple[Corpus, ...]]:
     """A node's documents to train on and its held-out ones; read once, for all rounds."""
-    if node.data_path:
-        kind = "text" if run.data.kind == "embedded" else run.data.kind
-        own = load_corpus(replace(run.data, kind=kind, path=node.data_path), run.task)
-        training, held_out = hold_out(own, run.data.held_out, run.seed)
-        return (training,), (held_out,)
-    whole, rest = hold_out(load_corpus(run.data, run.task), run.data.held_out, run.seed)
-    dealt = shard(whole, run.sharding, run.clients, run.seed)
-    dealt_rest = shard_held_out(rest, run.sharding, run.clients, run.seed)
+    with _making:
+        if node.data_path:
+            kind = "text" if run.data.kind == "embedded" else run.data.kind
+            own = replace(run.data, kind=kind, path=node.data_path)
+            training, held_out = own_corpora(own, run.task, run.seed)
+            return (training,), (held_out,)
+        dealt, dealt_rest = partitions_of(run.data, run.task, run.sharding, run.clients, run.seed)
     if run.baseline == "central":
         return dealt, dealt_rest
     return (dealt[node.partition],), (dealt_rest[node.partition],)
 
 
-@lru_cache(maxsize=64)
 def share_of(run: RunSpec, node: Node, preparation: Preparation) -> Share:
     """A node's data as examples; made once, for all rounds."""
-    training, held_out = texts_of(run, node)
-    tokenizer = tokenizer_of(run, preparation)
+    prepared = _prepared_of(run, preparation)
+    if node not in prepared.shares:
+        training, held_out = (
+            tuple(examples(c, run.data, prepared.tokenizer, preparation.labels) for c in corpora)
+            for corpora in texts_of(run, node)
+        )
+        prepared.shares[node] = Share(run=run, training=training, held_out=held_out)
+    return prepared.shares[node]
 
-    def made(corpora: tuple[Corpus, ...]) -> tuple[Examples, ...]:
-        return tuple(examples(c, run.data, tokenizer, preparation.labels) for c in corpora)
 
-    return Share(run=run, training=made(training), held_out=made(held_out))
-
-
-@lru_cache(maxsize=4)
 def tokenizer_of(run: RunSpec, preparation: Preparation) -> TokenizersBackend | None:
     """The run's tokenizer; none for images."""
+    return _prepared_of(run, preparation).tokenizer
+
+
+# --- kept from message to message -------------------------------------------------------------
+#
+# One run at a time: a process that simulates all clients keeps one corpus and its examples, however
+# many clients there are, and nothing of the run before.
+
+_making = threading.Lock()
+"""Held while a cache is asked: clients that begin at once must not all make the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Prepared:
+    """The tokenizer of a run, and the examples of the nodes in this process."""
+
+    tokenizer: TokenizersBackend | None
+    shares: dict[Node, Share]
+
+
+@lru_cache(maxsize=1)
+def partitions_of(
+    data: DataSpec, task: str, sharding: ShardingSpec, clients: int, seed: int
+) -> tuple[tuple[Corpus, ...], tuple[Corpus, ...]]:
+    """The shards of all clients to train on, and those that are held out."""
+    whole, rest = hold_out(load_corpus(data, task), data.held_out, seed)
+    held_out = shard_held_out(rest, sharding, clients, seed)
+    return shard(whole, sharding, clients, seed), held_out
+
+
+@lru_cache(maxsize=1)
+def own_corpora(data: DataSpec, task: str, seed: int) -> tuple[Corpus, Corpus]:
+    """A client's own corpus: what to train on, and what is held out."""
+    return hold_out(load_corpus(data, task), data.held_out, seed)
+
+
+def _prepared_of(run: RunSpec, preparation: Preparation) -> _Prepared:
+    with _making:
+        return _prepare(run, preparation)
+
+
+@lru_cache(maxsize=1)
+def _prepare(run: RunSpec, preparation: Preparation) -> _Prepared:
     if run.task == "image_classification":
-        return None
+        return _Prepared(tokenizer=None, shares={})
     if run.model.pretrained:
-        return load_tokenizer(run.model.pretrained, run.model.revision)
-    return tokenizer_from_json(preparation.tokenizer)
+        tokenizer = load_tokenizer(run.model.pretrained, run.model.revision)
+    else:
+        tokenizer = tokenizer_from_json(preparation.tokenizer)
+    return _Prepared(tokenizer=tokenizer, shares={})
