@@ -17,6 +17,9 @@ CODECS = {
 }
 """The codecs of the wire by name, with what may stand after a colon."""
 
+MAX_SECONDS = 100_000_000
+"""The longest time that a setting may name: three years."""
+
 _NUMBERS = {
     "FRACTION": ("which fraction of the values is sent", 1.0, "0.1"),
     "STEP": ("how long a step is in root mean squares of a row", 4.0, "0.5"),
@@ -42,6 +45,13 @@ def positive(name: str, value: float) -> None:
     """Refuse a number that is not above zero."""
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(f"{name}={value} must be greater than 0")
+
+
+def duration(name: str, value: float) -> None:
+    """Refuse a time in seconds that is not above zero, or that no thread can wait for."""
+    positive(name, value)
+    if value > MAX_SECONDS:  # beyond, threads raise OverflowError and gRPC's deadlines wrap around
+        raise ConfigError(f"{name}={value} is too large; it must be at most {MAX_SECONDS} seconds")
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import at_least, one_of, parsed_codec, positive
+from fedsplit.spec.checks import at_least, duration, one_of, parsed_codec, positive
 from fedsplit.spec.data import DataSpec, ShardingSpec
 from fedsplit.spec.federation import HalvesSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
@@ -62,8 +62,9 @@ class WireSpec:
                 f"wire.history_bytes is for what is compressed, but wire.up={self.up} and "
                 f"wire.down={self.down}; set both, or wire.history_bytes=0"
             )
-        for name in ("call_deadline_s", "budget_s", "stash_ttl_s", "stash_bytes"):
-            positive(f"wire.{name}", getattr(self, name))
+        for name in ("call_deadline_s", "budget_s", "stash_ttl_s"):
+            duration(f"wire.{name}", getattr(self, name))
+        positive("wire.stash_bytes", self.stash_bytes)
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("wire.tls_cert and wire.tls_key go together; set both or neither")
         if not (self.is_local or self.tls_cert or self.insecure):
@@ -104,7 +105,7 @@ class LaunchSpec:
     def __post_init__(self) -> None:
         one_of("launch", self.kind, ("inline", "flwr"))
         at_least("launch.workers", self.workers, 0)
-        positive("launch.start_timeout_s", self.start_timeout_s)
+        duration("launch.start_timeout_s", self.start_timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import torch
 
 from fedsplit.errors import TooLarge
 from fedsplit.spec import WireSpec
+from fedsplit.spec.checks import MAX_SECONDS
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.frames import FRAME_BYTES, SERVICE, Reader, from_frame, to_frame, to_frames
 from fedsplit.transport.server import largest_payload
@@ -88,6 +89,12 @@ def test_a_payload_beyond_2_to_the_31_is_announced_and_checked() -> None:
     assert Reader(num_bytes).feed(first) is None
     with pytest.raises(TooLarge, match=f"carries {num_bytes} bytes; at most {num_bytes - 1} are"):
         Reader(num_bytes - 1).feed(first)
+
+
+def test_the_longest_deadline_is_one_that_a_link_can_wait_for(address: str) -> None:
+    with linked(address, deadline_s=MAX_SECONDS) as link:
+        assert link.exchange(INFO).limits == GPU_SIZED
+        assert link.exchange(hidden(1)).version == 0
 
 
 def test_counts_beyond_2_to_the_53_arrive_exactly() -> None:
