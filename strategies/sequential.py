@@ -1,10 +1,10 @@
-"""Sequential split learning: the clients train one after the other and hand the halves on.
+"""Sequential split learning: one client trains at a time, and the next one gets its weights.
 
 Gupta and Raskar 2018, "Distributed learning of deep neural network over multiple agents", Journal
 of Network and Computer Applications 116, arXiv 1810.06060, algorithm 2: the server's part trains
-with one client at a time, and the next one begins with the weights that the last one left. Here a
-turn is a round's work of a client, and the order is drawn anew for each round, from the run's seed.
-Each client keeps the moments of its own optimizer; weights alone are handed on.
+with one client at a time, and the next client starts from the weights of the one before. Here a
+client trains for all its steps of a round, and the order of the clients is drawn for each round
+from the run's seed. Each client keeps the moments of its own optimizer; only weights are passed on.
 """
 
 from typing import ClassVar
@@ -17,16 +17,16 @@ from fedsplit.flower.strategy import SplitStrategy
 
 
 class Sequential(SplitStrategy):
-    """The base, with one client at work at a time."""
+    """`SplitStrategy` with one client training at a time."""
 
     policies: ClassVar = ("sync",)
     averages_clients: ClassVar = False
 
     def check(self) -> None:
-        """Clients take turns, so nothing may need two of them at a time.
+        """Raise an error for a setting that needs several clients at a time.
 
         Raises:
-            ConfigError: It does.
+            ConfigError: `train.clients_per_pass` is above one.
         """
         super().check()
         if self.run.train.clients_per_pass > 1:
@@ -37,7 +37,7 @@ class Sequential(SplitStrategy):
             )
 
     def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
-        """One client after the other, in the order in which the wrapped strategy drew them."""
+        """Train one client after the other, in the order in which the wrapped strategy drew them."""
         for message in self.configure_train(number, arrays, config, self.grid):
             message.content = RecordDict({**message.content, ARRAYS: arrays})
             arrays = self.coordinator.work(number, [message], arrays, self.drain_of(number))

@@ -3,8 +3,8 @@
 Thapa, Mahawaga Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
 Learning", AAAI 36(8), arXiv 2004.12088, section 3 and algorithm 1 (SFLV1): the server trains a
 copy of its part for each client, all in parallel, and averages the copies, weighted by the
-clients' data, when the client sides are averaged. The weights here are tokens. Copies wait for
-nobody within a round, so one that is slow holds up the end of the round only.
+clients' data, when the client sides are averaged. The weights here are tokens. Within a round no
+copy waits for another one, so a slow client delays only the end of the round.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from fedsplit.flower.strategy.round_policy import Share
 
 
 class SplitFedV1(SplitStrategy):
-    """The base, with replicas of the trunk that are averaged like the halves."""
+    """`SplitStrategy` with a replica of the trunk for each client."""
 
     policies: ClassVar = ("sync",)
     replicas: ClassVar = True
 
     def check(self) -> None:
-        """The trunk has to train, and rounds have to end together.
+        """Raise an error unless the trunk trains, each replica by itself.
 
         Raises:
-            ConfigError: They do not.
+            ConfigError: `train.mode` or `train.clients_per_pass` does not fit.
         """
         super().check()
         if self.run.train.mode != "joint":
@@ -41,5 +41,5 @@ class SplitFedV1(SplitStrategy):
             )
 
     def after_merge(self, shares: Sequence[Share]) -> None:
-        """Average the trunks with the weights of the halves."""
+        """Average the replicas with the weights of their clients."""
         self.host.service.average({share.work.client: share.weight for share in shares})

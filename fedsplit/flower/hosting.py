@@ -1,4 +1,4 @@
-"""The trunk as a server next to Flower: service and gRPC server, started and stopped as one."""
+"""The trunk's server next to Flower: starts and stops the service and the gRPC server together."""
 
 from contextlib import ExitStack
 
@@ -9,7 +9,7 @@ from fedsplit.trunk.service import TrunkService
 
 
 class TrunkHost:
-    """Serves a trunk to the clients of a run; a context that is left in good order.
+    """Serves a trunk to the clients of a run while its context is entered.
 
     Args:
         trunk: The trunk part; it trains while the host is entered.

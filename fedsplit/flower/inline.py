@@ -39,19 +39,19 @@ def run_inline(
     """Run both apps to the end of the server app, in this process.
 
     Every client has a `Context` of its own that lasts for the run, with `partition-id` and
-    `num-partitions` in its `node_config` as in a Flower simulation. Returns when all threads
-    are gone, also after an exception; only an interrupt does not wait for clients.
+    `num-partitions` in its `node_config` as in a Flower simulation. The function returns when all
+    threads have ended, also after an exception; only an interrupt does not wait for clients.
 
     Args:
         server_app: Called once, in the calling thread; its exceptions reach the caller.
         client_app: Called once for each message, in a worker thread; an exception becomes a
             reply that carries an error, as everywhere in Flower.
-        num_clients: Number of nodes the server app finds on its grid.
-        run_config: What both apps find in `context.run_config`.
+        num_clients: The number of nodes on the server app's grid.
+        run_config: The `context.run_config` of both apps.
         workers: How many clients work at once; 0 stands for all of them.
 
     Raises:
-        ConfigError: There is no client, or fewer than no workers.
+        ConfigError: `num_clients` is below one, or `workers` is negative.
     """
     if num_clients < 1 or workers < 0:
         raise ConfigError(
@@ -70,10 +70,10 @@ def run_inline(
 
 
 def _identify_this_process() -> None:
-    """Give Flower the sender that `Message(...)` puts down; it has one for the whole process.
+    """Set the sender that Flower writes into a `Message(...)`; a process has one.
 
-    The same values for every inline run, so that runs at once do not disturb each other; the
-    grid stamps its own run's id on each message.
+    All inline runs set the same values, so that concurrent runs do not disturb each other. The
+    grid writes its own run's id into each message.
     """
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = 0
@@ -110,7 +110,7 @@ def _nodes(
 
 
 class _Node:
-    """One client: its app, and what it remembers between messages."""
+    """One client: its app, and its state between messages."""
 
     def __init__(self, client_app: ClientApp, context: Context) -> None:
         self._client_app = client_app
@@ -118,13 +118,13 @@ class _Node:
         self._one_message = Lock()
 
     def answer(self, message: Message) -> Message:
-        """Run the app on a message; what a failed call did to the context is forgotten."""
+        """Run the app on a message; a failed call leaves the context unchanged."""
         with self._one_message:
             context = deepcopy(self._context)
             try:
                 reply = deepcopy(self._client_app(message, context))
             except Exception as exc:  # the door to foreign code: Flower replies with an error
-                if not isinstance(exc, FedsplitError):  # else its line in the reply says it all
+                if not isinstance(exc, FedsplitError):  # its reply says enough
                     log.exception("ClientApp of node %d failed", context.node_id)
                 return _refusal(
                     message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(exc).__name__}: {exc}"
@@ -153,12 +153,12 @@ class InlineGrid(Grid):
         self._replies: dict[str, Future[Message]] = {}
 
     def set_run(self, run: Run) -> None:
-        """Take over what Flower knows about the run."""
+        """Set the run."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """What Flower knows about the run; here hardly more than its id."""
+        """The run; only its id is set here."""
         return self._run
 
     def create_message(
@@ -173,24 +173,24 @@ class InlineGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """The ids of all nodes, ordered by partition."""
+        """Return the ids of all nodes, ordered by partition."""
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand each message to its node and return the ids to pull the replies with."""
+        """Send each message to its node, and return the ids to pull the replies with."""
         return [self._push(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to these messages that are there by now, each of them once."""
+        """Return the replies to these messages that have arrived; each reply is returned once."""
         done = [i for i in message_ids if i in self._replies and self._replies[i].done()]
         return [self._replies.pop(i).result() for i in done]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Push messages and pull the replies that come within `timeout` seconds (None: all).
+        """Push messages, and return the replies that arrive within `timeout` seconds (None: all).
 
-        Replies are in the order of their messages. A late one can be pulled later.
+        Replies are in the order of their messages. A late reply can be pulled later.
         """
         message_ids = self.push_messages(messages)
         wait([self._replies[i] for i in message_ids], timeout)
