@@ -37,7 +37,7 @@ class Sequential(SplitStrategy):
             )
 
     def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
-        """Train one client after the other, in the order in which the wrapped strategy drew them."""
+        """Train one client after the other, in the order that the wrapped strategy drew."""
         for message in self.configure_train(number, arrays, config, self.grid):
             message.content = RecordDict({**message.content, ARRAYS: arrays})
             arrays = self.coordinator.work(number, [message], arrays, self.drain_of(number))
