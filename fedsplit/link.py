@@ -6,7 +6,7 @@ works over any other link.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -17,6 +17,15 @@ from fedsplit.wire.messages import R, Request
 
 class Service(Protocol):
     """The trunk's side of every link."""
+
+    @property
+    def trunks(self) -> "Mapping[str, Future[None]]":
+        """The trunks here, by name, each with the future of its end.
+
+        The future has a result once the trunk was stopped. A trunk that failed, and so can serve
+        nothing more, leaves the exception that it failed with.
+        """
+        ...
 
     def check_token(self, token: str) -> None:
         """Let the holder of `token` in, before anything is read from it.

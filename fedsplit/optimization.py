@@ -21,7 +21,12 @@ log = logging.getLogger(__name__)
 
 def squared_norm(tensors: Iterable[Tensor]) -> float:
     """Sum of squares of all entries of all tensors."""
-    return math.fsum(torch.linalg.vector_norm(t.detach()).item() ** 2 for t in tensors)
+    norms = [torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]
+    if not norms:
+        return 0.0
+    # One transfer for all norms: `.item()` on each would wait for the GPU once per tensor.
+    together = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
+    return math.fsum(norm**2 for norm in together.tolist())
 
 
 def unscale(gradients: Iterable[Tensor], loss_scale: float) -> None:

@@ -1,10 +1,11 @@
-"""A trunk server without Flower, and how a client reaches one: named models, adapters, runs."""
+"""A trunk server without Flower, and how a client reaches one: named models and adapters."""
 
 import re
 import secrets
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from fedsplit.client.remote import RemoteTrunk
-from fedsplit.config import from_yaml
-from fedsplit.errors import ConfigError, DataError, ModelMismatch
+from fedsplit.errors import ConfigError, ModelMismatch
 from fedsplit.model import ClientPart, TrunkPart, connect
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.describe import client_of, trunk_of
@@ -23,7 +23,7 @@ from fedsplit.model.source import Source
 from fedsplit.spec import RunSpec, SplitSpec, WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
-from fedsplit.trunk.hub import TrunkHub
+from fedsplit.trunk.router import TrunkRouter
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire.messages import ServiceInfoRequest
 
@@ -91,69 +91,6 @@ def plain_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "-", Path(model).resolve().name)[:64] or "model"
 
 
-# --- a run's folder ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedRun:
-    """What a finished run left, to be served."""
-
-    path: Path
-    run: RunSpec
-
-    @staticmethod
-    def of(path: str | Path) -> "FinishedRun":
-        """Read a run's folder.
-
-        Raises:
-            DataError: It is none, or the run is not over.
-        """
-        folder = Path(path)
-        config = folder / "config.yaml"
-        if not config.is_file():
-            raise DataError(
-                f"{folder} is not a run's folder: it has no config.yaml; give one that a run left, "
-                "such as runs/default"
-            )
-        if not (folder / "model").is_dir():
-            raise DataError(f"{folder} has no model yet; serve it when the run is over")
-        return FinishedRun(path=folder, run=from_yaml(config.read_text(encoding="utf-8")))
-
-    @property
-    def model(self) -> str:
-        """The directory of the joined model."""
-        return str(self.path / "model")
-
-    @property
-    def address(self) -> str:
-        """Where it is served now.
-
-        Raises:
-            DataError: Nobody serves it.
-        """
-        try:
-            return self._address_file.read_text(encoding="utf-8").strip()
-        except FileNotFoundError as exc:
-            raise DataError(
-                f"nobody serves {self.path}; start `fedsplit serve {self.path}`, or say --trunk "
-                "where its trunk is"
-            ) from exc
-
-    @contextmanager
-    def announced(self, address: str) -> Iterator[None]:
-        """A block during which whoever has the folder finds the address."""
-        self._address_file.write_text(f"{address}\n", encoding="utf-8")
-        try:
-            yield
-        finally:
-            with suppress(FileNotFoundError):
-                self._address_file.unlink()
-
-    @property
-    def _address_file(self) -> Path:
-        return self.path / "trunk.address"
-
-
 # --- the server -------------------------------------------------------------------------------
 
 
@@ -165,6 +102,7 @@ def hosted(
     *,
     token: str = "",
     device: str = "cpu",
+    on_failure: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """Serve trunks for generation and training while the block lasts; gives the address.
 
@@ -177,6 +115,7 @@ def hosted(
         wire: Where to listen, and TLS.
         token: What clients have to present; may be empty where only this machine can connect.
         device: Of the trunks, as torch names it; several, `cuda:0,cuda:1`, or `auto` for all GPUs.
+        on_failure: Called once every trunk has failed, so that the server can serve nothing more.
 
     Raises:
         ConfigError: Other machines could connect without a token, or the address is taken.
@@ -190,11 +129,19 @@ def hosted(
     services = {
         each.name: TrunkService(trunk, run) for each, trunk in trunks_of(served, run, device)
     }
-    hub = TrunkHub(services, token=token)
+    router = TrunkRouter(services, token=token)
     clients = max(_MAX_CLIENTS, 2 * run.clients)
-    server = GrpcServer(hub, wire=wire, limits=hub.limits, max_clients=clients)
+    server = GrpcServer(router, wire=wire, limits=router.limits, max_clients=clients)
+
+    def note(_: "Future[None]") -> None:
+        trunks = router.trunks.values()
+        if all(ended.done() and ended.exception() for ended in trunks):
+            on_failure()
+
+    for ended in router.trunks.values():
+        ended.add_done_callback(note)
     with ExitStack() as opened:
-        opened.enter_context(hub)
+        opened.enter_context(router)
         opened.callback(server.stop)
         bound = server.start()
         yield wire.advertise or bound

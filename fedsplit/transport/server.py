@@ -3,8 +3,9 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -51,6 +52,8 @@ HEADER_BYTES = 1 << 20
 class GrpcServer:
     """Serves one trunk service over gRPC, next to the standard health service.
 
+    The health service reports on the server, and on every trunk of it under the trunk's name.
+
     Args:
         service: The trunk.
         wire: Where to listen, and TLS.
@@ -62,6 +65,7 @@ class GrpcServer:
         self, service: Service, *, wire: WireSpec, limits: Limits, max_clients: int
     ) -> None:
         self._wire = wire
+        self._trunks = service.trunks
         self._health = health.HealthServicer()
         max_bytes = largest_payload(limits, with_bases=bool(wire.history_bytes))
         self._door = _Door(service, max_bytes=max_bytes, max_clients=max_clients)
@@ -90,9 +94,19 @@ class GrpcServer:
         except RuntimeError as exc:
             raise ConfigError(f"wire.bind={bind} cannot be listened on: {exc}") from exc
         self._server.start()
-        for name in ("", SERVICE):
+        for name in {"", SERVICE, *self._trunks}:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        for name, ended in self._trunks.items():
+            ended.add_done_callback(partial(self._trunk_ended, name))
         return bind if bind.startswith("unix:") else f"{bind.rpartition(':')[0]}:{port}"
+
+    def _trunk_ended(self, name: str, ended: "Future[None]") -> None:
+        """Report a trunk that failed as not serving, and the server once none of them serves."""
+        if ended.exception() is None:
+            return
+        others = [other for other in self._trunks.values() if not other.done()]
+        for service in {name} if others else {"", SERVICE, name}:
+            self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def stop(self, grace_s: float = 5.0) -> None:
         """Refuse new work, wait up to `grace_s` seconds for what is in work, and hang up."""

@@ -82,7 +82,7 @@ Decision = Wait | Refuse | Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class Contribution:
     """A contribution that waits for its barrier; `discount` is for its age."""
 
     client: str
@@ -95,21 +95,21 @@ class Barrier:
     """The state of the aggregator.
 
     `version` barriers have closed before this one. `present` clients are at work, `expected` ones
-    have yet to join, and there is room for `room` of both at a time. `given` is what was
-    contributed so far, and `deadline` when waiting ends (seconds).
+    have yet to join, and there is room for `room` of both at a time. `contributions` are those
+    so far, and `deadline` when waiting ends (seconds).
     """
 
     version: int = 0
     present: frozenset[str] = frozenset()
     expected: frozenset[str] = frozenset()
     room: int = 0
-    given: tuple[Given, ...] = ()
+    contributions: tuple[Contribution, ...] = ()
     deadline: float = math.inf
 
     @property
-    def givers(self) -> frozenset[str]:
+    def contributors(self) -> frozenset[str]:
         """Who has contributed, and so waits for the end of this barrier."""
-        return frozenset(given.client for given in self.given)
+        return frozenset(each.client for each in self.contributions)
 
     @property
     def about_to_join(self) -> int:
@@ -119,7 +119,7 @@ class Barrier:
     @property
     def num_awaited(self) -> int:
         """Of how many clients this barrier is: contributed, at work, or about to join."""
-        return len(self.present | self.givers) + self.about_to_join
+        return len(self.present | self.contributors) + self.about_to_join
 
 
 def oldest(policy: PolicySpec) -> int:
@@ -158,12 +158,14 @@ def advance(
             state = replace(state, present=state.present - gone, expected=state.expected - gone)
         case Contributed(client=client, version=version, num_tokens=num_tokens):
             staleness = state.version - version
-            if client in state.givers or staleness > oldest(policy):
+            if client in state.contributors or staleness > oldest(policy):
                 return state, Refuse(current=state.version)
             discount = policy.discount_of(staleness)
-            given = Given(client=client, num_tokens=num_tokens, discount=discount)
+            given = Contribution(client=client, num_tokens=num_tokens, discount=discount)
             deadline = min(state.deadline, now + policy.deadline_s)
-            state = replace(_with(state, client), given=(*state.given, given), deadline=deadline)
+            state = replace(
+                _with(state, client), contributions=(*state.contributions, given), deadline=deadline
+            )
     return _close_if_due(state, now, policy)
 
 
@@ -173,17 +175,17 @@ def _with(state: Barrier, client: str) -> Barrier:
 
 
 def _close_if_due(state: Barrier, now: float, policy: PolicySpec) -> tuple[Barrier, Decision]:
-    enough = len(state.given) >= policy.quorum_of(state.num_awaited)
-    if not state.given or not (enough or now >= state.deadline):
+    enough = len(state.contributions) >= policy.quorum_of(state.num_awaited)
+    if not state.contributions or not (enough or now >= state.deadline):
         return state, Wait()
-    following = replace(state, version=state.version + 1, given=(), deadline=math.inf)
+    following = replace(state, version=state.version + 1, contributions=(), deadline=math.inf)
     if not enough:
-        present = state.present & state.givers
+        present = state.present & state.contributors
         following = replace(following, present=present, expected=frozenset())
-    return following, _step(state.given, policy)
+    return following, _step(state.contributions, policy)
 
 
-def _step(given: tuple[Given, ...], policy: PolicySpec) -> Step:
+def _step(given: tuple[Contribution, ...], policy: PolicySpec) -> Step:
     weights = {each.client: each.num_tokens * each.discount for each in given}
     total = sum(weights.values())
     return Step(

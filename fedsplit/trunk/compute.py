@@ -13,7 +13,7 @@ from torch import Tensor
 from fedsplit.memory import ByteCount
 from fedsplit.model.acceleration import accelerate, autocast, checkpoints
 from fedsplit.model.hollow import TrunkPart
-from fedsplit.randomness import Turn, draws
+from fedsplit.randomness import draws, rng_scope
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.guard import require_finite
 from fedsplit.trunk.versions import ParameterVersions
@@ -57,9 +57,8 @@ class Compute:
         self._trunk = trunk
         self._precision = run.model
         self.draws = draws(trunk)
-        self._turn = Turn(needed=self.draws)
-        # What is computed again draws again, and puts the generators back as they were before.
-        self._recomputing = Turn(needed=self.draws and checkpoints(trunk, run.train))
+        # A backward that recomputes activations draws their dropout again.
+        self._backward_draws = self.draws and checkpoints(trunk, run.train)
 
     def inputs(self, request: ForwardRequest, dropout: str) -> Inputs:
         """Take a request's tensors to the device.
@@ -88,7 +87,8 @@ class Compute:
         inputs.smashed_BTD.requires_grad_()
         with versions.installed(version):
             count = ByteCount(self._trunk.parameters())
-            with self._turn.drawing(inputs.dropout), torch.enable_grad(), count.counting():
+            scope = rng_scope(inputs.dropout, needed=self.draws)
+            with scope, torch.enable_grad(), count.counting():
                 trunk_out_BTD = self._run(inputs)
         return Output(trunk_out_BTD=trunk_out_BTD, num_bytes=count.num_bytes)
 
@@ -104,7 +104,8 @@ class Compute:
         if not wanted:
             return ()
         self._set_mode(True)
-        with versions.installed(version), self._recomputing.drawing("recomputation"):
+        scope = rng_scope("recomputation", needed=self._backward_draws)
+        with versions.installed(version), scope:
             return torch.autograd.grad(
                 output_BTD, wanted, grad_output_BTD.to(self.device), allow_unused=True
             )

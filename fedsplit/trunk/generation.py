@@ -10,7 +10,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +20,10 @@ from fedsplit.errors import FedsplitError, ProtocolError, SessionLost, TooLarge
 from fedsplit.model.caches import room_for
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.spec import GenerationSpec
-from fedsplit.trunk.caches import (
-    Kept,
+from fedsplit.trunk.call import Call
+from fedsplit.trunk.guard import require_finite
+from fedsplit.trunk.kv_cache import (
+    SequenceCache,
     appended,
     attends_only,
     check_entries,
@@ -32,8 +33,7 @@ from fedsplit.trunk.caches import (
     num_bytes_of,
     select_rows,
 )
-from fedsplit.trunk.guard import require_finite
-from fedsplit.trunk.shared import Segment, SharedPass
+from fedsplit.trunk.shared_pass import Segment, SharedPass
 from fedsplit.wire.messages import GenerateReply, GenerateRequest, KVCacheEntry
 
 log = logging.getLogger(__name__)
@@ -43,13 +43,11 @@ _CAREFUL_PASSES = 64
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Asked:
-    """A request at work: what is left of it, and what has come out."""
+class _Pending:
+    """A call at work: what is left of its input, and what has come out."""
 
-    session: str
-    request: GenerateRequest
-    kept: Kept
-    future: "Future[GenerateReply]"
+    call: Call
+    kept: SequenceCache
     left_BTD: Tensor
     since: float
     out: list[Tensor] = field(default_factory=list)
@@ -80,10 +78,10 @@ class Generation:
         self._clock = clock
         self._device = next(trunk.parameters()).device
         self._shared = SharedPass(trunk)
-        self._kept: dict[str, Kept] = {}
-        self._waiting: dict[str, _Asked] = {}
+        self._kept: dict[str, SequenceCache] = {}
+        self._waiting: dict[str, _Pending] = {}
         self._awaited: set[str] = set()
-        self._in_pass: list[_Asked] = []
+        self._in_pass: list[_Pending] = []
         self._careful = 0
 
     @property
@@ -91,41 +89,45 @@ class Generation:
         """Keys and values of all sessions."""
         return sum(kept.num_bytes for kept in self._kept.values())
 
-    def open(self, session: str, cache_tokens: int) -> None:
+    def open(self, client: str, session: str, cache_tokens: int) -> None:
         """Begin a session whose cache grows, or has room for `cache_tokens` in a sequence."""
-        self._kept[session] = Kept(
-            cache_tokens=cache_tokens, cache=self._new_cache(cache_tokens), used=self._clock()
+        self._kept[session] = SequenceCache(
+            client=client,
+            cache_tokens=cache_tokens,
+            cache=self._new_cache(cache_tokens),
+            used=self._clock(),
         )
 
     def forget(self, session: str) -> None:
         """Drop all that is kept for a session."""
         self._kept.pop(session, None)
         self._awaited.discard(session)
-        if asked := self._waiting.pop(session, None):
-            asked.future.set_exception(SessionLost(f"session {session} was closed"))
+        if pending := self._waiting.pop(session, None):
+            pending.call.future.set_exception(SessionLost(f"session {session} was closed"))
 
     def drop_idle(self) -> None:
         """Drop sessions that nobody has used for `generation.ttl_s`."""
         oldest = self._clock() - self._spec.ttl_s
         for session in [name for name, kept in self._kept.items() if kept.used < oldest]:
-            log.info("session %s was idle for %g s and is dropped", session, self._spec.ttl_s)
+            # The name of a session is a secret that lets its holder in: it is never logged.
+            client = self._kept[session].client
+            log.info("a cache of %s was idle for %g s and is dropped", client, self._spec.ttl_s)
             self.forget(session)
 
-    def ask(self, session: str, request: GenerateRequest, future: "Future[GenerateReply]") -> None:
+    def add(self, call: Call) -> None:
         """Have a request take part in the next passes.
 
         Raises:
             SessionLost: The cache that it continues is not there.
             FedsplitError: The request is refused; nothing was changed.
         """
+        session, request = call.session, call.request
         require_finite(request.smashed_BTD, "smashed_BTD")
         kept = self._brought(request) if request.stateless else self._found(session, request)
         kept.used = self._clock()
-        self._waiting[session] = _Asked(
-            session=session,
-            request=request,
+        self._waiting[session] = _Pending(
+            call=call,
             kept=kept,
-            future=future,
             left_BTD=request.smashed_BTD.to(self._device),
             since=kept.used,
         )
@@ -136,22 +138,22 @@ class Generation:
             return math.inf
         if self._awaited <= self._waiting.keys() or any(a.out for a in self._waiting.values()):
             return 0.0
-        first = min(asked.since for asked in self._waiting.values())
+        first = min(pending.since for pending in self._waiting.values())
         return max(0.0, first + self._spec.gather_s - self._clock())
 
     def run_pass(self) -> None:
         """Take in the next tokens of who waits, and answer those who are through."""
         shares = self._shares()
-        self._in_pass = [asked for asked, _ in shares]
-        segments = [self._next_piece(asked, tokens) for asked, tokens in shares]
+        self._in_pass = [pending for pending, _ in shares]
+        segments = [self._next_piece(pending, tokens) for pending, tokens in shares]
         if self._trunk.training:
             self._trunk.train(False)
         with torch.no_grad():
             outputs = self._shared(segments)
         self._awaited = set()
-        for asked, segment, out_BTD in zip(self._in_pass, segments, outputs, strict=True):
-            self._take_in(asked, segment, out_BTD)
-        self._make_room({asked.session for asked in self._in_pass})
+        for pending, segment, out_BTD in zip(self._in_pass, segments, outputs, strict=True):
+            self._take_in(pending, segment, out_BTD)
+        self._make_room({pending.call.session for pending in self._in_pass})
 
     def broke(self, failure: Exception) -> None:
         """Drop the caches that a pass broke off in, and tell who was in it.
@@ -160,33 +162,33 @@ class Generation:
         """
         several = len(self._in_pass) > 1
         self._careful = _CAREFUL_PASSES if several else self._careful
-        for asked in self._in_pass:
-            self._waiting.pop(asked.session, None)
-            self._kept.pop(asked.session, None)
+        for pending in self._in_pass:
+            self._waiting.pop(pending.call.session, None)
+            self._kept.pop(pending.call.session, None)
             lost = SessionLost("the pass of this session and others failed; send its tokens again")
-            if not asked.future.done():
-                asked.future.set_exception(lost if several else failure)
+            if not pending.call.future.done():
+                pending.call.future.set_exception(lost if several else failure)
 
     def refuse_all(self, why: FedsplitError) -> None:
         """Tell everybody who waits why nothing will come."""
-        for asked in self._waiting.values():
-            asked.future.set_exception(why)
+        for pending in self._waiting.values():
+            pending.call.future.set_exception(why)
         self._waiting.clear()
 
     # --- a request ----------------------------------------------------------------------------
 
-    def _brought(self, request: GenerateRequest) -> Kept:
+    def _brought(self, request: GenerateRequest) -> SequenceCache:
         """The cache that a stateless request brings."""
         check_entries(request.entries, request.past, self._probe)
         mask_BT = request.attention_mask_BT
-        return Kept(
+        return SequenceCache(
             cache=filled(self._new_cache(0), request.entries, request.past, self._probe),
             tokens=request.past,
             rows=request.smashed_BTD.shape[0],
             mask_BT=None if mask_BT is None else mask_BT[:, : request.past].to(self._device),
         )
 
-    def _found(self, session: str, request: GenerateRequest) -> Kept:
+    def _found(self, session: str, request: GenerateRequest) -> SequenceCache:
         """What the session keeps, as the request wants to find it."""
         kept = self._kept.get(session)
         if kept is None:
@@ -199,9 +201,8 @@ class Generation:
         self._check_room(kept, request)
         if request.past == 0:
             if kept.tokens:
-                kept = self._kept[session] = Kept(
-                    cache_tokens=kept.cache_tokens, cache=self._new_cache(kept.cache_tokens)
-                )
+                self.open(kept.client, session, kept.cache_tokens)
+                kept = self._kept[session]
             kept.rows = request.smashed_BTD.shape[0]
         else:
             cut_to(kept, request.past)
@@ -216,7 +217,7 @@ class Generation:
             kept.cache.activate_past_recording()
         return kept
 
-    def _check_room(self, kept: Kept, request: GenerateRequest) -> None:
+    def _check_room(self, kept: SequenceCache, request: GenerateRequest) -> None:
         """Refuse what the session's cache has no room for, before any is taken."""
         rows, tokens = request.smashed_BTD.shape[:2]
         tokens += request.past
@@ -251,7 +252,7 @@ class Generation:
 
     # --- a pass -------------------------------------------------------------------------------
 
-    def _shares(self) -> list[tuple[_Asked, int]]:
+    def _shares(self) -> list[tuple[_Pending, int]]:
         """Whose turn it is, and for how many tokens: all single tokens, and pieces of prompts."""
         room = self._spec.chunk_tokens
         shares = []
@@ -259,28 +260,28 @@ class Generation:
         if self._careful:
             self._careful -= 1
             waiting = waiting[:1]
-        for asked in waiting:
-            tokens = asked.tokens_left
+        for pending in waiting:
+            tokens = pending.tokens_left
             if tokens > 1:
                 if room <= 0:
                     continue
-                if attends_only(asked.kept.cache):
-                    tokens = min(tokens, max(1, room // asked.rows))
-                room -= tokens * asked.rows
-            shares.append((asked, tokens))
+                if attends_only(pending.kept.cache):
+                    tokens = min(tokens, max(1, room // pending.rows))
+                room -= tokens * pending.rows
+            shares.append((pending, tokens))
         return shares
 
-    def _next_piece(self, asked: _Asked, tokens: int) -> Segment:
-        request, kept = asked.request, asked.kept
-        begin = request.smashed_BTD.shape[1] - asked.tokens_left
+    def _next_piece(self, pending: _Pending, tokens: int) -> Segment:
+        request, kept = pending.call.request, pending.kept
+        begin = request.smashed_BTD.shape[1] - pending.tokens_left
         end = begin + tokens
         mask_BT = request.attention_mask_BT
         if mask_BT is not None and request.stateless:
             mask_BT = mask_BT[:, request.past :]
         kept.grow_mask(None if mask_BT is None else mask_BT[:, begin:end].to(self._device), tokens)
         positions_BT = request.position_ids_BT
-        piece_BTD = asked.left_BTD[:, :tokens]
-        asked.left_BTD = asked.left_BTD[:, tokens:]
+        piece_BTD = pending.left_BTD[:, :tokens]
+        pending.left_BTD = pending.left_BTD[:, tokens:]
         return Segment(
             hidden_BTD=piece_BTD,
             attention_mask_BT=kept.mask_BT,
@@ -291,23 +292,23 @@ class Generation:
             cache=kept.cache,
         )
 
-    def _take_in(self, asked: _Asked, segment: Segment, out_BTD: Tensor) -> None:
-        kept, request = asked.kept, asked.request
+    def _take_in(self, pending: _Pending, segment: Segment, out_BTD: Tensor) -> None:
+        kept, request = pending.kept, pending.call.request
         kept.tokens += segment.hidden_BTD.shape[1]
         kept.used = self._clock()
-        asked.out.append(out_BTD)
-        if asked.tokens_left:
+        pending.out.append(out_BTD)
+        if pending.tokens_left:
             return
-        del self._waiting[asked.session]
+        del self._waiting[pending.call.session]
         entries: tuple[KVCacheEntry, ...] = ()
         if request.stateless:
             entries = appended(kept.cache, request.smashed_BTD.shape[1])
         else:
             kept.num_bytes = num_bytes(kept.cache)
-        self._awaited.add(asked.session)
-        out_BTD = asked.out[0] if len(asked.out) == 1 else torch.cat(asked.out, dim=1)
+        self._awaited.add(pending.call.session)
+        out_BTD = pending.out[0] if len(pending.out) == 1 else torch.cat(pending.out, dim=1)
         reply_BTD = out_BTD[:, -request.wanted :].contiguous().cpu()
-        asked.future.set_result(GenerateReply(trunk_out_BTD=reply_BTD, entries=entries))
+        pending.call.future.set_result(GenerateReply(trunk_out_BTD=reply_BTD, entries=entries))
 
     def _make_room(self, busy: set[str]) -> None:
         """Drop who was used least recently until the caches fit the budget."""
@@ -317,8 +318,10 @@ class Generation:
             if over <= 0 or len(self._kept) == 1:
                 return
             over -= self._kept[session].num_bytes
-            log.info("session %s makes room for others", session)
-            if asked := self._waiting.pop(session, None):
-                asked.future.set_exception(SessionLost("others needed the room of this cache"))
+            log.info("a cache of %s makes room for others", self._kept[session].client)
+            if pending := self._waiting.pop(session, None):
+                pending.call.future.set_exception(
+                    SessionLost("others needed the room of this cache")
+                )
             self._kept.pop(session)
             self._awaited.discard(session)

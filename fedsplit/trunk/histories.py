@@ -21,12 +21,20 @@ class Histories:
     Args:
         budget_bytes: What those of one client may take. First go those that have a successor, then
             those that were of use the longest ago.
+        max_clients: All clients together may take this many budgets; the clients that were heard
+            the longest ago lose theirs first.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, *, max_clients: int = 1) -> None:
         self._budget = budget_bytes
+        self._max_bytes = budget_bytes * max_clients
         self._lock = threading.Lock()
-        self._clients: dict[str, _Bases] = {}
+        self._clients: OrderedDict[str, _Bases] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all clients' bases."""
+        return sum(bases.num_bytes for bases in self._clients.values())
 
     def of(self, client: str, request: ForwardRequest) -> "Forward":
         """A forward of a client, with the bases that it goes by.
@@ -39,13 +47,16 @@ class Histories:
             return Forward(request)
         with self._lock:
             bases = self._clients.setdefault(client, _Bases(self._budget))
+            self._clients.move_to_end(client)
+            while self.num_bytes > self._max_bytes:
+                self._clients.popitem(last=False)
         names = request.bases_B.tolist()
         up_BTD, down_BTD = stacked(bases.found(names, request.references), request.smashed_BTD)
         smashed_BTD = restored(request.smashed_BTD, up_BTD)
         whole = replace(request, smashed_BTD=smashed_BTD, bases_B=None, references=())
         return Forward(whole, _Basis(bases, names, down_BTD))
 
-    def dismiss(self, client: str) -> None:
+    def forget(self, client: str) -> None:
         """Forget a client."""
         with self._lock:
             self._clients.pop(client, None)

@@ -35,15 +35,17 @@ class Replay:
 class Work:
     """What one session has done since its last step, all of it on one version.
 
-    `barrier` counts the barriers that had closed when it began, and `num_positions` sequences
-    times tokens of its backwards. Work that is `outdated` has lost its version and cannot go on.
+    `barrier_version` counts the barriers that had closed when it began, `num_positions` the
+    sequences times tokens of its backwards, and `sq_norm` is the squared norm of its `gradients`.
+    Work that is `outdated` has lost its version and cannot go on.
     """
 
     replica: "Replica"
     version: int
-    barrier: int
+    barrier_version: int
     gradients: Gradients = field(default_factory=dict)
     num_positions: int = 0
+    sq_norm: float = 0.0
     replays: list[Replay] = field(default_factory=list)
     outdated: bool = False
 
@@ -54,6 +56,7 @@ class Work:
         """Accumulate the gradients of a backward."""
         self.num_positions += num_positions
         _accumulate(self.gradients, found)
+        self.sq_norm = squared_norm(self.gradients.values())
 
     def end(self) -> None:
         """Let its version go."""
@@ -74,8 +77,8 @@ class Work:
         """
         if self.outdated:
             raise StaleVersion(
-                f"{client} began this step with version {self.barrier}, but the trunk is at "
-                f"{self.replica.barrier.version}; repeat the step"
+                f"{client} began this step with version {self.barrier_version}, but the trunk is "
+                f"at {self.replica.barrier.version}; repeat the step"
             )
 
 
@@ -120,10 +123,12 @@ class Replica:
 
     def begin(self) -> Work:
         """Begin a step of a session, on the current version."""
-        return Work(replica=self, version=self.versions.current, barrier=self.barrier.version)
+        return Work(
+            replica=self, version=self.versions.current, barrier_version=self.barrier.version
+        )
 
-    def tell(self, event: aggregator.Event, now: float) -> aggregator.Decision:
-        """Tell the aggregator of an event; a step that it decides on is due."""
+    def notify(self, event: aggregator.Event, now: float) -> aggregator.Decision:
+        """Pass an event to the aggregator; a step that it decides on becomes due."""
         self.barrier, decision = aggregator.advance(
             self.barrier, event, now=now, policy=self._run.policy
         )
@@ -139,20 +144,23 @@ class Replica:
             NonFinite: Its norm is NaN or Inf.
         """
         work.end()
-        unscale(work.gradients.values(), request.loss_scale)
-        sq_norm = self._sq_norm(work.gradients, request.ends_sq_norm)
+        trunk_sq_norm = work.sq_norm
+        if request.loss_scale != 1.0:
+            unscale(work.gradients.values(), request.loss_scale)
+            trunk_sq_norm = squared_norm(work.gradients.values())
+        sq_norm = self._sq_norm(trunk_sq_norm, request.ends_sq_norm)
         require_finite(torch.tensor(sq_norm, dtype=torch.float64), "the squared gradient norm")
         self._clip(work.gradients, sq_norm)
-        decision = self.tell(
+        decision = self.notify(
             aggregator.Contributed(
-                client=client, version=work.barrier, num_tokens=request.num_tokens
+                client=client, version=work.barrier_version, num_tokens=request.num_tokens
             ),
             now,
         )
         if isinstance(decision, aggregator.Refuse):
             raise StaleVersion(
-                f"step {request.step} of {client} was made with version {work.barrier}, but the "
-                f"trunk is at {decision.current}; repeat the step"
+                f"step {request.step} of {client} was made with version {work.barrier_version}, "
+                f"but the trunk is at {decision.current}; repeat the step"
             )
         self._contributions[client] = _Contribution(
             gradients=work.gradients,
@@ -174,7 +182,10 @@ class Replica:
         self._step({client: each.gradients for client, each in given.items()}, due, place)
         for _ in range(self._run.train.trunk_steps - 1):
             again = {client: self._replayed(each) for client, each in given.items()}
-            sq_norms = [self._sq_norm(again[c], each.ends_sq_norm) for c, each in given.items()]
+            sq_norms = [
+                self._sq_norm(squared_norm(again[client].values()), each.ends_sq_norm)
+                for client, each in given.items()
+            ]
             if not all(map(math.isfinite, sq_norms)):
                 break
             for gradients, sq_norm in zip(again.values(), sq_norms, strict=True):
@@ -220,9 +231,9 @@ class Replica:
         unscale(total.values(), contribution.loss_scale)
         return total
 
-    def _sq_norm(self, gradients: Gradients, ends_sq_norm: float) -> float:
+    def _sq_norm(self, trunk_sq_norm: float, ends_sq_norm: float) -> float:
         ends = ends_sq_norm if self._run.train.clip == "global" else 0.0
-        return ends + squared_norm(gradients.values())
+        return ends + trunk_sq_norm
 
     def _clip(self, gradients: Gradients, sq_norm: float) -> None:
         coefficient = clip_coefficient(sq_norm, self._run.train.clip_norm)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -21,7 +20,6 @@ from fedsplit.errors import (
     ActivationExpired,
     BadTensor,
     DeadlineExceeded,
-    FedsplitError,
     Forbidden,
     ModelMismatch,
     ProtocolError,
@@ -34,14 +32,13 @@ from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
-from fedsplit.trunk.admission import Admission
-from fedsplit.trunk.calls import Worker
+from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.histories import Histories
-from fedsplit.trunk.sessions import Session, Steps, no_session
+from fedsplit.trunk.registry import ClientRegistry
+from fedsplit.trunk.sessions import Session, SessionInfo, Steps, no_session
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import check_request
-from fedsplit.wire.session import Event
 
 T = TypeVar("T")
 
@@ -64,7 +61,9 @@ class TrunkService:
         *,
         replicas: bool = False,
     ) -> None:
-        self.engine = TrunkEngine(trunk, run, clock, replicas=replicas)
+        self.engine = TrunkEngine(
+            trunk, run, clock, replicas=replicas, on_turn=self.expire_sessions
+        )
         self.incarnation = secrets.token_hex(8)
         self.limits = m.Limits(
             max_rows=run.train.batch_size,
@@ -74,16 +73,16 @@ class TrunkService:
             stateless_bytes=run.generation.stateless_bytes,
         )
         self._run = run
+        self._clock = clock
         self._model = model_fingerprint(trunk.config, run.split)
         self._family = str(trunk.config.model_type)
         self._dtype = trunk.dtype
         self._autocast = precision_of(run.model, trunk.device)
         self._round = 0
-        self._admission = Admission()
-        self.histories = Histories(run.wire.history_bytes)
+        self._clients = ClientRegistry()
+        self.histories = Histories(run.wire.history_bytes, max_clients=run.clients)
         self._sessions: dict[str, Session] = {}
         self._last_steps: dict[str, Steps] = {}
-        self._closing = False
         self._lock = threading.Lock()
         self._answers: dict[type, Callable[[Any, Any], Any]] = {
             m.ForwardRequest: self._forward,
@@ -102,26 +101,32 @@ class TrunkService:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._closing = True
-            for session in self._sessions.values():
-                session.cancel_farewell()
         self.engine.stop()
 
     def admit(self, client: str) -> str:
         """The token that opens sessions for `client`, and for nobody else."""
-        return self._admission.admit(client)
+        return self._clients.admit(client)
 
-    def dismiss(self, client: str) -> bool:
-        """Forget a client that has no session; whether it is forgotten."""
+    def forget(self, client: str) -> bool:
+        """Forget a client that has no session, and drop its replica; whether it is forgotten."""
         with self._lock:
-            if any(each.worker.client == client for each in self._sessions.values()):
+            if any(each.info.client == client for each in self._sessions.values()):
                 return False
-            self._admission.dismiss(client)
+            self._clients.forget(client)
             self._last_steps.pop(client, None)
-            self.histories.dismiss(client)
-        self.engine.dismiss(client)
+            self.histories.forget(client)
+        if not self.engine.ended.done():
+            self.engine.run(lambda: self.engine.training.forget_client(client))
         return True
+
+    def expire_sessions(self) -> None:
+        """Drop the sessions whose clients have been silent for too long."""
+        now = self._clock()
+        with self._lock:
+            silent = [each for each in self._sessions.values() if each.expires_at <= now]
+        for session in silent:
+            session.expires_at = math.inf
+            self._end(session)
 
     def expect(
         self,
@@ -154,11 +159,11 @@ class TrunkService:
 
     def close(self) -> None:
         """End a round: virtual time stands still until somebody is expected again."""
-        self._wait(self.engine.close())
+        self._wait(self.engine.pause())
 
     def release(self, client: str) -> None:
         """Wait no longer for a client: its work is over, or it is gone."""
-        self._wait(self.engine.release(client))
+        self._wait(self.engine.submit(Call(kind=Kind.LEAVE, client=client)))
 
     def now(self) -> float:
         """Seconds of the clock that policies go by: virtual with `policy.sim_slowdown`."""
@@ -177,7 +182,7 @@ class TrunkService:
         Raises:
             ConfigError: There are no replicas, or the weights do not sum to one.
         """
-        self._wait(self.engine.average(weights))
+        self._wait(self.engine.run(lambda: self.engine.training.average(weights)))
 
     @property
     def num_sessions(self) -> int:
@@ -186,16 +191,21 @@ class TrunkService:
 
     # --- fedsplit.link.Service ----------------------------------------------------------------
 
+    @property
+    def trunks(self) -> "Mapping[str, Future[None]]":
+        """The one trunk, without a name; see `fedsplit.link.Service`."""
+        return {"": self.engine.ended}
+
     def check_token(self, token: str) -> None:
         """Let only clients of the run in; see `fedsplit.link.Service`."""
-        self._admission.client_of(token)
+        self._clients.client_of(token)
 
     def handle(self, request: m.Request[m.R], token: str) -> m.R:
         """Answer one request; see `fedsplit.link.Service`."""
         check_request(request, self.limits)
         if isinstance(request, m.ServiceInfoRequest):
             return self._info()  # type: ignore[return-value]
-        client = self._admission.client_of(token)
+        client = self._clients.client_of(token)
         if isinstance(request, m.OpenRequest):
             return self._open(request, client)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
@@ -207,9 +217,8 @@ class TrunkService:
     def disconnected(self, session: str) -> None:
         """Give a broken connection's client `policy.deadline_s` to come back to its session."""
         with self._lock:
-            found = self._sessions.get(session)
-            if found and not found.farewell:
-                self._await_word(found, self._run.policy.deadline_s)
+            if (found := self._sessions.get(session)) and found.expires_at == math.inf:
+                found.expires_at = self._clock() + self._run.policy.deadline_s
 
     # --- one method a request -----------------------------------------------------------------
 
@@ -231,26 +240,27 @@ class TrunkService:
                 f"a cache of {request.cache_tokens} tokens was asked for; a session of this trunk "
                 f"holds at most {self.limits.session_tokens} (generation.session_tokens)"
             )
-        worker = Worker(
+        info = SessionInfo(
             client=client,
-            session=secrets.token_hex(16),
+            name=secrets.token_hex(16),
             round=request.round,
             training=request.training and not request.generating,
             generating=request.generating,
-            cache_tokens=request.cache_tokens,
         )
         with self._lock:
-            same = [each for each in self._sessions.values() if each.is_of(worker)]
-            opened = Session(worker=worker, at_once=self._run.train.micro_batches)
-            self._sessions[worker.session] = opened
-            self._await_word(opened, self._run.wire.stash_ttl_s)
+            same = [each for each in self._sessions.values() if each.info.is_like(info)]
+            self._sessions[info.name] = Session(
+                info=info,
+                at_once=self._run.train.micro_batches,
+                expires_at=self._clock() + self._run.wire.stash_ttl_s,
+            )
         for old in same:
             self._drop(old, replaced=True)
-        if worker.generating:
-            self._wait(self.engine.open_cache(worker))
-        version = self._wait(self.engine.join(worker)) if worker.training else self.engine.version
+        if info.generating:
+            self._wait(self.engine.open_cache(client, info.name, request.cache_tokens))
+        version = self._wait(self.engine.join(client)) if info.training else self.engine.version
         return m.OpenReply(
-            session=worker.session,
+            session=info.name,
             incarnation=self.incarnation,
             version=version,
             limits=self.limits,
@@ -259,38 +269,43 @@ class TrunkService:
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:
         self._check_dtype("smashed_BTD", request.smashed_BTD)
-        if request.training and not session.worker.training:
+        if request.training and not session.info.training:
             raise ProtocolError("a training forward in a session that was not opened for training")
         if not request.training:
-            return self._wait(self.engine.forward(session.worker, request))
-        forward = self.histories.of(session.worker.client, request)
-        future = session.once(
-            request, Event.FORWARD, lambda worker, _: self.engine.forward(worker, forward.whole)
-        )
-        return forward.answer(self._wait(future))
+            reply: m.ForwardReply = self._wait(
+                self.engine.submit(session.call(Kind.EVALUATE, request))
+            )
+            return reply
+        forward = self.histories.of(session.info.client, request)
+        call = session.call(Kind.FORWARD, forward.whole)
+        return forward.answer(self._wait(session.once(request, call, self.engine.submit)))
 
     def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
         self._check_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD)
-        future = session.once(request, Event.BACKWARD, self.engine.backward)
+        call = session.call(Kind.BACKWARD, request)
+        future = session.once(request, call, self.engine.submit)
         session.forget(m.ForwardRequest, request.call)
         try:
-            return self._wait(future)
+            reply: m.BackwardReply = self._wait(future)
+            return reply
         except ActivationExpired:
             session.take_back(m.BackwardRequest, request.call, future)
             raise
 
     def _step(self, session: Session, request: m.StepRequest) -> m.StepReply:
-        return self._wait(session.once(request, Event.STEP, self.engine.step))
+        reply: m.StepReply = self._once(session, Kind.STEP, request)
+        return reply
 
     def _generate(self, session: Session, request: m.GenerateRequest) -> m.GenerateReply:
         self._check_dtype("smashed_BTD", request.smashed_BTD)
         for entry in request.entries:
             self._check_dtype("keys_BHTE", entry.keys_BHTE)
             self._check_dtype("values_BHTE", entry.values_BHTE)
-        if not session.worker.generating:
+        if not session.info.generating:
             raise ProtocolError("a session that was not opened to generate; open another one")
         try:
-            return self._wait(session.once(request, Event.GENERATE, self.engine.generate))
+            reply: m.GenerateReply = self._once(session, Kind.GENERATE, request)
+            return reply
         except SessionLost:  # its cache is gone, and so is what it was for
             self._drop(session)
             raise
@@ -300,7 +315,8 @@ class TrunkService:
         return m.CloseReply()
 
     def _gradients(self, session: Session, request: m.GradientsRequest) -> m.GradientsReply:
-        found = self._wait(self.engine.gradients(session.worker))
+        name = session.info.name
+        found = self._wait(self.engine.run(lambda: self.engine.training.gradients(name)))
         return m.GradientsReply(
             norms=block_norms(found),
             names=tuple(found) if request.tensors else (),
@@ -337,25 +353,19 @@ class TrunkService:
             session = self._sessions.get(name)
             if session is None:
                 raise no_session(name)
-            if session.worker.client != client:
+            if session.info.client != client:
                 raise Forbidden(f"session {name} belongs to another client")
-            session.cancel_farewell()
+            session.expires_at = math.inf
             return session
 
     def _last_step(self, request: m.StepRequest, client: str) -> "Future[m.StepReply] | None":
         """A step of the session that was dropped last: its reply may have been lost before."""
         return self._last_steps.get(client, {}).get((request.session, request.call))
 
-    def _await_word(self, session: Session, seconds: float) -> None:
-        """Drop a session unless its client says something in time."""
-        if not self._closing:
-            session.farewell = threading.Timer(seconds, self._give_up, [session])
-            session.farewell.daemon = True
-            session.farewell.start()
-
-    def _give_up(self, session: Session) -> None:
-        with suppress(FedsplitError):  # an engine that has ended keeps nothing anyway
-            self._drop(session)
+    def _once(self, session: Session, kind: Kind, request: Any) -> Any:
+        """The reply to a request, of which only the first of its name runs."""
+        call = session.call(kind, request)
+        return self._wait(session.once(request, call, self.engine.submit))
 
     def _wait(self, future: "Future[T]") -> T:
         bound = self._run.wire.call_deadline_s
@@ -365,24 +375,31 @@ class TrunkService:
             raise DeadlineExceeded(f"the trunk did not answer inside {bound} s") from exc
 
     def _drop(self, session: Session, *, replaced: bool = False) -> None:
+        """End a session and wait until nothing is kept for it."""
+        is_leaving = session.leaving is not None
+        leaving = self._end(session, replaced=replaced)
+        if not (is_leaving and replaced):  # a client that has come back need not wait for its turn
+            self._wait(leaving)
+            self._gone(session)
+
+    def _end(self, session: Session, *, replaced: bool = False) -> "Future[None]":
+        """Have the engine drop a session; a client that is not `replaced` leaves its barrier."""
         with session.lock:
             if session.leaving is None:
-                if session.worker.training:
-                    self._last_steps[session.worker.client] = session.steps()
-                session.leaving = self.engine.leave(session.worker, replaced=replaced)
-            elif replaced:  # who has come back need not wait for the turn to leave
-                return
-        try:
-            self._wait(session.leaving)
-        except DeadlineExceeded:  # virtual time may stand still for long
-            session.leaving.add_done_callback(lambda _: self._gone(session))
-            raise
-        self._gone(session)
+                info = session.info
+                if info.training:
+                    self._last_steps[info.client] = session.steps()
+                leaves = info.training and not replaced
+                call = Call(
+                    kind=Kind.CLOSE, client=info.client if leaves else "", session=info.name
+                )
+                session.leaving = self.engine.submit(call)
+                session.leaving.add_done_callback(lambda _: self._gone(session))
+        return session.leaving
 
     def _gone(self, session: Session) -> None:
         with self._lock:  # only now is nothing kept for it any more
-            session.cancel_farewell()
-            self._sessions.pop(session.worker.session, None)
+            self._sessions.pop(session.info.name, None)
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype != self._dtype:

@@ -1,43 +1,73 @@
 """What the service keeps for one session: where it stands, and what became of its requests."""
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fedsplit.errors import SessionLost
-from fedsplit.trunk.calls import Worker
+from fedsplit.trunk.call import Call, Kind
 from fedsplit.wire.messages import StepReply, StepRequest
 from fedsplit.wire.session import Event, SessionState, advance
 
-T = TypeVar("T")
-
 Steps = dict[tuple[str, int], "Future[StepReply]"]
+
+_EVENTS = {
+    Kind.FORWARD: Event.FORWARD,
+    Kind.BACKWARD: Event.BACKWARD,
+    Kind.STEP: Event.STEP,
+    Kind.GENERATE: Event.GENERATE,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """What a session is for: a client, in a round, to train, to evaluate or to generate."""
+
+    client: str
+    name: str
+    round: int
+    training: bool
+    generating: bool = False
+
+    def is_like(self, other: "SessionInfo") -> bool:
+        """Whether both are for the same client and purpose; a client may generate in several."""
+        if self.generating or other.generating:
+            return False
+        return (self.client, self.training) == (other.client, other.training)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Session:
     """A session of a client; `lock` is held while a request is looked at.
 
-    `farewell` ends it unless its client says something, and `leaving` is what becomes of the end.
-    A client has at most `at_once` calls on their way, and may ask for each of them again; their
-    replies hold tensors, so no more are kept than these and as many to spare.
+    It is dropped at `expires_at` unless its client says something before; `leaving` is then the
+    future of its end. A client has at most `at_once` calls on their way, and may ask for each of
+    them again; their replies hold tensors, so no more are kept than these and as many to spare.
     """
 
-    worker: Worker
+    info: SessionInfo
     at_once: int = 1
     state: SessionState = field(default_factory=SessionState)
     replies: "OrderedDict[tuple[type, int], Future[Any]]" = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    farewell: threading.Timer | None = None
+    expires_at: float = math.inf
     leaving: "Future[None] | None" = None
 
+    def call(self, kind: Kind, request: Any) -> Call:
+        """A call of this session."""
+        info = self.info
+        return Call(
+            kind=kind, client=info.client, session=info.name, round=info.round, request=request
+        )
+
     def once(
-        self, request: Any, event: Event, submit: Callable[[Worker, Any], "Future[T]"]
-    ) -> "Future[T]":
-        """What became, or becomes, of a request; only the first one of its name is worked on.
+        self, request: Any, call: Call, submit: "Callable[[Call], Future[Any]]"
+    ) -> "Future[Any]":
+        """The future of a request; only the first request of its name is submitted.
 
         Raises:
             ProtocolError: The request is not legal now.
@@ -46,11 +76,11 @@ class Session:
         name = type(request), request.call
         with self.lock:
             if self.leaving:
-                raise no_session(self.worker.session)
+                raise no_session(self.info.name)
             future = self.replies.get(name)
             if future is None:
-                self.state = advance(self.state, event, request.call)
-                future = self.replies[name] = submit(self.worker, request)
+                self.state = advance(self.state, _EVENTS[call.kind], request.call)
+                future = self.replies[name] = submit(call)
                 while len(self.replies) > 2 * self.at_once:
                     self.replies.popitem(last=False)
         return future
@@ -70,23 +100,10 @@ class Session:
     def steps(self) -> Steps:
         """What became of the steps that are remembered."""
         return {
-            (self.worker.session, call): future
+            (self.info.name, call): future
             for (kind, call), future in self.replies.items()
             if kind is StepRequest
         }
-
-    def is_of(self, worker: Worker) -> bool:
-        """Whether it is of the same client and for the same purpose."""
-        mine = self.worker
-        if mine.generating or worker.generating:  # a client may have several of these
-            return False
-        return (mine.client, mine.training) == (worker.client, worker.training)
-
-    def cancel_farewell(self) -> None:
-        """The client has said something, or will never again."""
-        if self.farewell:
-            self.farewell.cancel()
-            self.farewell = None
 
 
 def no_session(name: str) -> SessionLost:

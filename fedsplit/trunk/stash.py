@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsplit.errors import ActivationExpired
+from fedsplit.trunk.batched_pass import Pass
 from fedsplit.trunk.compute import Inputs
-from fedsplit.trunk.joint import Joint
 from fedsplit.trunk.replica import Replica
 
 
@@ -16,18 +16,18 @@ from fedsplit.trunk.replica import Replica
 class Graph:
     """One forward of the trunk, from its inputs to its output, on a version of a replica.
 
-    `barrier` counts the barriers that had closed when that version was chosen. Where several
-    clients shared a pass, this is member number `place` of the `joint` one.
+    `barrier_version` counts the barriers that had closed when that version was chosen. Where
+    several clients shared a pass, this is member number `place` of the `joint` one.
     """
 
     inputs: Inputs
     trunk_out_BTD: Tensor
     replica: Replica
     version: int
-    barrier: int
+    barrier_version: int
     num_bytes: int
     expires_at: float
-    joint: Joint | None = None
+    joint: Pass | None = None
     place: int = 0
 
 
@@ -93,7 +93,7 @@ class Stash:
         old = [
             key
             for key, graph in self._graphs.items()
-            if graph.replica is replica and graph.barrier < barrier
+            if graph.replica is replica and graph.barrier_version < barrier
         ]
         return [graph for key in old for graph in self.drop(*key)]
 

@@ -12,23 +12,19 @@ from torch import Tensor
 from fedsplit.errors import BadTensor, CheckpointError, ConfigError, ProtocolError
 from fedsplit.model.hollow import TrunkPart
 from fedsplit.model.lora import trainable
-from fedsplit.optimization import squared_norm
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
-from fedsplit.trunk.calls import Begun, Taken, Worker
-from fedsplit.trunk.compute import Compute
+from fedsplit.trunk.batched_pass import BatchedPass, Found, Pass
+from fedsplit.trunk.call import Call, Kind
+from fedsplit.trunk.compute import Compute, Inputs
 from fedsplit.trunk.guard import require_finite, require_like, require_plausible
-from fedsplit.trunk.joint import Found, Joint, JointPass
 from fedsplit.trunk.replica import Replay, Replica, Work
 from fedsplit.trunk.stash import Graph, Stash
 from fedsplit.trunk.versions import ParameterVersions
 from fedsplit.wire.messages import (
     BackwardReply,
-    BackwardRequest,
     ForwardReply,
-    ForwardRequest,
     StepReply,
-    StepRequest,
 )
 
 _SHARED, _REPLICA = "trunk/", "replica/"
@@ -52,7 +48,7 @@ class Training:
         self._compute = Compute(trunk, run)
         self._stash = Stash(run.wire.stash_bytes)
         self._trained = tuple(trainable(trunk))
-        self._joint = JointPass(trunk, self._compute, self._trained)
+        self._batched = BatchedPass(trunk, self._compute, self._trained)
         self._shared = self._new_replica(resident=True)
         self._replicas: dict[str, Replica] = {}
         self._works: dict[str, Work] = {}
@@ -83,29 +79,29 @@ class Training:
     def clients_per_pass(self) -> int:
         """How many clients' forwards run at once, if that many are at work."""
         most = min(self._run.train.clients_per_pass, self.barrier.num_awaited)
-        return most if most > 1 and self._joint.possible(self._shared.versions) else 1
+        return most if most > 1 and self._batched.possible(self._shared.versions) else 1
 
-    def gradients(self, worker: Worker) -> dict[str, Tensor]:
+    def gradients(self, session: str) -> dict[str, Tensor]:
         """What a session has accumulated since its last step, by parameter name."""
-        work = self._works.get(worker.session)
+        work = self._works.get(session)
         return {k: v.cpu().clone() for k, v in work.gradients.items()} if work else {}
 
     # --- who takes part -----------------------------------------------------------------------
 
-    def tell_all(self, event: aggregator.Expected | aggregator.Ticked, now: float) -> None:
-        """Tell the barrier at which clients wait for one another."""
+    def notify(self, event: aggregator.Expected | aggregator.Ticked, now: float) -> None:
+        """Notify the barrier at which clients wait for one another."""
         if not self._apart:
-            self._shared.tell(event, now)
+            self._shared.notify(event, now)
 
     def join(self, client: str, now: float) -> int:
         """Count a client in; the version it begins with."""
         replica = self._replica_of(client)
-        replica.tell(aggregator.Joined(client=client), now)
+        replica.notify(aggregator.Joined(client=client), now)
         return replica.versions.current
 
     def leave(self, client: str, now: float) -> None:
         """Wait no longer for a client."""
-        self._replica_of(client).tell(aggregator.Left(client=client), now)
+        self._replica_of(client).notify(aggregator.Left(client=client), now)
 
     def with_current(self, work: Callable[[], None]) -> None:
         """Run `work` while the module holds the current version."""
@@ -118,101 +114,85 @@ class Training:
         if work := self._works.pop(session, None):
             work.end()
 
+    def forget_client(self, client: str) -> None:
+        """Drop the replica of a client that is gone; one that comes back begins with the mean."""
+        self._replicas.pop(client, None)
+
     def drop_expired(self) -> None:
         """Drop graphs whose time is over."""
         self._unpin(self._stash.drop_expired(self._clock()))
 
     # --- forward, backward, step --------------------------------------------------------------
 
-    def evaluate(self, worker: Worker, request: ForwardRequest) -> ForwardReply:
+    def evaluate(self, call: Call) -> ForwardReply:
         """Run smashed data through, as in evaluation."""
-        versions = self._replicas.get(worker.client, self._shared).versions
-        out_BTD = self._compute.evaluate(self._compute.inputs(request, ""), versions)
+        versions = self._replicas.get(call.client, self._shared).versions
+        out_BTD = self._compute.evaluate(self._compute.inputs(call.request, ""), versions)
         return ForwardReply(
             trunk_out_BTD=out_BTD.cpu(), version=versions.current, codec=self._run.wire.down
         )
 
-    def begin(self, worker: Worker, request: ForwardRequest) -> Begun:
-        """Take a training forward in, to be run alone or with others of its kind.
+    def prepare(self, call: Call) -> int:
+        """Give a forward or a backward what it runs on; with how many calls it can share a pass.
 
         Raises:
             StaleVersion: The trunk has moved on too far since the session's step began.
+            ActivationExpired: The graph of a backward is gone.
+            FedsplitError: A tensor is refused.
         """
-        dropout = f"trunk/{self._run.seed}/{worker.client}/{worker.round}/{request.call}"
-        inputs = self._compute.inputs(request, dropout)
-        work = self._works.get(worker.session)
-        if work is None:
-            work = self._works[worker.session] = self._replica_of(worker.client).begin()
-        work.require_current(worker.client)
-        return Begun(worker=worker, call=request.call, inputs=inputs, work=work)
+        if call.kind is Kind.FORWARD:
+            return self._prepare_forward(call)
+        return self._prepare_backward(call)
 
-    def forward(self, calls: Sequence[Begun]) -> list[ForwardReply]:
+    def forward(self, calls: Sequence[Call]) -> list[ForwardReply]:
         """Run smashed data through and keep the graphs; several calls are of one kind."""
-        versions, version = calls[0].work.replica.versions, calls[0].work.version
+        work = _work_of(calls[0])
+        versions, version = work.replica.versions, work.version
         if len(calls) == 1:
-            output = self._compute.forward(calls[0].inputs, versions, version)
+            output = self._compute.forward(_inputs_of(calls[0]), versions, version)
             return [self._keep(calls[0], output.trunk_out_BTD, output.num_bytes)]
-        joint = self._joint.forward([call.inputs for call in calls], versions, version)
+        joint = self._batched.forward([_inputs_of(call) for call in calls], versions, version)
         outs, num_bytes = joint.trunk_out_BTD.split(joint.rows), joint.num_bytes // len(calls)
         return [
             self._keep(call, out_BTD, num_bytes, joint=joint, place=place)
             for place, (call, out_BTD) in enumerate(zip(calls, outs, strict=True))
         ]
 
-    def take(self, worker: Worker, request: BackwardRequest) -> Taken:
-        """Take a backward in, with its graph, to be run alone or with the others of a joint pass.
-
-        Raises:
-            ActivationExpired: The graph is gone.
-        """
-        require_finite(request.grad_trunk_out_BTD, "grad_trunk_out_BTD")
-        taken = Taken(
-            worker=worker,
-            graph=self._stash.take(worker.session, request.call),
-            want_grad=request.want_grad,
-            grad_trunk_out_BTD=request.grad_trunk_out_BTD,
-        )
-        try:
-            require_like(request.grad_trunk_out_BTD, taken.graph.trunk_out_BTD)
-        except BadTensor:
-            self.leave_out(taken)
-            raise
-        return taken
-
-    def leave_out(self, taken: Taken) -> None:
-        """Let go of a backward that will not be run."""
-        self._unpin([taken.graph])
-
-    def backward(self, calls: Sequence[Taken]) -> list[BackwardReply]:
-        """Run gradients back and accumulate the parameters'; several calls are of one joint pass.
+    def backward(self, calls: Sequence[Call]) -> list[BackwardReply]:
+        """Run gradients back and accumulate the parameters'; several calls are of one pass.
 
         Where the pass had further members, each call's forward is run again, alone.
         """
-        joint = calls[0].graph.joint
+        joint = _graph_of(calls[0]).joint
         try:
             if joint and len(calls) == len(joint.rows):
-                versions, version = calls[0].graph.replica.versions, calls[0].graph.version
-                grads = [call.grad_trunk_out_BTD for call in calls]
-                found: Sequence[Found] = self._joint.backward(joint, grads, versions, version)
+                graph = _graph_of(calls[0])
+                versions, version = graph.replica.versions, graph.version
+                grads = [call.request.grad_trunk_out_BTD for call in calls]
+                found: Sequence[Found] = self._batched.backward(joint, grads, versions, version)
             else:
                 found = [self._backward_alone(call) for call in calls]
-            return [self._add(call, *each) for call, each in zip(calls, found, strict=True)]
+            return [self._accumulate(call, *each) for call, each in zip(calls, found, strict=True)]
         finally:
-            self._unpin([call.graph for call in calls])
+            self.release(calls)
 
-    def contribute(self, worker: Worker, request: StepRequest, now: float) -> StepReply:
+    def release(self, calls: Iterable[Call]) -> None:
+        """Let the graphs of backwards go, which have run or will not."""
+        self._unpin([call.graph for call in calls if call.graph])
+
+    def contribute(self, call: Call, now: float) -> StepReply:
         """Hand what a session accumulated to its barrier.
 
         Raises:
             StaleVersion: It is too old, or the client's second to this barrier.
             ProtocolError: There is none, or its counts cannot be.
         """
-        work = self._works.get(worker.session)
+        work = self._works.get(call.session)
         if work is None or not work.num_positions:
             raise ProtocolError("there is nothing to step with: no backward since the last step")
-        require_plausible(request, work.num_positions, self._run)
-        del self._works[worker.session]
-        return work.replica.contribute(worker.client, work, request, now)
+        require_plausible(call.request, work.num_positions, self._run)
+        del self._works[call.session]
+        return work.replica.contribute(call.client, work, call.request, now)
 
     def step_if_due(self) -> None:
         """Take the steps that barriers have decided on."""
@@ -289,71 +269,99 @@ class Training:
         versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
         return Replica(versions, self._run, self._compute)
 
-    def _work_of(self, session: str, graph: Graph) -> Work:
-        """What the session is at; if it has stepped since this graph, something of its own."""
+    def _prepare_forward(self, call: Call) -> int:
+        dropout = f"trunk/{self._run.seed}/{call.client}/{call.round}/{call.request.call}"
+        call.inputs = self._compute.inputs(call.request, dropout)
+        work = self._works.get(call.session)
+        if work is None:
+            work = self._works[call.session] = self._replica_of(call.client).begin()
+        work.require_current(call.client)
+        call.work = work
+        return self.clients_per_pass
+
+    def _prepare_backward(self, call: Call) -> int:
+        grad_BTD = call.request.grad_trunk_out_BTD
+        require_finite(grad_BTD, "grad_trunk_out_BTD")
+        graph = self._stash.take(call.session, call.request.call)
+        try:
+            require_like(grad_BTD, graph.trunk_out_BTD)
+        except BadTensor:
+            self._unpin([graph])
+            raise
+        call.graph = graph
+        return len(graph.joint.rows) if graph.joint and not graph.joint.broken else 1
+
+    def _work_for(self, session: str, graph: Graph) -> Work:
+        """The session's work; after a step since this graph, new work on the graph's version."""
         if session not in self._works:
             self._works[session] = Work(
-                replica=graph.replica, version=graph.version, barrier=graph.barrier
+                replica=graph.replica, version=graph.version, barrier_version=graph.barrier_version
             )
         work = self._works[session]
-        work.barrier = min(work.barrier, graph.barrier)
+        work.barrier_version = min(work.barrier_version, graph.barrier_version)
         return work
 
     def _keep(
         self,
-        call: Begun,
+        call: Call,
         trunk_out_BTD: Tensor,
         num_bytes: int,
-        joint: Joint | None = None,
+        joint: Pass | None = None,
         place: int = 0,
     ) -> ForwardReply:
-        """Keep the graph of a forward for its backward, and answer it."""
+        """Keep the graph of a forward for its backward; the reply."""
+        work = _work_of(call)
         graph = Graph(
-            inputs=call.inputs,
+            inputs=_inputs_of(call),
             trunk_out_BTD=trunk_out_BTD,
-            replica=call.work.replica,
-            version=call.work.version,
-            barrier=call.work.barrier,
+            replica=work.replica,
+            version=work.version,
+            barrier_version=work.barrier_version,
             num_bytes=num_bytes,
             expires_at=self._clock() + self._run.wire.stash_ttl_s,
             joint=joint,
             place=place,
         )
         graph.replica.versions.pin(graph.version)
-        self._unpin(self._stash.put(call.worker.session, call.call, graph))
+        self._unpin(self._stash.put(call.session, call.request.call, graph))
         return ForwardReply(
             trunk_out_BTD=trunk_out_BTD.detach().cpu(),
             version=graph.version,
             codec=self._run.wire.down,
         )
 
-    def _backward_alone(self, call: Taken) -> Found:
-        graph = call.graph
+    def _backward_alone(self, call: Call) -> Found:
+        graph = _graph_of(call)
         versions, version, out_BTD = graph.replica.versions, graph.version, graph.trunk_out_BTD
         if graph.joint:
             graph.joint.broken = True
             out_BTD = self._compute.forward(graph.inputs, versions, version).trunk_out_BTD
         leaves = versions.leaves(version)
-        smashed = [graph.inputs.smashed_BTD] if call.want_grad else []
+        smashed = [graph.inputs.smashed_BTD] if call.request.want_grad else []
         found = self._compute.backward(
-            out_BTD, [*leaves.values(), *smashed], call.grad_trunk_out_BTD, versions, version
+            out_BTD,
+            [*leaves.values(), *smashed],
+            call.request.grad_trunk_out_BTD,
+            versions,
+            version,
         )
         return dict(zip(leaves, found, strict=False)), found[-1] if smashed else None
 
-    def _add(
-        self, call: Taken, found: Mapping[str, Tensor | None], grad_smashed_BTD: Tensor | None
+    def _accumulate(
+        self, call: Call, found: Mapping[str, Tensor | None], grad_smashed_BTD: Tensor | None
     ) -> BackwardReply:
-        """Accumulate the parameters' gradients of a backward, and answer it."""
-        work = self._work_of(call.worker.session, call.graph)
-        work.add(found, call.grad_trunk_out_BTD.shape[:2].numel())
+        """Accumulate the parameters' gradients of a backward; the reply."""
+        graph, grad_BTD = _graph_of(call), call.request.grad_trunk_out_BTD
+        work = self._work_for(call.session, graph)
+        work.add(found, grad_BTD.shape[:2].numel())
         if self._run.train.trunk_steps > 1:
-            replay = Replay(inputs=call.graph.inputs, grad_trunk_out_BTD=call.grad_trunk_out_BTD)
+            replay = Replay(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD)
             work.replays.append(replay)
-        if not call.want_grad:
+        if not call.request.want_grad:
             grad_smashed_BTD = None
         return BackwardReply(
             grad_smashed_BTD=None if grad_smashed_BTD is None else grad_smashed_BTD.cpu(),
-            trunk_sq_norm=squared_norm(work.gradients.values()),
+            trunk_sq_norm=work.sq_norm,
             codec=self._run.wire.grad_down,
         )
 
@@ -363,7 +371,7 @@ class Training:
         barrier = replica.barrier.version - max(1, aggregator.oldest(self._run.policy))
         self._unpin(self._stash.drop_older(replica, barrier))
         for work in self._works.values():
-            if work.replica is replica and work.barrier < barrier and not work.outdated:
+            if work.replica is replica and work.barrier_version < barrier and not work.outdated:
                 work.outdate()
 
     @staticmethod
@@ -374,3 +382,18 @@ class Training:
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _inputs_of(call: Call) -> Inputs:
+    assert call.inputs is not None
+    return call.inputs
+
+
+def _work_of(call: Call) -> Work:
+    assert call.work is not None
+    return call.work
+
+
+def _graph_of(call: Call) -> Graph:
+    assert call.graph is not None
+    return call.graph

@@ -168,7 +168,7 @@ def test_a_barrier_nobody_contributed_to_has_no_deadline():
 def test_a_client_counts_once_in_a_barrier(policy):
     state, decisions = play(policy, *joined("a", "b"), (1.0, gave("a")), (2.0, gave("a")))
     assert decisions[-1] == Refuse(current=0)
-    assert state.givers == {"a"}
+    assert state.contributors == {"a"}
 
 
 # --- quorum ----------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_no_schedule_loses_or_repeats_a_contribution_or_waits_beyond_the_deadlin
     world = World(policy)
     for client, action, seconds in schedule:
         world.act(client, action, seconds)
-        assert world.state.givers == world.given.keys()
+        assert world.state.contributors == world.given.keys()
         if world.given:
             assert world.state.deadline <= world.now + DEADLINE_S
             assert policy.kind != "async", "it waits for nobody"

@@ -49,8 +49,7 @@ def test_one_that_never_goes_back_keeps_a_few_versions_only(tiny_llama):
             ask(here, "bob", forward_of(bob))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_fails_tells_all_who_wait(tiny_llama):
+def test_a_step_that_fails_fails_its_barrier_and_the_trunk(tiny_llama, caplog):
     def no_memory(*_):
         raise RuntimeError("no memory for this step")
 
@@ -73,11 +72,24 @@ def test_an_engine_that_fails_tells_all_who_wait(tiny_llama):
             time.sleep(0.01)
         step(bob, 0)
         waiting.join(10.0)
+        told = "the trunk failed at version 0 .RuntimeError. and serves nothing more"
         assert [type(error) for error in outcome] == [errors.Internal]
-        with pytest.raises(errors.Internal, match="engine failed; the server's log"):
-            bob.trunk.open()
-        with pytest.raises(errors.Internal, match="engine failed"):
-            here.service.expect(["alice"], round=2, at_once=1, close_after=1)
+        for refused in (
+            lambda: bob.trunk.open(),
+            lambda: here.service.expect(["alice"], round=2, at_once=1, close_after=1),
+        ):
+            with pytest.raises(errors.Internal, match=told):
+                refused()
+        assert str(here.service.trunks[""].exception(10.0)) == "no memory for this step"
+    (logged,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert logged.exc_info and "at version 0" in logged.message
+
+
+def test_a_trunk_that_is_stopped_has_not_failed(tiny_llama):
+    with world(tiny_llama()) as here:
+        ended = here.service.trunks[""]
+        assert not ended.done()
+    assert ended.exception(10.0) is None
 
 
 def test_what_comes_after_the_end_is_refused(tiny_llama):

@@ -42,7 +42,7 @@ class Forgetful(Link):
         if isinstance(request, m.ForwardRequest):
             self.brought += bool(request.references)
             if not request.references:
-                self._here.service.histories.dismiss("alice")
+                self._here.service.histories.forget("alice")
         return self._inner.exchange(request)
 
     def close(self) -> None:

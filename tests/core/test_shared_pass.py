@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fedsplit.trunk.shared_pass import Segment, SharedPass
 
+from fedsplit.trunk.shared_pass import Segment, SharedPass
 from fedsplit.wire import messages as m
 from tests.core.families import FAMILIES
 from tests.core.generating import prompt, scene

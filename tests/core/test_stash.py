@@ -6,8 +6,8 @@ from torch import nn
 
 from fedsplit.errors import ActivationExpired
 from fedsplit.memory import ByteCount
+from fedsplit.trunk.batched_pass import Pass
 from fedsplit.trunk.compute import Inputs
-from fedsplit.trunk.joint import Joint
 from fedsplit.trunk.stash import Graph, Stash
 
 ALICES, BOBS = object(), object()
@@ -22,7 +22,7 @@ def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES, joint=None)
         trunk_out_BTD=x * 2,
         replica=replica,
         version=barrier,
-        barrier=barrier,
+        barrier_version=barrier,
         num_bytes=num_bytes,
         expires_at=expires_at,
         joint=joint,
@@ -32,7 +32,7 @@ def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES, joint=None)
 def pass_of_two(num_bytes=20):
     """The graphs of two clients that shared a pass."""
     x = torch.zeros(2, requires_grad=True)
-    joint = Joint(smashed_BTD=x, trunk_out_BTD=x * 2, num_bytes=num_bytes, rows=(1, 1))
+    joint = Pass(smashed_BTD=x, trunk_out_BTD=x * 2, num_bytes=num_bytes, rows=(1, 1))
     return [graph(num_bytes=num_bytes // 2, joint=joint) for _ in joint.rows]
 
 

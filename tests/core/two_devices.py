@@ -20,7 +20,7 @@ from fedsplit.model.lora import add_adapters
 from fedsplit.model.placement import placed
 from fedsplit.spec import LoraSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
 from fedsplit.trunk.service import TrunkService
-from fedsplit.trunk.shared import SharedPass
+from fedsplit.trunk.shared_pass import SharedPass
 from simulations.tiny import tiny_config
 from tests.core.generating import Scene, parts_of, prompt, whole_of
 from tests.core.pretend import MixedDevices, Pretending
@@ -149,7 +149,7 @@ def test_several_clients_share_passes(tiny_llama):
     one, both = (trained(tiny_llama(), run, device, *"abc") for device in (ONE, BOTH))
     assert all(map(same, one, both))
     with Trunk(tiny_llama(), run, BOTH) as trunk:
-        training = trunk.service.engine._training
+        training = trunk.service.engine.training
         with Pretending():
             assert training._joint.possible(training._shared.versions)
 

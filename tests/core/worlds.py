@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -98,6 +99,17 @@ def world(
     parts = _initial_parts(config, run)
     with TrunkService(parts.trunk, run, clock, replicas=replicas) as service:
         yield World(config=config, run=run, parts=parts, service=service)
+
+
+def fail(service: TrunkService) -> None:
+    """Have a trunk's engine fail outside of any call, as in an optimizer step; waits for that."""
+
+    def divide(*_: object) -> None:
+        raise ZeroDivisionError("no memory for this step")
+
+    service.engine.training.step_if_due = divide  # type: ignore[method-assign]
+    service.engine.run(lambda: None)
+    wait([service.engine.ended], timeout=30.0)
 
 
 def _initial_parts(config: PretrainedConfig, run: RunSpec) -> SplitModel:

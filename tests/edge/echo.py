@@ -1,6 +1,7 @@
 """A trunk without blocks: what goes up comes back. Run as a script it serves until killed."""
 
 import threading
+from concurrent.futures import Future
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ class EchoService:
 
     def __init__(self, limits: m.Limits = LIMITS) -> None:
         self.limits = limits
+        self.trunks: dict[str, Future[None]] = {}
         self.refusal: Exception | None = None
         self.gate = threading.Event()
         self.gate.set()

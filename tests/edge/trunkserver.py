@@ -26,6 +26,7 @@ class OneClient:
 
     def __init__(self, service: TrunkService, client: str) -> None:
         self._service = service
+        self.trunks = service.trunks
         self._token = service.admit(client)
 
     def check_token(self, token: str) -> None:

@@ -25,13 +25,14 @@ _ATTENTION = (GrowingLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidin
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Kept:
-    """A cache and what it holds: `tokens` of `rows` sequences, with the mask over them.
+class SequenceCache:
+    """The cache of a client's session: `tokens` of `rows` sequences, with the mask over them.
 
-    `used` is when somebody last did, in seconds; `cache_tokens` is 0 for a cache that grows.
+    `used` is the time of the last use, in seconds; `cache_tokens` is 0 for a cache that grows.
     """
 
     cache: Any
+    client: str = ""
     cache_tokens: int = 0
     tokens: int = 0
     rows: int = 0
@@ -58,7 +59,7 @@ def attends_only(cache: Any) -> bool:
     return all(type(layer) in _ATTENTION for layer in _held(cache))
 
 
-def cut_to(kept: Kept, tokens: int) -> None:
+def cut_to(kept: SequenceCache, tokens: int) -> None:
     """Forget all but the first `tokens` tokens; with a window, also what it no longer reaches.
 
     Raises:
@@ -77,7 +78,7 @@ def cut_to(kept: Kept, tokens: int) -> None:
         kept.mask_BT = kept.mask_BT[:, :tokens]
 
 
-def select_rows(kept: Kept, rows_B: Tensor) -> None:
+def select_rows(kept: SequenceCache, rows_B: Tensor) -> None:
     """Have the sequences be those at these places; one may be named several times.
 
     Raises:

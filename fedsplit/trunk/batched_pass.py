@@ -44,7 +44,7 @@ class _Seen:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Joint:
+class Pass:
     """A forward of several members; `rows` says how many sequences are whose.
 
     It is `broken` once a member's backward has run without the others': then none waits any more.
@@ -58,7 +58,7 @@ class Joint:
     broken: bool = False
 
 
-class JointPass:
+class BatchedPass:
     """Forwards and backwards of several clients at once, where the trunk's family allows it.
 
     Whether it does is tried on two made-up clients when it is first needed.
@@ -86,9 +86,7 @@ class JointPass:
                 log.warning("clients of %s take turns: %s", self._trunk.family.__name__, why)
         return self._can
 
-    def forward(
-        self, members: Sequence[Inputs], versions: ParameterVersions, version: int
-    ) -> Joint:
+    def forward(self, members: Sequence[Inputs], versions: ParameterVersions, version: int) -> Pass:
         """The trunk's output for all members, whose masks and positions are of one shape."""
         inputs = Inputs(
             smashed_BTD=torch.cat([each.smashed_BTD.detach() for each in members]),
@@ -99,7 +97,7 @@ class JointPass:
         seen: list[_Seen] = []
         with self._watched(seen):
             output = self._compute.forward(inputs, versions, version)
-        return Joint(
+        return Pass(
             smashed_BTD=inputs.smashed_BTD,
             trunk_out_BTD=output.trunk_out_BTD,
             num_bytes=output.num_bytes,
@@ -109,7 +107,7 @@ class JointPass:
 
     def backward(
         self,
-        joint: Joint,
+        joint: Pass,
         grads: Sequence[Tensor],
         versions: ParameterVersions,
         version: int,
@@ -149,7 +147,7 @@ class JointPass:
             for handle in handles:
                 handle.remove()
 
-    def _own_gradients(self, joint: Joint) -> list[dict[str, Tensor]]:
+    def _own_gradients(self, joint: Pass) -> list[dict[str, Tensor]]:
         own: list[dict[str, Tensor]] = [{} for _ in joint.rows]
         for call in joint.seen:
             if call.grad_output is None:  # nothing came back through it

@@ -3,6 +3,7 @@
 import hmac
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from threading import Lock
@@ -15,17 +16,17 @@ from fedsplit.wire import messages as m
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Guest:
+class _Member:
     """A client at one of the trunks: the token that this one knows it by, and its sessions."""
 
     client: str
     service: TrunkService
     token: str
-    heard: float
+    heard_at: float
     sessions: set[str] = field(default_factory=set)
 
 
-class TrunkHub:
+class TrunkRouter:
     """Serves trunks by name, to all who hold one token; implements `fedsplit.link.Service`.
 
     Engine, optimizer and the parameters that train are each trunk's own. A client is who it says
@@ -56,12 +57,12 @@ class TrunkHub:
         self._token = token
         self._clock = clock
         self._forget_after_s = forget_after_s
-        self._guests: dict[tuple[str, str], _Guest] = {}
-        self._hosts: dict[str, _Guest] = {}
+        self._clients: dict[tuple[str, str], _Member] = {}
+        self._sessions: dict[str, _Member] = {}
         self._lock = Lock()
         self._open_services = ExitStack()
 
-    def __enter__(self) -> "TrunkHub":
+    def __enter__(self) -> "TrunkRouter":
         with ExitStack() as opening:
             for service in self._services.values():
                 opening.enter_context(service)
@@ -79,11 +80,16 @@ class TrunkHub:
         return m.Limits(**{name: max(getattr(one, name) for one in each) for name in names})
 
     @property
-    def num_guests(self) -> int:
+    def num_clients(self) -> int:
         """Clients that are remembered, each once for every trunk it came for."""
-        return len(self._guests)
+        return len(self._clients)
 
     # --- fedsplit.link.Service ----------------------------------------------------------------
+
+    @property
+    def trunks(self) -> "Mapping[str, Future[None]]":
+        """Every trunk by name; see `fedsplit.link.Service`."""
+        return {name: service.engine.ended for name, service in self._services.items()}
 
     def check_token(self, token: str) -> None:
         """Let only holders of the token in; see `fedsplit.link.Service`."""
@@ -102,9 +108,9 @@ class TrunkHub:
         if isinstance(request, m.OpenRequest):
             return self._open(request)  # type: ignore[return-value]
         session: str = getattr(request, "session", "")
-        guest = self._host_of(session)
+        member = self._member_of(session)
         try:
-            reply = guest.service.handle(request, guest.token)
+            reply = member.service.handle(request, member.token)
         except SessionLost:
             self._end(session)
             raise
@@ -115,18 +121,18 @@ class TrunkHub:
     def disconnected(self, session: str) -> None:
         """Tell the session's trunk; see `fedsplit.link.Service`."""
         with self._lock:
-            guest = self._hosts.get(session)
-        if guest:
-            guest.service.disconnected(session)
+            member = self._sessions.get(session)
+        if member:
+            member.service.disconnected(session)
 
     # --- who is where -------------------------------------------------------------------------
 
     def _open(self, request: m.OpenRequest) -> m.OpenReply:
-        guest = self._welcome(self._name(request.served), request.client)
-        reply: Any = guest.service.handle(request, guest.token)
+        member = self._admitted(self._name(request.served), request.client)
+        reply: Any = member.service.handle(request, member.token)
         with self._lock:
-            guest.sessions.add(reply.session)
-            self._hosts[reply.session] = guest
+            member.sessions.add(reply.session)
+            self._sessions[reply.session] = member
         return reply  # type: ignore[no-any-return]
 
     def _name(self, served: str) -> str:
@@ -137,39 +143,39 @@ class TrunkHub:
             )
         return name
 
-    def _welcome(self, name: str, client: str) -> _Guest:
+    def _admitted(self, name: str, client: str) -> _Member:
         with self._lock:
-            self._forget_who_left()
-            guest = self._guests.get((name, client))
-            if guest is None:
+            self._forget_absent()
+            member = self._clients.get((name, client))
+            if member is None:
                 service = self._services[name]
-                guest = self._guests[name, client] = _Guest(
+                member = self._clients[name, client] = _Member(
                     client=client,
                     service=service,
                     token=service.admit(client),
-                    heard=self._clock(),
+                    heard_at=self._clock(),
                 )
-            guest.heard = self._clock()
-            return guest
+            member.heard_at = self._clock()
+            return member
 
-    def _host_of(self, session: str) -> _Guest:
+    def _member_of(self, session: str) -> _Member:
         with self._lock:
-            guest = self._hosts.get(session)
-            if guest is None:
+            member = self._sessions.get(session)
+            if member is None:
                 raise no_session(session)
-            guest.heard = self._clock()
-            return guest
+            member.heard_at = self._clock()
+            return member
 
     def _end(self, session: str) -> None:
         with self._lock:
-            if guest := self._hosts.pop(session, None):
-                guest.sessions.discard(session)
+            if member := self._sessions.pop(session, None):
+                member.sessions.discard(session)
 
-    def _forget_who_left(self) -> None:
+    def _forget_absent(self) -> None:
         # Not at once: a client that was cut off may ask again what became of its last step.
         oldest = self._clock() - self._forget_after_s
-        for key, guest in list(self._guests.items()):
-            if guest.heard < oldest and guest.service.dismiss(guest.client):
-                del self._guests[key]
-                for session in guest.sessions:
-                    del self._hosts[session]
+        for key, member in list(self._clients.items()):
+            if member.heard_at < oldest and member.service.forget(member.client):
+                del self._clients[key]
+                for session in member.sessions:
+                    self._sessions.pop(session, None)

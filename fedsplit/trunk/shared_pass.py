@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.model.hollow import TrunkPart
-from fedsplit.trunk.caches import attends_only
+from fedsplit.trunk.kv_cache import attends_only
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import threading
 from fedsplit.errors import Unauthenticated
 
 
-class Admission:
+class ClientRegistry:
     """The tokens of a trunk's clients; may be asked by several threads."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Admission:
             self._clients[token] = client
             return token
 
-    def dismiss(self, client: str) -> None:
+    def forget(self, client: str) -> None:
         """Take a client's token back."""
         with self._lock:
             for token in [t for t, name in self._clients.items() if name == client]:

@@ -1,0 +1,188 @@
+"""Which call the engine runs next, and which calls run together.
+
+`Scheduler` is the one of production: calls run as they come, but a forward waits while its client
+waits at the barrier. `fedsplit.trunk.virtual_time` has the one for simulated machine speeds.
+"""
+
+import itertools
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fedsplit.errors import FedsplitError
+from fedsplit.trunk.aggregator import Barrier
+from fedsplit.trunk.call import ORDERED, Call, Kind
+
+
+class _Arrival(NamedTuple):
+    priority: int
+    order: int
+    call: Call
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Batch:
+    due: float
+    calls: list[Call] = field(default_factory=list)
+
+
+class Scheduler:
+    """Takes calls from any thread; hands them to the one thread that runs them.
+
+    `submit` may be called by any thread, everything else by the engine's thread alone.
+
+    Args:
+        batch_wait_s: How long a prepared call waits for others to share a pass with, in seconds.
+        clock: Seconds that do not run backwards.
+    """
+
+    def __init__(self, batch_wait_s: float, clock: Callable[[], float]) -> None:
+        self.closed: FedsplitError | None = None
+        self._batch_wait_s = batch_wait_s
+        self._clock = clock
+        self._door = threading.Lock()
+        self._numbers = itertools.count()
+        self._arrivals: queue.PriorityQueue[_Arrival] = queue.PriorityQueue()
+        self._immediate: deque[Call] = deque()
+        self._waiting: list[Call] = []
+        self._batches: dict[Hashable, _Batch] = {}
+
+    def submit(self, call: Call) -> "Future[Any]":
+        """Queue a call; its future.
+
+        Raises:
+            FedsplitError: The reason that the scheduler was closed with.
+        """
+        with self._door:
+            if self.closed:
+                raise self.closed
+            self._arrivals.put(_Arrival(call.kind.priority, next(self._numbers), call))
+        return call.future
+
+    def next_batch(self, barrier: Barrier, patience_s: float) -> list[Call]:
+        """The calls to run now; empty if none becomes due within `patience_s` seconds."""
+        while not (batch := self._ready(barrier)):
+            try:
+                patience = min(patience_s, self._due_in(barrier))
+                arrival = self._arrivals.get(timeout=patience)
+            except queue.Empty:
+                return self._ready(barrier)
+            self.admit(arrival.call)
+        return batch
+
+    def has_arrivals(self, priority: int) -> bool:
+        """Whether a call of this priority or a more urgent one waits in the queue."""
+        with self._arrivals.mutex:
+            return bool(self._arrivals.queue) and self._arrivals.queue[0].priority <= priority
+
+    def gather(self, call: Call, size: int) -> list[Call]:
+        """Hold a prepared call until `size` calls of its key are here; all of them, in order.
+
+        Returns:
+            The calls of the pass, or nothing while others are awaited. A batch that waits for
+            too long comes out of `next_batch` with fewer calls.
+        """
+        if size < 2:
+            return [call]
+        due = self._clock() + self._batch_wait_s
+        batch = self._batches.setdefault(call.batch_key, _Batch(due=due))
+        batch.calls.append(call)
+        return self._taken(call.batch_key) if len(batch.calls) >= size else []
+
+    def withdraw(self, session: str) -> list[Call]:
+        """Take back the calls of a session that were admitted and have not run."""
+        gone = [call for call in self._admitted() if call.session == session]
+        self._immediate = deque(call for call in self._immediate if call.session != session)
+        self._waiting = [call for call in self._waiting if call.session != session]
+        for batch in self._batches.values():
+            batch.calls = [call for call in batch.calls if call.session != session]
+        self._batches = {key: batch for key, batch in self._batches.items() if batch.calls}
+        return gone
+
+    def close(self, reason: FedsplitError) -> None:
+        """Fail every call that has not run, and refuse new ones; the first reason counts."""
+        with self._door:
+            self.closed = self.closed or reason
+        left = list(self._admitted())
+        while not self._arrivals.empty():
+            left.append(self._arrivals.get().call)
+        for call in left:
+            call.future.set_exception(self.closed)
+        self._forget_all()
+
+    # --- the order of calls, which a subclass may change --------------------------------------
+
+    @property
+    def now(self) -> float:
+        """Seconds of the clock that policies use."""
+        return self._clock()
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls that wait for a barrier, or for their time."""
+        return len(self._waiting)
+
+    def admit(self, call: Call) -> None:
+        """Take a call in from the queue."""
+        (self._waiting if call.kind in ORDERED else self._immediate).append(call)
+
+    def next_call(self, deadline: float, contributors: Collection[str]) -> Call | None:
+        """Take out the ordered call that may run now, or a TICK at the barrier's deadline."""
+        if self.now >= deadline:
+            return Call(kind=Kind.TICK)
+        for place, call in enumerate(self._waiting):
+            if call.kind is not Kind.FORWARD or call.client not in contributors:
+                return self._waiting.pop(place)
+        return None
+
+    def expect(self, clients: Collection[str], *, close_after: int, until: float) -> None:
+        """Note that clients were sent work; see `VirtualTimeScheduler`."""
+
+    def pause(self) -> None:
+        """Note that a round is over; see `VirtualTimeScheduler`."""
+
+    def join(self, client: str) -> list[Call]:
+        """Note that a client has a session; the LEAVE calls that this takes back."""
+        return []
+
+    def _deadline_in(self, barrier: Barrier) -> float:
+        """Seconds until the barrier's deadline."""
+        return barrier.deadline - self.now
+
+    def _ordered(self) -> Iterator[Call]:
+        """The ordered calls that were admitted and have not run."""
+        yield from self._waiting
+
+    def _forget_all(self) -> None:
+        self._immediate.clear()
+        self._waiting.clear()
+        self._batches.clear()
+
+    # --- batches ------------------------------------------------------------------------------
+
+    def _ready(self, barrier: Barrier) -> list[Call]:
+        if self._immediate:
+            return [self._immediate.popleft()]
+        if call := self.next_call(barrier.deadline, barrier.contributors):
+            return [call]
+        now = self._clock()
+        due = [key for key, batch in self._batches.items() if batch.due <= now]
+        return self._taken(due[0]) if due else []
+
+    def _due_in(self, barrier: Barrier) -> float:
+        first = min((batch.due for batch in self._batches.values()), default=math.inf)
+        return max(0.0, min(first - self._clock(), self._deadline_in(barrier)))
+
+    def _taken(self, key: Hashable) -> list[Call]:
+        return sorted(self._batches.pop(key).calls, key=lambda call: call.batch_order)
+
+    def _admitted(self) -> Iterator[Call]:
+        yield from self._immediate
+        yield from self._ordered()
+        for batch in self._batches.values():
+            yield from batch.calls
