@@ -1,8 +1,10 @@
-"""Random numbers of one piece of work, whatever other threads of the process draw.
+"""One lock for the process-wide state of torch and transformers, and random numbers under it.
 
 torch's default generators belong to the process. Clients that share one (an inline run, a test)
-and the trunk's engine beside them would draw from each other's dropout; so who draws has the
-generators to itself, and lets go of them while it waits for somebody else.
+and the trunk's engine beside them would draw from each other's dropout. Building a model belongs
+here too: it draws, and transformers, peft and torch's fake tensors replace functions, classes'
+methods and the default dtype of the whole process meanwhile. So a thread that draws or builds has
+all of that to itself, and releases it while it waits for another process.
 """
 
 import hashlib
@@ -14,7 +16,72 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_GENERATORS = threading.Lock()
+_LOCK = threading.Lock()
+
+
+class _Thread(threading.local):
+    """Whether this thread has the lock."""
+
+    holds_lock = False
+
+
+_THREAD = _Thread()
+
+
+@contextmanager
+def process_state() -> Iterator[None]:
+    """A block that no other thread's `process_state` or `rng_scope` overlaps; both may nest.
+
+    Build models in it, but read files and wait for peers outside.
+    """
+    if _THREAD.holds_lock:
+        yield
+        return
+    with _LOCK:
+        _THREAD.holds_lock = True
+        try:
+            yield
+        finally:
+            _THREAD.holds_lock = False
+
+
+@contextmanager
+def rng_scope(seed: int | str, *, needed: bool = True) -> Iterator[None]:
+    """A block whose random numbers depend on `seed` alone; the generators are restored after it.
+
+    Args:
+        seed: A number, or a name that stands for one.
+        needed: Whether the block draws at all; if not, it runs as it is and holds up no thread.
+    """
+    if not needed:
+        yield
+        return
+    every = range(torch.accelerator.device_count())  # without names, torch warns of so many
+    with process_state(), torch.random.fork_rng(devices=every):
+        torch.manual_seed(seed if isinstance(seed, int) else _number(seed))
+        yield
+
+
+@contextmanager
+def rng_released() -> Iterator[None]:
+    """A block in which others may draw, though this thread is in an `rng_scope` or not.
+
+    The scope goes on with the random numbers that it would have drawn without the block.
+    """
+    if not _THREAD.holds_lock:
+        yield
+        return
+    kept = _states()
+    _THREAD.holds_lock = False
+    _LOCK.release()
+    try:
+        yield
+    finally:
+        _LOCK.acquire()
+        _THREAD.holds_lock = True
+        torch.set_rng_state(kept[0])
+        for device, state in enumerate(kept[1:]):
+            torch.cuda.set_rng_state(state, device)
 
 
 def draws(model: PreTrainedModel) -> bool:
@@ -25,61 +92,10 @@ def draws(model: PreTrainedModel) -> bool:
     return any(isinstance(p, float) and p > 0 for p in (*layers, *rates))
 
 
-class _Mine(threading.local):
-    """Whether this thread has the generators."""
-
-    held = False
-
-
-class Turn:
-    """One worker's use of the generators, or that of several threads which work for it in turns.
-
-    Args:
-        needed: Whether this worker draws at all; if not, it never holds anybody up.
-    """
-
-    def __init__(self, *, needed: bool) -> None:
-        self._needed = needed
-        self._mine = _Mine()
-
-    @contextmanager
-    def drawing(self, name: str) -> Iterator[None]:
-        """A block whose random numbers depend on `name` alone."""
-        if not self._needed:
-            yield
-            return
-        every = range(torch.accelerator.device_count())  # unnamed, torch warns of so many
-        with _GENERATORS, torch.random.fork_rng(devices=every):
-            torch.manual_seed(_seed(name))
-            self._mine.held = True
-            try:
-                yield
-            finally:
-                self._mine.held = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """A block inside of `drawing` in which others may draw; then it goes on where it was."""
-        if not self._mine.held:
-            yield
-            return
-        kept = _states()
-        self._mine.held = False
-        _GENERATORS.release()
-        try:
-            yield
-        finally:
-            _GENERATORS.acquire()
-            self._mine.held = True
-            torch.set_rng_state(kept[0])
-            for device, state in enumerate(kept[1:]):
-                torch.cuda.set_rng_state(state, device)
-
-
 def _states() -> list[Tensor]:
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return [torch.get_rng_state(), *on_devices]
 
 
-def _seed(name: str) -> int:
+def _number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")

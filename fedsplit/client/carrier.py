@@ -9,7 +9,7 @@ from fedsplit.client.overlap import Overlap
 from fedsplit.client.retry import Retry
 from fedsplit.errors import ActivationExpired, HistoryLost, StaleVersion
 from fedsplit.link import Link
-from fedsplit.randomness import Turn
+from fedsplit.randomness import rng_released
 from fedsplit.spec import RunSpec
 from fedsplit.wire import messages as m
 
@@ -26,15 +26,11 @@ class Carrier:
         link: Leads to the trunk.
         run: How long to try, and how many pieces of a step are under way at a time.
         client: The client's name.
-        turn: Others in this process may compute while this client waits.
         history: What forwards go by.
     """
 
-    def __init__(
-        self, link: Link, run: RunSpec, *, client: str, turn: Turn, history: History
-    ) -> None:
+    def __init__(self, link: Link, run: RunSpec, *, client: str, history: History) -> None:
         self._link = link
-        self._turn = turn
         self._history = history
         self._overlap = Overlap(link, run.train.micro_batches)
         self._retry = Retry(run.wire.budget_s, random.Random(client))
@@ -49,12 +45,12 @@ class Carrier:
         Raises:
             FedsplitError: The last failure.
         """
-        with self._turn.paused():
+        with rng_released():
             return self._retry(lambda: self._link.exchange(request))
 
     def in_turn(self, request: m.Request[m.R]) -> m.R:
         """As `exchange`; other pieces of a step that is `overlapped` go on meanwhile."""
-        with self._turn.paused():
+        with rng_released():
             return self._overlap.exchange(request, self._retry)
 
     def forward(self, request: m.ForwardRequest) -> m.ForwardReply:

@@ -30,7 +30,7 @@ from fedsplit.link import Link
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.hollow import ClientPart
 from fedsplit.optimization import squared_norm
-from fedsplit.randomness import Turn, draws
+from fedsplit.randomness import draws
 from fedsplit.spec import RunSpec
 from fedsplit.spec.checks import one_of
 from fedsplit.wire import messages as m
@@ -53,7 +53,7 @@ class RemoteTrunk:
 
     Attributes:
         client: The client's name.
-        turn: Lets others in this process compute while this client waits.
+        draws: Whether a training forward of the model draws random numbers.
         autocast: The precision of the trunk's matrix products, as it said when a session was
             opened; empty for that of its weights.
     """
@@ -71,7 +71,7 @@ class RemoteTrunk:
     ) -> None:
         one_of("kv", kv, ("server", "client"))
         self.client = client
-        self.turn = Turn(needed=draws(model))
+        self.draws = draws(model)
         self._link = link
         self._identity: dict[str, Any] = {
             "client": client,
@@ -87,7 +87,7 @@ class RemoteTrunk:
         self._is_isolated = run.train.mode == "isolated"
         self._wire = run.wire
         self._history = History(run.wire, history)
-        self._carrier = Carrier(link, run, client=client, turn=self.turn, history=self._history)
+        self._carrier = Carrier(link, run, client=client, history=self._history)
         self._session = ""
         self._next_call = 0
         self._trunk_sq_norm = 0.0

@@ -28,6 +28,7 @@ from fedsplit.model.acceleration import accelerate, autocast, precision_of
 from fedsplit.model.auxiliary import AuxiliaryHead, auxiliary_head_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient, unscale
+from fedsplit.randomness import rng_scope
 from fedsplit.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -236,12 +237,12 @@ class ClientTrainer:
         """Accumulate the gradients of all batches; their shares in the loss."""
         dropout = f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"
         if self._run.train.micro_batches == 1:
-            with self._trunk.turn.drawing(dropout):
+            with rng_scope(dropout, needed=self._trunk.draws):
                 return [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
         pieces = [p for each in batches for p in micro_batches(each, self._run.train.micro_batches)]
 
         def work(number: int) -> float:
-            with self._trunk.turn.drawing(f"{dropout}/{number}"):
+            with rng_scope(f"{dropout}/{number}", needed=self._trunk.draws):
                 return self._backward(pieces[number], pieces[number].num_tokens / num_tokens)
 
         return self._trunk.overlapped([partial(work, number) for number in range(len(pieces))])

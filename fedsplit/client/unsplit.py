@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedsplit.randomness import Turn, draws
+from fedsplit.randomness import draws
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class NoTrunk:
 
     def __init__(self, model: PreTrainedModel, *, client: str) -> None:
         self.client = client
-        self.turn = Turn(needed=draws(model))
+        self.draws = draws(model)
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
         """Nothing is opened; the version never changes."""

@@ -14,8 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fedsplit.data.tasks import TASKS
 from fedsplit.errors import ConfigError
 from fedsplit.model.hollow import AUXILIARY, ClientPart
+from fedsplit.randomness import rng_scope
 
 _STD = 0.02
 
@@ -78,11 +80,9 @@ def add_auxiliary_head(client: ClientPart, task: str, seed: int) -> None:
         seed: Of the head's first values.
     """
     config: Any = client.config
-    generates = task == "causal_lm"
-    num_classes = config.vocab_size if generates else config.num_labels
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = AuxiliaryHead(config.hidden_size, num_classes, pools=not generates)
+    with rng_scope(seed):
+        num_classes, pools = TASKS[task].num_outputs(config), TASKS[task].pools
+        head = AuxiliaryHead(config.hidden_size, num_classes, pools=pools)
     client.add_module(AUXILIARY, head.to(client.device, client.dtype))
     client.remote.register_forward_pre_hook(head.note)
 

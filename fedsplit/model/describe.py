@@ -3,7 +3,6 @@
 import difflib
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,11 +28,11 @@ from fedsplit.model.parts import (
     initial_client,
     initial_parts,
     initial_whole,
+    load_whole,
     split_model,
 )
 from fedsplit.model.plan import classifier_fields, model_class_for
 from fedsplit.model.source import Source
-from fedsplit.randomness import Turn
 from fedsplit.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -68,8 +67,22 @@ def config_of(
 
 def parts_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> SplitModel:
     """Both parts as the run begins, with adapters if it trains those."""
-    with _building():
-        return _parts(run, config, device)
+    family = model_class_for(config, run.task)
+    options = {"model_class": family, **_options(run, family, device)}
+    if run.model.pretrained:
+        source, revision = run.model.pretrained, run.model.revision
+        parts = split_model(
+            source, run.split, config=config, revision=revision, seed=run.seed, **options
+        )
+    else:
+        parts = initial_parts(config, run.split, run.seed, **options)
+    for part in (parts.client, parts.trunk):
+        add_adapters(part, run.lora, run.seed)
+    if run.train.mode != "joint":
+        parts.trunk.requires_grad_(False)
+    if run.train.mode == "isolated":
+        add_auxiliary_head(parts.client, run.task, run.seed)
+    return parts
 
 
 def client_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> ClientPart:
@@ -77,20 +90,50 @@ def client_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Cl
 
     It is not on `device` yet, but will be; so for the others.
     """
-    with _building():
-        return _client(run, config, device)
+    family = model_class_for(config, run.task)
+    options = {"model_class": family, **_options(run, family, device)}
+    if run.model.pretrained:
+        source, revision = run.model.pretrained, run.model.revision
+        client = build_client(
+            config, run.split, source=source, revision=revision, seed=run.seed, **options
+        )
+    else:
+        client = initial_client(config, run.split, run.seed, **options)
+    add_adapters(client, run.lora, run.seed)
+    if run.train.mode == "isolated":
+        add_auxiliary_head(client, run.task, run.seed)
+    return client
 
 
 def trunk_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> TrunkPart:
     """The trunk as the run begins, of a checkpoint; only its own tensors are read."""
-    with _building():
-        return _trunk(run, config, device)
+    family = model_class_for(config, run.task)
+    trunk = build_trunk(
+        config,
+        run.split,
+        source=run.model.pretrained,
+        revision=run.model.revision,
+        model_class=family,
+        **_options(run, family, device),
+    )
+    add_adapters(trunk, run.lora, run.seed)
+    if run.train.mode != "joint":
+        trunk.requires_grad_(False)
+    return trunk
 
 
 def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
     """The unsplit model as the run begins, for a baseline."""
-    with _building():
-        return _whole(run, config, device)
+    family = model_class_for(config, run.task)
+    options = {"model_class": family, **_options(run, family, device)}
+    if run.model.pretrained:
+        source, revision = run.model.pretrained, run.model.revision
+        whole = load_whole(config, source, revision=revision, seed=run.seed, **options)
+    else:
+        whole = initial_whole(config, run.seed, **options)
+    whole.config.use_cache = False
+    add_adapters(whole, run.lora, run.seed)
+    return whole
 
 
 def shared(model: PreTrainedModel, run: RunSpec) -> dict[str, nn.Parameter]:
@@ -114,15 +157,6 @@ def _personal_names(model: PreTrainedModel, run: RunSpec) -> Iterator[str]:
                 yield name
 
 
-def _building() -> AbstractContextManager[None]:
-    """A block with the process to itself.
-
-    transformers builds models under settings of the whole process (device, initialization), and
-    both it and peft draw from its generators.
-    """
-    return Turn(needed=True).drawing("build")
-
-
 def _ids_of(tokenizer: TokenizersBackend) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
@@ -130,73 +164,6 @@ def _ids_of(tokenizer: TokenizersBackend) -> dict[str, Any]:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def _parts(run: RunSpec, config: PretrainedConfig, device: str) -> SplitModel:
-    family = model_class_for(config, run.task)
-    options = {"model_class": family, **_options(run, family, device)}
-    if run.model.pretrained:
-        source, revision = run.model.pretrained, run.model.revision
-        parts = split_model(
-            source, run.split, config=config, revision=revision, seed=run.seed, **options
-        )
-    else:
-        parts = initial_parts(config, run.split, run.seed, **options)
-    for part in (parts.client, parts.trunk):
-        add_adapters(part, run.lora, run.seed)
-    if run.train.mode != "joint":
-        parts.trunk.requires_grad_(False)
-    if run.train.mode == "isolated":
-        add_auxiliary_head(parts.client, run.task, run.seed)
-    return parts
-
-
-def _client(run: RunSpec, config: PretrainedConfig, device: str) -> ClientPart:
-    family = model_class_for(config, run.task)
-    options = {"model_class": family, **_options(run, family, device)}
-    if run.model.pretrained:
-        source, revision = run.model.pretrained, run.model.revision
-        client = build_client(
-            config, run.split, source=source, revision=revision, seed=run.seed, **options
-        )
-    else:
-        client = initial_client(config, run.split, run.seed, **options)
-    add_adapters(client, run.lora, run.seed)
-    if run.train.mode == "isolated":
-        add_auxiliary_head(client, run.task, run.seed)
-    return client
-
-
-def _trunk(run: RunSpec, config: PretrainedConfig, device: str) -> TrunkPart:
-    family = model_class_for(config, run.task)
-    trunk = build_trunk(
-        config,
-        run.split,
-        source=run.model.pretrained,
-        revision=run.model.revision,
-        model_class=family,
-        **_options(run, family, device),
-    )
-    add_adapters(trunk, run.lora, run.seed)
-    if run.train.mode != "joint":
-        trunk.requires_grad_(False)
-    return trunk
-
-
-def _whole(run: RunSpec, config: PretrainedConfig, device: str) -> PreTrainedModel:
-    family = model_class_for(config, run.task)
-    if run.model.pretrained:
-        source, revision = run.model.pretrained, run.model.revision
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)  # of a head that the checkpoint lacks
-            whole: PreTrainedModel = family.from_pretrained(
-                source, config=config, revision=revision, **_options(run, family, device)
-            )
-    else:
-        whole = initial_whole(config, run.seed, model_class=family, **_options(run, family, device))
-    whole.config.use_cache = False
-    add_adapters(whole, run.lora, run.seed)
-    return whole
 
 
 def _options(run: RunSpec, family: type[PreTrainedModel], device: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.hollow import AUXILIARY, ClientPart, Part, TrunkPart
 from fedsplit.model.plan import plan_for
 from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
+from fedsplit.randomness import process_state, rng_scope
 from fedsplit.spec import LoraSpec
 
 _ADAPTER = "default"
@@ -129,8 +130,7 @@ def _inject(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec, seed: int
     for field in ("target_modules", "target_parameters"):
         setattr(config, field, [n for n in getattr(config, field) if _gets_adapter(part, n, lora)])
     if config.target_modules or config.target_parameters:
-        with torch.random.fork_rng(devices=[]), _quiet_about_experts():
-            torch.manual_seed(seed)
+        with rng_scope(seed), _quiet_about_experts():
             inject_adapter_in_model(config, part, _ADAPTER)
         # New modules are in training mode whatever the part is in.
         part.train(part.training)
@@ -253,7 +253,7 @@ def _aimed_at_whole(part: PreTrainedModel, config: LoraConfig) -> LoraConfig:
     family = _family_of(part)
     whole = on_meta(family, copy.deepcopy(part.config))
     config.fan_in_fan_out = any(isinstance(m, Conv1D) for m in whole.modules())
-    with _quiet_about_experts():
+    with process_state(), _quiet_about_experts():
         tuned = LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
     head = tuple(f"{module}." for module in plan_for(family, part.config).head)
     config.target_modules = [

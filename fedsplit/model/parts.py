@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -14,6 +13,7 @@ from fedsplit.model.hollow import ClientPart, Part, TrunkPart, connect, part_cla
 from fedsplit.model.lora import folded_state
 from fedsplit.model.plan import model_class_for, plan_for
 from fedsplit.model.source import Source, on_meta
+from fedsplit.randomness import rng_scope
 from fedsplit.spec import SplitSpec
 
 P = TypeVar("P", bound=Part)
@@ -57,9 +57,7 @@ def build_client(
         CheckpointError: A tensor is missing, has another shape, or cannot be read.
     """
     cls = _class_of(ClientPart, config, split, model_class)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _load(cls, config, source, state_dict, revision, options)
+    return _load(cls, config, source, state_dict, revision, options, seed)
 
 
 def build_trunk(
@@ -96,6 +94,7 @@ def _load(
     state_dict: dict[str, Tensor] | None,
     revision: str,
     options: dict[str, Any],
+    seed: int = 0,
 ) -> P:
     if (source is None) == (state_dict is None):
         raise ConfigError(f"{cls.__name__}: give either source or state_dict")
@@ -103,11 +102,15 @@ def _load(
         return load_tensors(cls, config, state_dict or {}, "state_dict", **options)
     origin = Source(name=source, revision=revision)
     tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)))
-    part = load_tensors(cls, config, tensors, source, new=cls.plan.head, **options)
+    part = load_tensors(cls, config, tensors, source, new=cls.plan.head, seed=seed, **options)
+    return _with_generation_config(part, origin)
+
+
+def _with_generation_config(model: M, origin: Source) -> M:
     generation = origin.generation_config()
-    if generation is not None and part.can_generate():
-        part.generation_config = generation
-    return part
+    if generation is not None and model.can_generate():
+        model.generation_config = generation
+    return model
 
 
 def load_tensors(
@@ -117,19 +120,21 @@ def load_tensors(
     origin: str,
     *,
     new: Sequence[str] = (),
+    seed: int = 0,
     **options: Any,
 ) -> M:
     """A model of class `cls` with these tensors; `origin` names them in errors.
 
-    Modules named in `new` may be missing; the family draws fresh weights for them.
+    Modules named in `new` may be missing; the family draws fresh weights for them, from `seed`.
 
     Raises:
         CheckpointError: A tensor is missing or has another shape.
     """
     try:
-        loaded: Any = cls.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True, **options
-        )
+        with rng_scope(seed):
+            loaded: Any = cls.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, **options
+            )
     except RuntimeError as exc:
         raise CheckpointError(f"{origin}: {_misfit(cls, config, tensors)}") from exc
     model, report = cast(tuple[M, dict[str, Any]], loaded)
@@ -264,6 +269,27 @@ def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
     return whole
 
 
+def load_whole(
+    config: PretrainedConfig,
+    source: str,
+    *,
+    model_class: type[PreTrainedModel],
+    revision: str = "main",
+    seed: int = 0,
+    **options: Any,
+) -> PreTrainedModel:
+    """The unsplit model of a local directory or a hub id; arguments as in `build_client`.
+
+    Raises:
+        UnsupportedModel: The model cannot be cut exactly; before anything is read.
+        CheckpointError: A tensor is missing, has another shape, or cannot be read.
+    """
+    head, origin = plan_for(model_class, config).head, Source(name=source, revision=revision)
+    tensors = origin.tensors_of(on_meta(model_class, copy.deepcopy(config)))
+    whole = load_tensors(model_class, config, tensors, source, new=head, seed=seed, **options)
+    return _with_generation_config(whole, origin)
+
+
 def folded_model(whole: PreTrainedModel) -> PreTrainedModel:
     """An unsplit model with its adapters added to its weights; itself if it has none."""
     state = folded_state(whole)
@@ -332,8 +358,7 @@ def initial_whole(
     The random state of the caller is left alone.
     """
     family = model_class or model_class_for(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng_scope(seed):
         whole: PreTrainedModel = family._from_config(copy.deepcopy(config), **options)
     return whole
 

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.dryrun import FAMILY_ERRORS, Journal, observe
+from fedsplit.randomness import process_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ def _answer(question: _Question) -> Plan:
     family, config = question.model_class, copy.deepcopy(question.config)
     try:
         _refuse_by_config(family, config)
-        with FakeTensorMode():
+        with process_state(), FakeTensorMode():
             return _trace(_weightless(family, config))
     except UnsupportedModel as exc:
         raise UnsupportedModel(f"{family.__name__}: {exc}") from exc.__cause__

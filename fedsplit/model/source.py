@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
 from fedsplit.errors import CheckpointError
+from fedsplit.randomness import process_state
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -176,7 +177,7 @@ def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
 
 def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The model without memory for its tensors."""
-    with torch.device("meta"), no_init_weights():
+    with process_state(), torch.device("meta"), no_init_weights():
         model: PreTrainedModel = model_class(config)
     return model
 

@@ -6,19 +6,18 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from fedsplit.model import initial_parts
-from fedsplit.randomness import Turn, draws
+from fedsplit.randomness import draws, rng_released, rng_scope
 from fedsplit.spec import SplitSpec
 from tests.core.worlds import batch, same, small_run, world
 
 
 def test_a_block_depends_on_its_name_alone():
-    turn = Turn(needed=True)
-    with turn.drawing("a"):
+    with rng_scope("a"):
         first = torch.rand(3)
     torch.rand(5)
-    with turn.drawing("a"):
+    with rng_scope("a"):
         again = torch.rand(3)
-    with turn.drawing("b"):
+    with rng_scope("b"):
         other = torch.rand(3)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -28,19 +27,18 @@ def test_the_callers_generator_is_left_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    with Turn(needed=True).drawing("a"):
+    with rng_scope("a"):
         torch.rand(7)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_others_draw_in_a_pause_and_nothing_is_lost():
-    turn, other = Turn(needed=True), Turn(needed=True)
-    with turn.drawing("a"):
+    with rng_scope("a"):
         straight = torch.rand(2), torch.rand(2)
-    with turn.drawing("a"):
+    with rng_scope("a"):
         before = torch.rand(2)
-        with turn.paused():
-            with other.drawing("b"):
+        with rng_released():
+            with rng_scope("b"):
                 torch.rand(9)
         after = torch.rand(2)
     assert torch.equal(torch.cat(straight), torch.cat((before, after)))
