@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedsplit.client.footprint import Footprint
-from fedsplit.client.losses import prediction_loss
 from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch, micro_batches
+from fedsplit.data.tasks import TASKS
 from fedsplit.errors import NonFinite, SessionLost, StaleVersion
 from fedsplit.model.acceleration import accelerate, autocast, precision_of
 from fedsplit.model.auxiliary import AuxiliaryHead, auxiliary_head_of
@@ -114,6 +114,7 @@ class ClientTrainer:
         self._model = model
         self._trunk = trunk
         self._run = run
+        self._task = TASKS[run.task]
         self._mode = run.train.mode
         self._auxiliary = auxiliary_head_of(model) if self._mode == "isolated" else None
         pulled = [p for name, p in trained.items() if shared is None or name in shared]
@@ -212,7 +213,7 @@ class ClientTrainer:
                 nats += output.loss.item() * batch.num_tokens
                 num_tokens += batch.num_tokens
                 num_bytes += batch.num_bytes
-                num_correct += _num_correct(output.logits, batch.labels)
+                num_correct += self._task.num_correct(output.logits, batch.labels)
         return EvalStats(
             nats=nats, num_tokens=num_tokens, num_bytes=num_bytes, num_correct=num_correct
         )
@@ -239,7 +240,8 @@ class ClientTrainer:
         if self._run.train.micro_batches == 1:
             with rng_scope(dropout, needed=self._trunk.draws):
                 return [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
-        pieces = [p for each in batches for p in micro_batches(each, self._run.train.micro_batches)]
+        most, count = self._run.train.micro_batches, self._task.num_predictions
+        pieces = [piece for batch in batches for piece in micro_batches(batch, most, count)]
 
         def work(number: int) -> float:
             with rng_scope(f"{dropout}/{number}", needed=self._trunk.draws):
@@ -263,11 +265,11 @@ class ClientTrainer:
             loss: Tensor = self._output(batch).loss
             return loss
         logits = self._model(**self._inputs(batch)).logits
-        return prediction_loss(logits, self._labels(batch), smoothing)
+        return self._task.loss(logits, self._labels(batch), smoothing)
 
     def _auxiliary_loss(self, head: AuxiliaryHead, batch: Batch) -> Tensor:
         logits = head(self._inputs(batch).get("attention_mask"))
-        return prediction_loss(logits, self._labels(batch), self._run.train.label_smoothing)
+        return self._task.loss(logits, self._labels(batch), self._run.train.label_smoothing)
 
     def _output(self, batch: Batch) -> Any:
         """What the family's own forward returns, with `loss` and `logits`."""
@@ -291,7 +293,3 @@ class ClientTrainer:
 
     def _labels(self, batch: Batch) -> Tensor:
         return batch.labels.to(self._model.device)
-
-
-def _num_correct(logits: Tensor, labels: Tensor) -> int:
-    return int((logits.argmax(dim=-1).cpu() == labels.cpu()).sum()) if labels.ndim == 1 else 0

@@ -3,32 +3,32 @@
 from fedsplit.data.batches import (
     Batch,
     Examples,
-    Labelled,
-    Sequences,
     evaluation_batches,
     training_batches,
 )
 from fedsplit.data.corpora import Corpus, Document, hold_out, labels_of
 from fedsplit.data.sharding import shard, shard_held_out
 from fedsplit.data.sources import load_corpus
-from fedsplit.data.tasks import examples
+from fedsplit.data.tasks import TASKS, Task
+from fedsplit.data.tasks.causal_lm import Sequences, tokenize
+from fedsplit.data.tasks.classification import Labelled
 from fedsplit.data.tokenizing import (
     load_tokenizer,
-    tokenize,
     tokenizer_from_json,
     tokenizer_to_json,
     train_tokenizer,
 )
 
 __all__ = [
+    "TASKS",
     "Batch",
     "Corpus",
     "Document",
     "Examples",
     "Labelled",
     "Sequences",
+    "Task",
     "evaluation_batches",
-    "examples",
     "hold_out",
     "labels_of",
     "load_corpus",

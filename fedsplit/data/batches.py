@@ -1,9 +1,9 @@
 """Batches: what a model trains on, as rows of one shape, and the order in which they are served.
 
-Shapes: N sequences, B sequences of a batch, T tokens of a sequence, V vocabulary.
+Shapes: B sequences of a batch, T tokens of a sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -35,11 +35,18 @@ class Batch:
     examples_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-def micro_batches(batch: Batch, number: int) -> list[Batch]:
+def micro_batches(
+    batch: Batch, number: int, num_predictions: Callable[[Tensor], int]
+) -> list[Batch]:
     """A batch in `number` pieces of as equal sizes as can be, or in as many as it has rows.
 
     A piece without predictions is left out. How many bytes of text a piece stands for is not
     known here; its `num_bytes` is 0.
+
+    Args:
+        batch: The batch.
+        number: How many pieces.
+        num_predictions: Counts the predictions that labels are for, as `Task.num_predictions`.
     """
     inputs = {name: tensor.tensor_split(number) for name, tensor in batch.inputs.items()}
     examples = batch.examples_B.tensor_split(number)
@@ -47,17 +54,13 @@ def micro_batches(batch: Batch, number: int) -> list[Batch]:
         Batch(
             inputs={name: parts[i] for name, parts in inputs.items()},
             labels=labels,
-            num_tokens=_num_predictions(labels),
+            num_tokens=num_predictions(labels),
             num_bytes=0,
             examples_B=examples[i],
         )
         for i, labels in enumerate(batch.labels.tensor_split(number))
     ]
     return [piece for piece in pieces if piece.num_tokens] if number > 1 else [batch]
-
-
-def _num_predictions(labels: Tensor) -> int:
-    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != IGNORED).sum())
 
 
 class Examples(Protocol):
@@ -68,64 +71,6 @@ class Examples(Protocol):
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers, in this order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sequences:
-    """Sequences of T tokens; all are full but the last, which holds at least two.
-
-    `ids_NT` is padded behind the first `lengths_N` tokens, `bytes_V` is how many UTF-8 bytes of
-    text each token of the vocabulary stands for. All are int64.
-    """
-
-    ids_NT: Tensor
-    lengths_N: Tensor
-    bytes_V: Tensor
-
-    def __len__(self) -> int:
-        """How many sequences there are."""
-        return len(self.ids_NT)
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The sequences with these numbers, in this order."""
-        index_B = torch.tensor(rows)
-        ids_BT, lengths_B = self.ids_NT[index_B], self.lengths_N[index_B]
-        is_real_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
-        counted = ids_BT[:, 1:][is_real_BT[:, 1:]]
-        return Batch(
-            inputs={"input_ids": ids_BT, "attention_mask": is_real_BT.long()},
-            labels=ids_BT.masked_fill(~is_real_BT, IGNORED),
-            num_tokens=counted.numel(),
-            num_bytes=int(self.bytes_V[counted].sum()),
-            examples_B=index_B,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Labelled:
-    """Rows of a class each: texts as tokens, or images.
-
-    `inputs` are the arguments of a classifier's forward with N rows each, `labels_N` the numbers
-    of the classes, int64.
-    """
-
-    inputs: dict[str, Tensor]
-    labels_N: Tensor
-
-    def __len__(self) -> int:
-        """How many rows there are."""
-        return len(self.labels_N)
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The rows with these numbers, in this order."""
-        index_B = torch.tensor(rows)
-        return Batch(
-            inputs={name: tensor[index_B] for name, tensor in self.inputs.items()},
-            labels=self.labels_N[index_B],
-            num_tokens=len(index_B),
-            num_bytes=0,
-            examples_B=index_B,
-        )
 
 
 def training_batches(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.data.corpora import Corpus, Document
+from fedsplit.data.tasks import TASKS
 from fedsplit.errors import DataError
 from fedsplit.spec import DataSpec
 
@@ -24,7 +25,7 @@ def load_corpus(spec: DataSpec, task: str = "causal_lm") -> Corpus:
     Raises:
         DataError: Nothing is there, it is not text, it holds no document, or one has no class.
     """
-    name, documents = _LOADERS[spec.kind](spec, task != "causal_lm")
+    name, documents = _LOADERS[spec.kind](spec, TASKS[task].has_classes)
     kept = tuple(document for document in documents if document.text.strip() or document.pixels)
     if not kept:
         raise DataError(f"{name} holds no text; data.path must name something with words in it")

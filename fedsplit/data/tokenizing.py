@@ -1,10 +1,6 @@
-"""Tokenizing: the tokenizer of a run, how it travels, and how documents become sequences.
+"""The tokenizer of a run: how it is trained, loaded, and sent to clients.
 
-Documents are packed: each is followed by the end-of-text token, all of one client's shard are
-strung together and cut into sequences of one length, and only the last sequence is padded. No
-sequence crosses from one client to another.
-
-Shapes: N sequences, T tokens of a sequence, S tokens of a whole shard, V vocabulary.
+Shapes: V vocabulary.
 """
 
 import json
@@ -14,10 +10,8 @@ from collections.abc import Callable
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedsplit.data.batches import Sequences
 from fedsplit.data.corpora import Corpus
 from fedsplit.errors import DataError
 
@@ -26,18 +20,18 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def train_tokenizer(
-    corpus: Corpus, vocabulary: int, task: str = "causal_lm"
+    corpus: Corpus, vocabulary: int, *, begins_texts: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (as GPT-2's) on a corpus; the same corpus gives the same tokenizer.
 
     One token, `<|endoftext|>`, ends documents and pads; padding is known by the attention mask.
-    A text to classify begins with it: encoders classify by their first token. Decoders do by the
-    last one that is not padding, so nothing follows the text.
+    A text to classify begins with it: encoders classify by their first token. Decoders classify
+    by the last one that is not padding, so nothing follows the text.
 
     Args:
         corpus: What to train on.
         vocabulary: Most tokens, at least 257; a small corpus may give fewer.
-        task: Of the run.
+        begins_texts: Whether `<|endoftext|>` is added before each text, for classification.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,7 +43,7 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in corpus.documents), trainer)
-    if task != "causal_lm":
+    if begins_texts:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
         )
@@ -107,32 +101,6 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
 def _wrap(pipeline: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     make: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast  # has no types itself
     return make(tokenizer_object=pipeline, **special)
-
-
-def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Sequences:
-    """Pack a corpus (one client's shard) into sequences of `sequence_length` tokens.
-
-    Raises:
-        DataError: The corpus has no document.
-    """
-    if not corpus.documents:
-        raise DataError(f"{corpus.name} has no documents; every client needs at least one")
-    ids_S = _string_together(corpus, tokenizer)
-    if len(ids_S) % sequence_length == 1:
-        ids_S = ids_S[:-1]  # an eos alone in the last sequence would predict nothing
-    num_padding = -len(ids_S) % sequence_length
-    ids_NT = pad(ids_S, (0, num_padding), value=tokenizer.pad_token_id).view(-1, sequence_length)
-    lengths_N = torch.full((len(ids_NT),), sequence_length)
-    lengths_N[-1] -= num_padding
-    return Sequences(ids_NT=ids_NT, lengths_N=lengths_N, bytes_V=token_bytes(tokenizer))
-
-
-def _string_together(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    # a document that spells out "<|endoftext|>" is text, not the end of one
-    texts = [document.text for document in corpus.documents]
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    eos = tokenizer.eos_token_id
-    return torch.tensor([token for ids in encoded["input_ids"] for token in (*ids, eos)])
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Tensor:

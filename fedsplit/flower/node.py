@@ -11,11 +11,11 @@ from flwr.app import Context
 from transformers import TokenizersBackend
 
 from fedsplit.data import (
+    TASKS,
     Batch,
     Corpus,
     Examples,
     evaluation_batches,
-    examples,
     hold_out,
     load_corpus,
     load_tokenizer,
@@ -144,7 +144,10 @@ def share_of(run: RunSpec, node: Node, preparation: Preparation) -> Share:
     prepared = _prepared_of(run, preparation)
     if node not in prepared.shares:
         training, held_out = (
-            tuple(examples(c, run.data, prepared.tokenizer, preparation.labels) for c in corpora)
+            tuple(
+                TASKS[run.task].examples(c, run.data, prepared.tokenizer, preparation.labels)
+                for c in corpora
+            )
             for corpora in texts_of(run, node)
         )
         prepared.shares[node] = Share(run=run, training=training, held_out=held_out)
@@ -196,7 +199,7 @@ def _prepared_of(run: RunSpec, preparation: Preparation) -> _Prepared:
 
 @lru_cache(maxsize=1)
 def _prepare(run: RunSpec, preparation: Preparation) -> _Prepared:
-    if run.task == "image_classification":
+    if not TASKS[run.task].reads_text:
         return _Prepared(tokenizer=None, shares={})
     if run.model.pretrained:
         tokenizer = load_tokenizer(run.model.pretrained, run.model.revision)

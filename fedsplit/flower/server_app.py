@@ -8,6 +8,7 @@ from transformers import TokenizersBackend
 from fedsplit.config import build, from_run_config
 from fedsplit.console import quiet_libraries
 from fedsplit.data import (
+    TASKS,
     Corpus,
     hold_out,
     labels_of,
@@ -55,12 +56,13 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _tokenizer(run: RunSpec, corpus: Corpus) -> TokenizersBackend | None:
-    if run.task == "image_classification":
+    task = TASKS[run.task]
+    if not task.reads_text:
         return None
     if run.model.pretrained:
         return load_tokenizer(run.model.pretrained, run.model.revision)
     training, _ = hold_out(corpus, run.data.held_out, run.seed)
-    return train_tokenizer(training, run.data.vocabulary, run.task)
+    return train_tokenizer(training, run.data.vocabulary, begins_texts=task.has_classes)
 
 
 def _client_strategy(run: RunSpec) -> Strategy:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -12,12 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
 
+from fedsplit.data.tasks import TASKS
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.dryrun import FAMILY_ERRORS, Journal, observe
 from fedsplit.randomness import process_state
@@ -67,27 +63,16 @@ _REFUSED_FIELDS = {
 }
 
 
-_CLASSES: Mapping[str, tuple[str, Any]] = {
-    "causal_lm": ("causal language", MODEL_FOR_CAUSAL_LM_MAPPING),
-    "sequence_classification": (
-        "sequence classification",
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    ),
-    "image_classification": ("image classification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
-}
-
-
 def model_class_for(config: PretrainedConfig, task: str = "causal_lm") -> type[PreTrainedModel]:
     """The class of a config with the head for a task, as `RunSpec` names it.
 
     Raises:
         UnsupportedModel: transformers has none for it.
     """
-    words, classes = _CLASSES[task]
-    found: Any = classes.get(type(config), None)
+    found: Any = TASKS[task].model_classes.get(type(config), None)
     if found is None:
         raise UnsupportedModel(
-            f"{type(config).__name__}: transformers has no {words} model for model type "
+            f"{type(config).__name__}: transformers has no {TASKS[task].head} model for model type "
             f"'{config.model_type}'; set another task, or pass model_class"
         )
     family: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found

@@ -2,15 +2,10 @@
 
 from collections.abc import Sequence
 
-from fedsplit.data import Corpus
+from fedsplit.data import TASKS, Corpus
 from fedsplit.runs.metrics import RoundStats, evaluated, in_mib
 from fedsplit.spec import RunSpec
 
-_PIPELINES = {
-    "causal_lm": "text-generation",
-    "sequence_classification": "text-classification",
-    "image_classification": "image-classification",
-}
 _TEXT = """\
 ---
 library_name: transformers
@@ -54,7 +49,7 @@ def model_card(
     return _TEXT.format(
         name=run.name,
         how=_how(run),
-        pipeline=_PIPELINES[run.task],
+        pipeline=TASKS[run.task].pipeline,
         clients=run.clients,
         model=run.model,
         split=cut,

@@ -14,11 +14,11 @@ from transformers import (
 )
 
 from fedsplit.data import (
+    TASKS,
     Batch,
     Corpus,
     Document,
     evaluation_batches,
-    examples,
     hold_out,
     labels_of,
     load_corpus,
@@ -71,8 +71,12 @@ def corpus_of_texts() -> Corpus:
 @pytest.fixture(scope="module")
 def texts() -> Batch:
     corpus = corpus_of_texts()
-    tokenizer = train_tokenizer(corpus, 270, TEXTS)
-    return examples(corpus, DataSpec(sequence_length=12), tokenizer, LABELS).batch(range(6))
+    tokenizer = train_tokenizer(corpus, 270, begins_texts=True)
+    return (
+        TASKS[TEXTS]
+        .examples(corpus, DataSpec(sequence_length=12), tokenizer, LABELS)
+        .batch(range(6))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,11 @@ def images() -> Batch:
     pytest.importorskip("sklearn")
     corpus = load_corpus(DataSpec(kind="digits"), IMAGES)
     few = replace(corpus, documents=corpus.documents[:6])
-    return examples(few, DataSpec(kind="digits"), None, labels_of(corpus)).batch(range(6))
+    return (
+        TASKS[IMAGES]
+        .examples(few, DataSpec(kind="digits"), None, labels_of(corpus))
+        .batch(range(6))
+    )
 
 
 def config_of(model_type: str) -> PretrainedConfig:
@@ -199,12 +207,12 @@ def test_a_split_vision_transformer_learns_digits():
     run = RunSpec(task=IMAGES, split=SPLIT, data=data, train=train)
     config = config_of("vit")
     config.hidden_size, config.intermediate_size = 32, 64
-    rows = examples(training, data, None, labels)
+    rows = TASKS[IMAGES].examples(training, data, None, labels)
     batches = training_batches(rows, batch_size=32, num_batches=60, seed=0, start=0)
     with world(config, run) as w:
         member = w.add("alice")
         member.trainer.fit([batch] for batch in batches)
-        unseen = evaluation_batches(examples(held_out, data, None, labels), 32)
+        unseen = evaluation_batches(TASKS[IMAGES].examples(held_out, data, None, labels), 32)
         found = member.trainer.evaluate(unseen)
     assert found.num_tokens == len(held_out.documents)
     assert found.num_correct > 0.5 * found.num_tokens

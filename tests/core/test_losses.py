@@ -7,10 +7,9 @@ import torch
 from transformers import BertForSequenceClassification
 from transformers.trainer_pt_utils import LabelSmoother
 
-from fedsplit.client.losses import prediction_loss
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
-from fedsplit.data import Batch
+from fedsplit.data import TASKS, Batch
 from fedsplit.link import LocalLink
 from fedsplit.model import connect, initial_parts, join_model
 from fedsplit.model.lora import trainable
@@ -23,7 +22,7 @@ SMOOTHING = 0.1
 
 
 def language(tiny_llama):
-    return tiny_llama(), {}, [batch(0), batch(1, pad=5)]
+    return "causal_lm", tiny_llama(), {}, [batch(0), batch(1, pad=5)]
 
 
 def classes(tiny_llama):
@@ -32,13 +31,14 @@ def classes(tiny_llama):
     rows = [
         Batch(inputs=batch(i).inputs, labels=labels_B, num_tokens=2, num_bytes=0) for i in (0, 1)
     ]
-    return config, {"model_class": BertForSequenceClassification}, rows
+    options = {"model_class": BertForSequenceClassification}
+    return "sequence_classification", config, options, rows
 
 
 @pytest.mark.parametrize("task", [language, classes])
 def test_training_is_that_of_the_hf_trainer_and_evaluation_is_not_smoothed(tiny_llama, task):
-    config, options, (trained_on, held_out) = task(tiny_llama)
-    base = small_run()
+    name, config, options, (trained_on, held_out) = task(tiny_llama)
+    base = small_run(task=name)
     run = replace(base, train=replace(base.train, label_smoothing=SMOOTHING))
     parts = initial_parts(config, run.split, run.seed, **options)
     whole = join_model(parts.client, parts.trunk)
@@ -80,4 +80,4 @@ def test_it_is_the_smoothers_loss(smoothing):
     labels_BT = torch.randint(0, 7, (2, 5), generator=generator)
     labels_BT[0, 3:] = -100
     wanted = LabelSmoother(smoothing)({"logits": logits}, labels_BT, shift_labels=True)
-    torch.testing.assert_close(prediction_loss(logits, labels_BT, smoothing), wanted)
+    torch.testing.assert_close(TASKS["causal_lm"].loss(logits, labels_BT, smoothing), wanted)

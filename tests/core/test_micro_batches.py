@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedsplit import errors
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.client.unsplit import NoTrunk
+from fedsplit.data import TASKS
 from fedsplit.data.batches import Batch, micro_batches
 from fedsplit.link import LocalLink
 from fedsplit.model import join_model
@@ -19,6 +20,8 @@ from fedsplit.spec import ModelSpec, WireSpec
 from fedsplit.wire import messages as m
 from tests.core.worlds import batch, same, small_run, world
 
+NEXT_TOKENS = TASKS["causal_lm"].num_predictions
+CLASSES = TASKS["sequence_classification"].num_predictions
 GROUPS = [[batch(i, rows=4), batch(i + 50, rows=3, pad=3)] for i in range(3)]
 
 
@@ -51,7 +54,7 @@ def assert_close(found, wanted, atol=1e-6):
 @given(rows=st.integers(1, 9), number=st.integers(1, 12), pad=st.integers(0, 10))
 def test_pieces_are_the_batch(rows, number, pad):
     whole = batch(rows=rows, pad=pad)
-    pieces = micro_batches(whole, number)
+    pieces = micro_batches(whole, number, NEXT_TOKENS)
     sizes = [len(piece.labels) for piece in pieces]
     assert len(pieces) == min(rows, number)
     assert max(sizes) - min(sizes) <= 1
@@ -63,13 +66,13 @@ def test_pieces_are_the_batch(rows, number, pad):
 
 def test_a_piece_without_predictions_is_left_out():
     whole = batch(rows=3, pad=12)
-    assert [len(piece.labels) for piece in micro_batches(whole, 3)] == [1, 1]
-    assert micro_batches(whole, 1) == [whole]
+    assert [len(piece.labels) for piece in micro_batches(whole, 3, NEXT_TOKENS)] == [1, 1]
+    assert micro_batches(whole, 1, NEXT_TOKENS) == [whole]
 
 
 def test_of_classes_every_row_counts():
     rows = Batch(inputs={"x": torch.ones(5, 2)}, labels=torch.arange(5), num_tokens=5, num_bytes=0)
-    assert [piece.num_tokens for piece in micro_batches(rows, 3)] == [2, 2, 1]
+    assert [piece.num_tokens for piece in micro_batches(rows, 3, CLASSES)] == [2, 2, 1]
 
 
 # --- numbers ----------------------------------------------------------------------------------

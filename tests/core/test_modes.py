@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import BertForSequenceClassification
 
-from fedsplit.client.losses import prediction_loss
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
-from fedsplit.data import Batch
+from fedsplit.data import TASKS, Batch
 from fedsplit.errors import ConfigError
 from fedsplit.link import LocalLink
 from fedsplit.model import SplitModel, connect, initial_parts, join_model
@@ -170,7 +169,7 @@ def trained_unsplit(parts, run, groups):
             loss = whole(**each.inputs, labels=each.labels).loss
             if mode == "isolated":
                 head.note(head, (noted.pop(),))
-                loss = loss + prediction_loss(head(), each.labels)
+                loss = loss + TASKS[run.task].loss(head(), each.labels)
             (loss * (each.num_tokens / total)).backward()
         optimizer.step(step, clip_coefficient(optimizer.sq_norm(), run.train.clip_norm))
     return {name: p.detach() for name, p in mine.items()}
@@ -202,7 +201,8 @@ def test_a_tied_head_learns_from_both_losses(tiny_gpt2):
         each, trunk = batch(0), here.trainer._trunk
         with trunk.session():
             top_alone = torch.autograd.grad(client(**each.inputs, labels=each.labels).loss, table)
-            bottom_alone = torch.autograd.grad(prediction_loss(head(), each.labels), table)
+            loss = TASKS["causal_lm"].loss(head(), each.labels)
+            bottom_alone = torch.autograd.grad(loss, table)
             here.trainer._backward(each, 1.0)
     torch.testing.assert_close(table.grad, top_alone[0] + bottom_alone[0])
     assert top_alone[0].count_nonzero() > 0

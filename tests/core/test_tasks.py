@@ -1,25 +1,27 @@
 """What each task makes of a shard: sequences, texts with a class, images with a class."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, GPT2Config
 
 from fedsplit.data import (
+    TASKS,
     Corpus,
     Document,
     Labelled,
     evaluation_batches,
-    examples,
     tokenize,
     tokenizer_from_json,
     tokenizer_to_json,
     train_tokenizer,
     training_batches,
 )
-from fedsplit.errors import DataError
-from fedsplit.spec import DataSpec
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.spec import DataSpec, RunSpec
 
-TEXTS = "sequence_classification"
+TEXTS, IMAGES = TASKS["sequence_classification"], TASKS["image_classification"]
 SPEC = DataSpec(sequence_length=8)
 
 
@@ -36,16 +38,35 @@ def corpus() -> Corpus:
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return train_tokenizer(corpus, 257, TEXTS)  # a token is a byte
+    return train_tokenizer(corpus, 257, begins_texts=True)  # a token is a byte
+
+
+def test_a_run_takes_exactly_the_tasks_that_there_are():
+    with pytest.raises(ConfigError) as refusal:
+        RunSpec(task="nonsense")
+    assert set(re.findall(r"\w+_\w+", str(refusal.value))) == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "labels", "num_predictions", "num_correct"),
+    [
+        ("causal_lm", torch.eye(3)[None], torch.tensor([[9, 0, -100]]), 1, 0),
+        ("sequence_classification", torch.eye(3), torch.tensor([0, 2, 2]), 3, 2),
+        ("image_classification", torch.eye(3), torch.tensor([0, 1, 2]), 3, 3),
+    ],
+)
+def test_a_task_counts_its_predictions(task, logits, labels, num_predictions, num_correct):
+    assert TASKS[task].num_predictions(labels) == num_predictions
+    assert TASKS[task].num_correct(logits, labels) == num_correct
 
 
 def test_without_labels_a_shard_becomes_sequences(corpus, tokenizer):
-    found = examples(corpus, SPEC, tokenizer, ())
+    found = TASKS["causal_lm"].examples(corpus, SPEC, tokenizer, ())
     assert torch.equal(found.ids_NT, tokenize(corpus, tokenizer, 8).ids_NT)
 
 
 def test_texts_are_cut_and_padded_to_one_length(corpus, tokenizer):
-    batch = examples(corpus, SPEC, tokenizer, ("a", "b", "c")).batch([2, 0, 1])
+    batch = TEXTS.examples(corpus, SPEC, tokenizer, ("a", "b", "c")).batch([2, 0, 1])
     ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
     assert ids_BT.shape == mask_BT.shape == (3, 8)
@@ -59,14 +80,18 @@ def test_texts_are_cut_and_padded_to_one_length(corpus, tokenizer):
 
 def test_a_text_that_spells_the_end_of_text_is_text(tokenizer):
     one = corpus_of(a="<|endoftext|>")
-    (row,) = examples(one, DataSpec(), tokenizer, ("a",)).batch([0]).inputs["input_ids"].tolist()
+    (row,) = (
+        TEXTS.examples(one, DataSpec(), tokenizer, ("a",)).batch([0]).inputs["input_ids"].tolist()
+    )
     assert row[1:].index(tokenizer.eos_token_id) == len("<|endoftext|>")
 
 
 def test_padding_is_at_the_right_whatever_the_tokenizer_prefers(corpus, tokenizer):
     left = tokenizer_from_json(tokenizer_to_json(tokenizer))
     left.padding_side = "left"
-    mask_BT = examples(corpus, SPEC, left, ("a", "b", "c")).batch([2]).inputs["attention_mask"]
+    mask_BT = (
+        TEXTS.examples(corpus, SPEC, left, ("a", "b", "c")).batch([2]).inputs["attention_mask"]
+    )
     assert mask_BT.tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]]
 
 
@@ -89,7 +114,7 @@ def test_images_are_one_gray_channel():
     documents = tuple(
         Document(text="", group=str(i), label="ab"[i], pixels=own) for i, own in enumerate(pixels)
     )
-    images = examples(Corpus(name="i", documents=documents), SPEC, None, ("a", "b"))
+    images = IMAGES.examples(Corpus(name="i", documents=documents), SPEC, None, ("a", "b"))
     batch = images.batch([1])
     assert batch.inputs["pixel_values"].dtype == torch.float32
     expected = [2 * pixel - 1 for pixel in pixels[1]]
@@ -103,12 +128,12 @@ def test_a_class_that_the_run_does_not_know_is_refused(corpus, tokenizer):
     with pytest.raises(
         DataError, match="sample has documents of class 'b', but the classes of this run are a, c;"
     ):
-        examples(corpus, SPEC, tokenizer, ("a", "c"))
+        TEXTS.examples(corpus, SPEC, tokenizer, ("a", "c"))
 
 
 def test_no_documents_is_an_error(tokenizer):
     with pytest.raises(DataError, match="sample has no documents; every client needs at least one"):
-        examples(corpus_of(), SPEC, tokenizer, ("a",))
+        TEXTS.examples(corpus_of(), SPEC, tokenizer, ("a",))
 
 
 def test_batches_are_served_of_labelled_rows():

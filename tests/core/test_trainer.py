@@ -127,7 +127,7 @@ def test_evaluation_of_a_batch_is_tried_twice_and_no_more(tiny_llama):
 def test_hits_are_counted_for_classes_and_not_for_tokens(tiny_gpt2):
     config = tiny_gpt2(num_labels=3, pad_token_id=0)
     rows = [batch(i).inputs for i in range(4)]
-    run = small_run()
+    run = small_run(task="sequence_classification")
     parts = initial_parts(config, run.split, 0, model_class=GPT2ForSequenceClassification)
     whole = join_model(parts.client, parts.trunk).eval()
     with torch.no_grad():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 
+from fedsplit.data import TASKS
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes
 from fedsplit.runs.metrics import RoundStats, bits_per_byte
 from fedsplit.spec import RunSpec
@@ -41,7 +42,7 @@ class RoundMetrics:
         trained, evaluated = _by_name(self.trained), _by_name(self.evaluated)
         tokens, held_out = int(_sum(trained, WEIGHT)), _sum(evaluated, WEIGHT)
         nats, num_bytes = _sum(evaluated, "nats"), int(_sum(evaluated, "bytes"))
-        classifies = run.task.endswith("classification")
+        has_accuracy = TASKS[run.task].has_accuracy
         nan = math.nan
         return RoundStats(
             round=number,
@@ -49,7 +50,7 @@ class RoundMetrics:
             loss=sum(n["loss"] * n[WEIGHT] for n in trained) / tokens if tokens else nan,
             eval_loss=nats / held_out if held_out else nan,
             bits_per_byte=bits_per_byte(nats, num_bytes) if num_bytes else nan,
-            accuracy=_sum(evaluated, "correct") / held_out if classifies and held_out else nan,
+            accuracy=_sum(evaluated, "correct") / held_out if has_accuracy and held_out else nan,
             tokens=tokens,
             seconds=seconds,
             virtual_seconds=virtual_seconds,

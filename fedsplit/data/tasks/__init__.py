@@ -1,0 +1,15 @@
+"""The tasks: one object each, by the name that `RunSpec.task` has for it."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fedsplit.data.tasks.base import Task
+from fedsplit.data.tasks.causal_lm import CausalLM
+from fedsplit.data.tasks.image_classification import ImageClassification
+from fedsplit.data.tasks.sequence_classification import SequenceClassification
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {task.name: task for task in (CausalLM(), SequenceClassification(), ImageClassification())}
+)
+
+__all__ = ["TASKS", "Task"]

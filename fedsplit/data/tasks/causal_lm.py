@@ -1,0 +1,114 @@
+"""Language modeling: every token predicts the next one.
+
+Documents are packed: each is followed by the end-of-text token, all of one client's shard are
+concatenated and cut into sequences of one length, and only the last sequence is padded. No
+sequence crosses from one client to another.
+
+Shapes: N sequences, B sequences of a batch, T tokens of a sequence, S tokens of a whole shard,
+C classes, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from fedsplit.data.batches import IGNORED, Batch
+from fedsplit.data.corpora import Corpus
+from fedsplit.data.tasks.base import Task
+from fedsplit.data.tokenizing import token_bytes
+from fedsplit.errors import DataError
+from fedsplit.spec import DataSpec
+
+
+class CausalLM(Task):
+    """Predicts every next token; the held-out metric is bits per byte."""
+
+    name = "causal_lm"
+    pipeline = "text-generation"
+    head = "causal language"
+    model_classes = MODEL_FOR_CAUSAL_LM_MAPPING
+    has_classes = False
+    reads_text = True
+    pools = False
+    has_accuracy = False
+
+    def examples(
+        self,
+        corpus: Corpus,
+        data: DataSpec,
+        tokenizer: PreTrainedTokenizerFast | None,
+        labels: tuple[str, ...],
+    ) -> "Sequences":
+        """Return sequences of `data.sequence_length` tokens; see `Task.examples`."""
+        assert tokenizer is not None, "a task that reads text has a tokenizer"
+        return tokenize(corpus, tokenizer, data.sequence_length)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Return the logits [B, T - 1, C] of all tokens but the last."""
+        return logits[:, :-1]
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Return the labels [B, T - 1] of all tokens but the first."""
+        return labels[:, 1:]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sequences:
+    """Sequences of T tokens; all are full but the last, which holds at least two.
+
+    `ids_NT` is padded behind the first `lengths_N` tokens, `bytes_V` is how many UTF-8 bytes of
+    text each token of the vocabulary stands for. All are int64.
+    """
+
+    ids_NT: Tensor
+    lengths_N: Tensor
+    bytes_V: Tensor
+
+    def __len__(self) -> int:
+        """How many sequences there are."""
+        return len(self.ids_NT)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The sequences with these numbers, in this order."""
+        index_B = torch.tensor(rows)
+        ids_BT, lengths_B = self.ids_NT[index_B], self.lengths_N[index_B]
+        is_real_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
+        counted = ids_BT[:, 1:][is_real_BT[:, 1:]]
+        return Batch(
+            inputs={"input_ids": ids_BT, "attention_mask": is_real_BT.long()},
+            labels=ids_BT.masked_fill(~is_real_BT, IGNORED),
+            num_tokens=counted.numel(),
+            num_bytes=int(self.bytes_V[counted].sum()),
+            examples_B=index_B,
+        )
+
+
+def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Sequences:
+    """Pack a corpus (one client's shard) into sequences of `sequence_length` tokens.
+
+    Raises:
+        DataError: The corpus has no document.
+    """
+    if not corpus.documents:
+        raise DataError(f"{corpus.name} has no documents; every client needs at least one")
+    ids_S = _concatenated(corpus, tokenizer)
+    if len(ids_S) % sequence_length == 1:
+        ids_S = ids_S[:-1]  # an eos alone in the last sequence would predict nothing
+    num_padding = -len(ids_S) % sequence_length
+    ids_NT = pad(ids_S, (0, num_padding), value=tokenizer.pad_token_id).view(-1, sequence_length)
+    lengths_N = torch.full((len(ids_NT),), sequence_length)
+    lengths_N[-1] -= num_padding
+    return Sequences(ids_NT=ids_NT, lengths_N=lengths_N, bytes_V=token_bytes(tokenizer))
+
+
+def _concatenated(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    # a document that spells out "<|endoftext|>" is text, not the end of one
+    texts = [document.text for document in corpus.documents]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    eos = tokenizer.eos_token_id
+    return torch.tensor([token for ids in encoded["input_ids"] for token in (*ids, eos)])
