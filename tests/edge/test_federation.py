@@ -1,7 +1,9 @@
 """A federation against the unsplit model, and through everything that clients may do to it."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +14,27 @@ from flwr.clientapp import ClientApp
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedsplit.client.trainer import ClientTrainer, StepStats
 from fedsplit.config import compose, from_run_config, to_yaml
-from fedsplit.data import Batch
-from fedsplit.errors import ConfigError, DeadlineExceeded, Diverged, FedsplitError, ModelMismatch
+from fedsplit.errors import (
+    BadTensor,
+    ConfigError,
+    DeadlineExceeded,
+    Diverged,
+    FedsplitError,
+    ModelMismatch,
+)
 from fedsplit.flower.client_app import app as product
 from fedsplit.flower.client_app import hello
 from fedsplit.flower.inline import run_inline
 from fedsplit.flower.server_app import app as server
+from fedsplit.link import Link
 from fedsplit.model import join_model
 from fedsplit.model.describe import config_of, parts_of
 from fedsplit.model.lora import save_adapter
-from fedsplit.spec import RunSpec
+from fedsplit.spec import RunSpec, WireSpec
+from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.server import GrpcServer
+from fedsplit.wire import messages as m
 from tests.edge.federation import (
     SGD,
     client_that,
@@ -242,25 +253,58 @@ def test_a_client_that_fails_is_back_in_the_next_round(tmp_path: Path) -> None:
     assert [stats.version for stats in rounds] == [2, 4]
 
 
+class Relay:
+    """A service in front of a trunk that passes one step on, and lets nothing after it through."""
+
+    trunks: Mapping[str, Future[None]] = {}
+
+    def __init__(self, trunk: Link, until: Callable[[], object]) -> None:
+        self._trunk, self._until = trunk, until
+        self._has_stepped = False
+
+    def check_token(self, token: str) -> None:
+        """The trunk's own business."""
+
+    def disconnected(self, session: str) -> None:
+        """The trunk is not told."""
+
+    def handle(self, request: m.Request[m.R], token: str) -> m.R:
+        if self._has_stepped and isinstance(request, m.ForwardRequest):
+            self._until()
+            raise BadTensor("was silent until now")
+        reply = self._trunk.exchange(request)
+        self._has_stepped |= isinstance(request, m.StepRequest)
+        return reply
+
+
+@contextmanager
+def relayed(message: Message, until: Callable[[], object]) -> Iterator[None]:
+    """A block in which a message's client finds a relay where the trunk's address was."""
+    told, wire = message.content["fedsplit"], WireSpec()
+    with closing(GrpcLink(told["address"], token=told["token"], wire=wire)) as trunk:
+        limits = trunk.exchange(m.ServiceInfoRequest()).limits
+        relay = GrpcServer(Relay(trunk, until), wire=wire, limits=limits, max_clients=1)
+        told["address"] = relay.start()
+        try:
+            yield
+        finally:
+            relay.stop(grace_s=5.0)
+
+
 def test_a_client_that_falls_silent_in_a_round_holds_the_others_up_to_the_deadline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """Its process is still there, its session open, but after a step nothing comes from it."""
     others_done = threading.Barrier(3)  # the two others, and the silent one at last
-    step = ClientTrainer.step
-
-    def step_once(trainer: ClientTrainer, batches: Sequence[Batch]) -> StepStats:
-        if trainer.steps == 1 and trainer._trunk.client == "client-0":
-            others_done.wait(timeout=60)
-            raise OSError("was silent until now")
-        return step(trainer, batches)
 
     def train(message: Message, context: Context, go_on: GoOn) -> Message:
+        if partition(context) == 0:
+            with relayed(message, lambda: others_done.wait(timeout=60)):
+                return go_on()
         reply = go_on()
         others_done.wait(timeout=60)
         return reply
 
-    monkeypatch.setattr(ClientTrainer, "step", step_once)
     run = spec_for(tmp_path, "train.local_steps=4", "policy.deadline_s=1")
     (stats,) = federate(run, client_that(train=train)).rounds()
     assert (stats.clients, stats.failed) == (2, 1)
