@@ -10,16 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedsplit import atomic
 from fedsplit.cli_serving import add_commands
 from fedsplit.console import ending_with_its_reader
-from fedsplit.errors import ConfigError, DataError, FedsplitError
+from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.spec import SplitSpec, WireSpec
-
-if TYPE_CHECKING:
-    from fedsplit.runs.folder import RunFolder
-    from fedsplit.runs.metrics import RoundStats
 
 _EXAMPLES = """\
 examples:
@@ -183,27 +180,10 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    path = Path(arguments.run_dir)
-    if not (path / "config.yaml").is_file():
-        raise DataError(
-            f"{path} is not a run's folder: it has no config.yaml; give one that a run left, "
-            "such as runs/default"
-        )
     from fedsplit.runs.folder import RunFolder
+    from fedsplit.runs.loss_plot import plot_losses
 
-    folder = RunFolder(path)
-    if not _rounds(folder):
-        raise DataError(f"{path} has no finished round yet; plot it when the first one is over")
-    folder.plot()
-    print(path / "loss.png")
-
-
-def _rounds(folder: "RunFolder") -> "list[RoundStats]":
-    try:
-        return folder.rounds()
-    except (ValueError, TypeError) as exc:
-        file = folder.path / "metrics.jsonl"
-        raise DataError(f"{file} does not hold the rounds of a run: {exc}") from exc
+    print(plot_losses(RunFolder(Path(arguments.run_dir))))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -231,7 +211,7 @@ def _shards(arguments: argparse.Namespace) -> None:
         return
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "shards.json").write_text(holdings.json, encoding="utf-8")
+    atomic.write_text(out / "shards.json", holdings.json)
     holdings.plot(out / "shards.png", title)
     print(f"\n{out / 'shards.png'}\n{out / 'shards.json'}")
 

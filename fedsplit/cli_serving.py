@@ -109,7 +109,8 @@ def _add_common(command: argparse.ArgumentParser, devices: str) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     _quiet()
-    from fedsplit.serving import ADDRESS, FinishedRun, hosted, plain_name, plan
+    from fedsplit.runs.folder import RunFolder
+    from fedsplit.serving import ADDRESS, hosted, plain_name, plan
 
     folders = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
@@ -117,7 +118,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         overrides.insert(0, f"split={arguments.split}")
     if len(folders) + bool(arguments.model) > 1:
         raise ConfigError(f"serve either {folders[0]} or something else; not both at once")
-    finished = FinishedRun.of(folders[0]) if folders else None
+    finished = RunFolder.finished(folders[0]) if folders else None
     if finished:
         served = plan([f"{plain_name(folders[0])}={finished.model}"], arguments.adapter)
     else:
@@ -199,12 +200,13 @@ def _writer(arguments: argparse.Namespace) -> "Iterator[Writer]":
 
     from fedsplit.data import load_tokenizer
     from fedsplit.prompting import Writer
-    from fedsplit.serving import ADDRESS, FinishedRun, reach
+    from fedsplit.runs.folder import RunFolder
+    from fedsplit.serving import ADDRESS, reach
 
-    finished = FinishedRun.of(arguments.run) if arguments.run else None
+    finished = RunFolder.finished(arguments.run) if arguments.run else None
     if finished and arguments.dtype:
         raise ConfigError(f"--dtype: {arguments.run} says itself what it computes in; leave it out")
-    model = finished.model if finished else arguments.model
+    model = str(finished.model) if finished else arguments.model
     model_spec = ModelSpec(dtype=arguments.dtype or ModelSpec().dtype)
     tokenizer = load_tokenizer(model, arguments.revision)
     options = _decoding(arguments)

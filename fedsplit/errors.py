@@ -56,6 +56,13 @@ class CheckpointError(FedsplitError):
     status = "DATA_LOSS"
 
 
+class StorageError(FedsplitError):
+    """A file or a folder cannot be written; names it and the operating system's reason."""
+
+    code = "STORAGE"
+    status = "RESOURCE_EXHAUSTED"
+
+
 # --- the network and the peer: worth another try ---------------------------------------------
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from fedsplit.config import Variants, from_yaml, to_yaml
 from fedsplit.errors import DataError, Diverged, FedsplitError
 from fedsplit.runs.compare import Group, Run, number
+from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from simulations.single import carry_out, claim
 
@@ -56,7 +57,7 @@ def carried_out(sweep: RunSpec, variants: Variants) -> list[Group]:
 def _finished(run: RunSpec) -> Run | None:
     """The finished run of the same settings, under this run's name with or without a number."""
     for path in sorted(Path(run.launch.run_dir).glob(f"{run.name}*")):
-        if (path / "loss.png").is_file():  # the last thing that a run leaves
+        if RunFolder(path).is_finished:
             with suppress(DataError):
                 there = Run.read(path)
                 if there.spec.fingerprint == run.fingerprint:

@@ -4,7 +4,6 @@ What lasts from message to message (optimizer moments, how far the data was read
 part) is in `context.state`, because a deployed ClientApp is a new process for every message.
 """
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -24,15 +23,23 @@ from fedsplit.config import from_run_config
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import ModelMismatch
 from fedsplit.flower.client_arrays import packed, unpacked
-from fedsplit.flower.node import Node, Preparation, Share, share_of, texts_of, tokenizer_of
+from fedsplit.flower.node import (
+    Node,
+    Preparation,
+    Share,
+    remove_old_runs,
+    share_of,
+    texts_of,
+    tokenizer_of,
+)
 from fedsplit.flower.records import (
     ARRAYS,
     METRICS,
     WEIGHT,
+    Hello,
     JoinInfo,
     Memory,
     load_arrays,
-    resumed_of,
     to_arrays,
 )
 from fedsplit.model import ClientPart, connect
@@ -55,11 +62,12 @@ def hello(message: Message, context: Context) -> Message:
     node = Node.of(context, run)
     texts_of(run, node)  # better now than in the middle of a round
     if run.train.save_every:
-        where, resumed = node.snapshots_of(run), resumed_of(message.content)
-        if resumed:
-            Memory.restore(where, resumed, run)
-        elif Memory.of(context.state) is None:
-            shutil.rmtree(where, ignore_errors=True)  # of another run of this name
+        hello = Hello.of(message.content)
+        where = node.snapshots_of(run, hello.run_id)
+        if hello.resumed:
+            Memory.restore(where, hello.resumed, run)
+        elif Memory.of(context.state) is None and not where.exists():
+            remove_old_runs(where.parent, time.time())
             Memory().save(where, 0, run)
     told = ConfigRecord({"client": node.name, "config": run.fingerprint})
     return Message(RecordDict({"hello": told}), reply_to=message)
@@ -93,7 +101,7 @@ def train(message: Message, context: Context) -> Message:
     )
     memory.put_into(context.state)
     if run.train.save_every:
-        memory.save(half.node.snapshots_of(run), half.join.round, run)
+        memory.save(half.node.snapshots_of(run, half.join.run_id), half.join.round, run)
     content = RecordDict({METRICS: MetricRecord(half.numbers_of(stats, memory, begin))})
     if half.shared:
         content[ARRAYS] = packed(to_arrays(half.shared), run.wire.halves)
@@ -179,7 +187,7 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
     node = Node.of(context, run)
     preparation = Preparation(tokenizer=join.tokenizer, labels=join.labels)
     share = share_of(run, node, preparation)
-    memory = _memory(context, node, run, join.resumed)
+    memory = _memory(context, node, run, join)
     config = config_of(run, tokenizer_of(run, preparation), join.labels)
     build = client_of if run.baseline == "none" else whole_of
     model: PreTrainedModel = build(run, config, node.device)
@@ -210,10 +218,10 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
         yield half(trunk=trunk, link=link)
 
 
-def _memory(context: Context, node: Node, run: RunSpec, resumed: int) -> Memory:
+def _memory(context: Context, node: Node, run: RunSpec, join: JoinInfo) -> Memory:
     kept = Memory.of(context.state)
-    if kept is None and resumed:
-        return Memory.restore(node.snapshots_of(run), resumed, run)
+    if kept is None and join.resumed:
+        return Memory.restore(node.snapshots_of(run, join.run_id), join.resumed, run)
     return kept or Memory()
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Protocol
 
@@ -18,9 +17,10 @@ from fedsplit.flower.records import load_arrays, to_arrays
 from fedsplit.model import SplitModel
 from fedsplit.model.describe import shared
 from fedsplit.model.placement import placed
-from fedsplit.runs.checkpoint import Snapshot, prune, snapshots_in
+from fedsplit.runs.checkpoint import Snapshot, prune, remove_after, snapshots_in
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.metrics import RoundStats
+from fedsplit.runs.result import write_result
 from fedsplit.spec import RunSpec
 
 log = logging.getLogger("flwr.fedsplit")
@@ -67,6 +67,11 @@ class Keeper:
         self._tokenizer = tokenizer
 
     @property
+    def run_id(self) -> str:
+        """The run's id; a resumed run has the id that it had before."""
+        return self._folder.id
+
+    @property
     def arrays(self) -> ArrayRecord:
         """What the clients share, as it stands."""
         return to_arrays(shared(self._model, self._run))
@@ -99,7 +104,11 @@ class Keeper:
             self._best = stats.eval_loss
             if train.load_best:
                 self._write(self._folder.best, stats.round)
-                prune(self._folder.best, stats.round)
+                # A resumed run needs the best round of those before its snapshot.
+                prune(
+                    self._folder.best,
+                    min(snapshots_in(self._folder.snapshots), default=stats.round),
+                )
         if train.save_every and stats.round % train.save_every == 0:
             self._write(self._folder.snapshots, stats.round)
             prune(self._folder.snapshots, stats.round - train.save_every)
@@ -109,14 +118,15 @@ class Keeper:
         kept = snapshots_in(self._folder.best)
         if self._run.train.load_best and kept:
             self._restore(Snapshot.read(kept[max(kept)], self._run))
-            shutil.rmtree(self._folder.best)
         if self._parts:
             placed(self._parts.trunk, "cpu")
         result = self._parts or self._model
-        self._folder.keep(result, self._tokenizer, self._corpus, self._run)
+        write_result(self._folder, result, self._tokenizer, self._corpus, self._run)
+        self._folder.tidy()
         log.info("Run %s is done: %s", self._run.name, self._folder.path)
 
     def _take_over(self, folder: RunFolder) -> None:
+        folder.tidy()
         kept = snapshots_in(folder.snapshots)
         snapshot = Snapshot.read(kept[max(kept)], self._run)
         if snapshot.facts["corpus"] != self._corpus.sha256:
@@ -126,6 +136,7 @@ class Keeper:
             )
         self._restore(snapshot)
         folder.forget_after(snapshot.round)
+        remove_after(folder.best, snapshot.round)
         self.first_round = snapshot.round + 1
 
     def _write(self, parent: Path, number: int) -> None:

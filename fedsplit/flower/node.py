@@ -1,5 +1,6 @@
 """A client's machine: which client it is, and its share of the data."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from flwr.app import Context
 from transformers import TokenizersBackend
 
+from fedsplit import atomic
 from fedsplit.data import (
     TASKS,
     Batch,
@@ -25,7 +27,15 @@ from fedsplit.data import (
     training_batches,
 )
 from fedsplit.errors import ConfigError
+from fedsplit.runs.folder import is_run_id
 from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
+
+log = logging.getLogger("flwr.fedsplit")
+
+KEPT_RUNS = 3
+"""How many runs of one name a client keeps snapshots of, however old they are."""
+ACTIVE_S = 7 * 86_400.0
+"""Seconds for which the snapshots of a run are kept, however many newer runs there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +84,44 @@ class Node:
         """The client's name in the run; the same in every run of the same partition."""
         return f"client-{self.partition}"
 
-    def snapshots_of(self, run: RunSpec) -> Path:
-        """Where this client keeps its snapshots of a run."""
+    def snapshots_of(self, run: RunSpec, run_id: str) -> Path:
+        """Where this client keeps its snapshots of a run; beside those of other runs of its name.
+
+        Raises:
+            ConfigError: The server sent an id that is none.
+        """
+        if not is_run_id(run_id):
+            raise ConfigError(
+                f"the server sent the run id {run_id!r}, but an id is 16 hex digits; start both "
+                "sides from the same code"
+            )
         shared = Path(run.launch.run_dir) / run.name / "clients"
-        return (Path(self.state_dir) / run.name if self.state_dir else shared) / self.name
+        parent = Path(self.state_dir) / run.name if self.state_dir else shared
+        return parent / self.name / run_id
+
+
+def remove_old_runs(parent: Path, now: float) -> None:
+    """Bound the snapshots of one client and one name, whose folders are named by run ids.
+
+    The `KEPT_RUNS` runs that were active last are kept, and every run that was active within
+    `ACTIVE_S` seconds before `now`, as another run may be using or may resume them.
+
+    Args:
+        parent: The folder of the client.
+        now: Seconds since the epoch.
+    """
+    atomic.recover(parent)
+    active = {p: p.stat().st_mtime for p in parent.glob("*") if is_run_id(p.name)}
+    for path in sorted(active, key=active.__getitem__, reverse=True)[KEPT_RUNS:]:
+        if (days := (now - active[path]) / 86_400) * 86_400 > ACTIVE_S:
+            log.warning(
+                "Remove %s: the run was last active %.0f days ago, and %d newer runs of its name "
+                "are kept",
+                path,
+                days,
+                KEPT_RUNS,
+            )
+            atomic.remove(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

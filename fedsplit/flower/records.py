@@ -9,6 +9,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedsplit import atomic
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.errors import CheckpointError, ModelMismatch
 from fedsplit.runs.checkpoint import Snapshot, prune, snapshots_in
@@ -20,10 +21,31 @@ METRICS = "metrics"
 """Key of a reply's metrics."""
 WEIGHT = "num-examples"
 """Flower's key of a client's weight; here it counts tokens."""
-RESUMED = "resumed"
-"""Key of the record in the first message to a client that says where a resumed run goes on."""
-_JOIN_INFO, _COUNTS = "fedsplit", "counts"
+_HELLO, _JOIN_INFO, _COUNTS = "hello", "fedsplit", "counts"
 _KEPT = ("moments", "personal", "history")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """The first message to a client: which run it is asked to join.
+
+    `run_id` is the id that a run keeps when it is resumed. A run that was `resumed` continues
+    after that round; a new one has 0 there.
+    """
+
+    run_id: str
+    resumed: int = 0
+
+    @property
+    def content(self) -> RecordDict:
+        """The content of the message."""
+        return RecordDict({_HELLO: ConfigRecord(asdict(self))})
+
+    @staticmethod
+    def of(content: RecordDict) -> "Hello":
+        """Read it from a message's content."""
+        found: dict[str, Any] = dict(content.config_records[_HELLO])
+        return Hello(**found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +54,7 @@ class JoinInfo:
 
     `address` and `token` lead to the trunk, `config` is the run's fingerprint, `tokenizer` a
     tokenizer as JSON (empty for a checkpoint, which has its own), `labels` are the classes of a
-    classifier. A run that was `resumed` goes on after that round; a new one has 0 there.
+    classifier. `run_id` and `resumed` are those of `Hello`.
     """
 
     client: str
@@ -41,6 +63,7 @@ class JoinInfo:
     token: str
     config: str
     tokenizer: str
+    run_id: str
     labels: tuple[str, ...] = ()
     resumed: int = 0
 
@@ -108,6 +131,7 @@ class Memory:
         Raises:
             CheckpointError: It has kept nothing of this run, or what it kept is damaged.
         """
+        atomic.recover(parent)
         kept = {number: path for number, path in snapshots_in(parent).items() if number <= round}
         if not kept:
             raise CheckpointError(
@@ -129,12 +153,6 @@ class Memory:
         scale = LossScale(value=counts["loss_scale"], good_steps=counts["good_steps"])
         steps, batches = counts["steps"], counts["batches"]
         return Memory(**groups, steps=steps, batches=batches, loss_scale=scale)
-
-
-def resumed_of(content: RecordDict) -> int:
-    """The round after which a run goes on, as its first message says; 0 for a new one."""
-    told: dict[str, Any] = dict(content.config_records.get(RESUMED, {}))
-    return int(told.get("round", 0))
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:

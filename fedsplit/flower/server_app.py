@@ -51,7 +51,13 @@ def main(grid: Grid, context: Context) -> None:
     )
     # A run that is refused until here leaves no folder.
     keeper.begin(method)
-    method.start(grid, keeper.arrays, num_rounds=run.train.rounds, first_round=keeper.first_round)
+    method.start(
+        grid,
+        keeper.arrays,
+        num_rounds=run.train.rounds,
+        first_round=keeper.first_round,
+        run_id=keeper.run_id,
+    )
     keeper.finish()
 
 

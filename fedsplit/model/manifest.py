@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, get_origin, get_type_hints
 import torch
 import transformers
 
+from fedsplit import atomic
 from fedsplit.errors import CheckpointError
 
 NAME = "manifest.json"
@@ -48,12 +48,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write it so that a reader sees all of it or none."""
-        unfinished = directory / f"{NAME}.tmp"
-        with unfinished.open("w") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(directory / NAME)
+        atomic.write_text(directory / NAME, json.dumps(asdict(self), indent=2))
 
     @staticmethod
     def read(directory: Path) -> "Manifest":

@@ -1,12 +1,10 @@
 """Snapshots of a run's state: what server and clients go on from when a run is resumed.
 
 A snapshot is a folder `round-0007` of safetensors files and a `snapshot.json` with the sha256 of
-each. It is written beside its place and moved there, so it is whole or not there at all.
+each. It is written atomically (`fedsplit.atomic`), so it is whole or not there at all.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedsplit import atomic
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.manifest import sha256_of
 from fedsplit.spec import RunSpec
+
+FORMAT = 2
+"""Version of a snapshot's layout; snapshots of the first had no number."""
 
 _LABEL = "snapshot.json"
 _PREFIX = "round-"
@@ -39,20 +41,18 @@ class Snapshot:
     def write(self, parent: Path) -> Path:
         """Write the snapshot into `parent`, in place of one of the same round."""
         final = parent / f"{_PREFIX}{self.round:04d}"
-        unfinished = parent / f".unfinished-{final.name}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        for name, group in self.tensors.items():
-            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
-            save_file(kept, unfinished / f"{name}.safetensors")
-        files = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
-        told = {"round": self.round, "settings": self.settings, "facts": self.facts, "files": files}
-        (unfinished / _LABEL).write_text(json.dumps(told, indent=1), encoding="utf-8")
-        for path in (*unfinished.iterdir(), unfinished):
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        _sync(parent)
+        with atomic.new_folder(final) as unfinished:
+            for name, group in self.tensors.items():
+                kept = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+                save_file(kept, unfinished / f"{name}.safetensors")
+            label = {
+                "format": FORMAT,
+                "round": self.round,
+                "settings": self.settings,
+                "facts": self.facts,
+                "files": {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())},
+            }
+            (unfinished / _LABEL).write_text(json.dumps(label, indent=1), encoding="utf-8")
         return final
 
     @staticmethod
@@ -88,7 +88,14 @@ def prune(parent: Path, oldest_needed: int) -> None:
     needed = max((number for number in found if number <= oldest_needed), default=0)
     for number, path in found.items():
         if number < needed:
-            shutil.rmtree(path)
+            atomic.remove(path)
+
+
+def remove_after(parent: Path, number: int) -> None:
+    """Remove the snapshots of the rounds after `number`, which a resumed run does again."""
+    for later, path in snapshots_in(parent).items():
+        if later > number:
+            atomic.remove(path)
 
 
 def _found(parent: Path) -> Iterator[tuple[int, Path]]:
@@ -100,13 +107,17 @@ def _found(parent: Path) -> Iterator[tuple[int, Path]]:
 
 def _label(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads((path / _LABEL).read_text(encoding="utf-8"))
-        if told.keys() != {"round", "settings", "facts", "files"}:
+        told: dict[str, Any] = json.loads((path / _LABEL).read_text(encoding="utf-8"))
+        if not told.keys() >= {"round", "settings", "facts", "files"}:
             raise ValueError(f"it has the keys {sorted(told)}")
     except (OSError, ValueError, AttributeError) as exc:
         raise CheckpointError(f"{path} is no snapshot of a run: {exc}") from exc
-    found: dict[str, Any] = told
-    return found
+    if (found := told.get("format", 1)) != FORMAT:
+        raise CheckpointError(
+            f"{path} is a snapshot of format {found}, and this version reads format {FORMAT}; "
+            "resume the run with the version that it began with, or begin it anew"
+        )
+    return told
 
 
 def _check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -117,11 +128,3 @@ def _check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any])
             f"{path} was made with other settings: {changes}; resume with the same ones, or start "
             "a new run from its model with model.pretrained="
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,31 +1,37 @@
-"""The folder that a run leaves behind: config, metrics, picture, checkpoint, snapshots.
+"""A run's folder: the one reader of what a run leaves, and what "finished" means.
 
-`config.yaml` is written first, when the run begins; `metrics.jsonl` grows by a line a round, and
-`snapshots/` by a folder where the run keeps them; the rest is there when the run is over.
-Torch is imported by what writes a model or looks for snapshots, so that readers start at once.
+`run.json` and `config.yaml` are there when the run begins, `metrics.jsonl` grows by a line a round,
+and `snapshots/` by a folder where the run keeps them. `model/` is written last and appears whole: a
+run is finished when it has one.
 """
 
 import itertools
-import math
+import json
+import re
+import secrets
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-from fedsplit.errors import ConfigError
+from fedsplit import atomic
+from fedsplit.config import from_yaml
+from fedsplit.errors import CheckpointError, ConfigError, DataError
 from fedsplit.runs import metrics
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TokenizersBackend
+_ID, _CONFIG = "run.json", "config.yaml"
+_RUN_ID = re.compile(r"[0-9a-f]{16}")
 
-    from fedsplit.data import Corpus
-    from fedsplit.model import SplitModel
+
+def new_run_id() -> str:
+    """A name for a run that no other run has, at any machine."""
+    return secrets.token_hex(8)
+
+
+def is_run_id(text: str) -> bool:
+    """Whether a text is such a name, and so safe as the name of a folder."""
+    return bool(_RUN_ID.fullmatch(text))
 
 
 class RunFolder:
@@ -37,6 +43,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    # --- find one ---------------------------------------------------------------------------------
 
     @staticmethod
     def claim(parent: Path, name: str) -> "RunFolder":
@@ -50,13 +58,14 @@ class RunFolder:
     @staticmethod
     def begin(parent: Path, name: str, config: str) -> "RunFolder":
         """The folder that was claimed under this name, else a new one, with `config` in it."""
-        for folder in _candidates(parent, name):
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                # Exclusive, so that two runs cannot share a folder.
-                with (folder / "config.yaml").open("x", encoding="utf-8") as file:
-                    file.write(config)
-                return RunFolder(folder.resolve())
+        for path in _candidates(parent, name):
+            path.mkdir(parents=True, exist_ok=True)
+            # An old folder has no run.json.
+            has_config = (path / _CONFIG).exists()
+            if not has_config and atomic.create(path / _ID, json.dumps({"id": new_run_id()})):
+                folder = RunFolder(path.resolve())
+                atomic.write_text(folder._config, config)
+                return folder
         raise AssertionError("the candidates do not end")
 
     @staticmethod
@@ -69,29 +78,88 @@ class RunFolder:
         if not run.resume:
             return None
         if run.resume == "auto":
-            there = itertools.takewhile(
-                lambda path: path.exists(), _candidates(Path(run.launch.run_dir), run.name)
-            )
-            waiting = [folder for folder in map(RunFolder, there) if folder._can_go_on]
+            candidates = _candidates(Path(run.launch.run_dir), run.name)
+            folders = list(map(RunFolder, itertools.takewhile(Path.exists, candidates)))
+            for folder in folders:
+                if folder.is_finished:
+                    folder.tidy()  # it may have been killed right after its result
+            waiting = [folder for folder in folders if folder._can_go_on]
             return waiting[-1] if waiting else None
         folder = RunFolder(Path(run.resume).resolve())
         if not folder._can_go_on:
-            found = "is finished" if (folder.path / "model").exists() else "has no snapshot"
+            found = "is finished" if folder.is_finished else "has no snapshot"
             raise ConfigError(
                 f"resume={run.resume}: {folder.path} {found}; name the folder of a run with "
                 "train.save_every that was interrupted, or leave resume out to begin anew"
             )
         return folder
 
-    @property
-    def _can_go_on(self) -> bool:
-        return bool(self._kept) and not (self.path / "model").exists()
+    @staticmethod
+    def finished(path: str | Path) -> "RunFolder":
+        """The folder of a finished run.
+
+        Raises:
+            DataError: It is no run's folder, or the run is not finished.
+        """
+        folder = RunFolder(Path(path))
+        folder._require_config()
+        if not folder.is_finished:
+            raise DataError(f"{path} has no model yet; serve it when the run is over")
+        return folder
+
+    def give_back(self) -> None:
+        """Remove the folder if the run left nothing in it."""
+        with suppress(OSError):
+            self.path.rmdir()
+
+    # --- what is in it ----------------------------------------------------------------------------
 
     @property
-    def _kept(self) -> dict[int, Path]:
-        from fedsplit.runs.checkpoint import snapshots_in
+    def id(self) -> str:
+        """The run's own name, which it keeps when it is resumed.
 
-        return snapshots_in(self.snapshots)
+        Raises:
+            CheckpointError: The folder is of an earlier version, or the file is damaged.
+        """
+        file = self.path / _ID
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))["id"]
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise CheckpointError(
+                f"{file} has no run id ({exc!r}), so the clients' snapshots cannot be found; begin "
+                "the run anew without resume"
+            ) from exc
+        return str(found)
+
+    @property
+    def run(self) -> RunSpec:
+        """The run's settings.
+
+        Raises:
+            DataError: It is no run's folder, or one of another version.
+        """
+        self._require_config()
+        try:
+            return from_yaml(self._config.read_text(encoding="utf-8"))
+        except (ConfigError, UnicodeDecodeError) as exc:
+            raise DataError(
+                f"{self._config} does not describe a run of this version: {exc}"
+            ) from exc
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has left its result; nothing is written to the folder after that."""
+        return self.model.is_dir()
+
+    @property
+    def model(self) -> Path:
+        """The joined model, a plain Hugging Face checkpoint with tokenizer and card."""
+        return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The run's adapters by themselves, where it has some."""
+        return self.path / "adapter"
 
     @property
     def snapshots(self) -> Path:
@@ -99,101 +167,118 @@ class RunFolder:
         return self.path / "snapshots"
 
     @property
-    def last_snapshot(self) -> int:
-        """The round that a resumed run goes on after."""
-        return max(self._kept)
-
-    @property
     def best(self) -> Path:
         """Where the best round so far is kept while the run lasts."""
         return self.path / "best"
 
-    def forget_after(self, number: int) -> None:
-        """Drop the rounds after `number`: a resumed run does them again."""
-        kept = [stats for stats in self.rounds() if stats.round <= number]
-        unfinished = self.path / "metrics.jsonl.tmp"
-        unfinished.unlink(missing_ok=True)
-        for stats in kept:
-            metrics.append(unfinished, stats)
-        unfinished.replace(self.path / "metrics.jsonl")
+    @property
+    def last_snapshot(self) -> int:
+        """The round that a resumed run goes on after."""
+        return max(self._kept)
 
-    def give_back(self) -> None:
-        """Remove the folder if the run left nothing in it."""
-        with suppress(OSError):
-            self.path.rmdir()
+    def rounds(self) -> list[RoundStats]:
+        """The rounds so far; a line that is being written does not count yet.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        if not self._metrics.exists():
+            return []
+        try:
+            text = self._metrics.read_text(encoding="utf-8")
+            return metrics.parse(text[: text.rfind("\n") + 1].splitlines())
+        except (ValueError, TypeError) as exc:
+            raise DataError(f"{self._metrics} does not hold the rounds of a run: {exc}") from exc
+
+    def measured_rounds(self) -> list[RoundStats]:
+        """The rounds of a run's folder that has at least one.
+
+        Raises:
+            DataError: It is no run's folder, is damaged, or has no finished round.
+        """
+        self._require_config()
+        rounds = self.rounds()
+        if not rounds:
+            raise DataError(
+                f"{self.path} has no finished round yet; try again when the first one is over"
+            )
+        return rounds
+
+    # --- what a run's server writes ---------------------------------------------------------------
 
     def append(self, stats: RoundStats) -> None:
         """Keep one round."""
-        metrics.append(self.path / "metrics.jsonl", stats)
+        atomic.append_line(self._metrics, metrics.line_of(stats))
 
-    def rounds(self) -> list[RoundStats]:
-        """The rounds so far; a line that is being written does not count yet."""
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
-            return []
-        text = file.read_text(encoding="utf-8")
-        return metrics.parse(text[: text.rfind("\n") + 1].splitlines())
+    def forget_after(self, number: int) -> None:
+        """Drop the rounds after `number`: a resumed run does them again."""
+        kept = [metrics.line_of(stats) for stats in self.rounds() if stats.round <= number]
+        atomic.write_text(self._metrics, "".join(f"{line}\n" for line in kept))
 
-    def plot(self) -> None:
-        """Draw `loss.png`: training loss and held-out bits per byte over rounds."""
-        rounds = self.rounds()
-        numbers = [stats.round for stats in rounds]
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        loss = figure.add_subplot()
-        loss.plot(numbers, [s.loss for s in rounds], "o-", color="tab:blue", label="training loss")
-        loss.set_xlabel("round")
-        loss.set_ylabel("training loss (nats per token)", color="tab:blue")
-        loss.xaxis.set_major_locator(MaxNLocator(integer=True))
-        held_out = loss.twinx()
-        measured = metrics.evaluated(rounds)
-        is_text = all(math.isnan(s.accuracy) for s in measured)
-        name, what = ("bits_per_byte", "bits per byte") if is_text else ("accuracy", "accuracy")
-        points = [s.round for s in measured], [getattr(s, name) for s in measured]
-        held_out.plot(*points, "s--", color="tab:orange")
-        held_out.set_ylabel(f"held-out {what}", color="tab:orange")
-        loss.set_title(f"{self.path.name}: {rounds[-1].version} trunk steps")
-        figure.savefig(self.path / "loss.png", dpi=120)
+    def tidy(self) -> None:
+        """Remove what a killed process left unfinished, and what a finished run needs no more."""
+        for folder in (self.path, self.snapshots, self.best):
+            atomic.recover(folder)
+        if self.is_finished:
+            atomic.remove(self.best)
 
-    def keep(
-        self,
-        result: "SplitModel | PreTrainedModel",
-        tokenizer: "TokenizersBackend | None",
-        corpus: "Corpus",
-        run: RunSpec,
-    ) -> None:
-        """Write what a finished run leaves.
+    # --- where it is served -----------------------------------------------------------------------
 
-        `model/` is the joined model, a plain Hugging Face checkpoint with tokenizer and card
-        (adapters folded in, and by themselves in `adapter/`).
+    @property
+    def address(self) -> str:
+        """Where the run's trunk is served now.
+
+        Raises:
+            DataError: No process serves it.
         """
-        from fedsplit.model import SplitModel
-        from fedsplit.model.checkpoint import join_checkpoint
-        from fedsplit.model.lora import save_adapter
-        from fedsplit.model.parts import folded_model
-        from fedsplit.runs.model_card import model_card
+        try:
+            return self._address.read_text(encoding="utf-8").strip()
+        except FileNotFoundError as exc:
+            raise DataError(
+                f"nobody serves {self.path}; start `fedsplit serve {self.path}`, or say --trunk "
+                "where its trunk is"
+            ) from exc
 
-        model = self.path / "model"
-        if isinstance(result, SplitModel):
-            join_checkpoint(result.client, result.trunk, model)
-        else:
-            folded_model(result).save_pretrained(model)
-        if tokenizer:
-            tokenizer.save_pretrained(model)
-        trunk = result.trunk if isinstance(result, SplitModel) else result
-        attention = trunk.config._attn_implementation or ""
-        cut = _cut(result) if isinstance(result, SplitModel) else "not split"
-        card = model_card(run, cut, attention, corpus, self.rounds())
-        (model / "README.md").write_text(card, encoding="utf-8")
-        if run.lora.enabled and isinstance(result, SplitModel):
-            save_adapter(result.client, result.trunk, self.path / "adapter")
-        self.plot()
+    @contextmanager
+    def announced(self, address: str) -> Iterator[None]:
+        """A block during which `address` is found in the folder."""
+        atomic.write_text(self._address, f"{address}\n")
+        try:
+            yield
+        finally:
+            self._address.unlink(missing_ok=True)
 
+    # --- its files --------------------------------------------------------------------------------
 
-def _cut(result: "SplitModel") -> str:
-    """How many blocks bottom, trunk and top have."""
-    blocks, num_blocks = result.client.trunk_blocks, result.client.plan.num_blocks
-    return f"{blocks.start}/{len(blocks)}/{num_blocks - blocks.stop}"
+    @property
+    def _config(self) -> Path:
+        return self.path / _CONFIG
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _address(self) -> Path:
+        return self.path / "trunk.address"
+
+    @property
+    def _can_go_on(self) -> bool:
+        return bool(self._kept) and not self.is_finished
+
+    @property
+    def _kept(self) -> dict[int, Path]:
+        # It imports torch, and those who only read a folder's numbers start without it.
+        from fedsplit.runs.checkpoint import snapshots_in
+
+        return snapshots_in(self.snapshots)
+
+    def _require_config(self) -> None:
+        if not self._config.is_file():
+            raise DataError(
+                f"{self.path} is not a run's folder: it has no config.yaml; give one that a run "
+                "left, such as runs/default"
+            )
 
 
 def _candidates(parent: Path, name: str) -> Iterator[Path]:

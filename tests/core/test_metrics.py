@@ -3,7 +3,7 @@
 import json
 import math
 
-from fedsplit.runs.metrics import RoundStats, append, closing_table, parse
+from fedsplit.runs.metrics import RoundStats, closing_table, line_of, parse
 
 
 def stats(**changes: float) -> RoundStats:
@@ -15,19 +15,15 @@ def refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def test_rounds_come_back_as_they_were(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_rounds_come_back_as_they_were():
     rounds = [stats(loss=0.1 + 0.2), stats(round=2, loss=1e-9)]
-    for each in rounds:
-        append(path, each)
-    assert parse(path.read_text().splitlines()) == rounds
+    assert parse(map(line_of, rounds)) == rounds
 
 
-def test_what_was_not_measured_is_null_and_comes_back_as_nan(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    append(path, stats(eval_loss=math.nan, bits_per_byte=math.nan))
-    assert json.loads(path.read_text(), parse_constant=refuse)["eval_loss"] is None
-    (again,) = parse(path.read_text().splitlines())
+def test_what_was_not_measured_is_null_and_comes_back_as_nan():
+    line = line_of(stats(eval_loss=math.nan, bits_per_byte=math.nan))
+    assert json.loads(line, parse_constant=refuse)["eval_loss"] is None
+    (again,) = parse([line])
     assert math.isnan(again.eval_loss) and math.isnan(again.bits_per_byte)
     assert again.loss == 1
 

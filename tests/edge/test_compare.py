@@ -115,8 +115,14 @@ def test_the_command_prints_a_table_and_leaves_it(
         ({}, "is not a run's folder: it has no config.yaml"),
         ({"config.yaml": "seed: 0\n"}, "has no finished round yet"),
         ({"config.yaml": "sed: 0\n"}, "does not describe a run of this version: there is no field"),
-        ({"config.yaml": "seed: 0\n", "metrics.jsonl": "{}\n"}, "does not hold the rounds of a run: "),
-        ({"config.yaml": "seed: 0\n", "metrics.jsonl": "1 2\n"}, "does not hold the rounds of a run: "),
+        (
+            {"config.yaml": "seed: 0\n", "metrics.jsonl": "{}\n"},
+            "does not hold the rounds of a run: ",
+        ),
+        (
+            {"config.yaml": "seed: 0\n", "metrics.jsonl": "1 2\n"},
+            "does not hold the rounds of a run: ",
+        ),
         ({"table.json": "{}"}, "there is no run in these folders"),
     ],
     ids=["empty", "no round", "another version", "not rounds", "not JSON", "a table"],

@@ -130,7 +130,8 @@ def test_a_trunk_that_starts_anew_is_given_the_history_it_had(tmp_path):
 def test_the_loss_scale_goes_on_too(tmp_path):
     run = spec_for(tmp_path, *KEPT, "model.autocast=float16")
     interrupted(run, 3)
-    memory = Memory.restore(resumed(run).path / "clients" / "client-1", 4, run)
+    folder = resumed(run)
+    memory = Memory.restore(folder.path / "clients" / "client-1" / folder.id, 4, run)
     assert memory.loss_scale == LossScale(good_steps=4 * 2)
 
 
@@ -151,7 +152,7 @@ def test_a_damaged_snapshot_is_refused_and_can_be_removed(run):
 
 def test_a_client_without_its_state_is_refused_by_name(run):
     shutil.rmtree(folder_of(run).path / "clients" / "client-1")
-    with pytest.raises(ConfigError, match=r"client-1 holds nothing of round 2 .* state-dir"):
+    with pytest.raises(ConfigError, match=r"client-1/\w+ holds nothing of round 2 .* state-dir"):
         resumed(run)
 
 

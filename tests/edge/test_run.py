@@ -58,7 +58,7 @@ def folder(run: RunSpec) -> RunFolder:
 
 def test_a_run_leaves_what_the_readme_promises(run: RunSpec, folder: RunFolder) -> None:
     left = {path.name for path in folder.path.iterdir()}
-    assert left == {"config.yaml", "metrics.jsonl", "loss.png", "model"}
+    assert left == {"run.json", "config.yaml", "metrics.jsonl", "loss.png", "model"}
     kept = from_yaml((folder.path / "config.yaml").read_text(encoding="utf-8"))
     assert (kept, kept.fingerprint) == (run, run.fingerprint)
 
@@ -156,7 +156,8 @@ def test_two_runs_at_once_print_and_leave_their_own(tmp_path: Path) -> None:
         assert rounds == [stats.line for stats in folder.rounds()]
         assert "last (round " in stdout
         last = stdout.splitlines()[-1]
-        assert last.startswith(f"left in {folder.path}: config.yaml loss.png metrics.jsonl model/")
+        left = "config.yaml loss.png metrics.jsonl model/ run.json"
+        assert last == f"left in {folder.path}: {left}"
 
 
 def test_a_sweep_leaves_a_folder_for_each_job(tmp_path: Path) -> None:

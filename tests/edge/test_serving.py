@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedsplit.cli.prompting import Conversation, Writer
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +33,6 @@ from fedsplit.data.tokenizing import train_tokenizer
 from fedsplit.errors import Draining, FedsplitError, Unauthenticated
 from fedsplit.model import split_model
 from fedsplit.model.lora import add_adapters, save_adapter
-from fedsplit.prompting import Conversation, Writer
 from fedsplit.runs.folder import RunFolder
 from fedsplit.serving import Served, hosted, plan, reach, remote_model, trunks_of
 from fedsplit.spec import DataSpec, LoraSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
@@ -415,9 +415,20 @@ def test_errors_are_one_line(case, place, capfd, monkeypatch):
 
 
 def test_an_option_that_is_none_is_refused(capfd):
-    with pytest.raises(SystemExit, match="2"):
-        main(["serve", "--model", "model", "--nope", "train.lr=1"])
-    assert "unrecognized arguments: --nope" in capfd.readouterr().err
+    assert main(["serve", "--model", "model", "--nope", "train.lr=1"]) == 2
+    assert "No such option '--nope'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ([], "one of the arguments --model --run is required"),
+        (["--model", "m", "--run", "r"], "argument --run: not allowed with argument --model"),
+    ],
+)
+def test_a_prompt_needs_a_model_or_a_run(source, error, capfd):
+    assert main(["generate", *source, PROMPT]) == 2
+    assert error in capfd.readouterr().err
 
 
 # --- the end ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedsplit.errors import ConfigError, Diverged
 from fedsplit.flower.hosting import TrunkHost
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, JoinInfo
+from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Hello, JoinInfo
 from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_discount, with_dtypes_of
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
 from fedsplit.flower.strategy.nodes import GridView, NodeRegistry, seeded_sampling
@@ -30,6 +30,7 @@ from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState, Share
 from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of
 from fedsplit.model.hollow import TrunkPart
+from fedsplit.runs.folder import new_run_id
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
 
@@ -77,7 +78,8 @@ class SplitStrategy(Strategy):
         self._labels = labels
         self._on_round = on_round
         self._first_rounds = RoundState()
-        self._resumed = self._num_rounds = 0
+        self._num_rounds = 0
+        self._is_over = False
         self._num_working = 0
         self._best, self._worse = math.inf, 0
         self._metrics: list[RecordDict] = []
@@ -136,6 +138,7 @@ class SplitStrategy(Strategy):
         evaluate_fn: EvaluateFn | None = None,
         *,
         first_round: int = 1,
+        run_id: str = "",
     ) -> Result:
         """Serve the trunk and run all rounds; otherwise as Flower's `Strategy.start`.
 
@@ -150,6 +153,7 @@ class SplitStrategy(Strategy):
             evaluate_fn: Evaluates the client weights at the server, before the first round and
                 after each round.
             first_round: The first round of a resumed run.
+            run_id: The id of the run, by which clients find their snapshots; by default a new one.
 
         Returns:
             The client weights after the last round, and the metrics of every round.
@@ -162,9 +166,10 @@ class SplitStrategy(Strategy):
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
         # Register clients first: a process that a simulation forks while gRPC starts would die.
-        registry = NodeRegistry(grid, self.run, first_round - 1)
+        self._hello = Hello(run_id=run_id or new_run_id(), resumed=first_round - 1)
+        registry = NodeRegistry(grid, self.run, self._hello)
         registry.register_all()
-        self.grid, self._resumed, self._num_rounds = grid, first_round - 1, num_rounds
+        self.grid, self._num_rounds = grid, num_rounds
         result = Result(arrays=initial_arrays)
         with self.host:
             log(INFO, "Trunk is served at %s", self.host.address)
@@ -172,11 +177,11 @@ class SplitStrategy(Strategy):
             configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
             _evaluate_at_server(evaluate_fn, first_round - 1, result)
             for number in range(first_round, num_rounds + 1):
-                log(INFO, "[ROUND %s/%s]", number, num_rounds)
-                continues = self._round(number, configs, result)
-                _evaluate_at_server(evaluate_fn, number, result)
-                if not continues:
+                if self._is_over:  # a resumed run may have stopped early before it was killed
                     break
+                log(INFO, "[ROUND %s/%s]", number, num_rounds)
+                self._round(number, configs, result)
+                _evaluate_at_server(evaluate_fn, number, result)
         return result
 
     def configure_train(
@@ -233,6 +238,7 @@ class SplitStrategy(Strategy):
         rounds = self.coordinator.rounds
         inner = state_of(self.client_strategy)
         own = {"version": rounds.version, "sent": rounds.sent, "worse": self._worse}
+        own["over"] = int(self._is_over)
         return {
             **{name: torch.tensor(value) for name, value in own.items()},
             "best": torch.tensor(self._best, dtype=torch.float64),
@@ -247,6 +253,7 @@ class SplitStrategy(Strategy):
         """
         self._first_rounds = RoundState(version=int(state["version"]), sent=int(state["sent"]))
         self._worse, self._best = int(state["worse"]), float(state["best"])
+        self._is_over = bool(state["over"])
         inner = {
             name.removeprefix(_CLIENT_STRATEGY): tensor
             for name, tensor in state.items()
@@ -265,12 +272,9 @@ class SplitStrategy(Strategy):
         return Drain.NONE if number % train.evaluate_every else Drain.RETURNED
 
     def _round(
-        self,
-        number: int,
-        configs: tuple[ConfigRecord, ConfigRecord],
-        result: Result,
-    ) -> bool:
-        """Run one round with its evaluation and report, and return whether another one follows."""
+        self, number: int, configs: tuple[ConfigRecord, ConfigRecord], result: Result
+    ) -> None:
+        """Run one round with its evaluation and report."""
         coordinator, service = self.coordinator, self.host.service
         coordinator.metrics = RoundMetrics()
         self._metrics, self._aggregated = [], None
@@ -300,9 +304,8 @@ class SplitStrategy(Strategy):
             virtual_seconds=virtual_seconds if self.run.policy.sim_slowdown else math.nan,
             version=service.engine.version,
         )
-        stops = self._stops(stats)
+        self._is_over = self._stops(stats) or is_last
         self._on_round(stats, arrays)
-        return not (stops or is_last)
 
     def _new_coordinator(
         self, grid: Grid, registry: NodeRegistry, timeout_s: float | None
@@ -383,7 +386,8 @@ class SplitStrategy(Strategy):
             config=self.run.fingerprint,
             tokenizer=self._tokenizer,
             labels=self._labels,
-            resumed=self._resumed,
+            run_id=self._hello.run_id,
+            resumed=self._hello.resumed,
         )
         message.content = join_info.put_into(message.content)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from logging import WARNING
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedsplit.errors import ConfigError, DeadlineExceeded, FedsplitError, ModelMismatch
-from fedsplit.flower.records import RESUMED
+from fedsplit.flower.records import Hello
 from fedsplit.spec import RunSpec
 
 _POLL_S = 0.1
@@ -24,13 +24,13 @@ class NodeRegistry:
     Args:
         grid: Flower's grid.
         run: The run that they must be configured for.
-        resumed: The round after which the run continues; 0 for a new run.
+        hello: The first message to each node.
     """
 
-    def __init__(self, grid: Grid, run: RunSpec, resumed: int) -> None:
+    def __init__(self, grid: Grid, run: RunSpec, hello: Hello) -> None:
         self._grid = grid
         self._run = run
-        self._resumed = resumed
+        self._hello = hello
         self._names: dict[int, str] = {}
 
     def register_all(self) -> None:
@@ -85,9 +85,10 @@ class NodeRegistry:
 
     def _register(self, nodes: list[int]) -> None:
         """Ask nodes for their names and configuration, before any work is done."""
-        content = RecordDict({RESUMED: ConfigRecord({"round": self._resumed})})
         questions = [
-            Message(content, dst_node_id=node, message_type=f"{MessageType.QUERY}.hello")
+            Message(
+                self._hello.content, dst_node_id=node, message_type=f"{MessageType.QUERY}.hello"
+            )
             for node in nodes
         ]
         patience = self._run.launch.start_timeout_s

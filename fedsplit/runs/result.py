@@ -1,0 +1,57 @@
+"""The result of a run, written when it is over: the joined model with its card, and the adapter."""
+
+from transformers import PreTrainedModel, TokenizersBackend
+
+from fedsplit import atomic
+from fedsplit.data import Corpus
+from fedsplit.model import SplitModel
+from fedsplit.model.checkpoint import join_checkpoint
+from fedsplit.model.lora import save_adapter
+from fedsplit.model.parts import folded_model
+from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.loss_plot import plot_losses
+from fedsplit.runs.model_card import model_card
+from fedsplit.spec import RunSpec
+
+
+def write_result(
+    folder: RunFolder,
+    result: SplitModel | PreTrainedModel,
+    tokenizer: TokenizersBackend | None,
+    corpus: Corpus,
+    run: RunSpec,
+) -> None:
+    """Write what a finished run leaves; `model/` comes last, as it makes the run finished.
+
+    Args:
+        folder: The run's folder.
+        result: What was trained; adapters are folded into `model/` and kept in `adapter/`.
+        tokenizer: Saved with the model, where there is one.
+        corpus: What the model card describes.
+        run: The settings.
+
+    Raises:
+        StorageError: A file cannot be written; the run is not finished.
+    """
+    plot_losses(folder)
+    if run.lora.enabled and isinstance(result, SplitModel):
+        with atomic.new_folder(folder.adapter) as adapter:
+            save_adapter(result.client, result.trunk, adapter)
+    trunk = result.trunk if isinstance(result, SplitModel) else result
+    attention = trunk.config._attn_implementation or ""
+    cut = _cut(result) if isinstance(result, SplitModel) else "not split"
+    card = model_card(run, cut, attention, corpus, folder.rounds())
+    with atomic.new_folder(folder.model) as model:
+        if isinstance(result, SplitModel):
+            join_checkpoint(result.client, result.trunk, model)
+        else:
+            folded_model(result).save_pretrained(model)
+        if tokenizer:
+            tokenizer.save_pretrained(model)
+        (model / "README.md").write_text(card, encoding="utf-8")
+
+
+def _cut(result: SplitModel) -> str:
+    """How many blocks bottom, trunk and top have."""
+    blocks, num_blocks = result.client.trunk_blocks, result.client.plan.num_blocks
+    return f"{blocks.start}/{len(blocks)}/{num_blocks - blocks.stop}"
