@@ -38,7 +38,7 @@ from fedsplit.trunk.histories import Histories
 from fedsplit.trunk.registry import ClientRegistry
 from fedsplit.trunk.sessions import Session, SessionInfo, Steps, no_session
 from fedsplit.wire import messages as m
-from fedsplit.wire.codec import check_request
+from fedsplit.wire.validation import check_request
 
 T = TypeVar("T")
 

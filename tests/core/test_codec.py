@@ -13,12 +13,11 @@ from fedsplit.wire import messages as m
 from fedsplit.wire.codec import (
     DTYPES,
     TensorMeta,
-    check_reply,
-    check_request,
     decode_tensor,
     encode_tensor,
     through_codec,
 )
+from fedsplit.wire.validation import check_reply, check_request
 
 LIMITS = m.Limits(max_rows=2, max_tokens=4, hidden_size=3, session_tokens=16, stateless_bytes=4096)
 

@@ -1,8 +1,8 @@
 """A trunk without blocks: what goes up comes back. Run as a script it serves until killed."""
 
 import threading
-from concurrent.futures import Future
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedsplit.spec import WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from fedsplit.wire import messages as m
-from fedsplit.wire.codec import check_request
+from fedsplit.wire.validation import check_request
 
 LIMITS = m.Limits(
     max_rows=8, max_tokens=1024, hidden_size=128, session_tokens=4096, stateless_bytes=1 << 20

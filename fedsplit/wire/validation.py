@@ -1,0 +1,208 @@
+"""Checks of requests and replies against what client and trunk have agreed.
+
+Shapes: B sequences, T tokens, D hidden width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsplit.errors import BadTensor, ProtocolError, TooLarge
+from fedsplit.spec import NAME_PATTERN
+from fedsplit.wire.codec import NAMES
+from fedsplit.wire.messages import (
+    BackwardReply,
+    BackwardRequest,
+    ForwardReply,
+    ForwardRequest,
+    GenerateReply,
+    GenerateRequest,
+    Limits,
+    Reply,
+    Request,
+)
+
+_IDS = ("session", "client", "model")
+_NAMES_OR_NONE = ("config", "served")
+_LEAST = {
+    "call": 0,
+    "step": 0,
+    "round": 0,
+    "num_tokens": 1,
+    "ends_sq_norm": 0,
+    "loss_scale": 1,
+    "past": 0,
+    "wanted": 1,
+    "cache_tokens": 0,
+}
+
+
+def check_request(request: Request[Any], limits: Limits) -> None:
+    """Refuse a request whose ids, counts or shapes are not what was agreed.
+
+    Raises:
+        ProtocolError: An id is no name, or a count is too small.
+        BadTensor: A tensor has the wrong rank, dtype or width, or does not fit the others.
+        TooLarge: A tensor has more sequences or tokens than agreed.
+    """
+    for name in _IDS:
+        _check_id(name, getattr(request, name, "-"))
+    for name in _NAMES_OR_NONE:
+        _check_id(name, getattr(request, name, "-") or "-")
+    for name, least in _LEAST.items():
+        value = getattr(request, name, least)
+        if not value >= least:
+            raise ProtocolError(f"{name}={value} must be at least {least}")
+    if check := _SHAPES.get(type(request)):
+        check(request, limits)
+
+
+def check_reply(request: Request[Any], reply: Reply) -> None:
+    """Refuse a reply whose tensor is not of the shape and dtype of the request's.
+
+    Raises:
+        BadTensor: It is not.
+    """
+    if isinstance(request, ForwardRequest) and isinstance(reply, ForwardReply):
+        _check_like("trunk_out", reply.trunk_out_BTD, request.smashed_BTD)
+    if isinstance(request, BackwardRequest) and isinstance(reply, BackwardReply):
+        if reply.grad_smashed_BTD is not None:
+            _check_like("grad_smashed", reply.grad_smashed_BTD, request.grad_trunk_out_BTD)
+    if isinstance(request, GenerateRequest) and isinstance(reply, GenerateReply):
+        wanted_BTD = request.smashed_BTD[:, -request.wanted :]
+        _check_like("trunk_out", reply.trunk_out_BTD, wanted_BTD)
+
+
+def _check_id(name: str, value: str) -> None:
+    if not NAME_PATTERN.fullmatch(value):
+        raise ProtocolError(f"{name}={value[:64]!r} must be 1 to 64 of A-Z a-z 0-9 _ -")
+
+
+def _check_forward(request: ForwardRequest, limits: Limits) -> None:
+    _check_hidden("smashed", request.smashed_BTD, limits)
+    B, T, _ = request.smashed_BTD.shape
+    if (mask_BT := request.attention_mask_BT) is not None:
+        _check_integers("attention_mask", mask_BT)
+        if tuple(mask_BT.shape) != (B, T):
+            raise BadTensor(
+                f"attention_mask of shape {tuple(mask_BT.shape)} does not fit {B} sequences "
+                f"of {T} tokens; only a session that generates has some cached"
+            )
+    if (positions_BT := request.position_ids_BT) is not None:
+        _check_integers("position_ids", positions_BT)
+        if tuple(positions_BT.shape) != (B, T):
+            raise BadTensor(
+                f"position_ids of shape {tuple(positions_BT.shape)} do not fit {B} sequences "
+                f"of {T} tokens"
+            )
+
+    _check_bases(request)
+
+
+def _check_bases(request: ForwardRequest) -> None:
+    shape = request.smashed_BTD.shape
+    if (bases_B := request.bases_B) is None:
+        if request.references:
+            raise ProtocolError("bases were sent to a forward that goes by none")
+        return
+    if not request.training:
+        raise ProtocolError("a forward that trains nothing goes by no bases")
+    if bases_B.dtype != torch.int64 or tuple(bases_B.shape) != (shape[0],) or bases_B.min() < -1:
+        raise BadTensor(
+            f"bases are {NAMES[bases_B.dtype]} of shape {tuple(bases_B.shape)}; the name of one, 0 "
+            f"or -1 for each of {shape[0]} sequences is needed, as int64"
+        )
+    references = request.references
+    if len(references) not in (0, 2) or any(
+        each.dtype != torch.bfloat16 or each.shape != shape for each in references
+    ):
+        raise BadTensor(f"bases that are sent are two tensors {tuple(shape)} in bfloat16")
+
+
+def _check_backward(request: BackwardRequest, limits: Limits) -> None:
+    _check_hidden("grad_trunk_out", request.grad_trunk_out_BTD, limits)
+
+
+def _check_generate(request: GenerateRequest, limits: Limits) -> None:
+    _check_width("smashed", request.smashed_BTD, limits)
+    B, T, _ = request.smashed_BTD.shape
+    num_tokens = B * (request.past + T)
+    if num_tokens > limits.session_tokens:
+        raise TooLarge(
+            f"{B} sequences of {request.past} + {T} tokens are {num_tokens}; a session of this "
+            f"trunk holds at most {limits.session_tokens} (generation.session_tokens)"
+        )
+    if request.wanted > T:
+        raise ProtocolError(f"wanted={request.wanted} of {T} tokens")
+    if (rows_B := request.rows_B) is not None:
+        if rows_B.is_floating_point() or tuple(rows_B.shape) != (B,):
+            raise BadTensor(
+                f"rows are {NAMES[rows_B.dtype]} of shape {tuple(rows_B.shape)}; one integer for "
+                f"each of {B} sequences is needed"
+            )
+    masked = request.past + T if request.stateless else T
+    for name, tensor_BT, tokens in (
+        ("attention_mask", request.attention_mask_BT, masked),
+        ("position_ids", request.position_ids_BT, T),
+    ):
+        if tensor_BT is not None:
+            _check_integers(name, tensor_BT)
+            if tuple(tensor_BT.shape) != (B, tokens):
+                raise BadTensor(
+                    f"{name} of shape {tuple(tensor_BT.shape)} does not fit {B} sequences of "
+                    f"{tokens} tokens"
+                )
+    for entry in request.entries:
+        for name in ("keys_BHTE", "values_BHTE"):
+            shape = tuple(getattr(entry, name).shape)
+            if len(shape) != 4 or shape[0] != B or shape[2] > request.past:
+                raise BadTensor(
+                    f"{name} of block {entry.block} has shape {shape}; {B} sequences of at most "
+                    f"{request.past} tokens are needed"
+                )
+
+
+def _check_hidden(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
+    _check_width(name, tensor_BTD, limits)
+    shape = tuple(tensor_BTD.shape)
+    if shape[0] > limits.max_rows or shape[1] > limits.max_tokens:
+        raise TooLarge(
+            f"{name} has {shape[0]} sequences of {shape[1]} tokens; the trunk takes at most "
+            f"{limits.max_rows} of {limits.max_tokens}"
+        )
+
+
+def _check_width(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
+    shape = tuple(tensor_BTD.shape)
+    if len(shape) != 3 or shape[2] != limits.hidden_size:
+        raise BadTensor(
+            f"{name} of shape {shape} is not (sequences, tokens, {limits.hidden_size}), "
+            f"the trunk's hidden size is {limits.hidden_size}"
+        )
+    if not tensor_BTD.is_floating_point():
+        raise BadTensor(f"{name} is {NAMES[tensor_BTD.dtype]}; a float dtype is needed")
+
+
+def _check_integers(name: str, tensor_BT: Tensor) -> None:
+    if tensor_BT.is_floating_point() or tensor_BT.dim() != 2:
+        raise BadTensor(
+            f"{name} is {NAMES[tensor_BT.dtype]} of shape {tuple(tensor_BT.shape)}; "
+            "integers of shape (sequences, tokens) are needed"
+        )
+
+
+def _check_like(name: str, got: Tensor, sent: Tensor) -> None:
+    if got.shape != sent.shape or got.dtype != sent.dtype:
+        raise BadTensor(
+            f"the trunk answered {name} {NAMES[got.dtype]} {tuple(got.shape)} to a request of "
+            f"{NAMES[sent.dtype]} {tuple(sent.shape)}"
+        )
+
+
+_SHAPES: dict[type, Callable[[Any, Limits], None]] = {
+    ForwardRequest: _check_forward,
+    BackwardRequest: _check_backward,
+    GenerateRequest: _check_generate,
+}
