@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.data.tasks import TASKS
-from fedsplit.data.tasks import TASKS
 from fedsplit.errors import ConfigError
 from fedsplit.model.hollow import AUXILIARY, ClientPart
 from fedsplit.randomness import rng_scope
