@@ -6,6 +6,13 @@ from typing import Any
 from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import at_least, one_of, positive, within
 
+TASKS = (
+    "causal_lm",
+    "sequence_classification",
+    "image_classification",
+)
+"""The names of the tasks in `fedsplit.data.tasks`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSpec:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import at_least, duration, one_of, parsed_codec, positive
-from fedsplit.spec.data import DataSpec, ShardingSpec
+from fedsplit.spec.data import TASKS, DataSpec, ShardingSpec
 from fedsplit.spec.federation import HalvesSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
@@ -176,8 +176,7 @@ class RunSpec:
             )
         at_least("seed", self.seed, 0)
         at_least("clients", self.clients, 1)
-        tasks = ("causal_lm", "sequence_classification", "image_classification")
-        one_of("task", self.task, tasks)
+        one_of("task", self.task, TASKS)
         one_of("baseline", self.baseline, ("none", "central", "fedavg", "local"))
         if (self.task == "image_classification") != (self.data.kind == "digits"):
             raise ConfigError(
