@@ -8,8 +8,11 @@ from fedsplit.data.tasks.causal_lm import CausalLM
 from fedsplit.data.tasks.image_classification import ImageClassification
 from fedsplit.data.tasks.sequence_classification import SequenceClassification
 
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {task.name: task for task in (CausalLM(), SequenceClassification(), ImageClassification())}
+_ALL: tuple[Task, ...] = (
+    CausalLM(),
+    SequenceClassification(),
+    ImageClassification(),
 )
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
 
 __all__ = ["TASKS", "Task"]
