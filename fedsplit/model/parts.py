@@ -5,19 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
 from fedsplit.model.hollow import ClientPart, Part, TrunkPart, connect, part_class
 from fedsplit.model.lora import folded_state
-from fedsplit.model.plan import model_class_for, plan_for
+from fedsplit.model.plan import model_class_for, plan_for, quantization_of
 from fedsplit.model.source import Source, on_meta
 from fedsplit.randomness import rng_scope
 from fedsplit.spec import SplitSpec
 
 P = TypeVar("P", bound=Part)
 M = TypeVar("M", bound=PreTrainedModel)
+
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +223,7 @@ def split_model(
         given: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
         generation = None
     else:
-        config, generation = model.config, getattr(model, "generation_config", None)
+        config, generation = _plain_config(model), getattr(model, "generation_config", None)
         tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
         given = {"state_dict": tensors, "model_class": model_class or type(model)}
         options = {"dtype": model.dtype, "attn_implementation": _attention(config), **options}
@@ -230,6 +233,33 @@ def split_model(
         client.generation_config = copy.deepcopy(generation)
     connect(client, trunk.run, trunk.new_cache)
     return SplitModel(client=client, trunk=trunk)
+
+
+def _plain_config(model: PreTrainedModel) -> PretrainedConfig:
+    """A model's config, without the quantization that its weights no longer have.
+
+    transformers dequantizes most GGUF files while it reads them, but leaves their mark in the
+    config; it would then take the parts for quantized.
+
+    Raises:
+        UnsupportedModel: The weights are quantized.
+    """
+    method = quantization_of(model.config)
+    if not method:
+        return model.config
+    config = copy.deepcopy(model.config)
+    for each in (config, config.get_text_config(decoder=True)):
+        vars(each).pop("quantization_config", None)
+    plain = on_meta(type(model), copy.deepcopy(config)).state_dict()
+    for name, tensor in model.state_dict().items():
+        expected = plain.get(name)
+        if expected is None or tensor.shape != expected.shape or tensor.dtype not in _PLAIN:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: its weights are quantized ({method}): '{name}' is "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}; dequantize the model before it "
+                "is split, such as with model.dequantize()"
+            )
+    return config
 
 
 def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:

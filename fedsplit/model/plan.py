@@ -104,6 +104,17 @@ def classifier_fields(labels: Sequence[str], pad_token_id: int | None = None) ->
     return fields if pad_token_id is None else {**fields, "pad_token_id": pad_token_id}
 
 
+def quantization_of(config: PretrainedConfig) -> str:
+    """The method by which a checkpoint with this config is quantized, by name; empty if none."""
+    for part in (config, config.get_text_config(decoder=True)):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            fields = found if isinstance(found, dict) else found.to_dict()
+            method = fields.get("quant_method", "unknown")
+            return str(getattr(method, "value", method))
+    return ""
+
+
 def plan_for(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Plan:
     """How to cut `model_class` built from `config`; found by a dry run without weights, once.
 
@@ -137,6 +148,11 @@ def _refuse_by_config(family: type[PreTrainedModel], config: PretrainedConfig) -
         value = getattr(config, name, None)
         if value:
             raise UnsupportedModel(reason.format(value=value))
+    if method := quantization_of(config):
+        raise UnsupportedModel(
+            f"its weights are quantized ({method}), and a part holds plain weights only; load the "
+            "model with dequantized weights, save it, and split that"
+        )
     if (
         family._is_stateful
         and "past_key_values" not in inspect.signature(family.forward).parameters
