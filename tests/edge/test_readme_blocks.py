@@ -1,4 +1,7 @@
-"""README's blocks run as they stand there, in their order, one after the other."""
+"""The blocks of README and docs/ run as they stand there, in their order, one after the other.
+
+Not run are benches and experiments of several runs, which have tests of their own at toy size.
+"""
 
 import json
 import os
@@ -12,10 +15,18 @@ import pytest
 
 from tests.house.source import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(sh|bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(
+        r"^```(sh|bash|python)\n(.*?)^```",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+]
 
-# What makes a command quick without changing what it is; later settings win over README's.
+# What makes a command quick without changing what it is; later settings win over those of a page.
 TOY = {
     "simulations.run": "experiment=toy train.rounds=1 train.local_steps=1 data.held_out=0.02",
     "simulations.parity": "steps=2",
@@ -23,6 +34,7 @@ TOY = {
     "simulations.one_step": "",
     "fedsplit.cli": "",
 }
+SEVERAL_RUNS = {"convergence", "straggler", "noniid", "memory"}
 
 DRIVER = """
 import json, runpy, sys
@@ -44,24 +56,65 @@ for kind, *words in json.loads(sys.argv[1]):
 """
 
 
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every command in a block."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+LINES = [words for language, text in BLOCKS if language != "python" for words in commands_of(text)]
+
+
+def experiment_of(words: list[str]) -> str:
+    """The experiment that a command names, or nothing."""
+    return next((w.partition("=")[2] for w in words if w.startswith("experiment=")), "")
+
+
+def toy(words: list[str]) -> list[str]:
+    """A command that runs a module, made quick."""
+    if words[2] == "simulations.run":
+        words = [word for word in words if not word.startswith("experiment=")]
+    return [*words[2:], *shlex.split(TOY[words[2]])]
+
+
 def commands() -> list[list[str]]:
-    """What to run: the program or "python", and its arguments or its text."""
+    """What to run, each once: the program or "python", and its arguments or its text."""
     found = []
     for language, text in BLOCKS:
         if language == "python":
             found.append(["python", text])
             continue
-        for line in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:2] == ["python", "-m"] and words[2].startswith("simulations."):
-                found.append([words[2], *words[2:], *shlex.split(TOY[words[2]])])
-            elif words[:1] == ["fedsplit"]:
+        for words in commands_of(text):
+            if words[:1] == ["fedsplit"]:
                 found.append(["fedsplit.cli", *words])
-    return found
+            elif words[:2] == ["python", "-m"] and words[2] in TOY:
+                if experiment_of(words) not in SEVERAL_RUNS:
+                    found.append([words[2], *toy(words)])
+    return [words for number, words in enumerate(found) if words not in found[:number]]
 
 
-def test_readme_has_blocks_of_every_kind():
+def test_the_pages_have_blocks_of_every_kind():
     assert {kind for kind, *_ in commands()} == {"python", *TOY}
+
+
+def test_every_experiment_is_there():
+    named = {experiment_of(words) for words in LINES if words[0] == "python"} - {""}
+    there = {file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml")}
+    assert named == there - {"default"}
+
+
+def test_every_program_is_there():
+    modules = {
+        ".".join(words[2:4]) if words[2] == "simulations.bench" else words[2]
+        for words in LINES
+        if words[:2] == ["python", "-m"]
+    }
+    assert [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").exists()] == []
+
+
+def test_every_target_is_in_the_makefile():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {words[1] for words in LINES if words[0] == "make"} <= set(targets)
 
 
 @pytest.mark.slow

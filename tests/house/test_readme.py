@@ -1,44 +1,63 @@
-"""The file structure in README.md: every line names a file, and every file has a line."""
+"""README is short, and every link of the documentation leads somewhere."""
 
 import re
+from functools import cache
+from pathlib import Path
 
-import pytest
+from tests.house.source import ROOT, require_none
 
-from tests.house.source import FILES, ROOT, require_none
-
-
-def listed() -> dict[str, bool]:
-    """The paths in README's first block under a heading with "structure".
-
-    Two blanks of indent are one folder deeper; a folder ends in a slash.
-    """
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^#+ .*structure.*?\n```\w*\n(.*?)```", readme, re.I | re.M | re.S)
-    assert found, "README.md has no block under a heading with 'structure'"
-    paths, folders = {}, list[str]()
-    for line in filter(str.strip, found.group(1).splitlines()):
-        depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        paths["".join([*folders[:depth], name])] = len(line.split()) > 1
-        folders[depth:] = [name] if name.endswith("/") else []
-    return paths
+MAX_README = 9 * 1024
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "fedsplit" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
-@pytest.fixture(scope="module")
-def paths() -> dict[str, bool]:
-    return listed()
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= MAX_README
 
 
-def test_every_line_names_something_that_is_there(paths):
-    gone = (f"README.md: {path}" for path in paths if not (ROOT / path).exists())
-    require_none(gone, "remove the line")
+def links(page: Path) -> list[str]:
+    """The targets of a page's links, without those of other sites and those in code."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in targets if not target.startswith(("http://", "https://"))]
 
 
-def test_every_line_says_what_it_is(paths):
-    bare = (f"README.md: {path}" for path, described in paths.items() if not described)
-    require_none(bare, "say beside the path what it is")
+@cache
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_module_has_a_line(paths):
-    modules = {file for file in FILES if not file.endswith("/__init__.py")}
-    require_none(sorted(modules - paths.keys()), "add a line under the heading in README.md")
+def leads_somewhere(page: Path, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    there = (page.parent / path).resolve() if path else page
+    return there.exists() and (not anchor or anchor in anchors(there))
+
+
+def test_every_link_leads_somewhere():
+    require_none(
+        (
+            f"{page.relative_to(ROOT)}: {target}"
+            for page in PAGES
+            for target in links(page)
+            if not leads_somewhere(page, target)
+        ),
+        "correct the link or the heading",
+    )
+
+
+def test_every_page_can_be_reached_from_readme():
+    reached, ahead = set[Path](), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page.is_dir():
+            ahead += page.glob("*.md")
+        elif page.suffix == ".md" and page not in reached:
+            reached.add(page)
+            ahead += [(page.parent / target.partition("#")[0]).resolve() for target in links(page)]
+    assert [str(page.relative_to(ROOT)) for page in PAGES if page not in reached] == []
