@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from fedsplit.model.stage import Part, part_class
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,6 @@ from fedsplit.model import ClientPart, TrunkPart, connect, model_class_for, plan
 from fedsplit.model.acceleration import accelerate, autocast
 from fedsplit.model.describe import config_of
 from fedsplit.model.dryrun import tensors_in
-from fedsplit.model.hollow import Part, part_class
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.source import on_meta
 from fedsplit.optimization import PartOptimizer

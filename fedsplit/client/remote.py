@@ -28,7 +28,7 @@ from fedsplit.errors import (
 )
 from fedsplit.link import Link
 from fedsplit.model.checkpoint import model_fingerprint
-from fedsplit.model.hollow import ClientPart
+from fedsplit.model.stage import ClientPart
 from fedsplit.optimization import squared_norm
 from fedsplit.randomness import draws
 from fedsplit.spec import RunSpec

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.service import TrunkService

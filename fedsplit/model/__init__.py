@@ -1,6 +1,5 @@
 """Cut Hugging Face models into parts that train and generate exactly like the whole."""
 
-from fedsplit.model.hollow import ClientPart, TrunkPart, connect
 from fedsplit.model.parts import (
     SplitModel,
     build_client,
@@ -10,6 +9,7 @@ from fedsplit.model.parts import (
     split_model,
 )
 from fedsplit.model.plan import Plan, model_class_for, plan_for
+from fedsplit.model.stage import ClientPart, TrunkPart, connect
 
 __all__ = [
     "ClientPart",

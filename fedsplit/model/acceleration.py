@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fedsplit.errors import ConfigError
 from fedsplit.model.compiling import compile_blocks
-from fedsplit.model.hollow import ClientPart, Part, TrunkPart
+from fedsplit.model.stage import ClientPart, Part, TrunkPart
 from fedsplit.randomness import draws
 from fedsplit.spec import ModelSpec, TrainSpec
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedsplit.data.tasks import TASKS
 from fedsplit.errors import ConfigError
-from fedsplit.model.hollow import AUXILIARY, ClientPart
+from fedsplit.model.stage import AUXILIARY, ClientPart
 from fedsplit.randomness import rng_scope
 
 _STD = 0.02

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedsplit.model.hollow import Part
 from fedsplit.model.plan import plan_for
+from fedsplit.model.stage import Part
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from fedsplit.errors import ConfigError
 from fedsplit.model.acceleration import precision_of
 from fedsplit.model.attention import attention_of
 from fedsplit.model.auxiliary import add_auxiliary_head
-from fedsplit.model.hollow import ClientPart, TrunkPart
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.parts import (
     SplitModel,
@@ -33,6 +32,7 @@ from fedsplit.model.parts import (
 )
 from fedsplit.model.plan import classifier_fields, model_class_for
 from fedsplit.model.source import Source
+from fedsplit.model.stage import ClientPart, TrunkPart
 from fedsplit.spec import RunSpec
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsplit.model.standins import StandIn
+from fedsplit.model.pass_through import PassThrough
 
 # These read a tensor's shape, not its values.
 _SHAPE_ONLY = frozenset(
@@ -96,7 +96,7 @@ class Journal:
         return once and len(self.shapes[0]) == 3
 
 
-class Probe(StandIn):
+class Probe(PassThrough):
     """Stands for a block: notes what it is handed, hands on a fresh tensor."""
 
     def __init__(

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.model.hollow import AUXILIARY, ClientPart, Part, TrunkPart
 from fedsplit.model.plan import plan_for
 from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
+from fedsplit.model.stage import AUXILIARY, ClientPart, Part, TrunkPart
 from fedsplit.randomness import process_state, rng_scope
 from fedsplit.spec import LoraSpec
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
-from fedsplit.model.hollow import ClientPart, Part, TrunkPart, connect, part_class
 from fedsplit.model.lora import folded_state
 from fedsplit.model.plan import model_class_for, plan_for, quantization_of
 from fedsplit.model.source import Source, on_meta
+from fedsplit.model.stage import ClientPart, Part, TrunkPart, connect, part_class
 from fedsplit.randomness import rng_scope
 from fedsplit.spec import SplitSpec
 

@@ -18,7 +18,7 @@ from accelerate.utils import named_module_tensors, set_module_tensor_to_device
 from torch import nn
 
 from fedsplit.errors import ConfigError
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedsplit.model.dryrun import FAMILY_ERRORS
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 from fedsplit.trunk.compute import Compute, Inputs
 from fedsplit.trunk.versions import ParameterVersions
 

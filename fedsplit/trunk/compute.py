@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsplit.memory import ByteCount
 from fedsplit.model.acceleration import accelerate, autocast, checkpoints
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 from fedsplit.randomness import draws, rng_scope
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.guard import require_finite

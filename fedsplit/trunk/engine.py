@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import Draining, FedsplitError, Internal, SessionLost
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.call import BATCHED, Call, Kind

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsplit.errors import FedsplitError, ProtocolError, SessionLost, TooLarge
 from fedsplit.model.caches import room_for
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import GenerationSpec
 from fedsplit.trunk.call import Call
 from fedsplit.trunk.guard import require_finite

@@ -29,7 +29,7 @@ from fedsplit.errors import (
 )
 from fedsplit.model.acceleration import precision_of
 from fedsplit.model.checkpoint import model_fingerprint
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.call import Call, Kind

@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedsplit.model.dryrun import FAMILY_ERRORS
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 from fedsplit.trunk.kv_cache import attends_only
 
 log = logging.getLogger(__name__)

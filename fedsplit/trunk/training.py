@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from fedsplit.errors import BadTensor, CheckpointError, ConfigError, ProtocolError
-from fedsplit.model.hollow import TrunkPart
 from fedsplit.model.lora import trainable
+from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.batched_pass import BatchedPass, Found, Pass

@@ -29,7 +29,7 @@ from fedsplit.flower.strategy.nodes import GridView, NodeRegistry, seeded_sampli
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState, Share
 from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 from fedsplit.runs.folder import new_run_id
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.strategy.base import SplitStrategy
-from fedsplit.model.hollow import TrunkPart
+from fedsplit.model.stage import TrunkPart
 
 
 class Unsplit(SplitStrategy):

@@ -17,10 +17,10 @@ from fedsplit.model.caches import RemoteCache
 
 
 @dataclass(slots=True)
-class Crossing:
+class CutContext:
     """What one call of a part needs at the cut, beside what the family hands its blocks.
 
-    Families turn the 2-D mask into masks of their own before the first block, so the stand-ins
+    Families turn the 2-D mask into masks of their own before the first block, so the pass-throughs
     cannot learn it from their arguments.
     """
 
@@ -32,34 +32,34 @@ class Crossing:
 
 
 class _Calls(threading.local):
-    """The crossing of the call that this thread is in; several may run one part at once."""
+    """The context of the call that this thread is in; several may run one part at once."""
 
-    crossing: Crossing | None = None
+    context: CutContext | None = None
 
 
 _CALLS = _Calls()
 
 
 @contextmanager
-def crossing_at(crossing: Crossing) -> Iterator[None]:
-    """Make `crossing` the one that the stand-ins of this thread see."""
-    outer, _CALLS.crossing = _CALLS.crossing, crossing
+def cut_context(context: CutContext) -> Iterator[None]:
+    """Make `context` the one that the pass-throughs of this thread see."""
+    outer, _CALLS.context = _CALLS.context, context
     try:
         yield
     finally:
-        _CALLS.crossing = outer
+        _CALLS.context = outer
 
 
-def _current(stand_in: str) -> Crossing:
-    crossing = _CALLS.crossing
-    if crossing is None:
+def _current(place: str) -> CutContext:
+    context = _CALLS.context
+    if context is None:
         raise ConfigError(
-            f"{stand_in} was reached without its model: call the part itself, not its backbone"
+            f"{place} was reached without its model: call the part itself, not its backbone"
         )
-    return crossing
+    return context
 
 
-class StandIn(nn.Module):
+class PassThrough(nn.Module):
     """Stands for `original` without its weights; other attributes are still the original's.
 
     The original is kept unregistered (it lives on the meta device), so no parameter, buffer or
@@ -78,10 +78,10 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["_original"], name)
 
 
-class Absent(StandIn):
+class PassThroughModule(PassThrough):
     """An embedding, norm or head that is elsewhere: hands its input on.
 
-    What it returns never reaches a result (`Entry` replaces it, `Exit` precedes it); it only
+    What it returns never reaches a result (`TrunkEntry` replaces it, `TrunkExit` precedes it); it only
     must not break the family's own forward.
     """
 
@@ -95,7 +95,7 @@ class Absent(StandIn):
         return torch.zeros((), device=first.device) if is_embedding else first
 
 
-class Skip(StandIn):
+class PassThroughBlock(PassThrough):
     """A block that is elsewhere: hands the hidden states on in the form the family expects."""
 
     def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
@@ -112,8 +112,8 @@ class Skip(StandIn):
         return hidden_BTD
 
 
-class Entry(Skip):
-    """The trunk's first stand-in: drops what the family computed, brings the smashed data in."""
+class TrunkEntry(PassThroughBlock):
+    """The trunk's first pass-through: drops what the family computed, brings the smashed data in."""
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
         """The smashed data of this call."""
@@ -122,15 +122,15 @@ class Entry(Skip):
         return smashed_BTD
 
 
-class Exit(Skip):
-    """The trunk's last stand-in: notes what leaves the trunk."""
+class TrunkExit(PassThroughBlock):
+    """The trunk's last pass-through: notes what leaves the trunk."""
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
         """`hidden_BTD`, noted as this call's trunk output, on the device of the smashed data."""
-        crossing = _current("the trunk's exit")
-        assert crossing.smashed_BTD is not None, "TrunkPart.forward sets it"
-        crossing.trunk_out_BTD = hidden_BTD.to(crossing.smashed_BTD.device)
-        return crossing.trunk_out_BTD
+        context = _current("the trunk's exit")
+        assert context.smashed_BTD is not None, "TrunkPart.forward sets it"
+        context.trunk_out_BTD = hidden_BTD.to(context.smashed_BTD.device)
+        return context.trunk_out_BTD
 
 
 Carry = Callable[..., Tensor]
@@ -138,7 +138,7 @@ Carry = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FarTrunk:
+class TrunkConnection:
     """How a `Remote` reaches the trunk: one call, and where its KV caches come from."""
 
     carry: Carry
@@ -149,19 +149,19 @@ def _not_connected(*args: Any, **kwargs: Any) -> Any:
     raise ConfigError("this client has no trunk: call connect(client, carry) first")
 
 
-class Remote(Skip):
+class Remote(PassThroughBlock):
     """Stands at the trunk's first block in the client's model: a layer that is far away."""
 
     def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
         super().__init__(original, returns_tuple)
-        self.far = FarTrunk(carry=_not_connected, new_cache=_not_connected)
+        self.connection = TrunkConnection(carry=_not_connected, new_cache=_not_connected)
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
         """`hidden_BTD` carried to the trunk and back."""
-        crossing = _current("the Remote layer")
-        return self.far.carry(
+        context = _current("the Remote layer")
+        return self.connection.carry(
             hidden_BTD,
-            attention_mask_BT=crossing.attention_mask_BT,
-            position_ids_BT=crossing.position_ids_BT,
-            cache=crossing.cache,
+            attention_mask_BT=context.attention_mask_BT,
+            position_ids_BT=context.position_ids_BT,
+            cache=context.cache,
         )

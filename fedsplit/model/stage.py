@@ -16,18 +16,18 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.caches import RemoteCache, RemoteSlot, part_cache
-from fedsplit.model.plan import Plan
-from fedsplit.model.standins import (
-    Absent,
+from fedsplit.model.pass_through import (
     Carry,
-    Crossing,
-    Entry,
-    Exit,
-    FarTrunk,
+    CutContext,
+    PassThroughBlock,
+    PassThroughModule,
     Remote,
-    Skip,
-    crossing_at,
+    TrunkConnection,
+    TrunkEntry,
+    TrunkExit,
+    cut_context,
 )
+from fedsplit.model.plan import Plan
 
 P = TypeVar("P", bound="Part")
 
@@ -48,7 +48,7 @@ class Part(PreTrainedModel):
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         ties = dict(self.all_tied_weights_keys)
-        self._hollow(cast(nn.ModuleList, self.get_submodule(self.plan.blocks)))
+        self._drop_foreign(cast(nn.ModuleList, self.get_submodule(self.plan.blocks)))
         self._keep_ties(ties)
         # A source may hold the other part's tensors too; what is missing is checked by the loader.
         self._keys_to_ignore_on_load_unexpected = {".*"}
@@ -73,7 +73,7 @@ class Part(PreTrainedModel):
         """Whether the module of this name is one of this part's."""
         return (self.place_of(module) == "trunk") == isinstance(self, TrunkPart)
 
-    def _hollow(self, blocks: nn.ModuleList) -> None:
+    def _drop_foreign(self, blocks: nn.ModuleList) -> None:
         raise NotImplementedError
 
     def _keep_ties(self, ties: dict[str, str]) -> None:
@@ -88,7 +88,9 @@ class Part(PreTrainedModel):
         if not self.all_tied_weights_keys:
             self._tied_weights_keys = {}
 
-    def _stand_in(self, kind: type[Skip], blocks: nn.ModuleList, index: int) -> None:
+    def _pass_through(
+        self, kind: type[PassThroughBlock], blocks: nn.ModuleList, index: int
+    ) -> None:
         blocks[index] = kind(blocks[index], self.plan.returns_tuple)
 
 
@@ -100,12 +102,14 @@ class TrunkPart(Part):
         """The blocks between the cuts."""
         return tuple(self.trunk_blocks)
 
-    def _hollow(self, blocks: nn.ModuleList) -> None:
+    def _drop_foreign(self, blocks: nn.ModuleList) -> None:
         last = len(blocks) - 1
         for i in set(range(len(blocks))) - set(self.trunk_blocks):
-            self._stand_in(Entry if i == 0 else Exit if i == last else Skip, blocks, i)
+            self._pass_through(
+                TrunkEntry if i == 0 else TrunkExit if i == last else PassThroughBlock, blocks, i
+            )
         for name in (*self.plan.before, *self.plan.after):
-            self.set_submodule(name, Absent(self.get_submodule(name)))
+            self.set_submodule(name, PassThroughModule(self.get_submodule(name)))
 
     def forward(
         self,
@@ -123,7 +127,7 @@ class TrunkPart(Part):
             cache: One of `new_cache`, in generation.
         """
         named: dict[str, Any] = {
-            # Only its shape matters, Entry brings in the values; some families write into it.
+            # Only its shape matters, TrunkEntry brings in the values; some families write into it.
             self.plan.trunk_input: torch.zeros_like(smashed_BTD),
             "attention_mask": attention_mask_BT,
             "position_ids": position_ids_BT,
@@ -133,11 +137,11 @@ class TrunkPart(Part):
         if self.main_input_name == "input_ids":
             named["use_cache"] = cache is not None
         backbone = self.get_submodule(self.plan.backbone) if self.plan.backbone else super().forward
-        crossing = Crossing(smashed_BTD=smashed_BTD)
-        with crossing_at(crossing):
+        context = CutContext(smashed_BTD=smashed_BTD)
+        with cut_context(context):
             backbone(**named)
-        assert crossing.trunk_out_BTD is not None, "the last block's stand-in sets it"
-        return crossing.trunk_out_BTD
+        assert context.trunk_out_BTD is not None, "the last block's pass-through sets it"
+        return context.trunk_out_BTD
 
     def run(
         self,
@@ -170,12 +174,14 @@ class ClientPart(Part):
     def remote(self) -> Remote:
         """The layer that stands in the trunk's place."""
         remote = self.get_submodule(f"{self.plan.blocks}.{self.trunk_blocks.start}")
-        assert isinstance(remote, Remote), "made in _hollow"
+        assert isinstance(remote, Remote), "made in _drop_foreign"
         return remote
 
-    def _hollow(self, blocks: nn.ModuleList) -> None:
+    def _drop_foreign(self, blocks: nn.ModuleList) -> None:
         for i in self.trunk_blocks:
-            self._stand_in(Remote if i == self.trunk_blocks.start else Skip, blocks, i)
+            self._pass_through(
+                Remote if i == self.trunk_blocks.start else PassThroughBlock, blocks, i
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The family's own forward; the 2-D mask and positions reach the trunk beside it."""
@@ -185,12 +191,12 @@ class ClientPart(Part):
             raise ConfigError(
                 f"attention_mask has shape {tuple(mask.shape)}; a split model takes [batch, tokens]"
             )
-        crossing = Crossing(
+        context = CutContext(
             attention_mask_BT=mask,
             position_ids_BT=named.get("position_ids"),
             cache=self._remote_cache(named),
         )
-        with crossing_at(crossing):
+        with cut_context(context):
             return super().forward(**named)
 
     def _remote_cache(self, named: dict[str, Any]) -> Any:
@@ -215,7 +221,7 @@ class ClientPart(Part):
         """KV cache of client and trunk, growing or with room for `max_length` tokens."""
         cache = part_cache(self.config, self.held_blocks, max_length)
         slots: list[Any] = cache.layers
-        slots[self.trunk_blocks.start] = RemoteSlot(self.remote.far.new_cache(max_length))
+        slots[self.trunk_blocks.start] = RemoteSlot(self.remote.connection.new_cache(max_length))
         return cache
 
     def _prepare_cache_for_generation(
@@ -271,7 +277,7 @@ def connect(
             default the `new_cache` of `carry`, which a `RemoteTrunk` has.
     """
     own = getattr(carry, "new_cache", _keeps_no_cache)
-    client.remote.far = FarTrunk(carry=carry, new_cache=new_remote_cache or own)
+    client.remote.connection = TrunkConnection(carry=carry, new_cache=new_remote_cache or own)
 
 
 def _keeps_no_cache(max_length: int | None) -> RemoteCache:
