@@ -24,7 +24,7 @@ _REPLAYS = 6
 
 
 class TrunkCache:
-    """One generation at a trunk; implements `fedsplit.model.caches.RemoteCache`.
+    """One generation at a trunk; implements `fedsplit.model.kv_cache.RemoteCache`.
 
     Args:
         trunk: Leads to it.
@@ -80,7 +80,7 @@ class TrunkCache:
         )
         return out_BTD.to(hidden_BTD.device)
 
-    # --- fedsplit.model.caches.RemoteCache ----------------------------------------------------
+    # --- fedsplit.model.kv_cache.RemoteCache ----------------------------------------------------
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import ConfigError
-from fedsplit.model.caches import RemoteCache
+from fedsplit.model.kv_cache import RemoteCache
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedMo
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from fedsplit.errors import ConfigError, UnsupportedModel
-from fedsplit.model.caches import RemoteCache, RemoteSlot, part_cache
+from fedsplit.model.kv_cache import RemoteCache, RemoteSlot, part_cache
 from fedsplit.model.pass_through import (
     Carry,
     CutContext,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import FedsplitError, ProtocolError, SessionLost, TooLarge
-from fedsplit.model.caches import room_for
+from fedsplit.model.kv_cache import capacity
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import GenerationSpec
 from fedsplit.trunk.call import Call
@@ -231,7 +231,7 @@ class Generation:
                 f"{rows} sequences of {room} tokens were asked for; a session of this trunk holds "
                 f"at most {self._spec.session_tokens} (generation.session_tokens)"
             )
-        needed = rows * num_bytes_of(self._probe, kept.cache_tokens or room_for(tokens))
+        needed = rows * num_bytes_of(self._probe, kept.cache_tokens or capacity(tokens))
         if needed > self._spec.cache_bytes:
             raise TooLarge(
                 f"this session's cache would take {needed} bytes; all sessions of this trunk may "

@@ -16,8 +16,8 @@ from transformers.cache_utils import (
 )
 
 from fedsplit.errors import BadTensor, ProtocolError, SessionLost
-from fedsplit.model.caches import GrowingLayer, Hole
 from fedsplit.model.dryrun import FAMILY_ERRORS
+from fedsplit.model.kv_cache import EmptyCacheLayer, GrowingLayer
 from fedsplit.trunk.guard import require_finite
 from fedsplit.wire.messages import KVCacheEntry
 
@@ -183,7 +183,7 @@ def _with_keys(cache: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _held(cache: Any) -> list[Any]:
-    return [layer for layer in cache.layers if not isinstance(layer, Hole)]
+    return [layer for layer in cache.layers if not isinstance(layer, EmptyCacheLayer)]
 
 
 def _keys_and_values(layer: Any) -> list[Tensor]:

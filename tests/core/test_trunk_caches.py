@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fedsplit.model.kv_cache import capacity
 
 from fedsplit.errors import (
     BadTensor,
@@ -18,7 +19,6 @@ from fedsplit.errors import (
     TooLarge,
 )
 from fedsplit.link import LocalLink
-from fedsplit.model.caches import room_for
 from fedsplit.wire import messages as m
 from tests.core.generating import prompt, scene
 from tests.core.worlds import batch, small_run, world
@@ -99,7 +99,7 @@ def test_a_reset_begins_over():
 def bytes_of(here, tokens):
     """Keys and values of two blocks, in float32, with the room that a growing cache takes."""
     config = here.whole.config
-    return room_for(tokens) * 2 * 2 * 4 * config.num_key_value_heads * config.head_dim
+    return capacity(tokens) * 2 * 2 * 4 * config.num_key_value_heads * config.head_dim
 
 
 def test_one_vector_goes_up_and_one_comes_down_per_token():
@@ -146,7 +146,7 @@ def test_a_cache_past_all_bytes_is_refused_before_any_is_taken():
 def test_who_was_used_least_recently_makes_room_and_comes_back(cache_tokens):
     """Three take turns in a room for two, so that each finds itself evicted."""
     with scene("llama") as here:
-        room = 2 * bytes_of(here, 20) * (cache_tokens or room_for(20)) // room_for(20)
+        room = 2 * bytes_of(here, 20) * (cache_tokens or capacity(20)) // capacity(20)
     with scene("llama", cache_bytes=room) as here:
         clients = [here.client(name) for name in ("alice", "bob", "carol")]
         caches = [client.model.new_cache(cache_tokens) for client in clients]

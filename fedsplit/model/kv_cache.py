@@ -32,20 +32,20 @@ class RemoteCache(Protocol):
         """Keep what a sliding window would forget, until it is cropped."""
 
 
-_LEAST_ROOM = 64
+_SMALLEST_CAPACITY = 64
 
 
-def room_for(tokens: int) -> int:
+def capacity(tokens: int) -> int:
     """Tokens for which a growing cache takes room when it has to hold so many.
 
-    >>> room_for(1), room_for(65), room_for(2000)
+    >>> capacity(1), capacity(65), capacity(2000)
     (64, 128, 2048)
     """
-    step = max(_LEAST_ROOM, 1 << max(0, tokens.bit_length() - 4))
+    step = max(_SMALLEST_CAPACITY, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 
 
-class Hole:
+class EmptyCacheLayer:
     """The place of a block that the part does not hold: stores nothing."""
 
     is_sliding = False
@@ -76,7 +76,7 @@ class Hole:
         """Nothing to select."""
 
 
-class RemoteSlot(Hole):
+class RemoteSlot(EmptyCacheLayer):
     """The trunk's place in the client's cache: passes everything on to the trunk's own cache."""
 
     def __init__(self, remote: RemoteCache) -> None:
@@ -134,7 +134,7 @@ class GrowingLayer(DynamicLayer):
         past, added = self.get_seq_length(), (key_states, value_states)
         end = past + key_states.shape[-2]
         if self._rooms is None or end > self._rooms[0].shape[-2]:
-            self._rooms = self._larger(added, past, room_for(end))
+            self._rooms = self._larger(added, past, capacity(end))
         for room, states in zip(self._rooms, added, strict=True):
             room[:, :, past:end] = states
         self._fill(end)
@@ -175,7 +175,7 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :tokens] for room in self._rooms)
 
 
-class _WithHoles(Cache):
+class _PartCache(Cache):
     """Asked about a hole, answers for a block the part does hold.
 
     Families ask for lengths and mask sizes at fixed places (mostly block 0), which may be holes.
@@ -183,7 +183,7 @@ class _WithHoles(Cache):
     """
 
     def _held(self, layer_idx: int) -> int:
-        if not isinstance(self.layers[layer_idx], Hole):
+        if not isinstance(self.layers[layer_idx], EmptyCacheLayer):
             return layer_idx
         held = [i for i, layer in enumerate(self.layers) if hasattr(layer, "get_seq_length")]
         full = [i for i in held if not getattr(self.layers[i], "is_sliding", False)]
@@ -199,11 +199,11 @@ class _WithHoles(Cache):
         return length, offset
 
 
-class PartDynamicCache(_WithHoles, DynamicCache):
+class PartDynamicCache(_PartCache, DynamicCache):
     """A growing cache of a part."""
 
 
-class PartStaticCache(_WithHoles, StaticCache):
+class PartStaticCache(_PartCache, StaticCache):
     """A cache of a part with room for a fixed number of tokens."""
 
 
@@ -221,7 +221,9 @@ def part_cache(
         cache.layers = [growing() if type(i) is DynamicLayer else i for i in cache.layers]
     else:
         cache = PartStaticCache(config=config, max_cache_len=max_length)
-    cache.layers = [layer if i in held_blocks else Hole() for i, layer in enumerate(cache.layers)]
+    cache.layers = [
+        layer if i in held_blocks else EmptyCacheLayer() for i, layer in enumerate(cache.layers)
+    ]
     if not any(hasattr(layer, "get_seq_length") for layer in cache.layers):
         raise UnsupportedModel(
             f"{config.model_type}: this part holds no attention layer, so its cache cannot tell "
