@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import torch
-from fedsplit.model.stage import Part, part_class
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,11 +23,12 @@ from transformers import PreTrainedModel
 from fedsplit.config import Variants, from_yaml, to_yaml
 from fedsplit.console import quiet_libraries
 from fedsplit.model import ClientPart, TrunkPart, connect, model_class_for, plan_for
-from fedsplit.model.acceleration import accelerate, autocast
+from fedsplit.model.acceleration import apply_training_options, autocast
 from fedsplit.model.describe import config_of
 from fedsplit.model.dryrun import tensors_in
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.source import on_meta
+from fedsplit.model.stage import Part, part_class
 from fedsplit.optimization import PartOptimizer
 from fedsplit.runs.compare import Columns, Row, Table
 from fedsplit.runs.metrics import in_mib
@@ -255,7 +255,7 @@ def _model(run: RunSpec, part: str) -> PreTrainedModel:
     model.train()
     nn.Module.to(model, getattr(torch, run.model.dtype))
     add_adapters(model, run.lora)
-    accelerate(model, run.train)
+    apply_training_options(model, run.train)
     if isinstance(model, ClientPart):
         connect(model, _carry)
     return model

@@ -24,7 +24,7 @@ from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch, micro_batches
 from fedsplit.data.tasks import TASKS
 from fedsplit.errors import NonFinite, SessionLost, StaleVersion
-from fedsplit.model.acceleration import accelerate, autocast, precision_of
+from fedsplit.model.acceleration import apply_training_options, autocast, precision_of
 from fedsplit.model.auxiliary import AuxiliaryHead, auxiliary_head_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient, unscale
@@ -106,7 +106,7 @@ class ClientTrainer:
         shared: Collection[str] | None = None,
         loss_scale: LossScale = INITIAL_SCALE,
     ) -> None:
-        accelerate(model, run.train)
+        apply_training_options(model, run.train)
         trained = trainable(model)
         self.optimizer = PartOptimizer(trained, run.train)
         self.steps = step

@@ -15,7 +15,7 @@ from fedsplit.randomness import draws
 from fedsplit.spec import ModelSpec, TrainSpec
 
 
-def accelerate(model: PreTrainedModel, train: TrainSpec) -> None:
+def apply_training_options(model: PreTrainedModel, train: TrainSpec) -> None:
     """Have a model that is about to train do it as `train` says for its part.
 
     An unsplit model does what either part would do, the client first.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.memory import ByteCount
-from fedsplit.model.acceleration import accelerate, autocast, checkpoints
+from fedsplit.model.acceleration import apply_training_options, autocast, checkpoints
 from fedsplit.model.stage import TrunkPart
 from fedsplit.randomness import draws, rng_scope
 from fedsplit.spec import RunSpec
@@ -52,7 +52,7 @@ class Compute:
     """
 
     def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
-        accelerate(trunk, run.train)
+        apply_training_options(trunk, run.train)
         self.device = next(trunk.parameters()).device
         self._trunk = trunk
         self._precision = run.model

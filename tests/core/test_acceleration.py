@@ -14,7 +14,7 @@ from fedsplit.client.unsplit import NoTrunk
 from fedsplit.errors import ConfigError
 from fedsplit.link import LocalLink
 from fedsplit.model import connect, initial_parts, join_model
-from fedsplit.model.acceleration import accelerate
+from fedsplit.model.acceleration import apply_training_options
 from fedsplit.model.attention import attention_of
 from fedsplit.model.compiling import compile_blocks
 from fedsplit.model.describe import config_of, parts_of
@@ -160,7 +160,7 @@ def test_a_family_that_cannot_is_refused():
         supports_gradient_checkpointing = False
 
     with pytest.raises(ConfigError, match="Stubborn does not support activation checkpointing"):
-        accelerate(Stubborn(), TrainSpec(checkpointing="all"))
+        apply_training_options(Stubborn(), TrainSpec(checkpointing="all"))
 
 
 # --- precision ----------------------------------------------------------------------------------
@@ -252,7 +252,9 @@ def test_without_gradients_nothing_is_compiled(tiny_llama, part):
     parts = initial_parts(tiny_llama(), split, 0)
     models = {"client": parts.client, "trunk": parts.trunk, "whole": initial_whole(tiny_llama(), 0)}
     counters.clear()
-    accelerate(models[part], TrainSpec(compile_client="default", compile_trunk="default"))
+    apply_training_options(
+        models[part], TrainSpec(compile_client="default", compile_trunk="default")
+    )
     with torch.no_grad():
         parts.client(**batch().inputs)
         models["whole"](**batch().inputs)
