@@ -59,7 +59,7 @@ class Link(ABC):
             FedsplitError: What the trunk answered, or what became of the connection.
         """
 
-    def lane(self) -> "Lane":
+    def stream(self) -> "Stream":
         """For requests of which several are on their way; here each reply is waited for at once."""
         return _OneByOne(self)
 
@@ -68,7 +68,7 @@ class Link(ABC):
         """Let go of the connection; a second call does nothing."""
 
 
-class Lane(ABC):
+class Stream(ABC):
     """Carries requests of which several may be on their way, in order.
 
     If one of them is lost, so are all that were, or are, begun after it.
@@ -82,7 +82,7 @@ class Lane(ABC):
         """
 
 
-class _OneByOne(Lane):
+class _OneByOne(Stream):
     def __init__(self, link: Link) -> None:
         self._link = link
         self._has_lost = False

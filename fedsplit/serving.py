@@ -205,7 +205,7 @@ class Reached:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.trunk.hang_up()
+        self.trunk.disconnect()
         self.link.close()
 
 

@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from fedsplit.client.carrier import Carrier
-from fedsplit.client.generation import CacheSession, TrunkCache
-from fedsplit.client.history import History
+from fedsplit.client.kv_session import CacheSession, TrunkCache
+from fedsplit.client.rpc import RpcClient
 from fedsplit.errors import (
     FedsplitError,
     ModelMismatch,
@@ -34,6 +33,7 @@ from fedsplit.randomness import draws
 from fedsplit.spec import RunSpec
 from fedsplit.spec.checks import one_of
 from fedsplit.wire import messages as m
+from fedsplit.wire.delta import DeltaEncoder
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class RemoteTrunk:
         served: The trunk's name at a server that has several; its first by default.
         kv: Who keeps the trunk's keys and values in generation: `server`, or `client`, where they
             travel with every token and the server keeps nothing.
-        history: What the trunk has had of this client's examples, as `history` said before.
+        encoder_state: The references of the codec with state, as `encoder_state` returned before.
 
     Attributes:
         client: The client's name.
@@ -67,7 +67,7 @@ class RemoteTrunk:
         client: str,
         served: str = "",
         kv: str = "server",
-        history: Mapping[str, Tensor] = MappingProxyType({}),
+        encoder_state: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         one_of("kv", kv, ("server", "client"))
         self.client = client
@@ -86,8 +86,8 @@ class RemoteTrunk:
         self._hidden_size: int = model.config.hidden_size
         self._is_isolated = run.train.mode == "isolated"
         self._wire = run.wire
-        self._history = History(run.wire, history)
-        self._carrier = Carrier(link, run, client=client, history=self._history)
+        self._encoder = DeltaEncoder(run.wire, encoder_state)
+        self._rpc = RpcClient(link, run, client=client, encoder=self._encoder)
         self._session = ""
         self._next_call = 0
         self._trunk_sq_norm = 0.0
@@ -116,7 +116,7 @@ class RemoteTrunk:
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
                 f"{self._hidden_size}; start both from the same model"
             )
-        self._history.dropped()
+        self._encoder.rollback()
         self._session, self.autocast = reply.session, reply.autocast
         self._next_call, self._trunk_sq_norm = first_call, 0.0
         return reply.version
@@ -172,12 +172,12 @@ class RemoteTrunk:
         )
         self._next_call += 1
         if not request.training:
-            return self._carrier.in_turn(request).trunk_out_BTD.to(hidden_BTD.device)
+            return self._rpc.exchange_in_turn(request).trunk_out_BTD.to(hidden_BTD.device)
         # Autograd calls a backward only if an input needs a gradient; the trunk always does.
         below_trains = hidden_BTD.requires_grad
         entering_BTD = hidden_BTD if below_trains else hidden_BTD.detach().requires_grad_()
-        cross: Callable[..., Tensor] = _Crossing.apply
-        return cross(entering_BTD, self, self._history.differing(request), below_trains)
+        apply: Callable[..., Tensor] = RemoteTrunkFunction.apply
+        return apply(entering_BTD, self, self._encoder.encode(request), below_trains)
 
     def examples(self, numbers_B: Tensor) -> AbstractContextManager[None]:
         """A block whose training forwards, in this thread, are of these examples of the client.
@@ -189,20 +189,19 @@ class RemoteTrunk:
             numbers_B: An example's number for each sequence, always the same one; int64. None at
                 all for sequences that have none.
         """
-        return self._history.of(numbers_B)
+        return self._encoder.of(numbers_B)
 
     # --- generation ---------------------------------------------------------------------------
 
     def new_cache(self, max_length: int | None = None) -> TrunkCache:
         """The trunk's KV cache of a generation, growing or with room for `max_length` tokens."""
-        return TrunkCache(self, max_length or 0, stateless=self._stateless)
+        return TrunkCache(self._cache_session, max_length or 0, stateless=self._stateless)
 
-    def cache_session(self) -> CacheSession:
-        """A session for a cache, not opened yet."""
-        return CacheSession(self, self._abandoned)
+    def _cache_session(self) -> CacheSession:
+        return CacheSession(self.open_cache, self.exchange, self._abandoned)
 
     def open_cache(self, cache_tokens: int) -> str:
-        """Open a session that generates; closes those that nobody needs any more."""
+        """Open a session that generates; closes those that were abandoned."""
         self.end_generations()
         request = m.OpenRequest(
             protocol=m.PROTOCOL,
@@ -222,7 +221,7 @@ class RemoteTrunk:
         while self._abandoned:
             self._close(self._abandoned.pop())
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """Tell the trunk, once and without trying again, that every session here is over."""
         with suppress(FedsplitError):  # or it finds out by itself
             for session in (self._session, *self._caches):
@@ -242,13 +241,13 @@ class RemoteTrunk:
         return self._trunk_sq_norm
 
     @property
-    def history(self) -> Mapping[str, Tensor]:
-        """What the trunk has had of this client's examples, if that is kept, by name."""
-        return self._history.state
+    def encoder_state(self) -> Mapping[str, Tensor]:
+        """What the codec with state continues from, by name; empty without `wire.history_bytes`."""
+        return self._encoder.state
 
-    def overlapped(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """Do pieces of a step, `train.micro_batches` of them at a time; what each returned."""
-        return self._carrier.overlapped(pieces)
+    def run_pieces(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        """Run pieces of a step, `train.micro_batches` of them at a time; what each returned."""
+        return self._rpc.run_pieces(pieces)
 
     def step(
         self, *, step: int, num_tokens: int, ends_sq_norm: float, loss_scale: float = 1.0
@@ -268,7 +267,7 @@ class RemoteTrunk:
         )
         self.exchange(request)
         self._trunk_sq_norm = 0.0
-        self._history.taken()
+        self._encoder.commit()
 
     def follow(self, optimizer: Optimizer, *, step: int = 0) -> RemovableHandle:
         """Contribute to the trunk's step whenever this optimizer of the ends has stepped.
@@ -318,7 +317,7 @@ class RemoteTrunk:
             grad_trunk_out_BTD=grad_trunk_out_BTD,
             codec=self._wire.grad_up,
         )
-        reply = self._carrier.backward(backward, request, version)
+        reply = self._rpc.backward(backward, request, version)
         self._trunk_sq_norm = reply.trunk_sq_norm
         return reply.grad_smashed_BTD
 
@@ -333,7 +332,7 @@ class RemoteTrunk:
         Raises:
             FedsplitError: The last failure.
         """
-        return self._carrier.exchange(request)
+        return self._rpc.exchange(request)
 
     def _named_session(self) -> str:
         if not self._session:
@@ -341,14 +340,15 @@ class RemoteTrunk:
         return self._session
 
 
-class _Crossing(torch.autograd.Function):
+class RemoteTrunkFunction(torch.autograd.Function):
     """The trunk as one node of the client's graph."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_BTD: Tensor, trunk: RemoteTrunk, request: m.ForwardRequest, below: bool
     ) -> Tensor:
-        reply = trunk._carrier.forward(request)
+        """Carry hidden states to the trunk; its output."""
+        reply = trunk._rpc.forward(request)
         # The request holds it, for a forward to be repeated; so whoever counts activations sees it.
         ctx.save_for_backward(hidden_BTD)
         ctx.trunk, ctx.request, ctx.version, ctx.below = trunk, request, reply.version, below
@@ -357,6 +357,7 @@ class _Crossing(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_trunk_out_BTD: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Carry the gradient of the output to the trunk; that of the hidden states."""
         grad_BTD = ctx.trunk._backward(ctx.request, ctx.version, grad_trunk_out_BTD, ctx.below)
         moved_BTD = None if grad_BTD is None else grad_BTD.to(grad_trunk_out_BTD.device)
         return moved_BTD, None, None, None

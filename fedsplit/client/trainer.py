@@ -1,4 +1,4 @@
-"""THE loop: step, fit and evaluate a client's model whose trunk is elsewhere.
+"""The training loop: step, fit and evaluate a client's model whose trunk is elsewhere.
 
 A step reads: for each batch bottom, trunk, top, loss, backward; then both sides step. Labels and
 token ids never leave; what crosses is the model's own business (`fedsplit.client.remote`).
@@ -115,8 +115,7 @@ class ClientTrainer:
         self._trunk = trunk
         self._run = run
         self._task = TASKS[run.task]
-        self._mode = run.train.mode
-        self._auxiliary = auxiliary_head_of(model) if self._mode == "isolated" else None
+        self._auxiliary = auxiliary_head_of(model) if run.train.mode == "isolated" else None
         pulled = [p for name, p in trained.items() if shared is None or name in shared]
         self._proximal = ProximalTerm(pulled, proximal_mu)
         self._footprint = Footprint(model, run.train.micro_batches)
@@ -131,29 +130,12 @@ class ClientTrainer:
         num_tokens = sum(batch.num_tokens for batch in batches)
         self._model.train()
         self.optimizer.zero_grad()
-        losses = self._backwards(batches, num_tokens)
-        scale = self._scale
-        unscale(self.optimizer.gradients(), scale)
-        self._proximal.add_gradient()
-        ends_sq_norm = self.optimizer.sq_norm()
-        sq_norm = ends_sq_norm + self._trunk.trunk_sq_norm / scale**2
-        if not math.isfinite(sq_norm):
-            raise NonFinite(f"the gradient of step {self.steps} has norm {sq_norm}; it was skipped")
-        if self._mode == "joint":
-            self._trunk.step(
-                step=self.steps,
-                num_tokens=num_tokens,
-                ends_sq_norm=ends_sq_norm,
-                loss_scale=scale,
-            )
-        train = self._run.train
-        clipped_sq_norm = sq_norm if train.clip == "global" else ends_sq_norm
-        self.optimizer.step(self.steps, clip_coefficient(clipped_sq_norm, train.clip_norm))
-        self._footprint.stepped(self.optimizer)
-        self.steps += 1
-        if self._is_scaled:
-            self.loss_scale = self.loss_scale.after_step()
-        return StepStats(loss=sum(losses), num_tokens=num_tokens)
+        loss = self._forward_backward(batches, num_tokens)
+        own_sq_norm, sq_norm = self._sq_norms()
+        self._step_trunk(num_tokens, own_sq_norm)
+        self.optimizer.step(self.steps, self._clip_coefficient(own_sq_norm, sq_norm))
+        self._count_step()
+        return StepStats(loss=loss, num_tokens=num_tokens)
 
     def fit(self, batches: Iterable[Sequence[Batch]], *, round: int = 0) -> FitStats:
         """Train one step on each group of batches, in a session of its own.
@@ -234,30 +216,64 @@ class ClientTrainer:
                 self._trunk.open(round, first_call=first_call)
         return replace(self.step(group), repeats=_ATTEMPTS - 1)
 
-    def _backwards(self, batches: Sequence[Batch], num_tokens: int) -> list[float]:
-        """Accumulate the gradients of all batches; their shares in the loss."""
-        dropout = f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"
-        if self._run.train.micro_batches == 1:
-            with rng_scope(dropout, needed=self._trunk.draws):
-                return [self._backward(batch, batch.num_tokens / num_tokens) for batch in batches]
-        most, count = self._run.train.micro_batches, self._task.num_predictions
-        pieces = [piece for batch in batches for piece in micro_batches(batch, most, count)]
+    # --- the parts of a step ------------------------------------------------------------------
+
+    def _forward_backward(self, batches: Sequence[Batch], num_tokens: int) -> float:
+        """Accumulate the gradients of all batches; the loss, a mean over all their tokens."""
+        seed = f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"
+        count = self._run.train.micro_batches
+        if count == 1:
+            with rng_scope(seed, needed=self._trunk.draws):
+                return sum([self._one_batch(batch, num_tokens) for batch in batches])
+        split = partial(micro_batches, number=count, num_predictions=self._task.num_predictions)
+        pieces = [piece for batch in batches for piece in split(batch)]
 
         def work(number: int) -> float:
-            with rng_scope(f"{dropout}/{number}", needed=self._trunk.draws):
-                return self._backward(pieces[number], pieces[number].num_tokens / num_tokens)
+            with rng_scope(f"{seed}/{number}", needed=self._trunk.draws):
+                return self._one_batch(pieces[number], num_tokens)
 
-        return self._trunk.overlapped([partial(work, number) for number in range(len(pieces))])
+        return sum(self._trunk.run_pieces([partial(work, n) for n in range(len(pieces))]))
 
-    def _backward(self, batch: Batch, weight: float) -> float:
-        is_of = self._trunk.examples(batch.examples_B)
-        with self._footprint.forward(), self._autocast(), is_of:
+    def _one_batch(self, batch: Batch, num_tokens: int) -> float:
+        """Forward and backward of one batch; its share in the loss."""
+        weight = batch.num_tokens / num_tokens
+        with self._footprint.forward(), self._autocast(), self._trunk.examples(batch.examples_B):
             loss = self._loss(batch) * weight
             objective = loss
             if self._auxiliary is not None:
                 objective = loss + self._auxiliary_loss(self._auxiliary, batch) * weight
         (objective * self._scale).backward()
         return loss.item()
+
+    def _sq_norms(self) -> tuple[float, float]:
+        """The squared gradient norm of this client, and of client and trunk together."""
+        unscale(self.optimizer.gradients(), self._scale)
+        self._proximal.add_gradient()
+        own = self.optimizer.sq_norm()
+        both = own + self._trunk.trunk_sq_norm / self._scale**2
+        if not math.isfinite(both):
+            raise NonFinite(f"the gradient of step {self.steps} has norm {both}; it was skipped")
+        return own, both
+
+    def _step_trunk(self, num_tokens: int, own_sq_norm: float) -> None:
+        if self._run.train.mode == "joint":
+            self._trunk.step(
+                step=self.steps,
+                num_tokens=num_tokens,
+                ends_sq_norm=own_sq_norm,
+                loss_scale=self._scale,
+            )
+
+    def _clip_coefficient(self, own_sq_norm: float, sq_norm: float) -> float:
+        train = self._run.train
+        clipped = sq_norm if train.clip == "global" else own_sq_norm
+        return clip_coefficient(clipped, train.clip_norm)
+
+    def _count_step(self) -> None:
+        self._footprint.stepped(self.optimizer)
+        self.steps += 1
+        if self._is_scaled:
+            self.loss_scale = self.loss_scale.after_step()
 
     def _loss(self, batch: Batch) -> Tensor:
         smoothing = self._run.train.label_smoothing

@@ -23,7 +23,7 @@ class NoTrunk:
 
     next_call = 0
     trunk_sq_norm = 0.0
-    history: Mapping[str, Tensor] = MappingProxyType({})
+    encoder_state: Mapping[str, Tensor] = MappingProxyType({})
     autocast = ""
 
     def __init__(self, model: PreTrainedModel, *, client: str) -> None:
@@ -45,7 +45,7 @@ class NoTrunk:
         """A block like any other: nothing crosses."""
         return nullcontext()
 
-    def overlapped(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+    def run_pieces(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         """Do pieces of a step, one after another: nothing is waited for."""
         return [piece() for piece in pieces]
 

@@ -96,7 +96,7 @@ def train(message: Message, context: Context) -> Message:
         batches=memory.batches + steps * run.train.accumulation,
         moments=trainer.optimizer.state(),
         personal=half.personal,
-        history=dict(half.trunk.history),
+        history=dict(half.trunk.encoder_state),
         loss_scale=trainer.loss_scale,
     )
     memory.put_into(context.state)
@@ -212,7 +212,7 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
             model,
             run,
             client=join.client,
-            history=memory.history,
+            encoder_state=memory.history,
         )
         connect(model, trunk)
         yield half(trunk=trunk, link=link)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ import grpc
 from torch import Tensor
 
 from fedsplit.errors import FedsplitError, ProtocolError
-from fedsplit.link import Lane, Link
+from fedsplit.link import Link, Stream
 from fedsplit.spec import WireSpec
 from fedsplit.transport.frames import (
     ALIGNMENT,
@@ -77,13 +76,13 @@ class GrpcLink(Link):
         self.bytes_up = 0
         self.bytes_down = 0
         self._address = address
-        self._deadline_s = wire.call_deadline_s
+        self.deadline_s = wire.call_deadline_s
         self._metadata = ((TOKEN_KEY, token),)
         self._process = os.getpid()
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._closed = False
-        self._streams: list[_Stream] = []  # the one in use, if there is one
+        self._streams: list[_ExchangeStream] = []  # the one in use, if there is one
         if ca or wire.tls_ca or wire.tls_cert:
             self._channel = grpc.secure_channel(address, channel_credentials(wire, ca), OPTIONS)
         else:
@@ -98,17 +97,18 @@ class GrpcLink(Link):
         self._check_open()
         call = CALLS[type(request)]
         if not call.streams:
-            return self._checked(request, self._unary(call.method, request))
-        return self.begin_on(self._open_stream(), request)()
+            return self.checked(request, self._unary(call.method, request))
+        return self.stream().begin(request)()
 
-    def lane(self) -> Lane:
-        """The stream that is open now, or a new one."""
-        return _StreamLane(self, self._open_stream())
-
-    def begin_on(self, stream: "_Stream", request: Request[R]) -> Callable[[], R]:
-        """Send a request over a stream; what this returns waits for its reply."""
-        turn = stream.send(self._counted(to_frames(request)))
-        return lambda: self._checked(request, self._converse(stream, turn, request))
+    def stream(self) -> "_ExchangeStream":
+        """The stream that is open now; a new one if that is broken or there is none."""
+        with self._turn:
+            self._check_open()
+            if self._streams and self._streams[0].broken:
+                self._streams.pop().end()
+            if not self._streams:
+                self._streams.append(_ExchangeStream(self, self._channel, self._metadata))
+            return self._streams[0]
 
     def close(self) -> None:
         """Let go of the connection; calls in work end with `ConnectionLost`."""
@@ -134,40 +134,18 @@ class GrpcLink(Link):
         send = self._channel.unary_unary(f"/{SERVICE}/{method}", bytes, bytes)
         frame = to_frame(request)
         try:
-            answer = send(frame, timeout=self._deadline_s, metadata=self._metadata)
+            answer = send(frame, timeout=self.deadline_s, metadata=self._metadata)
         except grpc.RpcError as exc:
-            raise from_rpc_error(exc, self._address, self._deadline_s) from exc
-        self._count(len(frame), len(answer))
+            raise from_rpc_error(exc, self._address, self.deadline_s) from exc
+        self.count(len(frame), len(answer))
         return from_frame(answer, FRAME_BYTES)
 
-    def _open_stream(self) -> "_Stream":
-        """The stream in use, or a new one if that is broken or there is none."""
-        with self._turn:
-            self._check_open()
-            if self._streams and self._streams[0].broken:
-                self._streams.pop().end()
-            if not self._streams:
-                self._streams.append(_Stream(self._channel, self._metadata, self._deadline_s))
-            return self._streams[0]
+    def checked(self, request: Request[R], body: Body) -> R:
+        """The reply in a body, if it is one to this request.
 
-    def _converse(self, stream: "_Stream", turn: threading.Event, request: Request[Any]) -> Body:
-        try:
-            with stream.answering(turn):
-                return self._read(stream, request)
-        except grpc.RpcError as exc:
-            if stream.expired:
-                raise self._error("DEADLINE_EXCEEDED") from exc
-            raise from_rpc_error(exc, self._address, self._deadline_s) from exc
-
-    def _read(self, stream: "_Stream", request: Request[Any]) -> Body:
-        reader = Reader(_longest_reply(request))
-        for frame in stream.frames:
-            self._count(0, len(frame))
-            if (body := reader.feed(frame)) is not None:
-                return body
-        raise self._error("UNAVAILABLE", "it ended the stream")
-
-    def _checked(self, request: Request[R], body: Body) -> R:
+        Raises:
+            FedsplitError: The body is an error, or no legal reply.
+        """
         if isinstance(body, FedsplitError):
             raise body
         reply = CALLS[type(request)].reply
@@ -179,15 +157,18 @@ class GrpcLink(Link):
         check_reply(request, body)
         return cast(R, body)
 
-    def _counted(self, frames: Iterator[bytes]) -> Iterator[bytes]:
-        for frame in frames:
-            self._count(len(frame), 0)
-            yield frame
+    def error_of(self, exc: grpc.RpcError, *, expired: bool) -> FedsplitError:
+        """The error that gRPC's own stands for; `expired` if the deadline ended the call."""
+        if expired:
+            return self.error("DEADLINE_EXCEEDED")
+        return from_rpc_error(exc, self._address, self.deadline_s)
 
-    def _error(self, status: str, details: str = "") -> FedsplitError:
-        return from_status(status, details, self._address, self._deadline_s)
+    def error(self, status: str, details: str = "") -> FedsplitError:
+        """The error that a status of gRPC's stands for."""
+        return from_status(status, details, self._address, self.deadline_s)
 
-    def _count(self, up: int, down: int) -> None:
+    def count(self, up: int, down: int) -> None:
+        """Count bytes of frames."""
         with self._counting:
             self.bytes_up += up
             self.bytes_down += down
@@ -201,35 +182,24 @@ def _longest_reply(request: Request[Any]) -> int:
     return sum(value.nbytes + ALIGNMENT for value in values if isinstance(value, Tensor))
 
 
-class _StreamLane(Lane):
-    """One stream; once it is broken, nothing that is sent over it is answered."""
-
-    def __init__(self, link: GrpcLink, stream: "_Stream") -> None:
-        self._link = link
-        self._stream = stream
-
-    def begin(self, request: Request[R]) -> Callable[[], R]:
-        return self._link.begin_on(self._stream, request)
-
-
-class _Stream:
+class _ExchangeStream(Stream):
     """One Exchange call: frames out, frames in, and a watch that ends it when it is late.
 
     Several requests may be on their way; each has an event that is set when it is the next to be
-    answered. For that it may take `deadline_s` from then on. The stream is `expired` if a reply
-    was late, and `broken` if no more of them can be read.
+    answered. For that it may take the link's deadline from then on. The stream is `broken` once no
+    more replies can be read from it.
     """
 
     def __init__(
-        self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...], deadline_s: float
+        self, link: GrpcLink, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]
     ) -> None:
-        self.expired = False
         self.broken = False
+        self._link = link
+        self._expired = False
         self._outbox: SimpleQueue[Iterator[bytes] | None] = SimpleQueue()
         open_stream = channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
         frames = itertools.chain.from_iterable(iter(self._outbox.get, None))
-        self.frames: Any = open_stream(frames, metadata=metadata)
-        self._deadline_s = deadline_s
+        self._frames: Any = open_stream(frames, metadata=metadata)
         self._due = math.inf
         self._unanswered: deque[threading.Event] = deque()
         self._lock = threading.Lock()  # of the two above
@@ -237,55 +207,70 @@ class _Stream:
         self._watch = threading.Thread(target=self._end_if_late, name="fedsplit-watch", daemon=True)
         self._watch.start()
 
-    def send(self, frames: Iterator[bytes]) -> threading.Event:
-        """Put frames on their way; each is made when the one before it is gone.
+    def begin(self, request: Request[R]) -> Callable[[], R]:
+        """Put a request's frames on their way; each is made when the one before it is gone.
 
         So they never lie in memory together, and what makes one fails here if it is the first.
         """
-        first, turn = next(frames), threading.Event()
+        frames, turn = to_frames(request), threading.Event()
+        first = next(frames)
         with self._lock:
             self._unanswered.append(turn)
-            self._outbox.put(itertools.chain((first,), frames))
+            self._outbox.put(self._counted(itertools.chain((first,), frames)))
             if len(self._unanswered) == 1:
                 self._await_next()
-        return turn
+        return lambda: self._link.checked(request, self._answer(turn, request))
 
-    @contextmanager
-    def answering(self, turn: threading.Event) -> Iterator[None]:
-        """Inside, the request of this event is answered; it waits until those before it were."""
+    def _counted(self, frames: Iterator[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            self._link.count(len(frame), 0)
+            yield frame
+
+    def _answer(self, turn: threading.Event, request: Request[Any]) -> Body:
+        """Read the reply to a request, after those to the requests before it."""
         try:
             turn.wait()
-            yield
-        except BaseException:
+            return self._read(request)
+        except BaseException as exc:
             self.broken = True
-            self.frames.cancel()  # or the rest of this reply would be read as the next one
-            raise
+            self._frames.cancel()  # or the rest of this reply would be read as the next one
+            if not isinstance(exc, grpc.RpcError):
+                raise
+            raise self._link.error_of(exc, expired=self._expired) from exc
         finally:
             with self._lock:
                 self._unanswered.remove(turn)
                 self._await_next()
-                self.broken |= self.expired
+                self.broken |= self._expired
+
+    def _read(self, request: Request[Any]) -> Body:
+        reader = Reader(_longest_reply(request))
+        for frame in self._frames:
+            self._link.count(0, len(frame))
+            if (body := reader.feed(frame)) is not None:
+                return body
+        raise self._link.error("UNAVAILABLE", "it ended the stream")
 
     def end(self) -> None:
         """Cancel the call; its threads end."""
         self._ended.set()
         self._outbox.put(None)
-        self.frames.cancel()
+        self._frames.cancel()
         self._watch.join()
 
     def _await_next(self) -> None:
         self._due = math.inf
         if self._unanswered:
-            self._due = time.monotonic() + self._deadline_s
+            self._due = time.monotonic() + self._link.deadline_s
             self._unanswered[0].set()
 
     def _end_if_late(self) -> None:
-        wait_s = self._deadline_s  # whatever begins meanwhile is not due before
+        wait_s = self._link.deadline_s  # whatever begins meanwhile is not due before
         while not self._ended.wait(wait_s):
             with self._lock:
                 left_s = self._due - time.monotonic()
-                self.expired = left_s <= 0
-            if self.expired:
-                self.frames.cancel()
+                self._expired = left_s <= 0
+            if self._expired:
+                self._frames.cancel()
                 return
-            wait_s = min(left_s, self._deadline_s)
+            wait_s = min(left_s, self._link.deadline_s)

@@ -34,10 +34,11 @@ from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.engine import TrunkEngine
-from fedsplit.trunk.histories import Histories
 from fedsplit.trunk.registry import ClientRegistry
 from fedsplit.trunk.sessions import Session, SessionInfo, Steps, no_session
+from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.wire import messages as m
+from fedsplit.wire.delta import DeltaDecoder
 from fedsplit.wire.validation import check_request
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class TrunkService:
         trunk: The trunk part, on its device; the parameters that require a gradient train.
         run: The run it serves.
         clock: Seconds that do not run backwards.
-        replicas: Whether every client trains a copy of the trunk of its own (SplitFed V1).
+        update: How a step of the trunk is made from the clients' gradients.
     """
 
     def __init__(
@@ -59,11 +60,9 @@ class TrunkService:
         run: RunSpec,
         clock: Callable[[], float] = time.monotonic,
         *,
-        replicas: bool = False,
+        update: type[TrunkUpdate] = TrunkUpdate,
     ) -> None:
-        self.engine = TrunkEngine(
-            trunk, run, clock, replicas=replicas, on_turn=self.expire_sessions
-        )
+        self.engine = TrunkEngine(trunk, run, clock, update=update, on_turn=self.expire_sessions)
         self.incarnation = secrets.token_hex(8)
         self.limits = m.Limits(
             max_rows=run.train.batch_size,
@@ -80,7 +79,7 @@ class TrunkService:
         self._autocast = precision_of(run.model, trunk.device)
         self._round = 0
         self._clients = ClientRegistry()
-        self.histories = Histories(run.wire.history_bytes, max_clients=run.clients)
+        self.decoder = DeltaDecoder(run.wire.history_bytes, max_clients=run.clients)
         self._sessions: dict[str, Session] = {}
         self._last_steps: dict[str, Steps] = {}
         self._lock = threading.Lock()
@@ -114,7 +113,7 @@ class TrunkService:
                 return False
             self._clients.forget(client)
             self._last_steps.pop(client, None)
-            self.histories.forget(client)
+            self.decoder.forget(client)
         if not self.engine.ended.done():
             self.engine.run(lambda: self.engine.training.forget_client(client))
         return True
@@ -276,9 +275,9 @@ class TrunkService:
                 self.engine.submit(session.call(Kind.EVALUATE, request))
             )
             return reply
-        forward = self.histories.of(session.info.client, request)
+        forward = self.decoder.decode(session.info.client, request)
         call = session.call(Kind.FORWARD, forward.whole)
-        return forward.answer(self._wait(session.once(request, call, self.engine.submit)))
+        return forward.encode(self._wait(session.once(request, call, self.engine.submit)))
 
     def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
         self._check_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD)

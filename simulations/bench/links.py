@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsplit.link import Lane, Link
+from fedsplit.link import Link, Stream
 from fedsplit.transport.client import GrpcLink
 from fedsplit.wire.messages import R, Request
 
@@ -34,22 +34,22 @@ class DelayedLink(Link):
         self._sleep(self._seconds)
         return self._link.exchange(request)
 
-    def lane(self) -> Lane:
+    def stream(self) -> Stream:
         """One on which each reply is late, and others are on their way meanwhile."""
-        return _DelayedLane(self._link.lane(), partial(self._sleep, self._seconds))
+        return _DelayedStream(self._link.stream(), partial(self._sleep, self._seconds))
 
     def close(self) -> None:
         """Close the link inside."""
         self._link.close()
 
 
-class _DelayedLane(Lane):
-    def __init__(self, lane: Lane, wait: Callable[[], None]) -> None:
-        self._lane = lane
+class _DelayedStream(Stream):
+    def __init__(self, stream: Stream, wait: Callable[[], None]) -> None:
+        self._stream = stream
         self._wait = wait
 
     def begin(self, request: Request[R]) -> Callable[[], R]:
-        answer = self._lane.begin(request)
+        answer = self._stream.begin(request)
 
         def late() -> R:
             reply = answer()

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from fedsplit import errors
-from fedsplit.client.retry import Retry
+from fedsplit.client.rpc import Retry
 
 
 class Attempts:

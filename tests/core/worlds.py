@@ -17,6 +17,9 @@ from fedsplit.link import Link, LocalLink
 from fedsplit.model import ClientPart, SplitModel, connect, initial_parts, model_class_for
 from fedsplit.spec import DataSpec, PolicySpec, RunSpec, SplitSpec, TrainSpec, WireSpec
 from fedsplit.trunk.service import TrunkService
+from fedsplit.trunk.update import TrunkUpdate
+from strategies.mu_splitfed import UnbalancedUpdate
+from strategies.splitfed_v1 import ReplicaUpdate
 
 
 def small_run(**changes: object) -> RunSpec:
@@ -70,12 +73,12 @@ class World:
     members: dict[str, Member] = field(default_factory=dict)
 
     def add(
-        self, name: str, link: Link | None = None, history: Mapping[str, Tensor] | None = None
+        self, name: str, link: Link | None = None, encoder_state: Mapping[str, Tensor] | None = None
     ) -> Member:
         """A client with the initial halves, on a local link by default."""
         model = _initial_parts(self.config, self.run).client
         link = link or LocalLink(self.service, self.service.admit(name))
-        trunk = RemoteTrunk(link, model, self.run, client=name, history=history or {})
+        trunk = RemoteTrunk(link, model, self.run, client=name, encoder_state=encoder_state or {})
         connect(model, trunk)
         member = Member(model=model, trunk=trunk, trainer=ClientTrainer(model, trunk, self.run))
         self.members[name] = member
@@ -93,11 +96,13 @@ def world(
     clock: Callable[[], float] = time.monotonic,
     *,
     replicas: bool = False,
+    update: type[TrunkUpdate] | None = None,
 ) -> Iterator[World]:
-    """Serve the trunk of a fresh model."""
+    """Serve the trunk of a fresh model; by default with the update that the run needs."""
     run = run or small_run()
     parts = _initial_parts(config, run)
-    with TrunkService(parts.trunk, run, clock, replicas=replicas) as service:
+    update = update or update_for(run, replicas=replicas)
+    with TrunkService(parts.trunk, run, clock, update=update) as service:
         yield World(config=config, run=run, parts=parts, service=service)
 
 
@@ -110,6 +115,13 @@ def fail(service: TrunkService) -> None:
     service.engine.training.step_if_due = divide  # type: ignore[method-assign]
     service.engine.run(lambda: None)
     wait([service.engine.ended], timeout=30.0)
+
+
+def update_for(run: RunSpec, *, replicas: bool = False) -> type[TrunkUpdate]:
+    """Return the update of the method that a run, or a test of replicas, needs."""
+    if replicas:
+        return ReplicaUpdate
+    return UnbalancedUpdate if run.train.trunk_steps > 1 else TrunkUpdate
 
 
 def _initial_parts(config: PretrainedConfig, run: RunSpec) -> SplitModel:

@@ -190,8 +190,8 @@ def test_a_delay_is_waited_for_once_an_exchange() -> None:
 def test_several_replies_are_late_at_the_same_time() -> None:
     waits: list[float] = []
     with serving(EchoService()) as address, linked(address) as link:
-        lane = DelayedLink(link, 0.1, sleep=waits.append).lane()
-        answers = [lane.begin(forward(call=call)) for call in range(2)]
+        stream = DelayedLink(link, 0.1, sleep=waits.append).stream()
+        answers = [stream.begin(forward(call=call)) for call in range(2)]
         assert waits == []
         assert [answer().version for answer in answers] == [0, 1]
     assert waits == [0.1, 0.1]

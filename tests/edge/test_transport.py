@@ -146,8 +146,8 @@ def test_requests_are_sent_before_the_replies_are_there(
     link: GrpcLink, service: EchoService
 ) -> None:
     service.gate.clear()
-    lane = link.lane()
-    answers = [lane.begin(forward(tokens=1 + call, call=call)) for call in range(3)]
+    stream = link.stream()
+    answers = [stream.begin(forward(tokens=1 + call, call=call)) for call in range(3)]
     assert service.working.wait(10)
     assert len(service.handled) == 1, "one after another"
     with ThreadPoolExecutor(3) as pool:
@@ -280,18 +280,18 @@ def test_who_waits_behind_others_is_not_late(address: str, service: EchoService)
     service.gate.clear()
     with linked(address, deadline_s=1.0) as link, ThreadPoolExecutor(4) as pool:
         pool.submit(open_now_and_then)
-        lane = link.lane()
-        answers = [lane.begin(forward(call=call)) for call in range(3)]
+        stream = link.stream()
+        answers = [stream.begin(forward(call=call)) for call in range(3)]
         assert [pool.submit(answer).result(10).version for answer in answers] == [0, 1, 2]
-        answer = lane.begin(forward(call=3))
+        answer = stream.begin(forward(call=3))
         assert answer().version == 3
 
 
 def test_a_late_reply_takes_those_behind_it_along(address: str, service: EchoService) -> None:
     service.gate.clear()
     with linked(address, deadline_s=0.3) as link:
-        lane = link.lane()
-        answers = [lane.begin(forward(call=call)) for call in range(3)]
+        stream = link.stream()
+        answers = [stream.begin(forward(call=call)) for call in range(3)]
         for answer in answers:
             with pytest.raises(errors.DeadlineExceeded):
                 answer()
@@ -306,14 +306,14 @@ def test_a_reply_that_cannot_be_read_is_not_mistaken_for_the_next(address: str) 
             return m.ForwardReply(trunk_out_BTD=torch.zeros(1, tokens, 128), version=request.call)
 
     with serving(Long()) as where, linked(where) as link:
-        lane = link.lane()
-        answers = [lane.begin(forward(tokens=4, call=call)) for call in range(2)]
+        stream = link.stream()
+        answers = [stream.begin(forward(tokens=4, call=call)) for call in range(2)]
         with pytest.raises(errors.TooLarge):
             answers[0]()
         with pytest.raises(errors.ConnectionLost):
             answers[1]()
         with pytest.raises(errors.ConnectionLost):
-            lane.begin(forward(tokens=4, call=1))()
+            stream.begin(forward(tokens=4, call=1))()
         assert link.exchange(forward(tokens=4, call=2)).version == 2
 
 

@@ -7,7 +7,8 @@ here, as one prompt, so a generation ends as it would have without the loss.
 """
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,6 @@ from torch import Tensor
 from fedsplit.client.sent_tokens import SentTokens
 from fedsplit.errors import ProtocolError, SessionLost
 from fedsplit.wire import messages as m
-
-if TYPE_CHECKING:
-    from fedsplit.client.remote import RemoteTrunk
 
 _REPLAYS = 6
 """How often what the trunk lost is sent again for the same tokens."""
@@ -27,16 +25,18 @@ class TrunkCache:
     """One generation at a trunk; implements `fedsplit.model.kv_cache.RemoteCache`.
 
     Args:
-        trunk: Leads to it.
+        new_session: Makes a session for a cache, not opened yet.
         cache_tokens: Room in every sequence, or 0 for a cache that grows.
         stateless: Keys and values travel with every request and stay here.
     """
 
-    def __init__(self, trunk: "RemoteTrunk", cache_tokens: int, *, stateless: bool) -> None:
-        self._trunk = trunk
+    def __init__(
+        self, new_session: "Callable[[], CacheSession]", cache_tokens: int, *, stateless: bool
+    ) -> None:
+        self._new_session = new_session
         self._cache_tokens = cache_tokens
         self._stateless = stateless
-        self._session = trunk.cache_session()
+        self._session = new_session()
         self._has_lost = False
         self._record_past = False
         self._sent = SentTokens()
@@ -126,7 +126,7 @@ class TrunkCache:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrunkCache":
         """A generation that goes on from the same tokens by itself."""
-        copy = TrunkCache(self._trunk, self._cache_tokens, stateless=self._stateless)
+        copy = TrunkCache(self._new_session, self._cache_tokens, stateless=self._stateless)
         copy._has_lost, copy._record_past = True, self._record_past
         copy._sent = self._sent.copy()
         copy._mask_BT, copy.num_tokens = self._mask_BT, self.num_tokens
@@ -222,11 +222,23 @@ class TrunkCache:
 
 
 class CacheSession:
-    """A session of a client's that generates: opened when it is first needed, or was lost."""
+    """A session of a client that generates: opened when it is first needed, or was lost.
 
-    def __init__(self, trunk: "RemoteTrunk", abandoned: list[str]) -> None:
+    Args:
+        open: Opens a session for so many tokens; its name.
+        exchange: Sends a request and returns its reply.
+        abandoned: Takes the names of sessions that can be closed.
+    """
+
+    def __init__(
+        self,
+        open: Callable[[int], str],
+        exchange: Callable[[m.GenerateRequest], m.GenerateReply],
+        abandoned: list[str],
+    ) -> None:
         self.is_new = True
-        self._trunk = trunk
+        self._open = open
+        self._exchange = exchange
         self._abandoned = abandoned
         self._name = ""
         self._call = 0
@@ -234,22 +246,22 @@ class CacheSession:
     def next_call(self, cache_tokens: int) -> tuple[str, int]:
         """The session's name, and the number of its next call."""
         if not self._name:
-            self._name = self._trunk.open_cache(cache_tokens)
+            self._name = self._open(cache_tokens)
             self.is_new, self._call = True, 0
         self._call += 1
         return self._name, self._call - 1
 
     def exchange(self, request: m.GenerateRequest) -> m.GenerateReply:
         """Send a request of this session."""
-        reply = self._trunk.exchange(request)
+        reply = self._exchange(request)
         self.is_new = False
         return reply
 
     def lost(self) -> None:
-        """The trunk knows it no more."""
+        """Note that the trunk does not know the session any more."""
         self._name = ""
 
     def abandon(self) -> None:
-        """Nobody needs it any more; it is closed with the next exchange that can wait."""
+        """Have the session closed, with the next exchange that can wait."""
         if self._name:
             self._abandoned.append(self._name)

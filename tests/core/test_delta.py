@@ -13,10 +13,9 @@ from fedsplit.errors import BadTensor, ConfigError, HistoryLost, ProtocolError
 from fedsplit.flower.records import Memory
 from fedsplit.link import Link, LocalLink
 from fedsplit.spec import RunSpec, TrainSpec, WireSpec
-from fedsplit.trunk.histories import Histories
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import encode_tensor
-from fedsplit.wire.history import NEW, UNKEPT, Base, sent
+from fedsplit.wire.delta import NEW, UNKEPT, DeltaDecoder, Reference, as_restored
 from tests.core.worlds import Member, World, batch, same, small_run, world
 
 WIRE = WireSpec(up="huffman:0.6", down="huffman:0.2", history_bytes=1 << 20)
@@ -42,7 +41,7 @@ class Forgetful(Link):
         if isinstance(request, m.ForwardRequest):
             self.brought += bool(request.references)
             if not request.references:
-                self._here.service.histories.forget("alice")
+                self._here.service.decoder.forget("alice")
         return self._inner.exchange(request)
 
     def close(self) -> None:
@@ -77,8 +76,8 @@ def test_what_has_hardly_changed_takes_fewer_bytes_or_has_less_error(codec: str)
     torch.manual_seed(0)
     whole_BTD = torch.randn(2, 12, 256)
     base_BTD = whole_BTD + 0.05 * torch.randn_like(whole_BTD)
-    plain_BTD = sent(whole_BTD, codec, torch.zeros_like(whole_BTD))
-    changed_BTD = sent(whole_BTD, codec, base_BTD)
+    plain_BTD = as_restored(whole_BTD, codec, torch.zeros_like(whole_BTD))
+    changed_BTD = as_restored(whole_BTD, codec, base_BTD)
     error, plain = (float((each - whole_BTD).norm()) for each in (changed_BTD, plain_BTD))
     sizes = [encode_tensor(whole_BTD, codec, base)[0].nbytes for base in (base_BTD, None)]
     if codec.startswith("huffman"):
@@ -191,12 +190,12 @@ def test_history_outlives_a_process(tmp_path: Path, expected: Numbers) -> None:
     with world(TINY, run) as here:
         first = here.add("alice")
         losses = trained(first, EPOCHS[:4])
-        memory, context = Memory(history=dict(first.trunk.history)), RecordDict()
+        memory, context = Memory(history=dict(first.trunk.encoder_state)), RecordDict()
         memory.put_into(context)
         memory.save(tmp_path, 1, run)
         for kept in (Memory.of(context), Memory.restore(tmp_path, 1, run)):
-            assert kept is not None and same(kept.history, dict(first.trunk.history))
-        second = here.add("alice", history=memory.history)
+            assert kept is not None and same(kept.history, dict(first.trunk.encoder_state))
+        second = here.add("alice", encoder_state=memory.history)
         second.model.load_state_dict(first.model.state_dict())
         second.trainer.steps = first.trainer.steps
         losses += trained(second, EPOCHS[4:])
@@ -209,7 +208,7 @@ def test_who_came_first_is_kept_as_long_as_there_is_room() -> None:
         link = LocalLink(here.service, here.service.admit("alice"))
         alice = here.add("alice", Watched(link, forwards))
         trained(alice, [0, 1, 2, 0, 1, 2])
-        assert {name.split("/")[0] for name in alice.trunk.history} == {"0", "1", "2"}
+        assert {name.split("/")[0] for name in alice.trunk.encoder_state} == {"0", "1", "2"}
     bases = [None if each.bases_B is None else each.bases_B.tolist() for each in forwards]
     assert bases[:3] == [[NEW, NEW], [NEW, UNKEPT], None]
     assert bases[3] is not None and min(bases[3]) > NEW
@@ -230,7 +229,7 @@ def test_a_forward_of_no_examples_goes_whole() -> None:
             for _ in range(2):
                 alice.model(**batch().inputs, labels=batch().labels).loss.backward()
                 alice.trunk.step(step=0, num_tokens=1, ends_sq_norm=0.0)
-            assert not alice.trunk.history
+            assert not alice.trunk.encoder_state
             with pytest.raises(ProtocolError, match="3 examples were named for 2 sequences"):
                 with alice.trunk.examples(torch.arange(3)):
                     alice.model(**batch().inputs)
@@ -239,7 +238,7 @@ def test_a_forward_of_no_examples_goes_whole() -> None:
 # --- the trunk's side ----------------------------------------------------------------------------
 
 
-def forward_by(*bases: Base | int, brought: Sequence[Base] = ()) -> m.ForwardRequest:
+def forward_by(*bases: Reference | int, brought: Sequence[Reference] = ()) -> m.ForwardRequest:
     names = [base if isinstance(base, int) else base.name for base in bases]
     sides = [[base.up_TD for base in brought], [base.down_TD for base in brought]]
     return m.ForwardRequest(
@@ -252,45 +251,45 @@ def forward_by(*bases: Base | int, brought: Sequence[Base] = ()) -> m.ForwardReq
     )
 
 
-def base_of(value: float) -> Base:
-    return Base.of(torch.full((3, 4), value), torch.full((3, 4), -value))
+def base_of(value: float) -> Reference:
+    return Reference.of(torch.full((3, 4), value), torch.full((3, 4), -value))
 
 
 def test_what_is_not_there_is_asked_for_and_what_is_brought_must_be_it() -> None:
-    histories = Histories(1000)
-    with pytest.raises(HistoryLost, match="1 of 2 sequences go by activations"):
-        histories.of("alice", forward_by(NEW, base_of(5)))
-    with pytest.raises(BadTensor, match="1 of 1 sequences are others than"):
-        histories.of("alice", forward_by(base_of(5), brought=[base_of(4)]))
-    forward = histories.of("alice", forward_by(base_of(5), brought=[base_of(5)]))
+    decoder = DeltaDecoder(1000)
+    with pytest.raises(HistoryLost, match="1 of 2 sequences are deltas to activations"):
+        decoder.decode("alice", forward_by(NEW, base_of(5)))
+    with pytest.raises(BadTensor, match="1 of 1 sequences are not those that"):
+        decoder.decode("alice", forward_by(base_of(5), brought=[base_of(4)]))
+    forward = decoder.decode("alice", forward_by(base_of(5), brought=[base_of(5)]))
     assert forward.whole.smashed_BTD.eq(6).all()
     assert forward.whole.bases_B is None and forward.whole.references == ()
 
 
 def test_of_one_client_those_with_a_successor_go_first_and_then_the_oldest() -> None:
-    histories = Histories(3 * base_of(0).num_bytes)
+    decoder = DeltaDecoder(3 * base_of(0).num_bytes)
 
-    def answered(before: Base | int, value: float) -> Base:
+    def answered(before: Reference | int, value: float) -> Reference:
         """A forward whose input arrives as `value`, and its output as `-value`."""
         was = 0.0 if isinstance(before, int) else float(before.up_TD[0, 0])
         request = replace(forward_by(before), smashed_BTD=torch.full((1, 3, 4), value - was))
         reply = m.ForwardReply(trunk_out_BTD=torch.full((1, 3, 4), -value), version=0, codec="bf16")
-        histories.of("alice", request).answer(reply)
+        decoder.decode("alice", request).encode(reply)
         return base_of(value)
 
     one, two, three = (answered(NEW, value) for value in (1.0, 2.0, 3.0))
     successor = answered(two, 4.0)
-    histories.of("alice", forward_by(one, three, successor))
+    decoder.decode("alice", forward_by(one, three, successor))
     with pytest.raises(HistoryLost):
-        histories.of("alice", forward_by(two))
+        decoder.decode("alice", forward_by(two))
     answered(NEW, 5.0)
     with pytest.raises(HistoryLost):
-        histories.of("alice", forward_by(one))
-    histories.of("alice", forward_by(three, successor))
+        decoder.decode("alice", forward_by(one))
+    decoder.decode("alice", forward_by(three, successor))
     answered(UNKEPT, 6.0)
-    histories.of("alice", forward_by(three, successor))
+    decoder.decode("alice", forward_by(three, successor))
     with pytest.raises(HistoryLost):
-        histories.of("bob", forward_by(three))
+        decoder.decode("bob", forward_by(three))
 
 
 @pytest.mark.parametrize(

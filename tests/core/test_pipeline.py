@@ -4,23 +4,32 @@ import threading
 
 import pytest
 
-from fedsplit.client.relay import Relay
+from fedsplit.client.pipeline import MicroBatchPipeline
+from fedsplit.link import Link, Stream
 
 
-class Errand:
-    """Pieces of work that go away twice each, and a log of what was done between."""
+class Errand(Link):
+    """Pieces of work that wait for two replies each, and a log of what was done between."""
 
     def __init__(self, num_workers):
-        self.relay = Relay(num_workers)
+        self.pipeline = MicroBatchPipeline(self, num_workers)
         self.log = []
+
+    def exchange(self, request):
+        raise AssertionError("nothing is sent outside of a piece")
+
+    def stream(self):
+        return ErrandStream(self)
+
+    def close(self):
+        """Nothing is held."""
 
     def piece(self, name):
         def work():
             for part in "abc":
                 self.log.append(f"{part}{name}")
                 if part != "c":
-                    with self.relay.away():
-                        self.at_the_wire(name, part)
+                    self.pipeline.begin((name, part))()
             return name
 
         return work
@@ -29,7 +38,15 @@ class Errand:
         """Nothing to wait for."""
 
     def run(self, num_pieces):
-        return self.relay.run([self.piece(i) for i in range(num_pieces)])
+        return self.pipeline.run([self.piece(i) for i in range(num_pieces)])
+
+
+class ErrandStream(Stream):
+    def __init__(self, errand):
+        self.errand = errand
+
+    def begin(self, request):
+        return lambda: self.errand.at_the_wire(*request)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +98,10 @@ def test_the_first_failure_ends_all():
     with pytest.raises(KeyError, match="the first one's"):
         errand.run(6)
     assert errand.log == ["a0", "a1", "a2"]
-    assert not [t for t in threading.enumerate() if t.name.startswith("fedsplit-relay")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("fedsplit-micro-batch")]
     with pytest.raises(KeyError):
         errand.run(6)
 
 
-def test_a_worker_knows_that_it_is_one():
-    relay = Relay(2)
-    assert relay.run([lambda: relay.has_me] * 3) == [True] * 3
-    assert not relay.has_me
+def test_outside_of_a_piece_there_is_nothing_to_overlap_with():
+    assert Errand(2).pipeline.begin(("a", "b")) is None
