@@ -114,7 +114,7 @@ def _label(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no snapshot of a run: {exc}") from exc
     if (found := told.get("format", 1)) != FORMAT:
         raise CheckpointError(
-            f"{path} is a snapshot of format {found}, and this version reads format {FORMAT}; "
+            f"{path} is a snapshot of format {found}, and this version reads {FORMAT}; "
             "resume the run with the version that it began with, or begin it anew"
         )
     return told

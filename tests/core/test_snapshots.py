@@ -1,12 +1,13 @@
 """Snapshots are whole or not there, and are refused where settings or bytes have changed."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.runs.checkpoint import Snapshot, prune, snapshots_in
+from fedsplit.runs.checkpoint import Snapshot, prune, remove_after, snapshots_in
 from fedsplit.spec import RunSpec, TrainSpec
 
 RUN = RunSpec()
@@ -83,3 +84,19 @@ def test_prune_keeps_what_a_resumed_run_may_need(tmp_path, oldest_needed, left):
         snapshot(number).write(tmp_path)
     prune(tmp_path, oldest_needed)
     assert list(snapshots_in(tmp_path)) == left
+
+
+def test_rounds_that_are_done_again_are_removed(tmp_path):
+    for number in (1, 3, 5):
+        snapshot(number).write(tmp_path)
+    remove_after(tmp_path, 3)
+    assert list(snapshots_in(tmp_path)) == [1, 3]
+
+
+def test_a_snapshot_of_another_format_is_refused_by_its_number(tmp_path):
+    path = snapshot().write(tmp_path)
+    label = json.loads((path / "snapshot.json").read_text())
+    del label["format"]  # as the first format had none
+    (path / "snapshot.json").write_text(json.dumps(label))
+    with pytest.raises(CheckpointError, match="a snapshot of format 1, and this version reads 2"):
+        Snapshot.read(path, RUN)
