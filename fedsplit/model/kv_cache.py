@@ -1,4 +1,4 @@
-"""KV caches of a part: the family's own, with holes where the part holds no block."""
+"""KV caches of a part: the family's own, with empty layers for the blocks of the other part."""
 
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ _SMALLEST_CAPACITY = 64
 
 
 def capacity(tokens: int) -> int:
-    """Tokens for which a growing cache takes room when it has to hold so many.
+    """Tokens for which a growing cache allocates memory when it has to hold `tokens`.
 
     >>> capacity(1), capacity(65), capacity(2000)
     (64, 128, 2048)
@@ -46,7 +46,7 @@ def capacity(tokens: int) -> int:
 
 
 class EmptyCacheLayer:
-    """The place of a block that the part does not hold: stores nothing."""
+    """The layer of a block that the part does not hold: stores nothing."""
 
     is_sliding = False
     is_compileable = True
@@ -77,7 +77,7 @@ class EmptyCacheLayer:
 
 
 class RemoteSlot(EmptyCacheLayer):
-    """The trunk's place in the client's cache: passes everything on to the trunk's own cache."""
+    """The trunk's layer in the client's cache: forwards operations to the trunk's own cache."""
 
     def __init__(self, remote: RemoteCache) -> None:
         self.remote = remote
@@ -108,77 +108,77 @@ class RemoteSlot(EmptyCacheLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values with room for more, so that a token does not copy all those before it.
+    """Keys and values in larger buffers, so that a token does not copy all those before it.
 
-    `keys` and `values` are what is filled of the rooms, as [batch, heads, tokens, head width].
+    `keys` and `values` are the filled part of the buffers, [batch, heads, tokens, head width].
     """
 
     keys: Tensor
     values: Tensor
-    _rooms: tuple[Tensor, Tensor] | None = None
+    _buffers: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begin without room."""
+        """Begin without buffers."""
         super().lazy_initialization(key_states, value_states)
-        self._rooms = None
+        self._buffers = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add the keys and values of the next tokens; those of all tokens."""
         if key_states.requires_grad or value_states.requires_grad:  # nothing in place in a graph
-            self._rooms = None
+            self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, added = self.get_seq_length(), (key_states, value_states)
         end = past + key_states.shape[-2]
-        if self._rooms is None or end > self._rooms[0].shape[-2]:
-            self._rooms = self._larger(added, past, capacity(end))
-        for room, states in zip(self._rooms, added, strict=True):
-            room[:, :, past:end] = states
+        if self._buffers is None or end > self._buffers[0].shape[-2]:
+            self._buffers = self._larger(added, past, capacity(end))
+        for buffer, states in zip(self._buffers, added, strict=True):
+            buffer[:, :, past:end] = states
         self._fill(end)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Put the rows in another order."""
-        self._transform(lambda room: room.index_select(0, beam_idx.to(room.device)))
+        self._transform(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self._transform(lambda room: room.repeat_interleave(repeats, dim=0))
+        self._transform(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some of the rows."""
-        self._transform(lambda room: room[indices])
+        self._transform(lambda buffer: buffer[indices])
 
     def _larger(self, like: tuple[Tensor, Tensor], past: int, tokens: int) -> tuple[Tensor, Tensor]:
-        rooms = []
+        buffers = []
         for states, before in zip(like, (self.keys, self.values), strict=True):
             batch, heads, _, width = states.shape
-            room = states.new_empty(batch, heads, tokens, width)
+            buffer = states.new_empty(batch, heads, tokens, width)
             if past:
-                room[:, :, :past] = before
-            rooms.append(room)
-        return rooms[0], rooms[1]
+                buffer[:, :, :past] = before
+            buffers.append(buffer)
+        return buffers[0], buffers[1]
 
     def _transform(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.get_seq_length():
             return
         filled = self.get_seq_length()
-        keys, values = self._rooms or (self.keys, self.values)
-        self._rooms = change(keys), change(values)
+        keys, values = self._buffers or (self.keys, self.values)
+        self._buffers = change(keys), change(values)
         self._fill(filled)
 
     def _fill(self, tokens: int) -> None:
-        assert self._rooms is not None, "who fills has made room"
-        self.keys, self.values = (room[:, :, :tokens] for room in self._rooms)
+        assert self._buffers is not None, "a caller allocates before it fills"
+        self.keys, self.values = (buffer[:, :, :tokens] for buffer in self._buffers)
 
 
 class _PartCache(Cache):
-    """Asked about a hole, answers for a block the part does hold.
+    """Answers for a block that the part holds where it is asked about an empty layer.
 
-    Families ask for lengths and mask sizes at fixed places (mostly block 0), which may be holes.
+    Families ask for lengths and mask sizes at fixed places (mostly block 0), which may be empty.
     A block with full attention knows best, since a sliding one forgets.
     """
 
@@ -204,7 +204,7 @@ class PartDynamicCache(_PartCache, DynamicCache):
 
 
 class PartStaticCache(_PartCache, StaticCache):
-    """A cache of a part with room for a fixed number of tokens."""
+    """A cache of a part with a fixed number of tokens."""
 
 
 def part_cache(

@@ -1,4 +1,4 @@
-"""The weightless modules that stand where a part holds none of the model's own.
+"""Modules without weights, in place of those of the model that a part does not hold.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -18,10 +18,10 @@ from fedsplit.model.kv_cache import RemoteCache
 
 @dataclass(slots=True)
 class CutContext:
-    """What one call of a part needs at the cut, beside what the family hands its blocks.
+    """What one call of a part needs at the cut, beside the arguments of the family's blocks.
 
-    Families turn the 2-D mask into masks of their own before the first block, so the pass-throughs
-    cannot learn it from their arguments.
+    Families turn the 2-D mask into masks of their own before the first block, so the arguments of
+    a pass-through do not hold it.
     """
 
     smashed_BTD: Tensor | None = None
@@ -60,7 +60,7 @@ def _current(place: str) -> CutContext:
 
 
 class PassThrough(nn.Module):
-    """Stands for `original` without its weights; other attributes are still the original's.
+    """Takes the place of `original` without its weights; other attributes are the original's.
 
     The original is kept unregistered (it lives on the meta device), so no parameter, buffer or
     state dict entry of it is seen.
@@ -79,14 +79,14 @@ class PassThrough(nn.Module):
 
 
 class PassThroughModule(PassThrough):
-    """An embedding, norm or head that is elsewhere: hands its input on.
+    """In place of an embedding, norm or head of the other part: returns its input.
 
-    What it returns never reaches a result (`TrunkEntry` replaces it, `TrunkExit` precedes it); it only
-    must not break the family's own forward.
+    Its output never reaches a result: `TrunkEntry` replaces it, and `TrunkExit` runs before it. It
+    only must not break the family's own forward.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The first tensor handed in, or a zero in place of an embedded one."""
+        """The first tensor among the arguments, or a zero in place of an embedding's output."""
         if isinstance(kwargs.get("inputs_embeds"), Tensor):
             embeds_BTD: Tensor = kwargs["inputs_embeds"]
             return embeds_BTD
@@ -96,7 +96,7 @@ class PassThroughModule(PassThrough):
 
 
 class PassThroughBlock(PassThrough):
-    """A block that is elsewhere: hands the hidden states on in the form the family expects."""
+    """In place of a block of the other part: returns its input in the form the family expects."""
 
     def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
         super().__init__(original)
@@ -108,12 +108,12 @@ class PassThroughBlock(PassThrough):
         return (out_BTD,) if self.returns_tuple else out_BTD
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
-        """What the block's absence does to the hidden states: nothing."""
+        """`hidden_BTD` itself."""
         return hidden_BTD
 
 
 class TrunkEntry(PassThroughBlock):
-    """The trunk's first pass-through: drops what the family computed, brings the smashed data in."""
+    """The trunk's first pass-through: returns the smashed data in place of its input."""
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
         """The smashed data of this call."""
@@ -123,10 +123,10 @@ class TrunkEntry(PassThroughBlock):
 
 
 class TrunkExit(PassThroughBlock):
-    """The trunk's last pass-through: notes what leaves the trunk."""
+    """The trunk's last pass-through: keeps the trunk's output in the `CutContext`."""
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
-        """`hidden_BTD`, noted as this call's trunk output, on the device of the smashed data."""
+        """`hidden_BTD` on the device of the smashed data; kept as this call's trunk output."""
         context = _current("the trunk's exit")
         assert context.smashed_BTD is not None, "TrunkPart.forward sets it"
         context.trunk_out_BTD = hidden_BTD.to(context.smashed_BTD.device)
@@ -150,14 +150,14 @@ def _not_connected(*args: Any, **kwargs: Any) -> Any:
 
 
 class Remote(PassThroughBlock):
-    """Stands at the trunk's first block in the client's model: a layer that is far away."""
+    """In place of the trunk's first block in the client's model: calls the trunk."""
 
     def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
         super().__init__(original, returns_tuple)
         self.connection = TrunkConnection(carry=_not_connected, new_cache=_not_connected)
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
-        """`hidden_BTD` carried to the trunk and back."""
+        """The trunk's output for `hidden_BTD`."""
         context = _current("the Remote layer")
         return self.connection.carry(
             hidden_BTD,

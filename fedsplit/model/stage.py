@@ -1,4 +1,6 @@
-"""The two parts of a cut model: a family's own class in which everything foreign is hollow.
+"""The two parts of a cut model, as stages of a pipeline: the family's class with pass-throughs.
+
+A part is an instance of the family's own class. Modules of the other part pass their input through.
 
 Names, block indices, rotary tables, masks and mixtures of experts stay the family's own, so a
 part's state dict is a subset of the whole model's. Shapes: B batch, T tokens, D width.
@@ -48,7 +50,7 @@ class Part(PreTrainedModel):
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         ties = dict(self.all_tied_weights_keys)
-        self._drop_foreign(cast(nn.ModuleList, self.get_submodule(self.plan.blocks)))
+        self._remove_foreign(cast(nn.ModuleList, self.get_submodule(self.plan.blocks)))
         self._keep_ties(ties)
         # A source may hold the other part's tensors too; what is missing is checked by the loader.
         self._keys_to_ignore_on_load_unexpected = {".*"}
@@ -73,7 +75,7 @@ class Part(PreTrainedModel):
         """Whether the module of this name is one of this part's."""
         return (self.place_of(module) == "trunk") == isinstance(self, TrunkPart)
 
-    def _drop_foreign(self, blocks: nn.ModuleList) -> None:
+    def _remove_foreign(self, blocks: nn.ModuleList) -> None:
         raise NotImplementedError
 
     def _keep_ties(self, ties: dict[str, str]) -> None:
@@ -102,7 +104,7 @@ class TrunkPart(Part):
         """The blocks between the cuts."""
         return tuple(self.trunk_blocks)
 
-    def _drop_foreign(self, blocks: nn.ModuleList) -> None:
+    def _remove_foreign(self, blocks: nn.ModuleList) -> None:
         last = len(blocks) - 1
         for i in set(range(len(blocks))) - set(self.trunk_blocks):
             self._pass_through(
@@ -140,7 +142,7 @@ class TrunkPart(Part):
         context = CutContext(smashed_BTD=smashed_BTD)
         with cut_context(context):
             backbone(**named)
-        assert context.trunk_out_BTD is not None, "the last block's pass-through sets it"
+        assert context.trunk_out_BTD is not None, "TrunkExit sets it"
         return context.trunk_out_BTD
 
     def run(
@@ -155,7 +157,7 @@ class TrunkPart(Part):
         return out_BTD
 
     def new_cache(self, max_length: int | None = None) -> Cache:
-        """KV cache of the trunk, growing or with room for `max_length` tokens."""
+        """KV cache of the trunk, growing or of `max_length` tokens."""
         return part_cache(self.config, self.held_blocks, max_length)
 
 
@@ -174,10 +176,10 @@ class ClientPart(Part):
     def remote(self) -> Remote:
         """The layer that stands in the trunk's place."""
         remote = self.get_submodule(f"{self.plan.blocks}.{self.trunk_blocks.start}")
-        assert isinstance(remote, Remote), "made in _drop_foreign"
+        assert isinstance(remote, Remote), "made in _remove_foreign"
         return remote
 
-    def _drop_foreign(self, blocks: nn.ModuleList) -> None:
+    def _remove_foreign(self, blocks: nn.ModuleList) -> None:
         for i in self.trunk_blocks:
             self._pass_through(
                 Remote if i == self.trunk_blocks.start else PassThroughBlock, blocks, i
@@ -218,7 +220,7 @@ class ClientPart(Part):
         return slot.remote
 
     def new_cache(self, max_length: int | None = None) -> Cache:
-        """KV cache of client and trunk, growing or with room for `max_length` tokens."""
+        """KV cache of client and trunk, growing or of `max_length` tokens."""
         cache = part_cache(self.config, self.held_blocks, max_length)
         slots: list[Any] = cache.layers
         slots[self.trunk_blocks.start] = RemoteSlot(self.remote.connection.new_cache(max_length))
