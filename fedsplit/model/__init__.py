@@ -1,6 +1,6 @@
 """Cut Hugging Face models into parts that train and generate exactly like the whole."""
 
-from fedsplit.model.parts import (
+from fedsplit.model.build import (
     SplitModel,
     build_client,
     build_trunk,

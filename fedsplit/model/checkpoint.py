@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.model.build import build_client, build_trunk, join_model
 from fedsplit.model.manifest import FORMAT, PARTS, Manifest, hashes_of, versions
-from fedsplit.model.parts import build_client, build_trunk, join_model
 from fedsplit.model.source import Source, read_tensors, tensor_names
 from fedsplit.model.stage import ClientPart, TrunkPart
 from fedsplit.spec import SplitSpec

@@ -19,8 +19,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.model.acceleration import precision_of
 from fedsplit.model.attention import attention_of
 from fedsplit.model.auxiliary import add_auxiliary_head
-from fedsplit.model.lora import add_adapters, trainable
-from fedsplit.model.parts import (
+from fedsplit.model.build import (
     SplitModel,
     build_client,
     build_trunk,
@@ -30,6 +29,7 @@ from fedsplit.model.parts import (
     load_whole,
     split_model,
 )
+from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.plan import classifier_fields, model_class_for
 from fedsplit.model.source import Source
 from fedsplit.model.stage import ClientPart, TrunkPart

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from fedsplit.model.build import initial_whole
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel
 
 from fedsplit.data.batches import Batch
 from fedsplit.model import ClientPart, TrunkPart, build_client, build_trunk
 from fedsplit.model.lora import add_adapters
-from fedsplit.model.parts import initial_whole
 from fedsplit.spec import DataSpec, LoraSpec, RunSpec, SplitSpec, TrainSpec
 
 P = TypeVar("P", bound=PreTrainedModel)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fedsplit.model.build import initial_whole
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from fedsplit.client.remote import RemoteTrunk
@@ -19,7 +20,6 @@ from fedsplit.model.attention import attention_of
 from fedsplit.model.compiling import compile_blocks
 from fedsplit.model.describe import config_of, parts_of
 from fedsplit.model.lora import add_adapters
-from fedsplit.model.parts import initial_whole
 from fedsplit.spec import LoraSpec, ModelSpec, SplitSpec, TrainSpec
 from fedsplit.trunk.service import TrunkService
 from tests.core.worlds import batch, same, small_run, world
