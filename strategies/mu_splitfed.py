@@ -2,21 +2,50 @@
 
 Liang, Zhang, Chen, Li, Li and Yang 2025, "Towards Straggler-Resilient Split Federated Learning: An
 Unbalanced Update Approach", NeurIPS, arXiv 2510.21155: the server makes tau updates of its part
-per round of communication, so that slow clients hold it up less. There gradients are estimated
-with zeroth-order differences; here, in the spirit of its unbalanced update, the trunk steps with
-backpropagation, `train.trunk_steps` times from the activations and gradients of the clients' one
-step (`fedsplit.trunk`). The halves are averaged as in SplitFed V2.
+per round of communication, so that slow clients delay it less. The paper estimates gradients with
+zeroth-order differences. Here tau is `train.trunk_steps`, and the trunk uses backpropagation: after
+each step it runs the stored activations through the new parameters and runs the clients' gradients
+of the trunk's output back once more. So the further steps minimize the clients' loss, linearized at
+the trunk's output. The client weights are averaged as in SplitFed V2.
 """
+
+import math
+from typing import ClassVar
 
 from fedsplit.errors import ConfigError
 from fedsplit.flower.strategy import SplitStrategy
+from fedsplit.optimization import unscale
+from fedsplit.trunk.update import Contribution, Gradients, TrunkStep, TrunkUpdate, accumulate
+
+
+class UnbalancedUpdate(TrunkUpdate):
+    """`train.trunk_steps` steps of the trunk with the activations of one step of the clients."""
+
+    keeps_passes: ClassVar = True
+
+    def after_step(self, step: TrunkStep) -> None:
+        """Take the further steps; they end early if a gradient overflows."""
+        for _ in range(self.run.train.trunk_steps - 1):
+            again = [self._again(step, each) for each in step.contributions]
+            if not all(math.isfinite(each.sq_norm) for each in again):
+                break
+            step.take(again)
+
+    def _again(self, step: TrunkStep, contribution: Contribution) -> Contribution:
+        total: Gradients = {}
+        for stored in contribution.passes:
+            accumulate(total, step.run_again(stored))
+        unscale(total.values(), contribution.loss_scale)
+        return step.contribution_with(contribution, total)
 
 
 class MUSplitFed(SplitStrategy):
-    """The base, for a run whose trunk steps more often than its clients."""
+    """`SplitStrategy` with `UnbalancedUpdate`."""
+
+    update: ClassVar = UnbalancedUpdate
 
     def check(self) -> None:
-        """The trunk has to take more than one step.
+        """Require that the trunk takes more than one step.
 
         Raises:
             ConfigError: It takes one.

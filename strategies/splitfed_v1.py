@@ -13,13 +13,20 @@ from typing import ClassVar
 from fedsplit.errors import ConfigError
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.flower.strategy.round_policy import Share
+from fedsplit.trunk.update import TrunkUpdate
+
+
+class ReplicaUpdate(TrunkUpdate):
+    """A step of each client's replica with that client's gradients alone."""
+
+    replicas: ClassVar = True
 
 
 class SplitFedV1(SplitStrategy):
     """`SplitStrategy` with a replica of the trunk for each client."""
 
     policies: ClassVar = ("sync",)
-    replicas: ClassVar = True
+    update: ClassVar = ReplicaUpdate
 
     def check(self) -> None:
         """Raise an error unless the trunk trains, each replica by itself.

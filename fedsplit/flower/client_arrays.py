@@ -40,7 +40,7 @@ def unpacked(arrays: ArrayRecord, codec: str, shapes: Mapping[str, Shape]) -> Ar
         return arrays
     if odd := sorted(arrays.keys() ^ shapes.keys()):
         raise ModelMismatch(
-            f"the halves that came hold {len(arrays)} arrays, not {len(shapes)}; the first "
+            f"{len(arrays)} arrays of client weights arrived, not {len(shapes)}; the first "
             f"difference is {odd[0]!r}; start both sides from the same model and config"
         )
     return ArrayRecord({n: _restored(n, array, codec, shapes[n]) for n, array in arrays.items()})

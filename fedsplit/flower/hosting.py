@@ -6,6 +6,7 @@ from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.service import TrunkService
+from fedsplit.trunk.update import TrunkUpdate
 
 
 class TrunkHost:
@@ -14,11 +15,17 @@ class TrunkHost:
     Args:
         trunk: The trunk part; it trains while the host is entered.
         run: The run it is for.
-        replicas: Whether every client trains a copy of the trunk of its own.
+        update: How a step of the trunk is made from the clients' gradients.
     """
 
-    def __init__(self, trunk: TrunkPart, run: RunSpec, *, replicas: bool = False) -> None:
-        self.service = TrunkService(trunk, run, replicas=replicas)
+    def __init__(
+        self,
+        trunk: TrunkPart,
+        run: RunSpec,
+        *,
+        update: type[TrunkUpdate] = TrunkUpdate,
+    ) -> None:
+        self.service = TrunkService(trunk, run, update=update)
         self.address = ""
         self._run = run
         self._open = ExitStack()

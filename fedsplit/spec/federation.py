@@ -7,6 +7,9 @@ from typing import Any
 from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import at_least, one_of, positive
 
+POLICIES = ("sync", "async", "quorum")
+"""The names of the policies."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySpec:
@@ -42,7 +45,7 @@ class PolicySpec:
     sim_slowdown: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        one_of("policy", self.kind, ("sync", "async", "quorum"))
+        one_of("policy", self.kind, POLICIES)
         one_of("policy.late", self.late, ("discount", "refuse"))
         one_of("policy.discount", self.discount, ("constant", "polynomial", "hinge"))
         for name in ("deadline_s", "round_deadline_s", "quorum"):

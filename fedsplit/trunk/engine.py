@@ -23,6 +23,7 @@ from fedsplit.trunk.call import BATCHED, Call, Kind
 from fedsplit.trunk.generation import Generation
 from fedsplit.trunk.scheduler import Scheduler
 from fedsplit.trunk.training import Training
+from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.trunk.virtual_time import VirtualTimeScheduler
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,7 @@ class TrunkEngine:
             require a gradient train.
         run: The run's optimizer, policy, budgets and seed.
         clock: Seconds that do not run backwards.
-        replicas: Whether every client trains parameters of its own, and waits for nobody; what
-            the model holds is then their mean, as of the last `average`.
+        update: How a step of the trunk is made from the clients' gradients.
         on_turn: Called by the engine's thread in every turn of its loop, at least once a second.
 
     Attributes:
@@ -54,10 +54,10 @@ class TrunkEngine:
         run: RunSpec,
         clock: Callable[[], float] = time.monotonic,
         *,
-        replicas: bool = False,
+        update: type[TrunkUpdate] = TrunkUpdate,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        self.training = Training(trunk, run, clock, replicas=replicas)
+        self.training = Training(trunk, run, clock, update)
         self.ended: Future[None] = Future()
         self._generation = Generation(trunk, run.generation, clock)
         self._is_virtual = bool(run.policy.sim_slowdown)

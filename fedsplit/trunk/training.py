@@ -18,8 +18,9 @@ from fedsplit.trunk.batched_pass import BatchedPass, Found, Pass
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.compute import Compute, Inputs
 from fedsplit.trunk.guard import require_finite, require_like, require_plausible
-from fedsplit.trunk.replica import Replay, Replica, Work
+from fedsplit.trunk.replica import Replica, Work
 from fedsplit.trunk.stash import Graph, Stash
+from fedsplit.trunk.update import StoredPass, TrunkUpdate
 from fedsplit.trunk.versions import ParameterVersions
 from fedsplit.wire.messages import (
     BackwardReply,
@@ -39,12 +40,12 @@ class Training:
     """
 
     def __init__(
-        self, trunk: TrunkPart, run: RunSpec, clock: Callable[[], float], *, replicas: bool
+        self, trunk: TrunkPart, run: RunSpec, clock: Callable[[], float], update: type[TrunkUpdate]
     ) -> None:
         self._trunk = trunk
         self._run = run
         self._clock = clock
-        self._apart = replicas
+        self._update = update(run)
         self._compute = Compute(trunk, run)
         self._stash = Stash(run.wire.stash_bytes)
         self._trained = tuple(trainable(trunk))
@@ -90,7 +91,7 @@ class Training:
 
     def notify(self, event: aggregator.Expected | aggregator.Ticked, now: float) -> None:
         """Notify the barrier at which clients wait for one another."""
-        if not self._apart:
+        if not self._update.replicas:
             self._shared.notify(event, now)
 
     def join(self, client: str, now: float) -> int:
@@ -214,8 +215,8 @@ class Training:
         Raises:
             ConfigError: There are no replicas, or the weights do not sum to one.
         """
-        if not self._apart:
-            raise ConfigError("this trunk has no replicas to average; host it with replicas=True")
+        if not self._update.replicas:
+            raise ConfigError("this trunk has no replicas to average; set its update.replicas")
         if not math.isclose(math.fsum(weights.values()), 1.0, rel_tol=1e-6):
             raise ConfigError(f"the weights of an average sum to {sum(weights.values())}, not to 1")
         mean: dict[str, Tensor] = {}
@@ -245,7 +246,7 @@ class Training:
         if self._works or len(self._stash):
             raise CheckpointError("somebody is at work; load the trunk's state between rounds")
         clients = {name.split("/")[1] for name in state if name.startswith(_REPLICA)}
-        if clients and not self._apart:
+        if clients and not self._update.replicas:
             raise CheckpointError(
                 f"this state has a replica of the trunk for {min(clients)} and others, but here "
                 "all share one; resume with the strategy it was saved with"
@@ -259,7 +260,7 @@ class Training:
         return [self._shared, *self._replicas.values()]
 
     def _replica_of(self, client: str) -> Replica:
-        if not self._apart:
+        if not self._update.replicas:
             return self._shared
         if client not in self._replicas:
             self._replicas[client] = self._new_replica(resident=False)
@@ -267,7 +268,7 @@ class Training:
 
     def _new_replica(self, *, resident: bool) -> Replica:
         versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
-        return Replica(versions, self._run, self._compute)
+        return Replica(versions, self._run, self._compute, self._update)
 
     def _prepare_forward(self, call: Call) -> int:
         dropout = f"trunk/{self._run.seed}/{call.client}/{call.round}/{call.request.call}"
@@ -354,9 +355,8 @@ class Training:
         graph, grad_BTD = _graph_of(call), call.request.grad_trunk_out_BTD
         work = self._work_for(call.session, graph)
         work.add(found, grad_BTD.shape[:2].numel())
-        if self._run.train.trunk_steps > 1:
-            replay = Replay(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD)
-            work.replays.append(replay)
+        if self._update.keeps_passes:
+            work.passes.append(StoredPass(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD))
         if not call.request.want_grad:
             grad_smashed_BTD = None
         return BackwardReply(

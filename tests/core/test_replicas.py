@@ -149,7 +149,7 @@ def test_nothing_is_kept_for_further_steps_that_are_not_taken(tiny_llama):
     with world(tiny_llama()) as here:
         prepare(here, "a")
         (work,) = here.service.engine.training._works.values()
-        assert work.replays == []
+        assert work.passes == []
 
 
 # --- going on from a state --------------------------------------------------------------------

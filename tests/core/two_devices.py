@@ -24,7 +24,7 @@ from fedsplit.trunk.shared_pass import SharedPass
 from simulations.tiny import tiny_config
 from tests.core.generating import Scene, parts_of, prompt, whole_of
 from tests.core.pretend import MixedDevices, Pretending
-from tests.core.worlds import batch, same, small_run
+from tests.core.worlds import batch, same, small_run, update_for
 
 ONE, BOTH = "pretend:0", "pretend:0,pretend:1"
 DROPOUT = dict(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
@@ -53,7 +53,7 @@ class Trunk:
     def __init__(self, config, run, device, *, replicas=False):
         self.config, self.run, self.device = config, run, device
         self.part = moved(self._parts().trunk, device)
-        self.service = TrunkService(self.part, run, replicas=replicas)
+        self.service = TrunkService(self.part, run, update=update_for(run, replicas=replicas))
 
     def __enter__(self):
         started(self.service.__enter__())

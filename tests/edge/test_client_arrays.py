@@ -1,4 +1,4 @@
-"""How the halves travel through Flower: what arrives, what is averaged, and what is refused."""
+"""The client weights in Flower's arrays: what arrives, what is averaged, and what is refused."""
 
 import math
 
@@ -52,7 +52,11 @@ def test_what_is_not_finite_stays_so(codec):
 
 BYTES = torch.zeros(3, 7, dtype=torch.uint8)
 WRONG = {
-    "name": ({"bias": BYTES}, ModelMismatch, "hold 1 arrays, not 1; the first difference is 'bi"),
+    "name": (
+        {"bias": BYTES},
+        ModelMismatch,
+        "1 arrays of .* arrived, not 1; the first difference is 'bi",
+    ),
     "not compressed": (
         {"w": torch.zeros(3, 5)},
         BadTensor,

@@ -25,6 +25,7 @@ from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Hello, JoinInfo
 from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_discount, with_dtypes_of
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
+from fedsplit.flower.strategy.early_stopping import EarlyStopping
 from fedsplit.flower.strategy.nodes import GridView, NodeRegistry, seeded_sampling
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState, Share
@@ -33,6 +34,8 @@ from fedsplit.model.stage import TrunkPart
 from fedsplit.runs.folder import new_run_id
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
+from fedsplit.spec.federation import POLICIES
+from fedsplit.trunk.update import TrunkUpdate
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _CLIENT_STRATEGY = "halves/"
@@ -43,8 +46,8 @@ class SplitStrategy(Strategy):
     """A method of split learning; a subclass overrides what the method changes.
 
     `policies` are the policies that the method works with. `averages_clients` says whether the
-    wrapped strategy aggregates the client weights. With `replicas` each client trains a trunk of
-    its own.
+    wrapped strategy aggregates the client weights. `update` makes a step of the trunk from the
+    clients' gradients.
 
     Args:
         client_strategy: The wrapped Flower strategy, which selects clients and averages their
@@ -56,9 +59,9 @@ class SplitStrategy(Strategy):
         on_round: Called after every round with its record and the client weights.
     """
 
-    policies: ClassVar[tuple[str, ...]] = ("sync", "quorum", "async")
+    policies: ClassVar[tuple[str, ...]] = POLICIES
     averages_clients: ClassVar[bool] = True
-    replicas: ClassVar[bool] = False
+    update: ClassVar[type[TrunkUpdate]] = TrunkUpdate
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class SplitStrategy(Strategy):
         self._num_rounds = 0
         self._is_over = False
         self._num_working = 0
-        self._best, self._worse = math.inf, 0
+        self._early_stopping = EarlyStopping(run.train.patience)
         self._metrics: list[RecordDict] = []
         self._aggregated: MetricRecord | None = None
 
@@ -115,7 +118,7 @@ class SplitStrategy(Strategy):
 
     def make_host(self, trunk: TrunkPart) -> TrunkHost:
         """Return the server of the trunk."""
-        return TrunkHost(trunk, self.run, replicas=self.replicas)
+        return TrunkHost(trunk, self.run, update=self.update)
 
     def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
         """Train a round, and return the client weights after it."""
@@ -237,11 +240,11 @@ class SplitStrategy(Strategy):
         """
         rounds = self.coordinator.rounds
         inner = state_of(self.client_strategy)
-        own = {"version": rounds.version, "sent": rounds.sent, "worse": self._worse}
+        own = {"version": rounds.version, "sent": rounds.sent, "worse": self._early_stopping.worse}
         own["over"] = int(self._is_over)
         return {
             **{name: torch.tensor(value) for name, value in own.items()},
-            "best": torch.tensor(self._best, dtype=torch.float64),
+            "best": torch.tensor(self._early_stopping.best, dtype=torch.float64),
             **{_CLIENT_STRATEGY + name: tensor for name, tensor in inner.items()},
         }
 
@@ -252,7 +255,8 @@ class SplitStrategy(Strategy):
             CheckpointError: The state is another strategy's.
         """
         self._first_rounds = RoundState(version=int(state["version"]), sent=int(state["sent"]))
-        self._worse, self._best = int(state["worse"]), float(state["best"])
+        self._early_stopping.best = float(state["best"])
+        self._early_stopping.worse = int(state["worse"])
         self._is_over = bool(state["over"])
         inner = {
             name.removeprefix(_CLIENT_STRATEGY): tensor
@@ -266,7 +270,7 @@ class SplitStrategy(Strategy):
     def drain_of(self, number: int) -> Drain:
         """Return the clients a round waits for: all, if it may be the last one or is saved."""
         train = self.run.train
-        may_be_last = number == self._num_rounds or 0 < train.patience <= self._worse + 1
+        may_be_last = number == self._num_rounds or self._early_stopping.may_stop()
         if may_be_last or (train.save_every and number % train.save_every == 0):
             return Drain.ALL
         return Drain.NONE if number % train.evaluate_every else Drain.RETURNED
@@ -304,7 +308,7 @@ class SplitStrategy(Strategy):
             virtual_seconds=virtual_seconds if self.run.policy.sim_slowdown else math.nan,
             version=service.engine.version,
         )
-        self._is_over = self._stops(stats) or is_last
+        self._is_over = self._early_stopping.stops(stats) or is_last
         self._on_round(stats, arrays)
 
     def _new_coordinator(
@@ -352,27 +356,6 @@ class SplitStrategy(Strategy):
         messages = list(self.configure_evaluate(number, arrays, config, self.grid))
         replies = self.coordinator.evaluate(number, messages) if messages else []
         return self.aggregate_evaluate(number, replies) if replies else None
-
-    def _stops(self, stats: RoundStats) -> bool:
-        """Return whether held-out loss has not improved for `train.patience` evaluations."""
-        patience = self.run.train.patience
-        if math.isnan(stats.eval_loss):
-            return False
-        if stats.eval_loss < self._best:
-            self._best, self._worse = stats.eval_loss, 0
-        else:
-            self._worse += 1
-        if patience and self._worse >= patience:
-            log(
-                INFO,
-                "Training stops after round %s: the best held-out loss, %.4f, is %s evaluations "
-                "old (train.patience)",
-                stats.round,
-                self._best,
-                self._worse,
-            )
-            return True
-        return False
 
     def _view(self, grid: Grid, nodes: Callable[[], dict[str, int]]) -> GridView:
         return GridView(grid, lambda: list(nodes().values()), self.run.launch.start_timeout_s)

@@ -204,7 +204,7 @@ class RoundCoordinator:
             decision = self._apply(event)
             for work in decision.dropped:
                 self._take(work)
-                log(INFO, "%s: its halves of round %s are not merged", work.client, work.round)
+                log(INFO, "%s: its weights of round %s are not merged", work.client, work.round)
             if decision.merge:
                 shares = [(share, *self._take(share.work)) for share in decision.merge]
                 arrays = self._merge(shares, arrays)
@@ -339,5 +339,5 @@ def _problem_with(reply: Message, started: ArrayRecord) -> str:
     if shapes_of(returned) != shapes_of(started):
         return f"its reply has {len(returned)} arrays, not the {len(started)} that were sent"
     if not all(np.isfinite(array.numpy()).all() for array in returned.values()):
-        return "its halves hold NaN or Inf"
+        return "its weights hold NaN or Inf"
     return ""
