@@ -61,3 +61,21 @@ def test_every_page_can_be_reached_from_readme():
             reached.add(page)
             ahead += [(page.parent / target.partition("#")[0]).resolve() for target in links(page)]
     assert [str(page.relative_to(ROOT)) for page in PAGES if page not in reached] == []
+
+
+def files_named(page: Path) -> list[str]:
+    """The modules that a page names in code, but for the lists of files and of old names."""
+    text = page.read_text(encoding="utf-8").partition("## Renamed")[0]
+    return re.findall(r"`((?:\w+/)+\w+\.(?:py|proto))`", re.sub(r"```.*?```", "", text, flags=re.S))
+
+
+def test_every_file_named_is_there():
+    require_none(
+        (
+            f"{page.relative_to(ROOT)}: {file}"
+            for page in PAGES
+            for file in files_named(page)
+            if not (ROOT / file).exists() and not (ROOT / "fedsplit" / file).exists()
+        ),
+        "name the file as it is called now",
+    )
