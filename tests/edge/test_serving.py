@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedsplit.cli.prompting import Conversation, Writer
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from fedsplit.cli import main
+from fedsplit.cli.prompting import Conversation, Writer
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.config import compose, to_yaml
 from fedsplit.data import load_corpus

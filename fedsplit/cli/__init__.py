@@ -1,0 +1,71 @@
+"""The `fedsplit` command: one class for each command, read by typer and run here."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from click import ClickException
+
+from fedsplit.cli.command import Command, one_line
+from fedsplit.cli.generate import Chat, Generate
+from fedsplit.cli.models import Join, Split
+from fedsplit.cli.results import Compare, Plot, Shards
+from fedsplit.cli.serve import Info, Serve
+from fedsplit.console import ending_with_its_reader
+from fedsplit.errors import FedsplitError
+
+_COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Serve, Generate, Chat)
+_EXAMPLES = (
+    "examples:",
+    "fedsplit split gpt2 --split 1/10/1 --out parts",
+    "fedsplit join parts/bottom-top parts/trunk --out whole",
+    "fedsplit serve --model gpt2 --split 1/10/1",
+    'fedsplit generate --model gpt2 "Once upon a time"',
+    "fedsplit info 127.0.0.1:9500",
+    "fedsplit plot runs/default",
+    "fedsplit compare runs/default runs/default-2 --out compared",
+    "fedsplit shards sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (the process's own arguments by default) describes.
+
+    Returns:
+        The exit status: 0, or 1 after one line on stderr, or 2 after a command line that cannot
+        be read, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: Nobody reads the output any more, or a shell asked for completions.
+    """
+    try:
+        with ending_with_its_reader():
+            return _run(argv)
+    except ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except (FedsplitError, OSError) as exc:
+        print(f"error: {one_line(str(exc))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = typer.main.get_command(_app())
+    parsed = parser.main(argv, prog_name="fedsplit", standalone_mode=False)
+    if isinstance(parsed, Command):  # else it has printed its help
+        parsed.run()
+    return 0
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        help="Federated split learning of Hugging Face language models.",
+        epilog="\n\n".join(_EXAMPLES),  # typer joins the lines of a paragraph
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for command in _COMMANDS:
+        name = command.__name__.lower()
+        app.command(name, epilog=f"example: fedsplit {name} {command.example}")(command)
+    return app

@@ -1,0 +1,182 @@
+"""The commands that generate text with a trunk server: generate and chat."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import typer
+from click import UsageError
+
+from fedsplit.cli.command import Command, Revision, TlsCa, TokenFile, quiet, read_token
+from fedsplit.errors import ConfigError
+from fedsplit.spec import ModelSpec, RunSpec
+
+if TYPE_CHECKING:
+    from fedsplit.cli.prompting import Writer
+
+Model = Annotated[str, typer.Option(metavar="DIR", help="the whole model, or its hub id")]
+Run = Annotated[str, typer.Option("--run", metavar="RUN_DIR", help="the folder of a finished run")]
+Trunk = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS",
+        help="of the trunk server; default 127.0.0.1:9500, for a run where it is",
+    ),
+]
+ServedName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="of the trunk, where a server has several; default its first"
+    ),
+]
+Adapter = Annotated[
+    str, typer.Option(metavar="DIR", help="the peft adapter that this trunk is served with")
+]
+Draft = Annotated[
+    str,
+    typer.Option(
+        metavar="prompt|DIR",
+        help="take drafts from the prompt, or from a small model: fewer trips",
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="new tokens at most")]
+Sample = Annotated[bool, typer.Option("--sample", help="draw tokens; default the likeliest")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="flatten (above 1) or sharpen the choice; samples"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help="choose among the likeliest tokens of this probability; samples"
+    ),
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="X", help="choose among this many tokens; samples")
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="of sampling")]
+Caches = Annotated[
+    Literal["server", "client"], typer.Option(help="who keeps the trunk's keys and values")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(help="of a --model, as at the server; default float32"),
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="of torch")]
+Beams = Annotated[int, typer.Option(metavar="N", help="beam search")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompting(Command):
+    """The options of both commands: the model, its trunk, and how tokens are chosen."""
+
+    model: Model = ""
+    run_dir: Run = ""
+    trunk: Trunk = ""
+    served: ServedName = ""
+    adapter: Adapter = ""
+    tls_ca: TlsCa = ""
+    draft: Draft = ""
+    max_new_tokens: MaxNewTokens = 128
+    sample: Sample = False
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    seed: Seed = 0
+    kv: Caches = "server"
+    dtype: Dtype = None
+    token_file: TokenFile = ""
+    revision: Revision = "main"
+    device: Device = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.model and not self.run_dir:
+            raise UsageError("one of the arguments --model --run is required")
+        if self.model and self.run_dir:
+            raise UsageError("argument --run: not allowed with argument --model")
+
+    @contextmanager
+    def _writer(self, *, beams: int = 1) -> "Iterator[Writer]":
+        """Writes to the terminal; at the end it prints a summary on stderr."""
+        quiet()
+        import torch
+
+        from fedsplit.cli.prompting import Writer
+        from fedsplit.data import load_tokenizer
+        from fedsplit.runs.folder import RunFolder
+        from fedsplit.serving import ADDRESS, reach
+
+        finished = RunFolder.finished(self.run_dir) if self.run_dir else None
+        if finished and self.dtype:
+            raise ConfigError(
+                f"--dtype: {self.run_dir} says itself what it computes in; leave it out"
+            )
+        model = str(finished.model) if finished else self.model
+        model_spec = ModelSpec(dtype=self.dtype or ModelSpec().dtype)
+        tokenizer = load_tokenizer(model, self.revision)
+        options = self._decoding(beams)
+        torch.manual_seed(self.seed)
+        with reach(
+            model,
+            self.trunk or (finished.address if finished else ADDRESS),
+            run=finished.run if finished else RunSpec(model=model_spec),
+            token=read_token(self.token_file),
+            served=self.served,
+            adapter=self.adapter,
+            tls_ca=self.tls_ca,
+            kv=self.kv,
+            revision=self.revision,
+            device=self.device,
+        ) as reached:
+            writer = Writer(reached=reached, tokenizer=tokenizer, options=options, out=sys.stdout)
+            yield writer
+            print(writer.summary, file=sys.stderr)
+
+    def _decoding(self, beams: int) -> dict[str, Any]:
+        """How tokens are chosen, as `generate` of transformers takes it."""
+        from fedsplit.cli.prompting import draft_options
+
+        if beams > 1 and self.draft:
+            raise ConfigError("--beams and --draft do not go together; leave one of them out")
+        numbers = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        chosen = {name: value for name, value in numbers.items() if value is not None}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.sample or bool(chosen),
+            "num_beams": beams,
+            **chosen,
+            **draft_options(self.draft),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate(_Prompting):
+    """Go on from a prompt, as the tokens come."""
+
+    example: ClassVar[str] = '--trunk 127.0.0.1:9500 --model gpt2 "Once upon a time"'
+
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="what to go on from")]
+    beams: Beams = 1
+
+    def run(self) -> None:
+        """Print the text that follows the prompt."""
+        with self._writer(beams=self.beams) as writer:
+            from fedsplit.cli.prompting import complete
+
+            complete(writer, self.prompt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat(_Prompting):
+    """Converse with a model; Ctrl-D ends."""
+
+    example: ClassVar[str] = "--trunk 127.0.0.1:9500 --model gpt2"
+
+    def run(self) -> None:
+        """Answer each line of stdin."""
+        with self._writer() as writer:
+            from fedsplit.cli.prompting import converse, typed_lines
+
+            converse(writer, typed_lines("> " if sys.stdin.isatty() else ""))

@@ -1,0 +1,99 @@
+"""The commands on model directories: split and join."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, ClassVar
+
+import typer
+
+from fedsplit.cli.command import Command
+from fedsplit.errors import ConfigError
+from fedsplit.spec import SplitSpec
+
+Out = Annotated[str, typer.Option(metavar="DIR", help="new or empty directory")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split(Command):
+    """Cut a model into its two parts."""
+
+    example: ClassVar[str] = "gpt2 --split 1/10/1 --out parts"
+
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="directory of a whole model, or a hub id")
+    ]
+    split: Annotated[str, typer.Option(metavar="1/2/1", help="blocks of bottom/trunk/top")]
+    out: Out
+    revision: Annotated[str, typer.Option(metavar="R", help="of a hub id")] = "main"
+
+    def run(self) -> None:
+        """Write the parts, and print a line for each."""
+        from fedsplit.console import quiet_libraries
+        from fedsplit.model.checkpoint import split_checkpoint
+
+        quiet_libraries()
+        split = SplitSpec.parse(self.split)
+        with _filled_whole(Path(self.out)) as folder:
+            made = split_checkpoint(self.model, split, folder, revision=self.revision)
+        for name in made:
+            print(_part_line(Path(self.out, name)))
+
+
+def _part_line(directory: Path) -> str:
+    from fedsplit.model.checkpoint import WEIGHTS
+    from fedsplit.model.manifest import Manifest
+    from fedsplit.model.source import tensor_names
+    from fedsplit.runs.metrics import in_mib
+
+    manifest, weights = Manifest.read(directory), directory / WEIGHTS
+    first, end = manifest.trunk_blocks
+    split = SplitSpec.parse(manifest.split)
+    num_blocks = end - first if manifest.part == "trunk" else split.bottom + split.top
+    return (
+        f"{directory}: {num_blocks} blocks, {len(tensor_names(weights))} tensors, "
+        f"{in_mib(weights.stat().st_size)}, fingerprint {manifest.fingerprint}"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join(Command):
+    """Make the whole model of its two parts."""
+
+    example: ClassVar[str] = "parts/bottom-top parts/trunk --out whole"
+
+    client: Annotated[
+        str, typer.Argument(metavar="CLIENT_DIR", help="the bottom-top part's directory")
+    ]
+    trunk: Annotated[str, typer.Argument(metavar="TRUNK_DIR", help="the trunk part's directory")]
+    out: Out
+
+    def run(self) -> None:
+        """Write the model, with the texts of the client's directory."""
+        from fedsplit.console import quiet_libraries
+        from fedsplit.model.checkpoint import join_checkpoint
+        from fedsplit.model.source import Source
+
+        quiet_libraries()
+        with _filled_whole(Path(self.out)) as folder:
+            join_checkpoint(self.client, self.trunk, folder)
+            Source(name=self.client).copy_texts(folder)
+        print(f"{self.out}: the whole model, for AutoModelForCausalLM.from_pretrained")
+
+
+@contextmanager
+def _filled_whole(out: Path) -> Iterator[Path]:
+    """A folder to write to; what it holds at the end moves to `out`, and after an error nothing.
+
+    Raises:
+        ConfigError: There is something at `out` already.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there already; give a new or an empty directory")
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
+        yield Path(folder)
+        for written in Path(folder).iterdir():
+            written.rename(out / written.name)

@@ -1,0 +1,97 @@
+"""The commands on runs: their losses, runs side by side, and how a run's data is divided."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from fedsplit.cli.command import Command, one_line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot(Command):
+    """Draw the loss of a run again."""
+
+    example: ClassVar[str] = "runs/default"
+
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="the folder that a run left")]
+
+    def run(self) -> None:
+        """Draw `loss.png` in the run's folder."""
+        from fedsplit.runs.folder import RunFolder
+        from fedsplit.runs.loss_plot import plot_losses
+
+        print(plot_losses(RunFolder(Path(self.run_dir))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compare(Command):
+    """Put runs side by side, as a table and a picture."""
+
+    example: ClassVar[str] = "runs/default runs/default-2 --out compared"
+
+    run_dirs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN_DIR...", help="a folder that a run left, or a folder of such folders"
+        ),
+    ]
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="where to leave table.json and compare.png; default compare/ beside the first run",
+        ),
+    ] = ""
+
+    def run(self) -> None:
+        """Print the table, and write it and the picture to `out`."""
+        from fedsplit.runs.compare import COLUMNS, Table, grouped, plot, read_runs, rows_of
+
+        groups = grouped(read_runs(map(Path, self.run_dirs)))
+        table = Table(rows=rows_of(groups), columns=COLUMNS)
+        out = Path(self.out or Path(self.run_dirs[0]).parent / "compare")
+        print(f"{table}\n\n{table.write(out)}\n{plot(groups, out)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards(Command):
+    """Show which client of a run has what to train on."""
+
+    example: ClassVar[str] = "sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards"
+
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            default_factory=list,
+            show_default=False,
+            metavar="[OVERRIDE]...",
+            help="group=option or field=value, as of a run",
+        ),
+    ]
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="where to leave shards.png and shards.json")
+    ] = ""
+
+    def run(self) -> None:
+        """Print the table, and write it and a picture to `out` if it is given."""
+        from fedsplit import atomic
+        from fedsplit.config import compose
+        from fedsplit.data import hold_out, load_corpus, shard
+        from fedsplit.runs.shard_stats import Holdings
+
+        run = compose(self.overrides)
+        corpus, _ = hold_out(load_corpus(run.data, run.task), run.data.held_out, run.seed)
+        holdings = Holdings.of(shard(corpus, run.sharding, run.clients, run.seed))
+        title = f"{corpus.name}, sharding={run.sharding.kind}, seed={run.seed}"
+        print(f"{one_line(title)}\n\n{holdings.table}")
+        if left_out := corpus.num_bytes - holdings.everybody.bytes:
+            print(f"{left_out:,} bytes are left out by {run.sharding.target}")
+        if not self.out:
+            return
+        out = Path(self.out)
+        out.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(out / "shards.json", holdings.json)
+        holdings.plot(out / "shards.png", title)
+        print(f"\n{out / 'shards.png'}\n{out / 'shards.json'}")

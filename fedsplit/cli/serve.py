@@ -1,0 +1,207 @@
+"""The commands on trunk servers: serve and info."""
+
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import typer
+
+from fedsplit.cli.command import Command, Revision, TlsCa, TokenFile, one_line, quiet, read_token
+from fedsplit.errors import ConfigError, Internal
+from fedsplit.spec import RunSpec, WireSpec
+
+if TYPE_CHECKING:
+    from fedsplit.serving import Served
+
+_INFO_DEADLINE_S = 10.0
+_TRY = '"Once upon a time"'
+
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        default_factory=list,
+        show_default=False,
+        metavar="[RUN_DIR | OVERRIDE]...",
+        help="the folder of a finished run, and field=value for budgets and training",
+    ),
+]
+Models = Annotated[
+    list[str],
+    typer.Option(
+        default_factory=list,
+        show_default=False,
+        metavar="[NAME=]DIR",
+        help="directory or hub id of a whole model; several to serve several",
+    ),
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        default_factory=list,
+        show_default=False,
+        metavar="[NAME=]DIR",
+        help="peft adapter on the first model; with a name, served beside it",
+    ),
+]
+BlocksOption = Annotated[
+    str, typer.Option(metavar="1/2/1", help="blocks of bottom/trunk/top; default 1/*/1")
+]
+Bind = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS",
+        help="host:port or unix:path; default 127.0.0.1:9500, for a run a free port",
+    ),
+]
+Advertise = Annotated[
+    str,
+    typer.Option(metavar="HOST:PORT", help="the address for clients, if it is not the bound one"),
+]
+TlsCert = Annotated[str, typer.Option(metavar="FILE", help="PEM of the server's certificate chain")]
+TlsKey = Annotated[str, typer.Option(metavar="FILE", help="PEM of its key")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="no TLS, and I mean it")]
+Devices = Annotated[
+    str, typer.Option(metavar="NAME", help="of torch; several, cuda:0,cuda:1, or auto for all GPUs")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serve(Command):
+    """Serve trunks of models or of a finished run."""
+
+    example: ClassVar[str] = "--model gpt2 --split 1/10/1 (or: fedsplit serve runs/default)"
+
+    words: Words
+    model: Models
+    adapter: Adapters
+    split: BlocksOption = ""
+    bind: Bind = ""
+    advertise: Advertise = ""
+    tls_cert: TlsCert = ""
+    tls_key: TlsKey = ""
+    insecure: Insecure = False
+    token_file: TokenFile = ""
+    revision: Revision = "main"
+    device: Devices = "cpu"
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM."""
+        quiet()
+        from fedsplit.runs.folder import RunFolder
+        from fedsplit.serving import ADDRESS, hosted, plain_name, plan
+
+        folders = [word for word in self.words if "=" not in word]
+        if len(folders) + bool(self.model) > 1:
+            raise ConfigError(f"serve either {folders[0]} or something else; not both at once")
+        finished = RunFolder.finished(folders[0]) if folders else None
+        if finished:
+            served = plan([f"{plain_name(folders[0])}={finished.model}"], self.adapter)
+        else:
+            served = plan(self.model, self.adapter, self.revision)
+        run = self._run_spec(finished.run if finished else None)
+        wire = replace(
+            run.wire,
+            bind=self.bind or ("127.0.0.1:0" if finished else ADDRESS),
+            advertise=self.advertise,
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            insecure=self.insecure,
+        )
+        stopped, failed = threading.Event(), threading.Event()
+
+        def stop_after_failure() -> None:
+            failed.set()
+            stopped.set()
+
+        with ExitStack() as opened:
+            hosting = hosted(
+                served,
+                run,
+                wire,
+                token=read_token(self.token_file),
+                device=self.device,
+                on_failure=stop_after_failure,
+            )
+            address = opened.enter_context(hosting)
+            _set_when_asked_to_end(stopped)
+            if finished:
+                opened.enter_context(finished.announced(address))
+            source = ["--run", folders[0]] if finished else ["--trunk", address]
+            print(self._ready_line(served, run, address, source), flush=True)
+            stopped.wait()
+        if failed.is_set():
+            raise Internal(
+                "no trunk of this server is left; the tracebacks above say why each failed"
+            )
+
+    def _run_spec(self, finished: RunSpec | None) -> RunSpec:
+        from fedsplit.config import changed, compose
+
+        overrides = [word for word in self.words if "=" in word]
+        if self.split:
+            overrides.insert(0, f"split={self.split}")
+        return changed(finished, overrides) if finished else compose(overrides)
+
+    def _ready_line(
+        self, served: "Sequence[Served]", run: RunSpec, address: str, source: Sequence[str]
+    ) -> str:
+        names = ", ".join(each.name for each in served)
+        options = [*source]
+        if "--trunk" in source:
+            options += ["--model", served[0].model]
+            options += ["--adapter", served[0].adapter] if served[0].adapter else []
+        options += ["--tls-ca", self.tls_cert] if self.tls_cert else []
+        options += ["--token-file", self.token_file] if self.token_file else []
+        return (
+            f"serving {names} (cut {run.split}) at {address}; try: "
+            f"fedsplit generate {shlex.join(options)} {_TRY}"
+        )
+
+
+def _set_when_asked_to_end(stopped: threading.Event) -> None:
+    """Set the event when the process is asked to end, from now on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Info(Command):
+    """Ask a running trunk server what it is."""
+
+    example: ClassVar[str] = "127.0.0.1:9500"
+
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="host:port, or unix:path")]
+    tls_ca: TlsCa = ""
+
+    def run(self) -> None:
+        """Print what the server says of itself, a line for each property."""
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would stand beside our one line
+        from fedsplit.console import table_text
+        from fedsplit.transport.client import GrpcLink
+        from fedsplit.wire.messages import ServiceInfoRequest
+
+        if ":" not in self.address:
+            raise ConfigError(f"ADDRESS={self.address!r} is neither host:port nor unix:path")
+        wire = WireSpec(tls_ca=self.tls_ca, call_deadline_s=_INFO_DEADLINE_S)
+        with closing(GrpcLink(self.address, wire=wire)) as link:
+            info = link.exchange(ServiceInfoRequest())
+        limits = info.limits
+        rows = {
+            "family": info.family,
+            "blocks (bottom/trunk/top)": info.blocks,
+            "fingerprint of model and cut": info.model,
+            "parameter version": info.version,
+            "open sessions": info.sessions,
+            "largest request": f"{limits.max_rows} sequences of {limits.max_tokens} tokens",
+            "hidden size": limits.hidden_size,
+            "wire protocol": info.protocol,
+            "incarnation of the server": info.incarnation,
+        }
+        if info.served:
+            rows["trunks here, by name"] = ", ".join(info.served)
+        print(table_text([(name, one_line(str(value))) for name, value in rows.items()]))
