@@ -127,7 +127,7 @@ def closing_table(rounds: Sequence[RoundStats]) -> str:
         *([] if math.isnan(virtual) else [("virtual time", f"{virtual:.1f} s")]),
         ("activations and gradients up", in_mib(sum(stats.bytes_up for stats in rounds))),
         ("activations and gradients down", in_mib(sum(stats.bytes_down for stats in rounds))),
-        ("halves through Flower", in_mib(sum(stats.halves_bytes for stats in rounds))),
+        ("client weights through Flower", in_mib(sum(stats.halves_bytes for stats in rounds))),
         ("memory of a client", in_mib(max(stats.client_bytes for stats in rounds))),
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
     ]

@@ -28,7 +28,7 @@ tags: [split-learning, federated-learning, fedsplit]
 | rounds | {rounds} of {local_steps} steps per client, {version} trunk steps, {tokens:,} {unit} |
 | held out | {first} in round {first_round}, {last} in round {last_round} |
 | activations and gradients on the wire | {up} up, {down} down |
-| halves through Flower | {halves_bytes} |
+| client weights through Flower | {halves_bytes} |
 | configuration fingerprint | `{fingerprint}` |
 
 ## What split learning does not protect
