@@ -353,29 +353,6 @@ def initial_parts(
     return split_model(initial_whole(config, seed, model_class=model_class, **options), split)
 
 
-def initial_client(
-    config: PretrainedConfig,
-    split: SplitSpec,
-    seed: int,
-    *,
-    model_class: type[PreTrainedModel] | None = None,
-    **options: Any,
-) -> ClientPart:
-    """The client's part of `initial_parts`; no trunk is built beside it, and none connected.
-
-    Raises:
-        UnsupportedModel: The model cannot be cut exactly; before anything is built.
-    """
-    plan_for(model_class or model_class_for(config), config)
-    whole = initial_whole(config, seed, model_class=model_class, **options)
-    tensors = whole.state_dict()
-    client = build_client(
-        whole.config, split, state_dict=tensors, model_class=type(whole), **options
-    )
-    client.generation_config = whole.generation_config
-    return client
-
-
 def initial_whole(
     config: PretrainedConfig,
     seed: int,

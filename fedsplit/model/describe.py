@@ -23,16 +23,13 @@ from fedsplit.model.build import (
     SplitModel,
     build_client,
     build_trunk,
-    initial_client,
-    initial_parts,
     initial_whole,
     load_whole,
-    split_model,
 )
 from fedsplit.model.lora import add_adapters, trainable
-from fedsplit.model.plan import classifier_fields, model_class_for
+from fedsplit.model.plan import classifier_fields, model_class_for, plan_for
 from fedsplit.model.source import Source
-from fedsplit.model.stage import ClientPart, TrunkPart
+from fedsplit.model.stage import ClientPart, TrunkPart, connect
 from fedsplit.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -66,66 +63,31 @@ def config_of(
 
 
 def parts_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> SplitModel:
-    """Both parts as the run begins, with adapters if it trains those."""
-    family = model_class_for(config, run.task)
-    options = {"model_class": family, **_options(run, family, device)}
-    if run.model.pretrained:
-        source, revision = run.model.pretrained, run.model.revision
-        parts = split_model(
-            source, run.split, config=config, revision=revision, seed=run.seed, **options
-        )
-    else:
-        parts = initial_parts(config, run.split, run.seed, **options)
-    for part in (parts.client, parts.trunk):
-        add_adapters(part, run.lora, run.seed)
-    if run.train.mode != "joint":
-        parts.trunk.requires_grad_(False)
-    if run.train.mode == "isolated":
-        add_auxiliary_head(parts.client, run.task, run.seed)
-    return parts
+    """Both parts as the run begins, connected in this process."""
+    options = _options(run, config, device)
+    weights = _weights(run, config, options)
+    client, trunk = _client(run, config, weights), _trunk(run, config, weights)
+    connect(client, trunk.run, trunk.new_cache)
+    return SplitModel(client=client, trunk=trunk)
 
 
 def client_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> ClientPart:
-    """The client's part as the run begins; of a checkpoint, only its own tensors are read.
+    """The client's part as the run begins, with adapters if the run trains those.
 
-    It is not on `device` yet, but will be; so for the others.
+    Only the part's own tensors of a checkpoint are read. The part is in the host's memory; `device`
+    is where it will compute. The same holds for the other functions.
     """
-    family = model_class_for(config, run.task)
-    options = {"model_class": family, **_options(run, family, device)}
-    if run.model.pretrained:
-        source, revision = run.model.pretrained, run.model.revision
-        client = build_client(
-            config, run.split, source=source, revision=revision, seed=run.seed, **options
-        )
-    else:
-        client = initial_client(config, run.split, run.seed, **options)
-    add_adapters(client, run.lora, run.seed)
-    if run.train.mode == "isolated":
-        add_auxiliary_head(client, run.task, run.seed)
-    return client
+    return _client(run, config, _weights(run, config, _options(run, config, device)))
 
 
 def trunk_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> TrunkPart:
-    """The trunk as the run begins, of a checkpoint; only its own tensors are read."""
-    family = model_class_for(config, run.task)
-    trunk = build_trunk(
-        config,
-        run.split,
-        source=run.model.pretrained,
-        revision=run.model.revision,
-        model_class=family,
-        **_options(run, family, device),
-    )
-    add_adapters(trunk, run.lora, run.seed)
-    if run.train.mode != "joint":
-        trunk.requires_grad_(False)
-    return trunk
+    """The trunk as the run begins; it trains if the run's mode is `joint`."""
+    return _trunk(run, config, _weights(run, config, _options(run, config, device)))
 
 
 def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
     """The unsplit model as the run begins, for a baseline."""
-    family = model_class_for(config, run.task)
-    options = {"model_class": family, **_options(run, family, device)}
+    options = _options(run, config, device)
     if run.model.pretrained:
         source, revision = run.model.pretrained, run.model.revision
         whole = load_whole(config, source, revision=revision, seed=run.seed, **options)
@@ -166,12 +128,39 @@ def _ids_of(tokenizer: TokenizersBackend) -> dict[str, Any]:
     }
 
 
-def _options(run: RunSpec, family: type[PreTrainedModel], device: str) -> dict[str, Any]:
+def _options(run: RunSpec, config: PretrainedConfig, device: str) -> dict[str, Any]:
+    """The model's class, dtype and attention, as the builders take them."""
+    family = model_class_for(config, run.task)
     attention = attention_of(run.model, family, device)
     precision = precision_of(run.model, _device(device)) or run.model.dtype
     told = family.__name__, device, attention, precision
     log.info("%s on %s computes attention as %s, matrix products in %s", *told)
-    return {"dtype": getattr(torch, run.model.dtype), "attn_implementation": attention}
+    dtype = getattr(torch, run.model.dtype)
+    return {"model_class": family, "dtype": dtype, "attn_implementation": attention}
+
+
+def _weights(run: RunSpec, config: PretrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """`options` and where the parts' weights come from: a checkpoint, or a new unsplit model."""
+    if run.model.pretrained:
+        return {"source": run.model.pretrained, "revision": run.model.revision, **options}
+    plan_for(options["model_class"], config)  # refuses a model before it takes memory
+    return {"state_dict": initial_whole(config, run.seed, **options).state_dict(), **options}
+
+
+def _client(run: RunSpec, config: PretrainedConfig, weights: dict[str, Any]) -> ClientPart:
+    client = build_client(config, run.split, seed=run.seed, **weights)
+    add_adapters(client, run.lora, run.seed)
+    if run.train.mode == "isolated":
+        add_auxiliary_head(client, run.task, run.seed)
+    return client
+
+
+def _trunk(run: RunSpec, config: PretrainedConfig, weights: dict[str, Any]) -> TrunkPart:
+    trunk = build_trunk(config, run.split, **weights)
+    add_adapters(trunk, run.lora, run.seed)
+    if run.train.mode != "joint":
+        trunk.requires_grad_(False)
+    return trunk
 
 
 def _device(name: str) -> torch.device:
