@@ -13,7 +13,8 @@ import io
 import re
 import statistics
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from fedsplit.console import quiet_libraries
@@ -141,9 +142,10 @@ def _files_that_name(option: str) -> int:
     )
 
 
-def _identifiers(file: Path) -> Sequence[str]:
+@cache
+def _identifiers(file: Path) -> frozenset[str]:
     tokens = tokenize.generate_tokens(io.StringIO(file.read_text(encoding="utf-8")).readline)
-    return [token.string for token in tokens if token.type == tokenize.NAME]
+    return frozenset(token.string for token in tokens if token.type == tokenize.NAME)
 
 
 def _print_hops() -> None:
