@@ -64,15 +64,19 @@ class MicroBatchPipeline:
         turns.raise_failure()
         return [results[piece] for piece in range(len(pieces))]
 
-    def begin(self, request: Request[R]) -> Callable[[], R] | None:
+    @property
+    def is_worker(self) -> bool:
+        """Whether the calling thread runs a piece."""
+        return self._place.turns is not None
+
+    def begin(self, request: Request[R]) -> Callable[[], R]:
         """Send the request of a piece and let the others have their turns until its reply is here.
 
         Returns:
-            A function that returns the reply, or raises why there is none; None outside of a piece.
+            A function that returns the reply, or raises why there is none.
         """
         turns, worker = self._place.turns, self._place.worker
-        if turns is None:
-            return None
+        assert turns is not None, "only a worker has a turn to hand on"
         outcome: Future[R] = Future()
         answer = self._stream.begin(request)
         turns.pass_on()

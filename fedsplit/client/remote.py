@@ -176,8 +176,10 @@ class RemoteTrunk:
         # Autograd calls a backward only if an input needs a gradient; the trunk always does.
         below_trains = hidden_BTD.requires_grad
         entering_BTD = hidden_BTD if below_trains else hidden_BTD.detach().requires_grad_()
+        if self._wire.history_bytes:
+            request = self._encoder.encode(request)
         apply: Callable[..., Tensor] = RemoteTrunkFunction.apply
-        return apply(entering_BTD, self, self._encoder.encode(request), below_trains)
+        return apply(entering_BTD, self, request, below_trains)
 
     def examples(self, numbers_B: Tensor) -> AbstractContextManager[None]:
         """A block whose training forwards, in this thread, are of these examples of the client.

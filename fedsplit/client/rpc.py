@@ -63,12 +63,16 @@ class RpcClient:
     def exchange_in_turn(self, request: m.Request[m.R]) -> m.R:
         """As `exchange`; the other micro-batches of the step run meanwhile."""
         with rng_released():
-            first = self._pipeline.begin(request)
+            first = self._pipeline.begin(request) if self._pipeline.is_worker else None
             return self._retry(lambda: self._link.exchange(request), first=first)
 
     def forward(self, request: m.ForwardRequest) -> m.ForwardReply:
         """Send a training forward, in turn; its reply, decoded."""
-        return self._encoder.decode(request, self._forward(request, self.exchange_in_turn))
+        try:
+            reply = self.exchange_in_turn(request)
+        except HistoryLost:
+            reply = self.exchange(self._encoder.with_references(request))
+        return self._encoder.decode(request, reply) if request.is_delta else reply
 
     def backward(
         self, backward: m.BackwardRequest, forward: m.ForwardRequest, version: int
@@ -89,7 +93,7 @@ class RpcClient:
             except ActivationExpired:
                 if tries:  # other clients need the trunk's memory as well
                     self._retry.pause(tries)
-                now = self._forward(forward, self.exchange).version
+                now = self._forward_again(forward).version
                 if now != version:
                     raise StaleVersion(
                         f"the graph of call {forward.call} expired, and the trunk has moved from "
@@ -97,12 +101,9 @@ class RpcClient:
                     ) from None
         return self.exchange(backward)
 
-    def _forward(
-        self, request: m.ForwardRequest, send: Callable[[m.ForwardRequest], m.ForwardReply]
-    ) -> m.ForwardReply:
-        """Send a forward, and once more with its references if the trunk has lost them."""
+    def _forward_again(self, request: m.ForwardRequest) -> m.ForwardReply:
         try:
-            return send(request)
+            return self.exchange(request)
         except HistoryLost:
             return self.exchange(self._encoder.with_references(request))
 

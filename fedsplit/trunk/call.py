@@ -42,9 +42,6 @@ class Kind(Enum):
 ORDERED = frozenset({Kind.FORWARD, Kind.STEP, Kind.LEAVE})
 """Kinds that other clients can notice: a barrier or a virtual clock decides when they run."""
 
-BATCHED = frozenset({Kind.FORWARD, Kind.BACKWARD})
-"""Kinds of which several can run as one pass."""
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Call:
@@ -62,21 +59,16 @@ class Call:
     round: int = 0
     request: Any = None
     future: "Future[Any]" = field(default_factory=Future)
-    inputs: Inputs | None = None
-    work: Work | None = None
-    graph: Graph | None = None
-
-    @property
-    def prepared(self) -> bool:
-        """Whether the call has what it runs on."""
-        return self.work is not None or self.graph is not None
+    prepared: bool = False
+    inputs: Inputs = field(init=False)
+    work: Work = field(init=False)
+    graph: Graph = field(init=False)
 
     @property
     def batch_key(self) -> Hashable:
         """Equal for prepared calls that can run as one pass."""
-        if self.graph is not None:
+        if self.kind is Kind.BACKWARD:
             return id(self.graph.joint or self.graph)
-        assert self.work is not None and self.inputs is not None
         shape_TD = self.inputs.smashed_BTD.shape[1:]
         given = self.inputs.attention_mask_BT is not None, self.inputs.position_ids_BT is not None
         return id(self.work.replica), self.work.version, shape_TD, given
@@ -84,7 +76,9 @@ class Call:
     @property
     def batch_order(self) -> Any:
         """Where the call stands among those of its pass."""
-        return self.graph.place if self.graph is not None else (self.client, self.request.call)
+        if self.kind is Kind.BACKWARD:
+            return self.graph.place
+        return self.client, self.request.call
 
     def run(self) -> Any:
         """Run a control call."""

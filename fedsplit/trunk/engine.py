@@ -19,7 +19,7 @@ from fedsplit.errors import Draining, FedsplitError, Internal, SessionLost
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
-from fedsplit.trunk.call import BATCHED, Call, Kind
+from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.generation import Generation
 from fedsplit.trunk.scheduler import Scheduler
 from fedsplit.trunk.training import Training
@@ -45,6 +45,7 @@ class TrunkEngine:
 
     Attributes:
         training: Parameters, graphs and contributions; for the engine's thread alone.
+        submit: Queues a call and returns its future; raises why the engine has ended if it has.
         ended: Has a result once the engine was stopped, or the exception that it failed with.
     """
 
@@ -62,8 +63,14 @@ class TrunkEngine:
         self._generation = Generation(trunk, run.generation, clock)
         self._is_virtual = bool(run.policy.sim_slowdown)
         self._scheduler = _scheduler_for(run, clock)
+        self.submit = self._scheduler.submit
         self._on_turn = on_turn
         self._thread = threading.Thread(target=self._loop, name="trunk-engine", daemon=True)
+
+        self._prepare = {
+            Kind.FORWARD: self.training.prepare_forward,
+            Kind.BACKWARD: self.training.prepare_backward,
+        }
 
     # --- called from any thread ---------------------------------------------------------------
 
@@ -78,14 +85,6 @@ class TrunkEngine:
             self.run(lambda: self._scheduler.close(draining), late=True)
         if self._thread.is_alive():
             self._thread.join()
-
-    def submit(self, call: Call) -> "Future[Any]":
-        """Queue a call; the future of its reply.
-
-        Raises:
-            FedsplitError: The engine has stopped or failed.
-        """
-        return self._scheduler.submit(call)
 
     def run(self, work: Callable[[], Any], *, late: bool = False) -> "Future[Any]":
         """Have the engine's thread call `work`; `late`, after the forwards that are queued now."""
@@ -209,9 +208,10 @@ class TrunkEngine:
     def _answer(self, calls: list[Call]) -> None:
         """Run calls and set their futures; a failure is the answer to the calls that it met."""
         try:
-            if calls[0].kind in BATCHED and not calls[0].prepared:
-                size = self.training.prepare(calls[0])
-                calls = self._scheduler.gather(calls[0], size)
+            if not calls[0].prepared and (prepare := self._prepare.get(calls[0].kind)):
+                size = prepare(calls[0])
+                if size > 1:
+                    calls = self._scheduler.gather(calls[0], size)
             replies = self._replies(calls) if calls else []
         except Exception as failure:
             for call in calls:

@@ -81,14 +81,12 @@ class Scheduler:
             return bool(self._arrivals.queue) and self._arrivals.queue[0].priority <= priority
 
     def gather(self, call: Call, size: int) -> list[Call]:
-        """Hold a prepared call until `size` calls of its key are here; all of them, in order.
+        """Hold a prepared call until `size` calls, at least 2, of its key are here; all in order.
 
         Returns:
             The calls of the pass, or nothing while others are awaited. A batch that waits for
             too long comes out of `next_batch` with fewer calls.
         """
-        if size < 2:
-            return [call]
         due = self._clock() + self._batch_wait_s
         batch = self._batches.setdefault(call.batch_key, _Batch(due=due))
         batch.calls.append(call)

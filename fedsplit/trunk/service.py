@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
 
 from fedsplit.errors import (
     ActivationExpired,
@@ -267,44 +267,47 @@ class TrunkService:
         )
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:
-        self._check_dtype("smashed_BTD", request.smashed_BTD)
+        self._check_dtype("smashed_BTD", request.smashed_BTD.dtype)
         if request.training and not session.info.training:
             raise ProtocolError("a training forward in a session that was not opened for training")
         if not request.training:
-            reply: m.ForwardReply = self._wait(
-                self.engine.submit(session.call(Kind.EVALUATE, request))
-            )
+            call = Call(kind=Kind.EVALUATE, client=session.info.client, request=request)
+            reply: m.ForwardReply = self._wait(self.engine.submit(call))
             return reply
+        if not request.is_delta:
+            future: Future[m.ForwardReply] = session.once(
+                Kind.FORWARD, request, self.engine.submit
+            )
+            return self._wait(future)
         forward = self.decoder.decode(session.info.client, request)
-        call = session.call(Kind.FORWARD, forward.whole)
-        return forward.encode(self._wait(session.once(request, call, self.engine.submit)))
+        return forward.encode(
+            self._wait(session.once(Kind.FORWARD, forward.whole, self.engine.submit))
+        )
 
     def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
-        self._check_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD)
-        call = session.call(Kind.BACKWARD, request)
-        future = session.once(request, call, self.engine.submit)
+        self._check_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD.dtype)
+        future: Future[m.BackwardReply] = session.once(Kind.BACKWARD, request, self.engine.submit)
         session.forget(m.ForwardRequest, request.call)
         try:
-            reply: m.BackwardReply = self._wait(future)
-            return reply
+            return self._wait(future)
         except ActivationExpired:
             session.take_back(m.BackwardRequest, request.call, future)
             raise
 
     def _step(self, session: Session, request: m.StepRequest) -> m.StepReply:
-        reply: m.StepReply = self._once(session, Kind.STEP, request)
-        return reply
+        future: Future[m.StepReply] = session.once(Kind.STEP, request, self.engine.submit)
+        return self._wait(future)
 
     def _generate(self, session: Session, request: m.GenerateRequest) -> m.GenerateReply:
-        self._check_dtype("smashed_BTD", request.smashed_BTD)
+        self._check_dtype("smashed_BTD", request.smashed_BTD.dtype)
         for entry in request.entries:
-            self._check_dtype("keys_BHTE", entry.keys_BHTE)
-            self._check_dtype("values_BHTE", entry.values_BHTE)
+            self._check_dtype("keys_BHTE", entry.keys_BHTE.dtype)
+            self._check_dtype("values_BHTE", entry.values_BHTE.dtype)
         if not session.info.generating:
             raise ProtocolError("a session that was not opened to generate; open another one")
+        future: Future[m.GenerateReply] = session.once(Kind.GENERATE, request, self.engine.submit)
         try:
-            reply: m.GenerateReply = self._once(session, Kind.GENERATE, request)
-            return reply
+            return self._wait(future)
         except SessionLost:  # its cache is gone, and so is what it was for
             self._drop(session)
             raise
@@ -361,11 +364,6 @@ class TrunkService:
         """A step of the session that was dropped last: its reply may have been lost before."""
         return self._last_steps.get(client, {}).get((request.session, request.call))
 
-    def _once(self, session: Session, kind: Kind, request: Any) -> Any:
-        """The reply to a request, of which only the first of its name runs."""
-        call = session.call(kind, request)
-        return self._wait(session.once(request, call, self.engine.submit))
-
     def _wait(self, future: "Future[T]") -> T:
         bound = self._run.wire.call_deadline_s
         try:
@@ -400,10 +398,10 @@ class TrunkService:
         with self._lock:  # only now is nothing kept for it any more
             self._sessions.pop(session.info.name, None)
 
-    def _check_dtype(self, name: str, tensor: Tensor) -> None:
-        if tensor.dtype != self._dtype:
+    def _check_dtype(self, name: str, dtype: torch.dtype) -> None:
+        if dtype != self._dtype:
             raise BadTensor(
-                f"{name} is {tensor.dtype}, but this trunk computes in {self._dtype}; "
+                f"{name} is {dtype}, but this trunk computes in {self._dtype}; "
                 "set model.dtype alike at both sides"
             )
 

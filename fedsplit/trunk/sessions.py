@@ -57,17 +57,10 @@ class Session:
     expires_at: float = math.inf
     leaving: "Future[None] | None" = None
 
-    def call(self, kind: Kind, request: Any) -> Call:
-        """A call of this session."""
-        info = self.info
-        return Call(
-            kind=kind, client=info.client, session=info.name, round=info.round, request=request
-        )
-
     def once(
-        self, request: Any, call: Call, submit: "Callable[[Call], Future[Any]]"
+        self, kind: Kind, request: Any, submit: "Callable[[Call], Future[Any]]"
     ) -> "Future[Any]":
-        """The future of a request; only the first request of its name is submitted.
+        """The future of a request; only the first request of its name becomes a call.
 
         Raises:
             ProtocolError: The request is not legal now.
@@ -79,7 +72,15 @@ class Session:
                 raise no_session(self.info.name)
             future = self.replies.get(name)
             if future is None:
-                self.state = advance(self.state, _EVENTS[call.kind], request.call)
+                self.state = advance(self.state, _EVENTS[kind], request.call)
+                info = self.info
+                call = Call(
+                    kind=kind,
+                    client=info.client,
+                    session=info.name,
+                    round=info.round,
+                    request=request,
+                )
                 future = self.replies[name] = submit(call)
                 while len(self.replies) > 2 * self.at_once:
                     self.replies.popitem(last=False)

@@ -16,7 +16,7 @@ from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.batched_pass import BatchedPass, Found, Pass
 from fedsplit.trunk.call import Call, Kind
-from fedsplit.trunk.compute import Compute, Inputs
+from fedsplit.trunk.compute import Compute
 from fedsplit.trunk.guard import require_finite, require_like, require_plausible
 from fedsplit.trunk.replica import Replica, Work
 from fedsplit.trunk.stash import Graph, Stash
@@ -133,26 +133,48 @@ class Training:
             trunk_out_BTD=out_BTD.cpu(), version=versions.current, codec=self._run.wire.down
         )
 
-    def prepare(self, call: Call) -> int:
-        """Give a forward or a backward what it runs on; with how many calls it can share a pass.
+    def prepare_forward(self, call: Call) -> int:
+        """Give a training forward what it runs on; how many calls are to share its pass.
 
         Raises:
             StaleVersion: The trunk has moved on too far since the session's step began.
-            ActivationExpired: The graph of a backward is gone.
-            FedsplitError: A tensor is refused.
+            NonFinite: The smashed data holds NaN or Inf.
         """
-        if call.kind is Kind.FORWARD:
-            return self._prepare_forward(call)
-        return self._prepare_backward(call)
+        dropout = f"trunk/{self._run.seed}/{call.client}/{call.round}/{call.request.call}"
+        call.inputs = self._compute.inputs(call.request, dropout)
+        work = self._works.get(call.session)
+        if work is None:
+            work = self._works[call.session] = self._replica_of(call.client).begin()
+        work.require_current(call.client)
+        call.work, call.prepared = work, True
+        return self.clients_per_pass
+
+    def prepare_backward(self, call: Call) -> int:
+        """Give a backward the graph that it runs through; how many calls are to share its pass.
+
+        Raises:
+            ActivationExpired: The graph is gone.
+            FedsplitError: The gradient is refused.
+        """
+        grad_BTD = call.request.grad_trunk_out_BTD
+        require_finite(grad_BTD, "grad_trunk_out_BTD")
+        graph = self._stash.take(call.session, call.request.call)
+        try:
+            require_like(grad_BTD, graph.trunk_out_BTD)
+        except BadTensor:
+            self._unpin([graph])
+            raise
+        call.graph, call.prepared = graph, True
+        return len(graph.joint.rows) if graph.joint and not graph.joint.broken else 1
 
     def forward(self, calls: Sequence[Call]) -> list[ForwardReply]:
         """Run smashed data through and keep the graphs; several calls are of one kind."""
-        work = _work_of(calls[0])
+        work = calls[0].work
         versions, version = work.replica.versions, work.version
         if len(calls) == 1:
-            output = self._compute.forward(_inputs_of(calls[0]), versions, version)
+            output = self._compute.forward(calls[0].inputs, versions, version)
             return [self._keep(calls[0], output.trunk_out_BTD, output.num_bytes)]
-        joint = self._batched.forward([_inputs_of(call) for call in calls], versions, version)
+        joint = self._batched.forward([call.inputs for call in calls], versions, version)
         outs, num_bytes = joint.trunk_out_BTD.split(joint.rows), joint.num_bytes // len(calls)
         return [
             self._keep(call, out_BTD, num_bytes, joint=joint, place=place)
@@ -164,10 +186,10 @@ class Training:
 
         Where the pass had further members, each call's forward is run again, alone.
         """
-        joint = _graph_of(calls[0]).joint
+        joint = calls[0].graph.joint
         try:
             if joint and len(calls) == len(joint.rows):
-                graph = _graph_of(calls[0])
+                graph = calls[0].graph
                 versions, version = graph.replica.versions, graph.version
                 grads = [call.request.grad_trunk_out_BTD for call in calls]
                 found: Sequence[Found] = self._batched.backward(joint, grads, versions, version)
@@ -179,7 +201,7 @@ class Training:
 
     def release(self, calls: Iterable[Call]) -> None:
         """Let the graphs of backwards go, which have run or will not."""
-        self._unpin([call.graph for call in calls if call.graph])
+        self._unpin([call.graph for call in calls if call.kind is Kind.BACKWARD and call.prepared])
 
     def contribute(self, call: Call, now: float) -> StepReply:
         """Hand what a session accumulated to its barrier.
@@ -270,28 +292,6 @@ class Training:
         versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
         return Replica(versions, self._run, self._compute, self._update)
 
-    def _prepare_forward(self, call: Call) -> int:
-        dropout = f"trunk/{self._run.seed}/{call.client}/{call.round}/{call.request.call}"
-        call.inputs = self._compute.inputs(call.request, dropout)
-        work = self._works.get(call.session)
-        if work is None:
-            work = self._works[call.session] = self._replica_of(call.client).begin()
-        work.require_current(call.client)
-        call.work = work
-        return self.clients_per_pass
-
-    def _prepare_backward(self, call: Call) -> int:
-        grad_BTD = call.request.grad_trunk_out_BTD
-        require_finite(grad_BTD, "grad_trunk_out_BTD")
-        graph = self._stash.take(call.session, call.request.call)
-        try:
-            require_like(grad_BTD, graph.trunk_out_BTD)
-        except BadTensor:
-            self._unpin([graph])
-            raise
-        call.graph = graph
-        return len(graph.joint.rows) if graph.joint and not graph.joint.broken else 1
-
     def _work_for(self, session: str, graph: Graph) -> Work:
         """The session's work; after a step since this graph, new work on the graph's version."""
         if session not in self._works:
@@ -311,9 +311,9 @@ class Training:
         place: int = 0,
     ) -> ForwardReply:
         """Keep the graph of a forward for its backward; the reply."""
-        work = _work_of(call)
+        work = call.work
         graph = Graph(
-            inputs=_inputs_of(call),
+            inputs=call.inputs,
             trunk_out_BTD=trunk_out_BTD,
             replica=work.replica,
             version=work.version,
@@ -332,7 +332,7 @@ class Training:
         )
 
     def _backward_alone(self, call: Call) -> Found:
-        graph = _graph_of(call)
+        graph = call.graph
         versions, version, out_BTD = graph.replica.versions, graph.version, graph.trunk_out_BTD
         if graph.joint:
             graph.joint.broken = True
@@ -352,7 +352,7 @@ class Training:
         self, call: Call, found: Mapping[str, Tensor | None], grad_smashed_BTD: Tensor | None
     ) -> BackwardReply:
         """Accumulate the parameters' gradients of a backward; the reply."""
-        graph, grad_BTD = _graph_of(call), call.request.grad_trunk_out_BTD
+        graph, grad_BTD = call.graph, call.request.grad_trunk_out_BTD
         work = self._work_for(call.session, graph)
         work.add(found, grad_BTD.shape[:2].numel())
         if self._update.keeps_passes:
@@ -382,18 +382,3 @@ class Training:
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _inputs_of(call: Call) -> Inputs:
-    assert call.inputs is not None
-    return call.inputs
-
-
-def _work_of(call: Call) -> Work:
-    assert call.work is not None
-    return call.work
-
-
-def _graph_of(call: Call) -> Graph:
-    assert call.graph is not None
-    return call.graph

@@ -135,8 +135,16 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
 def through_codec(message: M) -> M:
     """The message as its receiver would have it: every tensor a detached, independent copy."""
     original: Any = message
-    how = how_of(message)
-    copies = {f.name: _copied(getattr(original, f.name), *how) for f in traveling(original)}
+    codec, base = how_of(original)
+    copies: dict[str, Any] = {}
+    for name in (each.name for each in traveling(type(original))):
+        value = getattr(original, name)
+        if isinstance(value, Tensor):
+            copies[name] = as_received(value, codec, base)
+        elif isinstance(value, tuple):
+            copies[name] = tuple(map(_copied, value))
+        else:
+            copies[name] = value
     copy: M = type(original)(**copies)
     return copy
 
@@ -157,11 +165,8 @@ def as_received(tensor: Tensor, codec: str, base: Tensor | None = None) -> Tenso
     return decode_tensor(meta, bytearray(raw))
 
 
-def _copied(value: object, codec: str = "none", base: Tensor | None = None) -> object:
-    if isinstance(value, tuple):
-        return tuple(_copied(item) for item in value)
-    if isinstance(value, Tensor):
-        return as_received(value, codec, base)
-    if isinstance(value, KVCacheEntry):
-        return through_codec(value)
-    return value
+def _copied(item: Any) -> Any:
+    """An item of a message: it travels without a codec."""
+    if isinstance(item, Tensor):
+        return as_received(item, "none")
+    return through_codec(item) if isinstance(item, KVCacheEntry) else item

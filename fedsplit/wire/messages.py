@@ -104,7 +104,7 @@ class ForwardRequest(Request[ForwardReply]):
     The mask is absent where it is all ones, and positions where the family makes its own.
 
     With `bases_B` what travels, both ways, are differences from what both sides have had of these
-    examples before (`fedsplit.wire.history`): each is the name of a base, or says that there is
+    examples before (`fedsplit.wire.delta`): each is the name of a base, or says that there is
     none. `references` are those bases, up and down, where the trunk has lost them. The sender's
     `base_BTD` does not travel: with it, `smashed_BTD` arrives as the difference from it.
     """
@@ -119,6 +119,11 @@ class ForwardRequest(Request[ForwardReply]):
     bases_B: Tensor | None = None
     references: tuple[Tensor, ...] = ()
     base_BTD: Tensor | None = field(default=None, metadata=STAYS)
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether the smashed data is a delta to references; see `fedsplit.wire.delta`."""
+        return self.bases_B is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

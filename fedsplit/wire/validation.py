@@ -97,8 +97,8 @@ def _check_forward(request: ForwardRequest, limits: Limits) -> None:
                 f"position_ids of shape {tuple(positions_BT.shape)} do not fit {B} sequences "
                 f"of {T} tokens"
             )
-
-    _check_bases(request)
+    if request.is_delta or request.references:
+        _check_bases(request)
 
 
 def _check_bases(request: ForwardRequest) -> None:

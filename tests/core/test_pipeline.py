@@ -104,4 +104,7 @@ def test_the_first_failure_ends_all():
 
 
 def test_outside_of_a_piece_there_is_nothing_to_overlap_with():
-    assert Errand(2).pipeline.begin(("a", "b")) is None
+    errand = Errand(2)
+    assert not errand.pipeline.is_worker
+    assert errand.pipeline.run([lambda: errand.pipeline.is_worker] * 3) == [True] * 3
+    assert not errand.pipeline.is_worker
