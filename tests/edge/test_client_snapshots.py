@@ -11,7 +11,7 @@ from fedsplit.flower.node import ACTIVE_S, KEPT_RUNS, Node, remove_old_runs
 from fedsplit.runs.folder import RunFolder, new_run_id
 from fedsplit.spec import RunSpec
 from tests.edge.federation import federate, joined, spec_for, without_seconds
-from tests.edge.test_resume import folder_of, interrupted, resumed
+from tests.edge.resuming import folder_of, interrupted, resumed
 
 DAY_S = 86_400.0
 NODE = Node(partition=0, partitions=1, data_path="", device="cpu", tls_ca="", state_dir="kept")

@@ -13,43 +13,21 @@ import pytest
 
 from fedsplit.client.scaling import LossScale
 from fedsplit.config import compose
-from fedsplit.errors import CheckpointError, ConfigError, Diverged
+from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.flower.records import Memory
 from fedsplit.runs.checkpoint import snapshots_in
 from fedsplit.runs.folder import RunFolder
-from fedsplit.spec import RunSpec
 from tests.edge.federation import (
     SGD,
-    client_that,
     federate,
     joined,
     overrides_for,
     spec_for,
     without_seconds,
 )
+from tests.edge.resuming import folder_of, interrupted, resumed
 
 KEPT = ("train.rounds=4", "train.local_steps=2", "train.save_every=1")
-
-
-def breaking_in(round: int):
-    """A client app that fails from this round on, as if the machines were gone."""
-
-    def train(message, context, go_on):
-        if message.content.config_records["fedsplit"]["round"] >= round:
-            raise RuntimeError("the power is gone")
-        return go_on()
-
-    return client_that(train=train)
-
-
-def interrupted(run: RunSpec, round: int) -> RunFolder:
-    with pytest.raises(Diverged, match="the power is gone"):
-        federate(run, breaking_in(round))
-    return folder_of(run)
-
-
-def resumed(run: RunSpec, resume: str = "auto") -> RunFolder:
-    return federate(replace(run, resume=resume))
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +44,6 @@ def run(broken, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(broken.launch.run_dir, runs)
     return replace(broken, launch=replace(broken.launch, run_dir=str(runs)))
-
-
-def folder_of(run: RunSpec) -> RunFolder:
-    return RunFolder(Path(run.launch.run_dir) / run.name)
 
 
 VARIANTS = {

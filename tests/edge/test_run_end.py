@@ -18,7 +18,7 @@ from fedsplit.errors import Diverged, StorageError
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from tests.edge.federation import SGD, federate, joined, spec_for, without_seconds
-from tests.edge.test_resume import folder_of, interrupted, resumed
+from tests.edge.resuming import folder_of, interrupted, resumed
 
 # Server steps this large make the later rounds worse.
 WORSE = (*SGD, "halves.strategy=flwr.serverapp.strategy.FedAdam", "halves.options={eta: 0.3}")
