@@ -76,7 +76,9 @@ def test_clients_alone_share_nothing(tmp_path):
     assert [stats.halves_bytes for stats in folder.rounds()] == [0, 0]
     assert folder.rounds()[1].eval_loss < folder.rounds()[0].eval_loss
     kept = [
-        load_file(folder.path / f"clients/client-{number}/round-0002/personal.safetensors")
+        load_file(
+            folder.path / f"clients/client-{number}" / folder.id / "round-0002/personal.safetensors"
+        )
         for number in range(3)
     ]
     name = next(iter(kept[0]))
