@@ -227,6 +227,7 @@ class CacheSession:
     Args:
         open: Opens a session for so many tokens; its name.
         exchange: Sends a request and returns its reply.
+        forget: Called with the name of a session that the trunk has lost.
         abandoned: Takes the names of sessions that can be closed.
     """
 
@@ -234,11 +235,13 @@ class CacheSession:
         self,
         open: Callable[[int], str],
         exchange: Callable[[m.GenerateRequest], m.GenerateReply],
+        forget: Callable[[str], None],
         abandoned: list[str],
     ) -> None:
         self.is_new = True
         self._open = open
         self._exchange = exchange
+        self._forget = forget
         self._abandoned = abandoned
         self._name = ""
         self._call = 0
@@ -259,6 +262,7 @@ class CacheSession:
 
     def lost(self) -> None:
         """Note that the trunk does not know the session any more."""
+        self._forget(self._name)
         self._name = ""
 
     def abandon(self) -> None:

@@ -200,7 +200,8 @@ class RemoteTrunk:
         return TrunkCache(self._cache_session, max_length or 0, stateless=self._stateless)
 
     def _cache_session(self) -> CacheSession:
-        return CacheSession(self.open_cache, self.exchange, self._abandoned)
+        forget = self._caches.discard
+        return CacheSession(self.open_cache, self.exchange, forget, self._abandoned)
 
     def open_cache(self, cache_tokens: int) -> str:
         """Open a session that generates; closes those that were abandoned."""
@@ -228,7 +229,8 @@ class RemoteTrunk:
         with suppress(FedsplitError):  # or it finds out by itself
             for session in (self._session, *self._caches):
                 if session:
-                    self._link.exchange(m.CloseRequest(session=session))
+                    with suppress(SessionLost):
+                        self._link.exchange(m.CloseRequest(session=session))
 
     # --- training -----------------------------------------------------------------------------
 

@@ -206,6 +206,35 @@ def test_a_session_ends_with_its_cache(end):
         assert here.service.num_sessions == (1 if end == "the next cache" else 0)
 
 
+def test_sessions_that_were_lost_leave_no_name_behind():
+    with scene("llama") as here:
+        alice = here.client()
+        cache, text_1T = alice.model.new_cache(), prompt()
+        for _ in range(5):
+            text_1T = alice.says(text_1T, past_key_values=cache)
+            lost = alice.sent(m.GenerateRequest)[-1].session
+            alice.wire._link.exchange(m.CloseRequest(session=lost))
+        alice.says(text_1T, past_key_values=cache)
+        assert len(alice.sent(m.OpenRequest)) == 6
+        alice.remote.disconnect()
+        assert [each.session for each in alice.sent(m.CloseRequest)] == [
+            alice.sent(m.GenerateRequest)[-1].session
+        ]
+
+
+def test_a_client_that_disconnects_ends_its_sessions_beside_one_that_was_lost():
+    with scene("llama") as here:
+        alice = here.client()
+        caches = [alice.model.new_cache() for _ in range(6)]
+        for cache in caches:
+            alice.says(prompt(), past_key_values=cache)
+        lost = alice.sent(m.GenerateRequest)[0].session
+        alice.wire._link.exchange(m.CloseRequest(session=lost))
+        assert here.service.num_sessions == 5
+        alice.remote.disconnect()
+        assert here.service.num_sessions == 0
+
+
 # --- faults -----------------------------------------------------------------------------------
 
 

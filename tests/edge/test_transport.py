@@ -24,7 +24,7 @@ from fedsplit.spec import WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.frames import SERVICE, to_frame, to_frames
 from fedsplit.transport.server import GrpcServer
-from fedsplit.transport.streams import Streams
+from fedsplit.transport.streams import SESSIONS, Streams
 from fedsplit.wire import messages as m
 from simulations.bench.certificate import self_signed
 from tests.edge.echo import LIMITS, EchoService, forward, linked, serving
@@ -468,6 +468,18 @@ def test_streams_know_a_late_answer_from_a_moved_session() -> None:
     assert lost == ["late"]
     streams.leave(new)
     assert lost == ["late", "moved"]
+
+
+def test_a_stream_remembers_only_so_many_sessions() -> None:
+    lost: list[str] = []
+    streams, stream = Streams(1, lost.append), object()
+    streams.enter(stream)
+    for number in range(3 * SESSIONS):
+        streams.carry(f"session {number}", stream)
+        streams.carry("used all the time", stream)
+    assert lost == [f"session {number}" for number in range(2 * SESSIONS + 1)]
+    streams.leave(stream)
+    assert len(lost) == len(set(lost)) == 3 * SESSIONS + 1
 
 
 def health_of(address: str, name: str) -> int:
