@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedsplit.model.build import SplitModel, split_model
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedsplit.console import ending_with_its_reader, quiet_libraries
 from fedsplit.errors import ConfigError, UnsupportedModel
+from fedsplit.model.build import SplitModel, split_model
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.model.plan import model_class_for, plan_for
 from simulations.tiny import VOCABULARY, tiny_config

@@ -61,7 +61,7 @@ def run_one(run: RunSpec) -> Path:
     run, folder = claim(run)
     print(_heading(run), flush=True)
     if run.resume:
-        print(f"goes on after round {folder.last_snapshot} in {folder.path}", flush=True)
+        print(f"goes on after round {folder.last_checkpoint} in {folder.path}", flush=True)
     with _printing_rounds(folder):
         carry_out(run, folder)
     print(f"\n{closing_table(folder.rounds())}")

@@ -9,12 +9,47 @@ trains as well, on labels that the clients send. Here labels never leave a clien
 frozen, and the client's top trains on the trunk's output. This halves the traffic.
 """
 
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedsplit.client.objective import ClientObjective, Prediction
+from fedsplit.data import TASKS
 from fedsplit.errors import ConfigError
 from fedsplit.flower.strategy import SplitStrategy
+from fedsplit.model.auxiliary import auxiliary_head_of
+from fedsplit.spec import RunSpec
+
+
+class LocalObjective(ClientObjective):
+    """The model's loss, which trains the top, plus the auxiliary head's, which trains the bottom.
+
+    The trunk's output is a constant in mode `isolated`, so no other parameter gets a gradient from
+    both, unless the model ties the weights of its head to those of its embedding.
+
+    Raises:
+        ConfigError: The model has no auxiliary head.
+    """
+
+    trains_bottom: ClassVar = True
+
+    def __init__(self, model: PreTrainedModel, run: RunSpec) -> None:
+        super().__init__(model, run)
+        self._head = auxiliary_head_of(model)
+
+    def loss(self, prediction: Prediction) -> Tensor:
+        """Return the sum of both losses."""
+        logits = self._head(prediction.inputs.get("attention_mask"))
+        smoothing = self.run.train.label_smoothing
+        local = TASKS[self.run.task].loss(logits, prediction.labels, smoothing)
+        return prediction.loss + local
 
 
 class LocalLoss(SplitStrategy):
-    """`SplitStrategy` for a run in mode `isolated`."""
+    """`SplitStrategy` with `LocalObjective`, for a run in mode `isolated`."""
+
+    client_objective: ClassVar = LocalObjective
 
     def check(self) -> None:
         """Raise an error unless bottom and top train apart.

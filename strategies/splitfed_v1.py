@@ -49,4 +49,4 @@ class SplitFedV1(SplitStrategy):
 
     def after_merge(self, shares: Sequence[Share]) -> None:
         """Average the replicas with the weights of their clients."""
-        self.host.service.average({share.work.client: share.weight for share in shares})
+        self.trunk_server.service.average({share.work.client: share.weight for share in shares})

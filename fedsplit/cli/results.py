@@ -79,19 +79,19 @@ class Shards(Command):
         from fedsplit import atomic
         from fedsplit.config import compose
         from fedsplit.data import hold_out, load_corpus, shard
-        from fedsplit.runs.shard_stats import Holdings
+        from fedsplit.runs.shard_stats import RunPartitions
 
         run = compose(self.overrides)
         corpus, _ = hold_out(load_corpus(run.data, run.task), run.data.held_out, run.seed)
-        holdings = Holdings.of(shard(corpus, run.sharding, run.clients, run.seed))
+        partitions = RunPartitions.of(shard(corpus, run.sharding, run.clients, run.seed))
         title = f"{corpus.name}, sharding={run.sharding.kind}, seed={run.seed}"
-        print(f"{one_line(title)}\n\n{holdings.table}")
-        if left_out := corpus.num_bytes - holdings.everybody.bytes:
+        print(f"{one_line(title)}\n\n{partitions.table}")
+        if left_out := corpus.num_bytes - partitions.everybody.bytes:
             print(f"{left_out:,} bytes are left out by {run.sharding.target}")
         if not self.out:
             return
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(out / "shards.json", holdings.json)
-        holdings.plot(out / "shards.png", title)
+        atomic.write_text(out / "shards.json", partitions.json)
+        partitions.plot(out / "shards.png", title)
         print(f"\n{out / 'shards.png'}\n{out / 'shards.json'}")

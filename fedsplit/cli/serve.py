@@ -200,7 +200,7 @@ class Info(Command):
             "largest request": f"{limits.max_rows} sequences of {limits.max_tokens} tokens",
             "hidden size": limits.hidden_size,
             "wire protocol": info.protocol,
-            "incarnation of the server": info.incarnation,
+            "server_instance_id of the server": info.server_instance_id,
         }
         if info.served:
             rows["trunks here, by name"] = ", ".join(info.served)

@@ -194,7 +194,7 @@ class TrunkCache:
             session=session,
             call=call,
             past=past,
-            wanted=tokens,
+            logits_to_keep=tokens,
             smashed_BTD=hidden_BTD,
             rows_B=self._rows_B if past and not self._stateless else None,
             attention_mask_BT=new_mask_BT,

@@ -254,7 +254,7 @@ class RemoteTrunk:
         return self._rpc.run_pieces(pieces)
 
     def step(
-        self, *, step: int, num_tokens: int, ends_sq_norm: float, loss_scale: float = 1.0
+        self, *, step: int, num_tokens: int, client_sq_norm: float, loss_scale: float = 1.0
     ) -> None:
         """Contribute the accumulated gradient to the trunk's next step; waits for no one.
 
@@ -266,7 +266,7 @@ class RemoteTrunk:
             call=self._next_call - 1,
             step=step,
             num_tokens=num_tokens,
-            ends_sq_norm=ends_sq_norm,
+            client_sq_norm=client_sq_norm,
             loss_scale=loss_scale,
         )
         self.exchange(request)
@@ -292,7 +292,7 @@ class RemoteTrunk:
         def contribute(*_: Any) -> None:
             ends = (p.grad for group in optimizer.param_groups for p in group["params"])
             sq_norm = squared_norm(grad for grad in ends if grad is not None)
-            self.step(step=next(steps), num_tokens=1, ends_sq_norm=sq_norm)
+            self.step(step=next(steps), num_tokens=1, client_sq_norm=sq_norm)
 
         return optimizer.register_step_post_hook(contribute)
 

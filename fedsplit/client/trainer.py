@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedsplit.client.footprint import Footprint
+from fedsplit.client.objective import ClientObjective, Prediction
 from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
@@ -25,7 +25,6 @@ from fedsplit.data.batches import Batch, micro_batches
 from fedsplit.data.tasks import TASKS
 from fedsplit.errors import NonFinite, SessionLost, StaleVersion
 from fedsplit.model.acceleration import apply_training_options, autocast, precision_of
-from fedsplit.model.auxiliary import AuxiliaryHead, auxiliary_head_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient, unscale
 from fedsplit.randomness import rng_scope
@@ -89,10 +88,11 @@ class ClientTrainer:
         proximal_mu: Weight of FedProx's term, which pulls back to the values of now.
         shared: Names of the parameters that this term is for; all that train by default.
         loss_scale: Where it was after those steps; in use only while a side is in float16.
+        objective: What is minimized; a strategy's is its `client_objective`.
 
     Raises:
-        ConfigError: The mode is `isolated`, but the model has no auxiliary head; or the family
-            cannot do what the run asks for.
+        ConfigError: The run does not fit the objective; or the family cannot do what the run asks
+            for.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class ClientTrainer:
         proximal_mu: float = 0.0,
         shared: Collection[str] | None = None,
         loss_scale: LossScale = INITIAL_SCALE,
+        objective: type[ClientObjective] = ClientObjective,
     ) -> None:
         apply_training_options(model, run.train)
         trained = trainable(model)
@@ -115,7 +116,7 @@ class ClientTrainer:
         self._trunk = trunk
         self._run = run
         self._task = TASKS[run.task]
-        self._auxiliary = auxiliary_head_of(model) if run.train.mode == "isolated" else None
+        self._objective = objective(model, run)
         pulled = [p for name, p in trained.items() if shared is None or name in shared]
         self._proximal = ProximalTerm(pulled, proximal_mu)
         self._footprint = Footprint(model, run.train.micro_batches)
@@ -131,9 +132,9 @@ class ClientTrainer:
         self._model.train()
         self.optimizer.zero_grad()
         loss = self._forward_backward(batches, num_tokens)
-        own_sq_norm, sq_norm = self._sq_norms()
-        self._step_trunk(num_tokens, own_sq_norm)
-        self.optimizer.step(self.steps, self._clip_coefficient(own_sq_norm, sq_norm))
+        client_sq_norm, sq_norm = self._sq_norms()
+        self._step_trunk(num_tokens, client_sq_norm)
+        self.optimizer.step(self.steps, self._clip_coefficient(client_sq_norm, sq_norm))
         self._count_step()
         return StepStats(loss=loss, num_tokens=num_tokens)
 
@@ -191,21 +192,21 @@ class ClientTrainer:
         self._model.train(False)
         with self._trunk.session(round, training=False), torch.no_grad(), self._autocast():
             for batch in batches:
-                output = self._evaluated(batch, round)
-                nats += output.loss.item() * batch.num_tokens
+                prediction = self._evaluated(batch, round)
+                nats += prediction.loss.item() * batch.num_tokens
                 num_tokens += batch.num_tokens
                 num_bytes += batch.num_bytes
-                num_correct += self._task.num_correct(output.logits, batch.labels)
+                num_correct += self._task.num_correct(prediction.logits, batch.labels)
         return EvalStats(
             nats=nats, num_tokens=num_tokens, num_bytes=num_bytes, num_correct=num_correct
         )
 
-    def _evaluated(self, batch: Batch, round: int) -> Any:
+    def _evaluated(self, batch: Batch, round: int) -> Prediction:
         try:
-            return self._output(batch)
+            return self._predict(batch)
         except SessionLost:
             self._trunk.open(round, training=False)
-            return self._output(batch)
+            return self._predict(batch)
 
     def _step_at_last(self, group: Sequence[Batch], round: int) -> StepStats:
         first_call = self._trunk.next_call
@@ -238,12 +239,9 @@ class ClientTrainer:
         """Forward and backward of one batch; its share in the loss."""
         weight = batch.num_tokens / num_tokens
         with self._footprint.forward(), self._autocast(), self._trunk.examples(batch.examples_B):
-            loss = self._loss(batch) * weight
-            objective = loss
-            if self._auxiliary is not None:
-                objective = loss + self._auxiliary_loss(self._auxiliary, batch) * weight
-        (objective * self._scale).backward()
-        return loss.item()
+            objective, loss = self._losses(batch)
+        (objective * weight * self._scale).backward()
+        return (loss * weight).item()
 
     def _sq_norms(self) -> tuple[float, float]:
         """The squared gradient norm of this client, and of client and trunk together."""
@@ -255,18 +253,18 @@ class ClientTrainer:
             raise NonFinite(f"the gradient of step {self.steps} has norm {both}; it was skipped")
         return own, both
 
-    def _step_trunk(self, num_tokens: int, own_sq_norm: float) -> None:
+    def _step_trunk(self, num_tokens: int, client_sq_norm: float) -> None:
         if self._run.train.mode == "joint":
             self._trunk.step(
                 step=self.steps,
                 num_tokens=num_tokens,
-                ends_sq_norm=own_sq_norm,
+                client_sq_norm=client_sq_norm,
                 loss_scale=self._scale,
             )
 
-    def _clip_coefficient(self, own_sq_norm: float, sq_norm: float) -> float:
+    def _clip_coefficient(self, client_sq_norm: float, sq_norm: float) -> float:
         train = self._run.train
-        clipped = sq_norm if train.clip == "global" else own_sq_norm
+        clipped = sq_norm if train.clip == "global" else client_sq_norm
         return clip_coefficient(clipped, train.clip_norm)
 
     def _count_step(self) -> None:
@@ -275,21 +273,24 @@ class ClientTrainer:
         if self._is_scaled:
             self.loss_scale = self.loss_scale.after_step()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        smoothing = self._run.train.label_smoothing
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what is minimized, and the model's loss, which is reported."""
+        # The prediction ends here, so that its logits take no memory during backward.
+        prediction = self._predict(batch, self._run.train.label_smoothing)
+        return self._objective.loss(prediction), prediction.loss.detach()
+
+    def _predict(self, batch: Batch, smoothing: float = 0.0) -> Prediction:
+        """Run the model's own forward, which makes the loss unless labels are smoothed."""
+        device = self._model.device
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        labels = batch.labels.to(device)
         if smoothing == 0.0:
-            loss: Tensor = self._output(batch).loss
-            return loss
-        logits = self._model(**self._inputs(batch)).logits
-        return self._task.loss(logits, self._labels(batch), smoothing)
-
-    def _auxiliary_loss(self, head: AuxiliaryHead, batch: Batch) -> Tensor:
-        logits = head(self._inputs(batch).get("attention_mask"))
-        return self._task.loss(logits, self._labels(batch), self._run.train.label_smoothing)
-
-    def _output(self, batch: Batch) -> Any:
-        """What the family's own forward returns, with `loss` and `logits`."""
-        return self._model(**self._inputs(batch), labels=self._labels(batch))
+            output = self._model(**inputs, labels=labels)
+            logits, loss = output.logits, output.loss
+        else:
+            logits = self._model(**inputs).logits
+            loss = self._task.loss(logits, labels, smoothing)
+        return Prediction(inputs=inputs, labels=labels, logits=logits, loss=loss)
 
     @property
     def _is_scaled(self) -> bool:
@@ -303,9 +304,3 @@ class ClientTrainer:
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self._run.model, self._model.device)
-
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: tensor.to(self._model.device) for name, tensor in batch.inputs.items()}
-
-    def _labels(self, batch: Batch) -> Tensor:
-        return batch.labels.to(self._model.device)

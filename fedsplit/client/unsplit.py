@@ -50,6 +50,6 @@ class NoTrunk:
         return [piece() for piece in pieces]
 
     def step(
-        self, *, step: int, num_tokens: int, ends_sq_norm: float, loss_scale: float = 1.0
+        self, *, step: int, num_tokens: int, client_sq_norm: float, loss_scale: float = 1.0
     ) -> None:
         """There is nobody to step with."""

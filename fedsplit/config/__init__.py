@@ -7,7 +7,7 @@ is no DictConfig. Their errors become `ConfigError`, with the field, the value a
 from fedsplit.config.commandline import Variants, main
 from fedsplit.config.compose import changed, compose, from_run_config
 from fedsplit.config.schema import from_dictconfig, from_yaml, to_yaml
-from fedsplit.config.targets import build
+from fedsplit.config.targets import build, resolve
 
 __all__ = [
     "Variants",
@@ -18,5 +18,6 @@ __all__ = [
     "from_run_config",
     "from_yaml",
     "main",
+    "resolve",
     "to_yaml",
 ]

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsplit.config.location import conf_dir
+from fedsplit.config.renamed import current_name
 from fedsplit.config.schema import field_names, make_schema, told
 from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec, SplitSpec
@@ -64,6 +65,8 @@ def _parse_one(text: str) -> list[Override]:
         raise ConfigError(f"{text!r} cannot be read; write group=option or field=value") from exc
     if not override.key_or_group:
         raise ConfigError(f"{text!r} names no field; write group=option or field=value")
+    if (name := current_name(override.key_or_group)) != override.key_or_group:
+        return _parse_one(text.replace(override.key_or_group, name, 1))
     if override.key_or_group != "split" or "/" not in text:
         return [override]
     if override.is_sweep_override():

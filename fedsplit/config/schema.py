@@ -16,6 +16,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from fedsplit.config.renamed import with_current_names
 from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec
 
@@ -78,7 +79,7 @@ def from_yaml(text: str) -> RunSpec:
         loaded = yaml.safe_load(text)
         if not isinstance(loaded, dict):
             raise ConfigError(f"config is {loaded!r}, but a run is a mapping of fields")
-        return from_dictconfig(OmegaConf.create(loaded))
+        return from_dictconfig(OmegaConf.create(with_current_names(loaded)))
     except (yaml.YAMLError, OmegaConfBaseException) as exc:
         raise ConfigError(f"config is not YAML of plain values: {_first_line(exc)}") from exc
 

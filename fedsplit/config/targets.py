@@ -6,6 +6,27 @@ from typing import Any
 from fedsplit.errors import ConfigError, FedsplitError
 
 
+def resolve(target: str) -> Any:
+    """Return what an import path names.
+
+    >>> resolve("fractions.Fraction")
+    <class 'fractions.Fraction'>
+
+    Args:
+        target: Such as `flwr.serverapp.strategy.FedAvg`.
+
+    Raises:
+        ConfigError: The path leads to nothing.
+    """
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise ConfigError(
+            f"{target!r} cannot be imported ({exc}); give an import path, such as "
+            "flwr.serverapp.strategy.FedAvg"
+        ) from exc
+
+
 def build(target: str, **options: Any) -> Any:
     """Make the object that an import path names.
 
@@ -19,13 +40,7 @@ def build(target: str, **options: Any) -> Any:
     Raises:
         ConfigError: The path does not lead to a callable, or it refuses the options.
     """
-    try:
-        found = pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as exc:
-        raise ConfigError(
-            f"{target!r} cannot be imported ({exc}); give an import path, such as "
-            "flwr.serverapp.strategy.FedAvg"
-        ) from exc
+    found = resolve(target)
     if not callable(found):
         raise ConfigError(f"{target!r} is {found!r}, which cannot be called; name a class")
     try:

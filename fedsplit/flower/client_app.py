@@ -16,10 +16,11 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedsplit.client.objective import ClientObjective
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer, FitStats
 from fedsplit.client.unsplit import NoTrunk
-from fedsplit.config import from_run_config
+from fedsplit.config import from_run_config, resolve
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import ModelMismatch
 from fedsplit.flower.client_arrays import packed, unpacked
@@ -63,7 +64,7 @@ def hello(message: Message, context: Context) -> Message:
     texts_of(run, node)  # better now than in the middle of a round
     if run.train.save_every:
         hello = Hello.of(message.content)
-        where = node.snapshots_of(run, hello.run_id)
+        where = node.checkpoints_of(run, hello.run_id)
         if hello.resumed:
             Memory.restore(where, hello.resumed, run)
         elif Memory.of(context.state) is None and not where.exists():
@@ -88,6 +89,7 @@ def train(message: Message, context: Context) -> Message:
             proximal_mu=_proximal_mu(message.content),
             shared=half.shared,
             loss_scale=memory.loss_scale,
+            objective=_objective(run),
         )
         trainer.optimizer.load_state(memory.moments)
         stats = trainer.fit(half.share.groups(memory.batches, steps), round=half.join.round)
@@ -101,7 +103,7 @@ def train(message: Message, context: Context) -> Message:
     )
     memory.put_into(context.state)
     if run.train.save_every:
-        memory.save(half.node.snapshots_of(run, half.join.run_id), half.join.round, run)
+        memory.save(half.node.checkpoints_of(run, half.join.run_id), half.join.round, run)
     content = RecordDict({METRICS: MetricRecord(half.numbers_of(stats, memory, begin))})
     if half.shared:
         content[ARRAYS] = packed(to_arrays(half.shared), run.wire.halves)
@@ -112,7 +114,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the loss on this client's held-out data."""
     with _half(message, context) as half:
-        trainer = ClientTrainer(half.model, half.trunk, half.run)
+        trainer = ClientTrainer(half.model, half.trunk, half.run, objective=_objective(half.run))
         stats = trainer.evaluate(half.share.evaluation(), round=half.join.round)
     numbers: Numbers = {
         WEIGHT: stats.num_tokens,
@@ -221,8 +223,16 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
 def _memory(context: Context, node: Node, run: RunSpec, join: JoinInfo) -> Memory:
     kept = Memory.of(context.state)
     if kept is None and join.resumed:
-        return Memory.restore(node.snapshots_of(run, join.run_id), join.resumed, run)
+        return Memory.restore(node.checkpoints_of(run, join.run_id), join.resumed, run)
     return kept or Memory()
+
+
+def _objective(run: RunSpec) -> type[ClientObjective]:
+    """Return what the run's strategy has clients minimize; a baseline runs none of `strategies`."""
+    if run.baseline != "none":
+        return ClientObjective
+    objective: type[ClientObjective] = resolve(run.strategy.target).client_objective
+    return objective
 
 
 def _proximal_mu(content: RecordDict) -> float:

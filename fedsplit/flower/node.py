@@ -33,9 +33,9 @@ from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
 log = logging.getLogger("flwr.fedsplit")
 
 KEPT_RUNS = 3
-"""How many runs of one name a client keeps snapshots of, however old they are."""
+"""How many runs of one name a client keeps checkpoints of, however old they are."""
 ACTIVE_S = 7 * 86_400.0
-"""Seconds for which the snapshots of a run are kept, however many newer runs there are."""
+"""Seconds for which the checkpoints of a run are kept, however many newer runs there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +84,8 @@ class Node:
         """The client's name in the run; the same in every run of the same partition."""
         return f"client-{self.partition}"
 
-    def snapshots_of(self, run: RunSpec, run_id: str) -> Path:
-        """Where this client keeps its snapshots of a run; beside those of other runs of its name.
+    def checkpoints_of(self, run: RunSpec, run_id: str) -> Path:
+        """Where this client keeps its checkpoints of a run; beside those of other runs of its name.
 
         Raises:
             ConfigError: The server sent an id that is none.
@@ -101,7 +101,7 @@ class Node:
 
 
 def remove_old_runs(parent: Path, now: float) -> None:
-    """Bound the snapshots of one client and one name, whose folders are named by run ids.
+    """Bound the checkpoints of one client and one name, whose folders are named by run ids.
 
     The `KEPT_RUNS` runs that were active last are kept, and every run that was active within
     `ACTIVE_S` seconds before `now`, as another run may be using or may resume them.

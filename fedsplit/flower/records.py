@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsplit import atomic
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.errors import CheckpointError, ModelMismatch
-from fedsplit.runs.checkpoint import Snapshot, prune, snapshots_in
+from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune
 from fedsplit.spec import RunSpec
 
 ARRAYS = "arrays"
@@ -113,8 +113,8 @@ class Memory:
             state[name] = to_arrays(getattr(self, name))
 
     def save(self, parent: Path, round: int, run: RunSpec) -> None:
-        """Write a snapshot that a resumed run can go on from."""
-        Snapshot(
+        """Write a checkpoint that a resumed run can go on from."""
+        Checkpoint(
             round=round,
             settings=run.settings,
             facts=self._counts,
@@ -132,16 +132,16 @@ class Memory:
             CheckpointError: It has kept nothing of this run, or what it kept is damaged.
         """
         atomic.recover(parent)
-        kept = {number: path for number, path in snapshots_in(parent).items() if number <= round}
+        kept = {number: path for number, path in checkpoints_in(parent).items() if number <= round}
         if not kept:
             raise CheckpointError(
                 f"{parent} holds nothing of round {round} or before, so this client cannot go on "
                 "with the run; start it where that folder is (node config state-dir), or start "
                 "the run anew without resume"
             )
-        snapshot = Snapshot.read(kept[max(kept)], run)
-        groups: dict[str, Any] = {name: snapshot.tensors[name] for name in _KEPT}
-        return Memory._of(groups, snapshot.facts)
+        checkpoint = Checkpoint.read(kept[max(kept)], run)
+        groups: dict[str, Any] = {name: checkpoint.tensors[name] for name in _KEPT}
+        return Memory._of(groups, checkpoint.facts)
 
     @property
     def _counts(self) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from fedsplit.data import (
     tokenizer_to_json,
     train_tokenizer,
 )
-from fedsplit.flower.keeper import Keeper
 from fedsplit.flower.records import WEIGHT
+from fedsplit.flower.run_recorder import RunRecorder
 from fedsplit.model.describe import config_of, parts_of, whole_of
 from fedsplit.model.placement import devices_of, placed
 from fedsplit.spec import RunSpec
@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     device = run.launch.trunk_device
     parts = parts_of(run, config, devices_of(device)[0]) if run.baseline == "none" else None
     model = parts.client if parts else whole_of(run, config)
-    keeper = Keeper(run, corpus, model, parts, tokenizer)
+    keeper = RunRecorder(run, corpus, model, parts, tokenizer)
     sent = "" if tokenizer is None or run.model.pretrained else tokenizer_to_json(tokenizer)
     method = build(
         run.strategy.target if parts else "fedsplit.flower.strategy.Unsplit",

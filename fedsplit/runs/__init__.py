@@ -1,1 +1,1 @@
-"""What a run keeps on disk, and what is read from it: folder, snapshots, metrics, comparison."""
+"""What a run keeps on disk, and what is read from it: folder, checkpoints, metrics, comparison."""

@@ -1,7 +1,7 @@
-"""Snapshots of a run's state: what server and clients go on from when a run is resumed.
+"""Checkpoints of a run's state: what server and clients go on from when a run is resumed.
 
-A snapshot is a folder `round-0007` of safetensors files and a `snapshot.json` with the sha256 of
-each. It is written atomically (`fedsplit.atomic`), so it is whole or not there at all.
+A checkpoint is a folder `round-0007` of safetensors files and a `checkpoint.json` with the sha256
+of each. It is written atomically (`fedsplit.atomic`), so it is whole or not there at all.
 """
 
 import json
@@ -19,14 +19,14 @@ from fedsplit.model.manifest import sha256_of
 from fedsplit.spec import RunSpec
 
 FORMAT = 2
-"""Version of a snapshot's layout; snapshots of the first had no number."""
+"""Version of a checkpoint's layout; checkpoints of the first had no number."""
 
-_LABEL = "snapshot.json"
+_LABEL = "checkpoint.json"
 _PREFIX = "round-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Snapshot:
+class Checkpoint:
     """The state of one side after a round.
 
     `settings` are those that decide the run's numbers, `facts` are single values, and `tensors`
@@ -39,7 +39,7 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]]
 
     def write(self, parent: Path) -> Path:
-        """Write the snapshot into `parent`, in place of one of the same round."""
+        """Write the checkpoint into `parent`, in place of one of the same round."""
         final = parent / f"{_PREFIX}{self.round:04d}"
         with atomic.new_folder(final) as unfinished:
             for name, group in self.tensors.items():
@@ -56,8 +56,8 @@ class Snapshot:
         return final
 
     @staticmethod
-    def read(path: Path, run: RunSpec) -> "Snapshot":
-        """Read a snapshot of a run with the same settings.
+    def read(path: Path, run: RunSpec) -> "Checkpoint":
+        """Read a checkpoint of a run with the same settings.
 
         Raises:
             CheckpointError: A file is missing or is not the one that was written.
@@ -69,22 +69,22 @@ class Snapshot:
             if not (path / name).is_file() or sha256_of(path / name) != expected:
                 raise CheckpointError(
                     f"{path / name} is missing or damaged (its sha256 is not the one in {_LABEL}); "
-                    f"remove {path} to go on from the snapshot before it"
+                    f"remove {path} to go on from the checkpoint before it"
                 )
         tensors = {Path(name).stem: load_file(path / name) for name in told["files"]}
-        return Snapshot(
+        return Checkpoint(
             round=told["round"], settings=told["settings"], facts=told["facts"], tensors=tensors
         )
 
 
-def snapshots_in(parent: Path) -> dict[int, Path]:
-    """The snapshots in a folder by their round, oldest first."""
+def checkpoints_in(parent: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by their round, oldest first."""
     return dict(sorted(_found(parent)))
 
 
 def prune(parent: Path, oldest_needed: int) -> None:
-    """Remove the snapshots that nobody who goes on from round `oldest_needed` needs."""
-    found = snapshots_in(parent)
+    """Remove the checkpoints that nobody who goes on from round `oldest_needed` needs."""
+    found = checkpoints_in(parent)
     needed = max((number for number in found if number <= oldest_needed), default=0)
     for number, path in found.items():
         if number < needed:
@@ -92,8 +92,8 @@ def prune(parent: Path, oldest_needed: int) -> None:
 
 
 def remove_after(parent: Path, number: int) -> None:
-    """Remove the snapshots of the rounds after `number`, which a resumed run does again."""
-    for later, path in snapshots_in(parent).items():
+    """Remove the checkpoints of the rounds after `number`, which a resumed run does again."""
+    for later, path in checkpoints_in(parent).items():
         if later > number:
             atomic.remove(path)
 
@@ -111,10 +111,10 @@ def _label(path: Path) -> dict[str, Any]:
         if not told.keys() >= {"round", "settings", "facts", "files"}:
             raise ValueError(f"it has the keys {sorted(told)}")
     except (OSError, ValueError, AttributeError) as exc:
-        raise CheckpointError(f"{path} is no snapshot of a run: {exc}") from exc
+        raise CheckpointError(f"{path} is no checkpoint of a run: {exc}") from exc
     if (found := told.get("format", 1)) != FORMAT:
         raise CheckpointError(
-            f"{path} is a snapshot of format {found}, and this version reads {FORMAT}; "
+            f"{path} is a checkpoint of format {found}, and this version reads {FORMAT}; "
             "resume the run with the version that it began with, or begin it anew"
         )
     return told

@@ -1,8 +1,8 @@
 """A run's folder: the one reader of what a run leaves, and what "finished" means.
 
 `run.json` and `config.yaml` are there when the run begins, `metrics.jsonl` grows by a line a round,
-and `snapshots/` by a folder where the run keeps them. `model/` is written last and appears whole: a
-run is finished when it has one.
+and `checkpoints/` by a folder where the run keeps them. `model/` is written last and appears whole:
+a run is finished when it has one.
 """
 
 import itertools
@@ -87,7 +87,9 @@ class RunFolder:
             return waiting[-1] if waiting else None
         folder = RunFolder(Path(run.resume).resolve())
         if not folder._can_go_on:
-            found = "is finished" if folder.is_finished else "has no snapshot"
+            found = "is finished" if folder.is_finished else "has no checkpoint"
+            if (folder.path / "snapshots").is_dir():
+                found = "has checkpoints of format 1 (snapshots/), which this version does not read"
             raise ConfigError(
                 f"resume={run.resume}: {folder.path} {found}; name the folder of a run with "
                 "train.save_every that was interrupted, or leave resume out to begin anew"
@@ -126,8 +128,8 @@ class RunFolder:
             found = json.loads(file.read_text(encoding="utf-8"))["id"]
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise CheckpointError(
-                f"{file} has no run id ({exc!r}), so the clients' snapshots cannot be found; begin "
-                "the run anew without resume"
+                f"{file} has no run id ({exc!r}), so the clients' checkpoints cannot be found; "
+                "begin the run anew without resume"
             ) from exc
         return str(found)
 
@@ -162,9 +164,9 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
-    def snapshots(self) -> Path:
-        """Where the server's snapshots are."""
-        return self.path / "snapshots"
+    def checkpoints(self) -> Path:
+        """Where the server's checkpoints are."""
+        return self.path / "checkpoints"
 
     @property
     def best(self) -> Path:
@@ -172,7 +174,7 @@ class RunFolder:
         return self.path / "best"
 
     @property
-    def last_snapshot(self) -> int:
+    def last_checkpoint(self) -> int:
         """The round that a resumed run goes on after."""
         return max(self._kept)
 
@@ -217,7 +219,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what a killed process left unfinished, and what a finished run needs no more."""
-        for folder in (self.path, self.snapshots, self.best):
+        for folder in (self.path, self.checkpoints, self.best):
             atomic.recover(folder)
         if self.is_finished:
             atomic.remove(self.best)
@@ -269,9 +271,9 @@ class RunFolder:
     @property
     def _kept(self) -> dict[int, Path]:
         # It imports torch, and those who only read a folder's numbers start without it.
-        from fedsplit.runs.checkpoint import snapshots_in
+        from fedsplit.runs.checkpoint import checkpoints_in
 
-        return snapshots_in(self.snapshots)
+        return checkpoints_in(self.checkpoints)
 
     def _require_config(self) -> None:
         if not self._config.is_file():

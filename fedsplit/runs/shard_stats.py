@@ -23,7 +23,7 @@ COLORED = 20  # labels that have a color of their own in the picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
+class PartitionStats:
     """What one client has; `labels` is how much it has of each, the largest first."""
 
     client: str
@@ -32,13 +32,13 @@ class Holding:
     labels: dict[str, int]
 
     @staticmethod
-    def of(client: str, corpora: Sequence[Corpus]) -> "Holding":
+    def of(client: str, corpora: Sequence[Corpus]) -> "PartitionStats":
         """Count some corpora as one."""
         documents = [document for corpus in corpora for document in corpus.documents]
         amounts = Counter[str]()
         for document in documents:
             amounts[document.label or document.group] += 1 if document.label else document.num_bytes
-        return Holding(
+        return PartitionStats(
             client=client,
             documents=len(documents),
             bytes=sum(corpus.num_bytes for corpus in corpora),
@@ -53,21 +53,22 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holdings:
+class RunPartitions:
     """What each client has, and all of them together."""
 
-    clients: tuple[Holding, ...]
-    everybody: Holding
+    clients: tuple[PartitionStats, ...]
+    everybody: PartitionStats
     labelled: bool
 
     @staticmethod
-    def of(shards: Sequence[Corpus]) -> "Holdings":
+    def of(shards: Sequence[Corpus]) -> "RunPartitions":
         """Count shards, that of client-0 first."""
-        return Holdings(
+        return RunPartitions(
             clients=tuple(
-                Holding.of(f"client-{number}", [corpus]) for number, corpus in enumerate(shards)
+                PartitionStats.of(f"client-{number}", [corpus])
+                for number, corpus in enumerate(shards)
             ),
-            everybody=Holding.of("all", shards),
+            everybody=PartitionStats.of("all", shards),
             labelled=any(document.label for corpus in shards for document in corpus.documents),
         )
 

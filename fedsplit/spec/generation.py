@@ -15,17 +15,18 @@ class GenerationSpec:
 
     A pass of the trunk takes one token of every session that waits, and beside them at most
     `chunk_tokens` of prompts. It begins when everybody of the pass before has asked again, or
-    `gather_s` seconds after the first. `stateless_bytes` bounds a message that carries a cache.
+    `max_queue_delay_s` seconds after the first. `stateless_bytes` bounds a message that carries a
+    cache.
     """
 
     session_tokens: int = 16384
     cache_bytes: int = 2 << 30
     ttl_s: float = 600.0
     chunk_tokens: int = 256
-    gather_s: float = 0.01
+    max_queue_delay_s: float = 0.01
     stateless_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
         for name in ("session_tokens", "cache_bytes", "ttl_s", "chunk_tokens", "stateless_bytes"):
             positive(f"generation.{name}", getattr(self, name))
-        at_least("generation.gather_s", self.gather_s, 0)
+        at_least("generation.max_queue_delay_s", self.max_queue_delay_s, 0)

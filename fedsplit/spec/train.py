@@ -39,7 +39,7 @@ class TrainSpec:
     fails, a part says so once and trains as it is.
 
     The trunk takes `clients_per_pass` clients' calls of one shape through its blocks at once; a
-    call waits at most `pass_wait_s` seconds for others.
+    call waits at most `max_queue_delay_s` seconds for others.
 
     Held-out loss is measured every `evaluate_every` rounds and in the last. Training stops early
     after `patience` such rounds without improvement (0: never), `load_best` keeps the best of
@@ -76,7 +76,7 @@ class TrainSpec:
     compile_client: str = "off"
     compile_trunk: str = "off"
     clients_per_pass: int = 1
-    pass_wait_s: float = 0.2
+    max_queue_delay_s: float = 0.2
 
     def __post_init__(self) -> None:
         counts = ("rounds", "local_steps", "batch_size", "accumulation", "micro_batches")
@@ -91,7 +91,7 @@ class TrainSpec:
             one_of(f"train.{name}", getattr(self, name), _MODES, later=_WITH_CUDA_GRAPHS)
         positive("train.lr", self.lr)
         positive("train.eps", self.eps)
-        positive("train.pass_wait_s", self.pass_wait_s)
+        positive("train.max_queue_delay_s", self.max_queue_delay_s)
         for name in ("beta1", "beta2", "momentum", "label_smoothing"):
             within(f"train.{name}", getattr(self, name), 0.0, 1.0)
         bounds = ("local_epochs", "max_steps", "warmup_steps", "patience", "save_every")

@@ -163,18 +163,18 @@ class OpenRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("session", "incarnation", "version", "limits", "autocast")
+    __slots__ = ("session", "server_instance_id", "version", "limits", "autocast")
     SESSION_FIELD_NUMBER: _ClassVar[int]
-    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     session: str
-    incarnation: str
+    server_instance_id: str
     version: int
     limits: Limits
     autocast: str
-    def __init__(self, session: _Optional[str] = ..., incarnation: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec", "bases_B", "references")
@@ -233,20 +233,20 @@ class BackwardReply(_message.Message):
     def __init__(self, grad_smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., trunk_sq_norm: _Optional[float] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("session", "call", "step", "num_tokens", "ends_sq_norm", "loss_scale")
+    __slots__ = ("session", "call", "step", "num_tokens", "client_sq_norm", "loss_scale")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    ENDS_SQ_NORM_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_SQ_NORM_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     step: int
     num_tokens: int
-    ends_sq_norm: float
+    client_sq_norm: float
     loss_scale: float
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., step: _Optional[int] = ..., num_tokens: _Optional[int] = ..., ends_sq_norm: _Optional[float] = ..., loss_scale: _Optional[float] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., step: _Optional[int] = ..., num_tokens: _Optional[int] = ..., client_sq_norm: _Optional[float] = ..., loss_scale: _Optional[float] = ...) -> None: ...
 
 class StepReply(_message.Message):
     __slots__ = ("version",)
@@ -265,11 +265,11 @@ class KVCacheEntry(_message.Message):
     def __init__(self, block: _Optional[int] = ..., keys_BHTE: _Optional[_Union[TensorMeta, _Mapping]] = ..., values_BHTE: _Optional[_Union[TensorMeta, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("session", "call", "past", "wanted", "smashed_BTD", "rows_B", "attention_mask_BT", "position_ids_BT", "record_past", "stateless", "entries")
+    __slots__ = ("session", "call", "past", "logits_to_keep", "smashed_BTD", "rows_B", "attention_mask_BT", "position_ids_BT", "record_past", "stateless", "entries")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     PAST_FIELD_NUMBER: _ClassVar[int]
-    WANTED_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_TO_KEEP_FIELD_NUMBER: _ClassVar[int]
     SMASHED_BTD_FIELD_NUMBER: _ClassVar[int]
     ROWS_B_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_MASK_BT_FIELD_NUMBER: _ClassVar[int]
@@ -280,7 +280,7 @@ class GenerateRequest(_message.Message):
     session: str
     call: int
     past: int
-    wanted: int
+    logits_to_keep: int
     smashed_BTD: TensorMeta
     rows_B: TensorMeta
     attention_mask_BT: TensorMeta
@@ -288,7 +288,7 @@ class GenerateRequest(_message.Message):
     record_past: bool
     stateless: bool
     entries: _containers.RepeatedCompositeFieldContainer[KVCacheEntry]
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., past: _Optional[int] = ..., wanted: _Optional[int] = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., rows_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., record_past: bool = ..., stateless: bool = ..., entries: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., past: _Optional[int] = ..., logits_to_keep: _Optional[int] = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., rows_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., record_past: bool = ..., stateless: bool = ..., entries: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("trunk_out_BTD", "entries")
@@ -358,9 +358,9 @@ class ServiceInfoRequest(_message.Message):
     def __init__(self, served: _Optional[str] = ...) -> None: ...
 
 class ServiceInfoReply(_message.Message):
-    __slots__ = ("protocol", "incarnation", "model", "family", "blocks", "version", "sessions", "limits", "served")
+    __slots__ = ("protocol", "server_instance_id", "model", "family", "blocks", "version", "sessions", "limits", "served")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
-    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -369,7 +369,7 @@ class ServiceInfoReply(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVED_FIELD_NUMBER: _ClassVar[int]
     protocol: int
-    incarnation: str
+    server_instance_id: str
     model: str
     family: str
     blocks: str
@@ -377,4 +377,4 @@ class ServiceInfoReply(_message.Message):
     sessions: int
     limits: Limits
     served: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served: _Optional[_Iterable[str]] = ...) -> None: ...

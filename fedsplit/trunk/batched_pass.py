@@ -44,7 +44,7 @@ class _Seen:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Pass:
+class BatchedForward:
     """A forward of several members; `rows` says how many sequences are whose.
 
     It is `broken` once a member's backward has run without the others': then none waits any more.
@@ -86,7 +86,9 @@ class BatchedPass:
                 log.warning("clients of %s take turns: %s", self._trunk.family.__name__, why)
         return self._can
 
-    def forward(self, members: Sequence[Inputs], versions: ParameterVersions, version: int) -> Pass:
+    def forward(
+        self, members: Sequence[Inputs], versions: ParameterVersions, version: int
+    ) -> BatchedForward:
         """The trunk's output for all members, whose masks and positions are of one shape."""
         inputs = Inputs(
             smashed_BTD=torch.cat([each.smashed_BTD.detach() for each in members]),
@@ -97,7 +99,7 @@ class BatchedPass:
         seen: list[_Seen] = []
         with self._watched(seen):
             output = self._compute.forward(inputs, versions, version)
-        return Pass(
+        return BatchedForward(
             smashed_BTD=inputs.smashed_BTD,
             trunk_out_BTD=output.trunk_out_BTD,
             num_bytes=output.num_bytes,
@@ -107,20 +109,20 @@ class BatchedPass:
 
     def backward(
         self,
-        joint: Pass,
+        batched: BatchedForward,
         grads: Sequence[Tensor],
         versions: ParameterVersions,
         version: int,
     ) -> list[Found]:
         """What every member finds, in their order."""
-        wanted, out_BTD = [joint.smashed_BTD], joint.trunk_out_BTD
+        wanted, out_BTD = [batched.smashed_BTD], batched.trunk_out_BTD
         (grad_smashed_BTD,) = self._compute.backward(
             out_BTD, wanted, torch.cat(list(grads)), versions, version
         )
         assert grad_smashed_BTD is not None, "the output depends on the smashed data"
         with versions.installed(version):
-            own = self._own_gradients(joint)
-        return list(zip(own, grad_smashed_BTD.split(joint.rows), strict=True))
+            own = self._own_gradients(batched)
+        return list(zip(own, grad_smashed_BTD.split(batched.rows), strict=True))
 
     @contextmanager
     def _watched(self, seen: list[_Seen]) -> Iterator[None]:
@@ -147,13 +149,13 @@ class BatchedPass:
             for handle in handles:
                 handle.remove()
 
-    def _own_gradients(self, joint: Pass) -> list[dict[str, Tensor]]:
-        own: list[dict[str, Tensor]] = [{} for _ in joint.rows]
-        for call in joint.seen:
+    def _own_gradients(self, batched: BatchedForward) -> list[dict[str, Tensor]]:
+        own: list[dict[str, Tensor]] = [{} for _ in batched.rows]
+        for call in batched.seen:
             if call.grad_output is None:  # nothing came back through it
                 continue
             module, names = self._trunk.get_submodule(call.module), self._owners[call.module]
-            inputs, grads = (_parted(t, joint.rows) for t in (call.input, call.grad_output))
+            inputs, grads = (_parted(t, batched.rows) for t in (call.input, call.grad_output))
             for total, given, grad in zip(own, inputs, grads, strict=True):
                 with self._compute.autocast():
                     found = _gradients(module, names, given, grad)
@@ -165,14 +167,14 @@ class BatchedPass:
         version = versions.current
         members = [self._made_up(rows, seed) for seed, rows in enumerate((1, 2))]
         try:
-            joint = self.forward(members, versions, version)
+            batched = self.forward(members, versions, version)
             grads = [torch.ones_like(each.smashed_BTD) for each in members]
-            together = self.backward(joint, grads, versions, version)
+            together = self.backward(batched, grads, versions, version)
             alone = [self._alone(*each, versions) for each in zip(members, grads, strict=True)]
         except (CannotShare, *FAMILY_ERRORS) as exc:
-            log.info("a joint pass failed: %s", exc)
+            log.info("a batched pass failed: %s", exc)
             return False
-        outs = joint.trunk_out_BTD.split(joint.rows)
+        outs = batched.trunk_out_BTD.split(batched.rows)
         return all(
             _close(mine_BTD, theirs_BTD) and _same(mine, theirs)
             for mine_BTD, mine, (theirs_BTD, theirs) in zip(outs, together, alone, strict=True)

@@ -68,7 +68,7 @@ class Call:
     def batch_key(self) -> Hashable:
         """Equal for prepared calls that can run as one pass."""
         if self.kind is Kind.BACKWARD:
-            return id(self.graph.joint or self.graph)
+            return id(self.graph.batched or self.graph)
         shape_TD = self.inputs.smashed_BTD.shape[1:]
         given = self.inputs.attention_mask_BT is not None, self.inputs.position_ids_BT is not None
         return id(self.work.replica), self.work.version, shape_TD, given

@@ -275,7 +275,7 @@ class TrunkEngine:
 
 
 def _scheduler_for(run: RunSpec, clock: Callable[[], float]) -> Scheduler:
-    wait_s = run.train.pass_wait_s
+    wait_s = run.train.max_queue_delay_s
     if slowdown := run.policy.sim_slowdown:
         return VirtualTimeScheduler(slowdown, run.wire.call_deadline_s, wait_s, clock)
     return Scheduler(wait_s, clock)

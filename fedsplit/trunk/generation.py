@@ -139,7 +139,7 @@ class Generation:
         if self._awaited <= self._waiting.keys() or any(a.out for a in self._waiting.values()):
             return 0.0
         first = min(pending.since for pending in self._waiting.values())
-        return max(0.0, first + self._spec.gather_s - self._clock())
+        return max(0.0, first + self._spec.max_queue_delay_s - self._clock())
 
     def run_pass(self) -> None:
         """Take in the next tokens of who waits, and answer those who are through."""
@@ -307,7 +307,7 @@ class Generation:
             kept.num_bytes = num_bytes(kept.cache)
         self._awaited.add(pending.call.session)
         out_BTD = pending.out[0] if len(pending.out) == 1 else torch.cat(pending.out, dim=1)
-        reply_BTD = out_BTD[:, -request.wanted :].contiguous().cpu()
+        reply_BTD = out_BTD[:, -request.logits_to_keep :].contiguous().cpu()
         pending.call.future.set_result(GenerateReply(trunk_out_BTD=reply_BTD, entries=entries))
 
     def _make_room(self, busy: set[str]) -> None:

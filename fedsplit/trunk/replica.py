@@ -134,7 +134,7 @@ class Replica:
         if request.loss_scale != 1.0:
             unscale(work.gradients.values(), request.loss_scale)
             trunk_sq_norm = squared_norm(work.gradients.values())
-        sq_norm = total_sq_norm(trunk_sq_norm, request.ends_sq_norm, self._run.train)
+        sq_norm = total_sq_norm(trunk_sq_norm, request.client_sq_norm, self._run.train)
         require_finite(torch.tensor(sq_norm, dtype=torch.float64), "the squared gradient norm")
         clip(work.gradients.values(), sq_norm, self._run.train)
         decision = self.notify(
@@ -152,7 +152,7 @@ class Replica:
             client=client,
             gradients=work.gradients,
             sq_norm=sq_norm,
-            client_sq_norm=request.ends_sq_norm,
+            client_sq_norm=request.client_sq_norm,
             loss_scale=request.loss_scale,
             step=request.step,
             passes=work.passes,

@@ -63,7 +63,7 @@ class TrunkService:
         update: type[TrunkUpdate] = TrunkUpdate,
     ) -> None:
         self.engine = TrunkEngine(trunk, run, clock, update=update, on_turn=self.expire_sessions)
-        self.incarnation = secrets.token_hex(8)
+        self.server_instance_id = secrets.token_hex(8)
         self.limits = m.Limits(
             max_rows=run.train.batch_size,
             max_tokens=run.data.sequence_length,
@@ -260,7 +260,7 @@ class TrunkService:
         version = self._wait(self.engine.join(client)) if info.training else self.engine.version
         return m.OpenReply(
             session=info.name,
-            incarnation=self.incarnation,
+            server_instance_id=self.server_instance_id,
             version=version,
             limits=self.limits,
             autocast=self._autocast,
@@ -275,9 +275,7 @@ class TrunkService:
             reply: m.ForwardReply = self._wait(self.engine.submit(call))
             return reply
         if not request.is_delta:
-            future: Future[m.ForwardReply] = session.once(
-                Kind.FORWARD, request, self.engine.submit
-            )
+            future: Future[m.ForwardReply] = session.once(Kind.FORWARD, request, self.engine.submit)
             return self._wait(future)
         forward = self.decoder.decode(session.info.client, request)
         return forward.encode(
@@ -338,7 +336,7 @@ class TrunkService:
     def _info(self) -> m.ServiceInfoReply:
         return m.ServiceInfoReply(
             protocol=m.PROTOCOL,
-            incarnation=self.incarnation,
+            server_instance_id=self.server_instance_id,
             model=self._model,
             family=self._family,
             blocks=str(self._run.split),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsplit.errors import ActivationExpired
-from fedsplit.trunk.batched_pass import Pass
+from fedsplit.trunk.batched_pass import BatchedForward
 from fedsplit.trunk.compute import Inputs
 from fedsplit.trunk.replica import Replica
 
@@ -17,7 +17,7 @@ class Graph:
     """One forward of the trunk, from its inputs to its output, on a version of a replica.
 
     `barrier_version` counts the barriers that had closed when that version was chosen. Where
-    several clients shared a pass, this is member number `place` of the `joint` one.
+    several clients shared a pass, this is member number `place` of the `batched` one.
     """
 
     inputs: Inputs
@@ -27,7 +27,7 @@ class Graph:
     barrier_version: int
     num_bytes: int
     expires_at: float
-    joint: Pass | None = None
+    batched: BatchedForward | None = None
     place: int = 0
 
 
@@ -36,7 +36,7 @@ class Stash:
 
     Args:
         budget_bytes: What all graphs together may hold; of the session that holds most, the oldest
-            make way for a new one, each with all others of its joint pass.
+            make way for a new one, each with all others of its batched pass.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -99,8 +99,10 @@ class Stash:
 
     def _drop_pass(self, key: tuple[str, int]) -> list[Graph]:
         """Forget a graph and those that share its pass, as all of them are what is freed."""
-        joint = self._graphs[key].joint
-        members = [each for each, graph in self._graphs.items() if joint and graph.joint is joint]
+        batched = self._graphs[key].batched
+        members = [
+            each for each, graph in self._graphs.items() if batched and graph.batched is batched
+        ]
         return [graph for each in members or [key] for graph in self.drop(*each)]
 
     def _first_to_go(self) -> tuple[str, int]:
@@ -113,6 +115,6 @@ class Stash:
 
 
 def _bytes_of(graphs: Collection[Graph]) -> int:
-    """What graphs hold; a joint pass is held as a whole while any member's graph is."""
-    joints = {id(graph.joint): graph.joint.num_bytes for graph in graphs if graph.joint}
-    return sum(joints.values()) + sum(graph.num_bytes for graph in graphs if not graph.joint)
+    """What graphs hold; a batched pass is held as a whole while any member's graph is."""
+    joints = {id(graph.batched): graph.batched.num_bytes for graph in graphs if graph.batched}
+    return sum(joints.values()) + sum(graph.num_bytes for graph in graphs if not graph.batched)

@@ -14,7 +14,7 @@ from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
-from fedsplit.trunk.batched_pass import BatchedPass, Found, Pass
+from fedsplit.trunk.batched_pass import BatchedForward, BatchedPass, Found
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.compute import Compute
 from fedsplit.trunk.guard import require_finite, require_like, require_plausible
@@ -165,7 +165,7 @@ class Training:
             self._unpin([graph])
             raise
         call.graph, call.prepared = graph, True
-        return len(graph.joint.rows) if graph.joint and not graph.joint.broken else 1
+        return len(graph.batched.rows) if graph.batched and not graph.batched.broken else 1
 
     def forward(self, calls: Sequence[Call]) -> list[ForwardReply]:
         """Run smashed data through and keep the graphs; several calls are of one kind."""
@@ -174,10 +174,10 @@ class Training:
         if len(calls) == 1:
             output = self._compute.forward(calls[0].inputs, versions, version)
             return [self._keep(calls[0], output.trunk_out_BTD, output.num_bytes)]
-        joint = self._batched.forward([call.inputs for call in calls], versions, version)
-        outs, num_bytes = joint.trunk_out_BTD.split(joint.rows), joint.num_bytes // len(calls)
+        batched = self._batched.forward([call.inputs for call in calls], versions, version)
+        outs, num_bytes = batched.trunk_out_BTD.split(batched.rows), batched.num_bytes // len(calls)
         return [
-            self._keep(call, out_BTD, num_bytes, joint=joint, place=place)
+            self._keep(call, out_BTD, num_bytes, batched=batched, place=place)
             for place, (call, out_BTD) in enumerate(zip(calls, outs, strict=True))
         ]
 
@@ -186,13 +186,13 @@ class Training:
 
         Where the pass had further members, each call's forward is run again, alone.
         """
-        joint = calls[0].graph.joint
+        batched = calls[0].graph.batched
         try:
-            if joint and len(calls) == len(joint.rows):
+            if batched and len(calls) == len(batched.rows):
                 graph = calls[0].graph
                 versions, version = graph.replica.versions, graph.version
                 grads = [call.request.grad_trunk_out_BTD for call in calls]
-                found: Sequence[Found] = self._batched.backward(joint, grads, versions, version)
+                found: Sequence[Found] = self._batched.backward(batched, grads, versions, version)
             else:
                 found = [self._backward_alone(call) for call in calls]
             return [self._accumulate(call, *each) for call, each in zip(calls, found, strict=True)]
@@ -307,7 +307,7 @@ class Training:
         call: Call,
         trunk_out_BTD: Tensor,
         num_bytes: int,
-        joint: Pass | None = None,
+        batched: BatchedForward | None = None,
         place: int = 0,
     ) -> ForwardReply:
         """Keep the graph of a forward for its backward; the reply."""
@@ -320,7 +320,7 @@ class Training:
             barrier_version=work.barrier_version,
             num_bytes=num_bytes,
             expires_at=self._clock() + self._run.wire.stash_ttl_s,
-            joint=joint,
+            batched=batched,
             place=place,
         )
         graph.replica.versions.pin(graph.version)
@@ -334,8 +334,8 @@ class Training:
     def _backward_alone(self, call: Call) -> Found:
         graph = call.graph
         versions, version, out_BTD = graph.replica.versions, graph.version, graph.trunk_out_BTD
-        if graph.joint:
-            graph.joint.broken = True
+        if graph.batched:
+            graph.batched.broken = True
             out_BTD = self._compute.forward(graph.inputs, versions, version).trunk_out_BTD
         leaves = versions.leaves(version)
         smashed = [graph.inputs.smashed_BTD] if call.request.want_grad else []

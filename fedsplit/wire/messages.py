@@ -48,14 +48,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenReply(Reply):
-    """A new session; `incarnation` is random per start of the server.
+    """A new session; `server_instance_id` is random per start of the server.
 
     `autocast` is the precision of the trunk's matrix products, empty where it is the model's own:
     where it is float16, the client has to scale its losses.
     """
 
     session: str
-    incarnation: str
+    server_instance_id: str
     version: int
     limits: Limits
     autocast: str = ""
@@ -162,16 +162,16 @@ class StepRequest(Request[StepReply]):
     """Contributes the gradient accumulated since the last step.
 
     `call` is the last backward's, `step` the client's own count of optimizer steps (it places
-    the learning rate), `num_tokens` the weight among clients and `ends_sq_norm` the squared
+    the learning rate), `num_tokens` the weight among clients and `client_sq_norm` the squared
     gradient norm of bottom and top. All gradients that crossed since the last step are
-    `loss_scale` times what they should be; `ends_sq_norm` is not.
+    `loss_scale` times what they should be; `client_sq_norm` is not.
     """
 
     session: str
     call: int
     step: int
     num_tokens: int
-    ends_sq_norm: float
+    client_sq_norm: float
     loss_scale: float = 1.0
 
 
@@ -186,7 +186,7 @@ class KVCacheEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerateReply(Reply):
-    """The trunk's output for the last `wanted` tokens of the request.
+    """The trunk's output for the last `logits_to_keep` tokens of the request.
 
     `entries` are the keys and values of the request's own tokens, if it brought its cache.
     """
@@ -212,7 +212,7 @@ class GenerateRequest(Request[GenerateReply]):
     session: str
     call: int
     past: int
-    wanted: int
+    logits_to_keep: int
     smashed_BTD: Tensor
     rows_B: Tensor | None = None
     attention_mask_BT: Tensor | None = None
@@ -276,7 +276,7 @@ class ServiceInfoReply(Reply):
     """
 
     protocol: int
-    incarnation: str
+    server_instance_id: str
     model: str
     family: str
     blocks: str

@@ -31,10 +31,10 @@ _LEAST = {
     "step": 0,
     "round": 0,
     "num_tokens": 1,
-    "ends_sq_norm": 0,
+    "client_sq_norm": 0,
     "loss_scale": 1,
     "past": 0,
-    "wanted": 1,
+    "logits_to_keep": 1,
     "cache_tokens": 0,
 }
 
@@ -71,7 +71,7 @@ def check_reply(request: Request[Any], reply: Reply) -> None:
         if reply.grad_smashed_BTD is not None:
             _check_like("grad_smashed", reply.grad_smashed_BTD, request.grad_trunk_out_BTD)
     if isinstance(request, GenerateRequest) and isinstance(reply, GenerateReply):
-        wanted_BTD = request.smashed_BTD[:, -request.wanted :]
+        wanted_BTD = request.smashed_BTD[:, -request.logits_to_keep :]
         _check_like("trunk_out", reply.trunk_out_BTD, wanted_BTD)
 
 
@@ -134,8 +134,8 @@ def _check_generate(request: GenerateRequest, limits: Limits) -> None:
             f"{B} sequences of {request.past} + {T} tokens are {num_tokens}; a session of this "
             f"trunk holds at most {limits.session_tokens} (generation.session_tokens)"
         )
-    if request.wanted > T:
-        raise ProtocolError(f"wanted={request.wanted} of {T} tokens")
+    if request.logits_to_keep > T:
+        raise ProtocolError(f"logits_to_keep={request.logits_to_keep} of {T} tokens")
     if (rows_B := request.rows_B) is not None:
         if rows_B.is_floating_point() or tuple(rows_B.shape) != (B,):
             raise BadTensor(

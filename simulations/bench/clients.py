@@ -191,6 +191,6 @@ def _hollow(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
     def step() -> None:
         out_BTD = trunk(smashed_BTD.clone().requires_grad_())
         out_BTD.backward(smashed_BTD / smashed_BTD.numel())
-        trunk.step(step=0, num_tokens=num_tokens, ends_sq_norm=0.0)
+        trunk.step(step=0, num_tokens=num_tokens, client_sq_norm=0.0)
 
     return step

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from fedsplit.model.build import initial_whole
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel
 
 from fedsplit.data.batches import Batch
 from fedsplit.model import ClientPart, TrunkPart, build_client, build_trunk
+from fedsplit.model.build import initial_whole
 from fedsplit.model.lora import add_adapters
 from fedsplit.spec import DataSpec, LoraSpec, RunSpec, SplitSpec, TrainSpec
 
@@ -53,7 +53,7 @@ class Shape:
                 batch_size=self.rows,
                 micro_batches=self.micro_batches,
                 clients_per_pass=self.together,
-                pass_wait_s=PASS_WAIT_S,
+                max_queue_delay_s=PASS_WAIT_S,
             ),
             lora=LoraSpec(enabled=self.lora_rank > 0, rank=max(1, self.lora_rank)),
         )

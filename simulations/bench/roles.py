@@ -122,7 +122,11 @@ class _Replay:
 
     def _send(self, smashed_BTD: Tensor, past: int) -> None:
         request = GenerateRequest(
-            session=self._session, call=self._call, past=past, wanted=1, smashed_BTD=smashed_BTD
+            session=self._session,
+            call=self._call,
+            past=past,
+            logits_to_keep=1,
+            smashed_BTD=smashed_BTD,
         )
         self._trunk.exchange(request)
         self._call += 1

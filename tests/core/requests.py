@@ -30,7 +30,7 @@ def backward_of(request, scale=1.0):
 
 def step_of(request, **changes):
     """Return the step that follows the backward of a forward."""
-    fields = dict(step=0, num_tokens=22, ends_sq_norm=0.0)
+    fields = dict(step=0, num_tokens=22, client_sq_norm=0.0)
     return m.StepRequest(session=request.session, call=request.call, **(fields | changes))
 
 

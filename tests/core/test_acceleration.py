@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedsplit.model.build import initial_whole
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from fedsplit.client.remote import RemoteTrunk
@@ -17,6 +16,7 @@ from fedsplit.link import LocalLink
 from fedsplit.model import connect, initial_parts, join_model
 from fedsplit.model.acceleration import apply_training_options
 from fedsplit.model.attention import attention_of
+from fedsplit.model.build import initial_whole
 from fedsplit.model.compiling import compile_blocks
 from fedsplit.model.describe import config_of, parts_of
 from fedsplit.model.lora import add_adapters

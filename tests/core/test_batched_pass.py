@@ -35,7 +35,7 @@ IN_TURNS = {"olmoe"}
 def joint_run(clients=3, **train):
     """Passes of so many clients, who wait long enough for one another."""
     run = small_run()
-    train = {"clients_per_pass": clients, "pass_wait_s": 20.0, **train}
+    train = {"clients_per_pass": clients, "max_queue_delay_s": 20.0, **train}
     return replace(run, train=replace(run.train, **train))
 
 
@@ -93,9 +93,9 @@ def test_every_members_gradients_are_its_own(family, adapters):
         return
     members = [inputs_of(trunk, rows, seed) for seed, rows in enumerate((2, 1, 3))]
     grads = [torch.randn_like(each.smashed_BTD) for each in members]
-    joint = together.forward(members, versions, 0)
-    found = together.backward(joint, grads, versions, 0)
-    outs = joint.trunk_out_BTD.split(joint.rows)
+    batched = together.forward(members, versions, 0)
+    found = together.backward(batched, grads, versions, 0)
+    outs = batched.trunk_out_BTD.split(batched.rows)
     for inputs, grad, out_BTD, (own, smashed_BTD) in zip(members, grads, outs, found, strict=True):
         alone_BTD = compute.forward(inputs, versions, 0).trunk_out_BTD
         wanted = [*versions.leaves(0).values(), inputs.smashed_BTD]
@@ -108,12 +108,12 @@ def test_every_members_gradients_are_its_own(family, adapters):
 
 def test_three_clients_share_every_pass_and_have_the_same_numbers(tiny_llama):
     apart, rows_apart = trained(tiny_llama(), joint_run(clients=1))
-    joint, rows = trained(tiny_llama(), joint_run())
+    batched, rows = trained(tiny_llama(), joint_run())
     again, _ = trained(tiny_llama(), joint_run())
     assert sorted(rows_apart) == 9 * [2]
     assert rows == [3, 1, 2, *3 * [6]]  # first it is tried on made-up ones
-    assert largest_gap(apart, joint) < 1e-6
-    assert all(map(same, joint, again))
+    assert largest_gap(apart, batched) < 1e-6
+    assert all(map(same, batched, again))
 
 
 def test_under_autocast_too(tiny_llama):
@@ -129,16 +129,16 @@ def test_under_autocast_too(tiny_llama):
 def test_with_dropout_everybody_computes_alone(tiny_gpt2, caplog):
     config = tiny_gpt2(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
     apart, _ = trained(config, joint_run(clients=1))
-    joint, rows = trained(config, joint_run())
+    batched, rows = trained(config, joint_run())
     assert sorted(rows) == 9 * [2]
     assert "take turns: it has dropout" in caplog.text
-    assert all(map(same, apart, joint))
+    assert all(map(same, apart, batched))
 
 
 def test_who_stays_away_costs_the_others_one_wait_and_no_number(tiny_llama):
     found = {}
     for clients in (1, 3):
-        run = joint_run(clients, pass_wait_s=1.5)
+        run = joint_run(clients, max_queue_delay_s=1.5)
         with world(tiny_llama(), run) as here:
             members = [here.add(name) for name in NAMES]
             for member in members:
@@ -152,8 +152,8 @@ def test_who_stays_away_costs_the_others_one_wait_and_no_number(tiny_llama):
                 began = time.monotonic()
                 ask(here, "carol", backward_of(requests[2]))  # waits for nobody any more
                 assert time.monotonic() - began < 1.0
-    for apart, joint in zip(found[1], found[3], strict=True):
-        torch.testing.assert_close(joint, apart, rtol=1e-5, atol=1e-7)
+    for apart, batched in zip(found[1], found[3], strict=True):
+        torch.testing.assert_close(batched, apart, rtol=1e-5, atol=1e-7)
 
 
 def test_who_leaves_while_waiting_is_told(tiny_llama):

@@ -181,9 +181,9 @@ def test_what_was_agreed_passes(request_: m.Request[Any]) -> None:
         (opened(model="a b"), ProtocolError, "model='a b'"),
         (forward(call=-1), ProtocolError, "call=-1 must be at least 0"),
         (
-            m.StepRequest(session="s", call=0, step=0, num_tokens=1, ends_sq_norm=math.nan),
+            m.StepRequest(session="s", call=0, step=0, num_tokens=1, client_sq_norm=math.nan),
             ProtocolError,
-            "ends_sq_norm=nan must be at least 0",
+            "client_sq_norm=nan must be at least 0",
         ),
     ],
 )

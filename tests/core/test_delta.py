@@ -228,7 +228,7 @@ def test_a_forward_of_no_examples_goes_whole() -> None:
         with alice.trunk.session():
             for _ in range(2):
                 alice.model(**batch().inputs, labels=batch().labels).loss.backward()
-                alice.trunk.step(step=0, num_tokens=1, ends_sq_norm=0.0)
+                alice.trunk.step(step=0, num_tokens=1, client_sq_norm=0.0)
             assert not alice.trunk.encoder_state
             with pytest.raises(ProtocolError, match="3 examples were named for 2 sequences"):
                 with alice.trunk.examples(torch.arange(3)):

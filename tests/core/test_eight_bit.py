@@ -9,7 +9,7 @@ from torch import nn
 
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.optimization import PartOptimizer
-from fedsplit.runs.checkpoint import Snapshot
+from fedsplit.runs.checkpoint import Checkpoint
 from fedsplit.spec import TrainSpec
 from fedsplit.spec.train import EIGHT_BIT
 from tests.core.extras import needs_bitsandbytes
@@ -99,12 +99,12 @@ def test_moments_carry_over_through_a_snapshot_to_the_last_bit(tmp_path, dtype):
     first, second = PartOptimizer(straight, TRAIN), PartOptimizer(broken, TRAIN)
     for number in range(6):
         if number == 3:
-            kept = Snapshot(
+            kept = Checkpoint(
                 round=1, settings=run.settings, facts={}, tensors={"moments": second.state()}
             )
             path = kept.write(tmp_path)
             second = PartOptimizer(broken, TRAIN)
-            second.load_state(Snapshot.read(path, run).tensors["moments"])
+            second.load_state(Checkpoint.read(path, run).tensors["moments"])
         step(first, number)
         step(second, number)
     assert all(torch.equal(straight[name], broken[name]) for name in straight)

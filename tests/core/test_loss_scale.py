@@ -242,7 +242,7 @@ def test_a_scale_that_makes_gradients_larger_is_refused(tiny_llama, scale):
         with alice.trunk.session():
             alice.model(**batch().inputs, labels=batch().labels).loss.backward()
             with pytest.raises(ProtocolError, match="loss_scale=.* must be at least 1"):
-                alice.trunk.step(step=0, num_tokens=1, ends_sq_norm=0.0, loss_scale=scale)
+                alice.trunk.step(step=0, num_tokens=1, client_sq_norm=0.0, loss_scale=scale)
 
 
 @pytest.mark.parametrize(("up", "grad"), [("fp16", "fp16"), ("int8", "int8:stochastic")])

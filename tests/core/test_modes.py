@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertForSequenceClassification
 
+from fedsplit.client.objective import ClientObjective
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.data import TASKS, Batch
@@ -22,6 +23,7 @@ from fedsplit.spec import LoraSpec
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
 from simulations.tiny import tiny_config
+from strategies.local_loss import LocalObjective
 from tests.core.worlds import batch, same, small_run
 
 MODES = ("joint", "frozen_trunk", "isolated")
@@ -70,11 +72,13 @@ def halves(config, run, **options):
         parts.trunk.requires_grad_(False)
     if run.train.mode == "isolated":
         add_auxiliary_head(parts.client, run.task, run.seed)
+    objective = LocalObjective if run.train.mode == "isolated" else ClientObjective
     with TrunkService(parts.trunk, run) as service:
         link = Recorder(service, service.admit("alice"))
         trunk = RemoteTrunk(link, parts.client, run, client="alice")
         connect(parts.client, trunk)
-        yield Halves(parts, service, link, ClientTrainer(parts.client, trunk, run))
+        trainer = ClientTrainer(parts.client, trunk, run, objective=objective)
+        yield Halves(parts, service, link, trainer)
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -246,14 +250,22 @@ def test_nobody_waits_for_anybody(tiny_llama, mode):
             assert here.trainer.fit(GROUPS).steps == 2, "a barrier would wait for bob's step"
 
 
-def test_isolated_without_an_auxiliary_head_is_refused(tiny_llama):
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (LocalObjective, "train.mode=isolated trains the bottom on an auxiliary head, but this"),
+        (ClientObjective, "but ClientObjective has no such loss; use strategy=local_loss"),
+    ],
+    ids=["no head", "no local loss"],
+)
+def test_isolated_needs_a_loss_for_the_bottom(tiny_llama, objective, message):
     run = run_in("isolated")
     parts = initial_parts(tiny_llama(), run.split, run.seed)
     with TrunkService(parts.trunk, run) as service:
         link = LocalLink(service, service.admit("alice"))
         trunk = RemoteTrunk(link, parts.client, run, client="alice")
-        with pytest.raises(ConfigError, match="train.mode=isolated trains the bottom on"):
-            ClientTrainer(parts.client, trunk, run)
+        with pytest.raises(ConfigError, match=message):
+            ClientTrainer(parts.client, trunk, run, objective=objective)
 
 
 @pytest.mark.parametrize("mode", MODES)

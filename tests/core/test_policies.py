@@ -206,7 +206,7 @@ def test_clipping_by_each_part_or_by_all(tiny_llama, clip, norm):
         request, gradient = prepare(here, "a")
         sq_norm = sum(float(value.square().sum()) for value in gradient.values())
         assert sq_norm > 0.5**2
-        contribute(here, "a", request, ends_sq_norm=(1e6 - 1) * sq_norm)
+        contribute(here, "a", request, client_sq_norm=(1e6 - 1) * sq_norm)
         after = here.trunk_weights()
     went = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
     assert went == pytest.approx(LR * norm, rel=1e-2)

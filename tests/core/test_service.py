@@ -150,7 +150,7 @@ def test_one_that_was_too_late_repeats_its_step_and_is_counted(tiny_llama):
 
         next(slow_batches())
         with pytest.raises(errors.StaleVersion, match="made with version 0.* trunk is at 1"):
-            bob.trunk.step(step=0, num_tokens=1, ends_sq_norm=0.0)
+            bob.trunk.step(step=0, num_tokens=1, client_sq_norm=0.0)
         alice.trunk.close()
         stats = bob.trainer.fit([[batch(2)]])
         assert stats.steps == 1
@@ -394,7 +394,7 @@ def test_gradients_and_training_state_and_info(tiny_llama):
             )
             assert set(told.names) == set(here.trunk_weights())
             assert alice.trunk.gradients().gradients == ()
-            alice.trunk.step(step=0, num_tokens=1, ends_sq_norm=0.0)
+            alice.trunk.step(step=0, num_tokens=1, client_sq_norm=0.0)
         with alice.trunk.session(round=4):
             state = alice.trunk.training_state()
         assert (state.step, state.version, state.lr) == (1, 1, 0.1)

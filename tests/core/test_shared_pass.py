@@ -74,7 +74,7 @@ def test_many_at_once_get_the_tokens_that_each_gets_alone(family):
     """Greedily, with beams, drafts and in padded batches, all at the same time."""
     prompts = [prompt(12), prompt(20, seed=1), prompt(7, rows=3, seed=2, pad=2), prompt(9, seed=3)]
     asked = [{}, {"prompt_lookup_num_tokens": 3}, {}, {"num_beams": 2}]
-    with scene(family, chunk_tokens=8, gather_s=0.05) as here:
+    with scene(family, chunk_tokens=8, max_queue_delay_s=0.05) as here:
         wanted = [here.wanted(ids, **each) for ids, each in zip(prompts, asked, strict=True)]
         clients = [here.client(f"client-{i}") for i in range(4)]
         got = all_at_once(
@@ -88,7 +88,7 @@ def test_many_at_once_get_the_tokens_that_each_gets_alone(family):
 
 def test_the_decode_steps_of_several_are_one_pass():
     """Four sessions of eight tokens take about as many passes as one session."""
-    with scene("llama", gather_s=1.0) as here:
+    with scene("llama", max_queue_delay_s=1.0) as here:
         clients = [here.client(f"client-{i}") for i in range(4)]
         ready = threading.Barrier(4)
 
@@ -110,7 +110,7 @@ def test_the_decode_steps_of_several_are_one_pass():
 
 def test_sessions_join_and_leave_in_the_middle():
     """Bob comes after Alice's third token, and is gone before her last."""
-    with scene("llama", gather_s=0.02) as here:
+    with scene("llama", max_queue_delay_s=0.02) as here:
         alice, bob = here.client("alice"), here.client("bob")
         said: list[torch.Tensor] = []
 
@@ -175,7 +175,7 @@ def test_a_prompt_is_taken_in_by_pieces_of_the_budget():
 
 def test_a_pass_that_breaks_off_costs_others_a_replay_only(caplog):
     """Whose fault it was is known after they went one by one."""
-    with scene("llama", gather_s=0.5) as here:
+    with scene("llama", max_queue_delay_s=0.5) as here:
         alice, bob = here.client("alice"), here.client("bob")
         ready = threading.Barrier(2)
 
@@ -231,7 +231,7 @@ def test_too_many_for_the_room_replay_and_get_their_tokens(mode):
 
 
 def test_families_with_other_states_take_turns(caplog):
-    with scene("qwen3_next", gather_s=0.05) as here:
+    with scene("qwen3_next", max_queue_delay_s=0.05) as here:
         clients = [here.client(name) for name in ("alice", "bob")]
         ids = [prompt(8, seed=1), prompt(11, seed=2)]
         got = all_at_once([lambda c=c, i=i: c.says(i) for c, i in zip(clients, ids, strict=True)])
@@ -240,7 +240,7 @@ def test_families_with_other_states_take_turns(caplog):
 
 
 def test_who_leaves_is_not_waited_for():
-    with scene("llama", gather_s=600.0) as here, ThreadPoolExecutor(1) as pool:
+    with scene("llama", max_queue_delay_s=600.0) as here, ThreadPoolExecutor(1) as pool:
         alice, bob = here.client("alice"), here.client("bob")
         caches = [alice.remote.new_cache(), bob.remote.new_cache()]
         caches[0].carry(torch.ones(1, 2, 32), None, None)

@@ -6,7 +6,7 @@ from torch import nn
 
 from fedsplit.errors import ActivationExpired
 from fedsplit.memory import ByteCount
-from fedsplit.trunk.batched_pass import Pass
+from fedsplit.trunk.batched_pass import BatchedForward
 from fedsplit.trunk.compute import Inputs
 from fedsplit.trunk.stash import Graph, Stash
 
@@ -14,7 +14,7 @@ ALICES, BOBS = object(), object()
 """Replicas; a stash tells them apart and nothing more."""
 
 
-def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES, joint=None):
+def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES, batched=None):
     x = torch.zeros(1, requires_grad=True)
     inputs = Inputs(smashed_BTD=x, attention_mask_BT=None, position_ids_BT=None, dropout="")
     return Graph(
@@ -25,15 +25,15 @@ def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES, joint=None)
         barrier_version=barrier,
         num_bytes=num_bytes,
         expires_at=expires_at,
-        joint=joint,
+        batched=batched,
     )
 
 
 def pass_of_two(num_bytes=20):
     """The graphs of two clients that shared a pass."""
     x = torch.zeros(2, requires_grad=True)
-    joint = Pass(smashed_BTD=x, trunk_out_BTD=x * 2, num_bytes=num_bytes, rows=(1, 1))
-    return [graph(num_bytes=num_bytes // 2, joint=joint) for _ in joint.rows]
+    batched = BatchedForward(smashed_BTD=x, trunk_out_BTD=x * 2, num_bytes=num_bytes, rows=(1, 1))
+    return [graph(num_bytes=num_bytes // 2, batched=batched) for _ in batched.rows]
 
 
 def test_a_graph_is_handed_out_once():
@@ -75,9 +75,9 @@ def test_a_joint_pass_is_held_as_long_as_one_of_its_graphs():
 
 
 def test_a_joint_pass_makes_way_as_a_whole():
-    stash, joint, alone, new = Stash(35), pass_of_two(), graph(), graph()
-    stash.put("a", 0, joint[0]), stash.put("b", 0, joint[1]), stash.put("c", 0, alone)
-    assert stash.put("d", 0, new) == joint
+    stash, batched, alone, new = Stash(35), pass_of_two(), graph(), graph()
+    stash.put("a", 0, batched[0]), stash.put("b", 0, batched[1]), stash.put("c", 0, alone)
+    assert stash.put("d", 0, new) == batched
     assert (stash.take("c", 0), stash.take("d", 0)) == (alone, new)
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import GPT2ForSequenceClassification
 
 from fedsplit import errors
+from fedsplit.client.objective import ClientObjective
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.client.unsplit import NoTrunk
@@ -80,6 +81,43 @@ def test_the_gradient_reaches_the_trunk_when_everything_at_the_client_is_frozen(
     moved = {k for k, p in trainable(parts.trunk).items() if not torch.equal(p, before[k])}
     assert {k for k in before if "lora_B" in k} <= moved, "lora_A follows once lora_B is not 0"
     assert same(dict(parts.client.named_parameters()), frozen)
+
+
+class SmallLogits(ClientObjective):
+    """The model's loss and a penalty on the size of its logits."""
+
+    def loss(self, prediction):
+        return prediction.loss + penalty(prediction.logits)
+
+
+def penalty(logits_BTC):
+    return 0.1 * logits_BTC.square().mean()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_an_objective_trains_all_three_parts_and_the_models_loss_is_reported(
+    tiny_llama, micro_batches
+):
+    run = small_run(train=replace(small_run().train, micro_batches=micro_batches))
+    with world(tiny_llama(), run) as here:
+        alice = here.add("alice")
+        whole = join_model(alice.model, here.parts.trunk)
+        trainer = ClientTrainer(alice.model, alice.trunk, run, objective=SmallLogits)
+        stats = trainer.fit([[batch(0)], [batch(1)]])
+        held_out = trainer.evaluate([batch(2)])
+        after = join_model(alice.model, here.parts.trunk).state_dict()
+    optimizer, losses = torch.optim.SGD(whole.parameters(), lr=run.train.lr), []
+    for each in (batch(0), batch(1)):
+        optimizer.zero_grad()
+        output = whole(**each.inputs, labels=each.labels)
+        (output.loss + penalty(output.logits)).backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
+    assert stats.loss == pytest.approx(sum(losses) / 2, abs=1e-6)
+    loss = unsplit_loss(whole.eval(), batch(2)).item()
+    assert held_out.nats == pytest.approx(loss * held_out.num_tokens, abs=1e-4)
 
 
 def test_evaluation_is_the_unsplit_models(tiny_gpt2):

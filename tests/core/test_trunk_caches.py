@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedsplit.model.kv_cache import capacity
 
 from fedsplit.errors import (
     BadTensor,
@@ -19,6 +18,7 @@ from fedsplit.errors import (
     TooLarge,
 )
 from fedsplit.link import LocalLink
+from fedsplit.model.kv_cache import capacity
 from fedsplit.wire import messages as m
 from tests.core.generating import prompt, scene
 from tests.core.worlds import batch, small_run, world
@@ -176,7 +176,7 @@ def test_budgets_hold_where_blocks_keep_a_window_or_a_state(family):
 
 def test_who_is_idle_too_long_is_dropped_and_comes_back():
     clock = Clock()
-    with scene("llama", clock, ttl_s=60.0, gather_s=0.0) as here:
+    with scene("llama", clock, ttl_s=60.0, max_queue_delay_s=0.0) as here:
         alice, bob = here.client("alice"), here.client("bob")
         cache = alice.model.new_cache()
         first_1T = alice.says(prompt(), past_key_values=cache)
@@ -329,7 +329,7 @@ def opened(here, name="mallory", cache_tokens=0):
 def request_of(session, **changes):
     """Three tokens of two sequences."""
     plain = m.GenerateRequest(
-        session=session, call=0, past=0, wanted=1, smashed_BTD=torch.ones(2, 3, 32)
+        session=session, call=0, past=0, logits_to_keep=1, smashed_BTD=torch.ones(2, 3, 32)
     )
     return replace(plain, **changes)
 
@@ -367,7 +367,11 @@ NONSENSE = {
         "computes in torch.float32",
     ),
     "NaN": (dict(smashed_BTD=torch.full((2, 3, 32), torch.nan)), NonFinite, "smashed_BTD holds"),
-    "more wanted than sent": (dict(wanted=4), ProtocolError, "wanted=4 of 3 tokens"),
+    "more wanted than sent": (
+        dict(logits_to_keep=4),
+        ProtocolError,
+        "logits_to_keep=4 of 3 tokens",
+    ),
     "a mask that does not fit": (
         dict(attention_mask_BT=torch.ones(2, 4).long()),
         BadTensor,

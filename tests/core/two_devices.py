@@ -145,7 +145,7 @@ def test_so_it_is_in_every_family(family):
 
 
 def test_several_clients_share_passes(tiny_llama):
-    run = run_with(train={"clients_per_pass": 3, "pass_wait_s": 20.0})
+    run = run_with(train={"clients_per_pass": 3, "max_queue_delay_s": 20.0})
     one, both = (trained(tiny_llama(), run, device, *"abc") for device in (ONE, BOTH))
     assert all(map(same, one, both))
     with Trunk(tiny_llama(), run, BOTH) as trunk:

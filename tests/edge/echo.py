@@ -63,7 +63,7 @@ class EchoService:
     def OpenRequest(self, request: m.OpenRequest) -> m.OpenReply:
         return m.OpenReply(
             session=request.client,
-            incarnation="i1",
+            server_instance_id="i1",
             version=3,
             limits=self.limits,
             autocast="float16",
@@ -91,7 +91,7 @@ class EchoService:
         return m.TrainingStateReply(round=1, step=2, lr=0.5, version=3)
 
     def ServiceInfoRequest(self, request: m.ServiceInfoRequest) -> m.ServiceInfoReply:
-        told = dict(incarnation="i1", model="f", family="echo", blocks="1-2", version=3)
+        told = dict(server_instance_id="i1", model="f", family="echo", blocks="1-2", version=3)
         return m.ServiceInfoReply(protocol=1, sessions=0, limits=self.limits, served=(), **told)
 
 

@@ -1,4 +1,4 @@
-"""Runs that break off, and go on from their snapshots."""
+"""Runs that break off, and go on from their checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config
 
 from fedsplit.cli import main
-from fedsplit.flower.hosting import TrunkHost
+from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model import ClientPart, TrunkPart, connect, initial_parts
 from fedsplit.model.checkpoint import load_part, model_fingerprint, split_checkpoint
 from fedsplit.runs.folder import RunFolder
@@ -129,7 +129,7 @@ def test_what_is_written_is_the_same_by_any_path(here):
 @contextmanager
 def _trunk_server(tiny_gpt2, wire: WireSpec) -> Iterator[str]:
     run = RunSpec(split=SPLIT, wire=wire)
-    with TrunkHost(initial_parts(tiny_gpt2(), SPLIT, seed=0).trunk, run) as host:
+    with TrunkServer(initial_parts(tiny_gpt2(), SPLIT, seed=0).trunk, run) as host:
         yield host.address
 
 

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from fedsplit.cli import main
 from fedsplit.data import Corpus, Document, hold_out, load_corpus, shard
-from fedsplit.runs.shard_stats import Holdings
+from fedsplit.runs.shard_stats import RunPartitions
 from fedsplit.spec import DataSpec, ShardingSpec
 
 
@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line_and_status_1(capsys, tmp_path, words, message):
     assert told.out == "" and not (tmp_path / "out").exists()
 
 
-# --- Holdings ---------------------------------------------------------------------------------
+# --- partitions ---------------------------------------------------------------------------------
 
 
 def labelled(**counts: int) -> Corpus:
@@ -143,12 +143,12 @@ SKEWS = {
 
 @pytest.mark.parametrize(("shards", "skew"), SKEWS.values(), ids=SKEWS)
 def test_skew_is_the_mean_distance_to_the_whole(shards, skew):
-    assert Holdings.of(shards).skew == pytest.approx(skew)
+    assert RunPartitions.of(shards).skew == pytest.approx(skew)
 
 
 def test_many_clients_and_labels_can_be_drawn(tmp_path):
     names = [f"$label_{number}$" for number in range(40)]
     shards = [labelled(**{name: 1 + number % 3 for name in names}) for number in range(40)]
-    Holdings.of(shards).plot(tmp_path / "shards.png", "a title " * 40)
+    RunPartitions.of(shards).plot(tmp_path / "shards.png", "a title " * 40)
     height, width, _ = imread(tmp_path / "shards.png").shape
     assert width > 2 * height

@@ -12,7 +12,7 @@ from fedsplit.config import compose
 from fedsplit.errors import BadTensor, ConfigError, Diverged, ModelMismatch
 from fedsplit.flower.client_arrays import packed, shapes_of, unpacked
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes, to_arrays
-from fedsplit.runs.checkpoint import Snapshot, snapshots_in
+from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in
 from fedsplit.wire.codec import as_received
 from tests.edge.federation import (
     SGD,
@@ -106,7 +106,7 @@ def noted(run, **options):
 def test_what_is_averaged_is_what_was_received(tmp_path, codec, words):
     run = spec_for(tmp_path, *SGD, *words, "train.save_every=1", f"wire.halves={codec}")
     folder, seen = noted(run)
-    after = Snapshot.read(snapshots_in(folder.snapshots)[1], run).tensors["halves"]
+    after = Checkpoint.read(checkpoints_in(folder.checkpoints)[1], run).tensors["halves"]
     shapes = {name: tuple(tensor.shape) for name, tensor in after.items()}
     total = sum(weight for _, _, weight in seen)
     for _, came, weight in seen:

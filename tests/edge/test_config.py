@@ -352,3 +352,25 @@ def test_help_lists_every_group_and_option_and_three_examples(tmp_path):
             assert file.parent.name != group or file.stem in entry
     assert text.count("python -m simulations.run ") == 1 + 3
     assert "strategy: flwr.serverapp.strategy.FedAvg" in text
+
+
+# --- names of the last release ----------------------------------------------------------------
+
+
+def test_an_old_name_is_read_with_a_warning_that_gives_the_new_one(caplog):
+    assert compose(["train.pass_wait_s=0.5"]).train.max_queue_delay_s == 0.5
+    old = to_yaml(RunSpec()).replace("max_queue_delay_s: 0.01", "gather_s: 0.25")
+    assert from_yaml(old).generation.max_queue_delay_s == 0.25
+    told = [record.getMessage() for record in caplog.records]
+    assert any("train.pass_wait_s is called train.max_queue_delay_s now" in line for line in told)
+    assert any("generation.gather_s is called" in line for line in told)
+
+
+@pytest.mark.parametrize("value, refused", [("false", False), ("true", True)])
+def test_a_field_that_is_gone_may_only_say_what_it_said_by_default(value, refused):
+    old = to_yaml(RunSpec()).replace("wire:\n", f"wire:\n  feedback: {value}\n")
+    if not refused:
+        assert from_yaml(old) == RunSpec()
+        return
+    with pytest.raises(ConfigError, match="wire.feedback is gone .error feedback was removed"):
+        from_yaml(old)

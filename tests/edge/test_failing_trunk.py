@@ -85,5 +85,5 @@ def _step_without_memory(reached, pid: int) -> None:
     limit = (used + 16 * 1024) * 1024
     resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
     with pytest.raises(FedsplitError):
-        reached.trunk.step(step=0, num_tokens=7, ends_sq_norm=0.0)
+        reached.trunk.step(step=0, num_tokens=7, client_sq_norm=0.0)
         reached.model(input_ids=ids_BT, labels=ids_BT)

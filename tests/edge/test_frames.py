@@ -45,7 +45,7 @@ backwards = st.builds(
     trunk_sq_norm=st.floats(allow_nan=False),
 )
 opens = st.builds(
-    m.OpenReply, session=names, incarnation=names, version=counts, limits=st.just(LIMITS)
+    m.OpenReply, session=names, server_instance_id=names, version=counts, limits=st.just(LIMITS)
 )
 
 

@@ -60,11 +60,11 @@ MESSAGES: dict[str, Body] = {
         protocol=0, client="", model="", config="", hidden_size=0, round=0, training=False
     ),
     "open_reply": m.OpenReply(
-        session="s-1", incarnation="i-1", version=MANY, limits=LIMITS, autocast="float16"
+        session="s-1", server_instance_id="i-1", version=MANY, limits=LIMITS, autocast="float16"
     ),
     "open_reply with defaults": m.OpenReply(
         session="",
-        incarnation="",
+        server_instance_id="",
         version=0,
         limits=NO_LIMITS,
     ),
@@ -93,10 +93,10 @@ MESSAGES: dict[str, Body] = {
     ),
     "backward_reply with defaults": m.BackwardReply(grad_smashed_BTD=None, trunk_sq_norm=0.0),
     "step_request": m.StepRequest(
-        session="s-1", call=MANY, step=3, num_tokens=MANY, ends_sq_norm=0.1, loss_scale=65536.0
+        session="s-1", call=MANY, step=3, num_tokens=MANY, client_sq_norm=0.1, loss_scale=65536.0
     ),
     "step_request with defaults": m.StepRequest(
-        session="", call=0, step=0, num_tokens=0, ends_sq_norm=0.0
+        session="", call=0, step=0, num_tokens=0, client_sq_norm=0.0
     ),
     "step_reply": m.StepReply(version=MANY),
     "step_reply with defaults": m.StepReply(version=0),
@@ -104,7 +104,7 @@ MESSAGES: dict[str, Body] = {
         session="s-1",
         call=MANY,
         past=2,
-        wanted=1,
+        logits_to_keep=1,
         smashed_BTD=values(1, 3, 8),
         rows_B=torch.tensor([0]),
         attention_mask_BT=values(1, 5, dtype=torch.bool),
@@ -114,7 +114,7 @@ MESSAGES: dict[str, Body] = {
         entries=(ENTRY, ENTRY),
     ),
     "generate_request with defaults": m.GenerateRequest(
-        session="", call=0, past=0, wanted=0, smashed_BTD=values(1, 1, 1)
+        session="", call=0, past=0, logits_to_keep=0, smashed_BTD=values(1, 1, 1)
     ),
     "generate_reply": m.GenerateReply(trunk_out_BTD=values(1, 1, 8), entries=(ENTRY,)),
     "generate_reply with defaults": m.GenerateReply(trunk_out_BTD=values(1, 1, 1)),
@@ -138,7 +138,7 @@ MESSAGES: dict[str, Body] = {
     "service_info_request with defaults": m.ServiceInfoRequest(),
     "service_info_reply": m.ServiceInfoReply(
         protocol=4,
-        incarnation="i-1",
+        server_instance_id="i-1",
         model="model",
         family="GPT2",
         blocks="1-2",
@@ -149,7 +149,7 @@ MESSAGES: dict[str, Body] = {
     ),
     "service_info_reply with defaults": m.ServiceInfoReply(
         protocol=0,
-        incarnation="",
+        server_instance_id="",
         model="",
         family="",
         blocks="",

@@ -99,6 +99,6 @@ def test_the_longest_deadline_is_one_that_a_link_can_wait_for(address: str) -> N
 
 def test_counts_beyond_2_to_the_53_arrive_exactly() -> None:
     step = m.StepRequest(
-        session="s", call=(1 << 64) - 1, step=(1 << 53) + 1, num_tokens=1 << 63, ends_sq_norm=0.0
+        session="s", call=(1 << 64) - 1, step=(1 << 53) + 1, num_tokens=1 << 63, client_sq_norm=0.0
     )
     assert from_frame(to_frame(step), 0) == step

@@ -13,7 +13,9 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 from safetensors.torch import load, save
 from transformers import AutoTokenizer
 
+from fedsplit.client.objective import ClientObjective, Prediction
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_dtypes_of
 from fedsplit.flower.strategy.state import load_state_into, state_of
 from fedsplit.model.describe import config_of, parts_of
@@ -133,6 +135,7 @@ def test_sequential_goes_on_without_a_client_that_fails(tmp_path: Path) -> None:
         (["strategy=sequential", "policy=quorum"], "does not go with Sequential; use policy=sync"),
         (["strategy=mu_splitfed", "train.trunk_steps=1"], "set train.trunk_steps to 2 or more"),
         (["strategy=local_loss", "train.mode=joint"], "LocalLoss with train.mode=joint"),
+        (["train.mode=isolated"], "trains the bottom on a loss at the client, but ClientObjective"),
         (["strategy=sequential", "FedMedian"], "hands the halves from client to client, so halves"),
         (["policy=async", "FedMedian"], "policy=async mixes halves in by itself"),
         (["halves=personal", "FedMedian"], "personal=both leaves nothing to aggregate"),
@@ -147,6 +150,26 @@ def test_a_method_refuses_a_run_that_does_not_fit(
     with pytest.raises(ConfigError, match=message):
         federate(spec_for(tmp_path, *words))
     assert not (tmp_path / "runs").exists()
+
+
+class Standstill(ClientObjective):
+    """Nothing: its gradients are zero."""
+
+    def loss(self, prediction: Prediction) -> torch.Tensor:
+        return 0.0 * prediction.loss
+
+
+class StandsStill(SplitStrategy):
+    """A method whose clients minimize nothing."""
+
+    client_objective = Standstill
+
+
+def test_clients_minimize_the_objective_of_the_strategy(tmp_path: Path) -> None:
+    run = spec_for(tmp_path, f"strategy.target={__name__}.StandsStill", *SGD)
+    folder = federate(run)
+    changes = [change_of(folder, run, block) for block in ("h.0", "h.1", "h.3")]
+    assert changes == pytest.approx([0.0] * 3, abs=1e-7)  # the mean of equal weights is rounded
 
 
 # --- the halves -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on from its snapshots, to the very same numbers."""
+"""A run that was interrupted goes on from its checkpoints, to the very same numbers."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from fedsplit.client.scaling import LossScale
 from fedsplit.config import compose
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.flower.records import Memory
-from fedsplit.runs.checkpoint import snapshots_in
+from fedsplit.runs.checkpoint import checkpoints_in
 from fedsplit.runs.folder import RunFolder
 from tests.edge.federation import (
     SGD,
@@ -110,13 +110,13 @@ def test_the_loss_scale_goes_on_too(tmp_path):
 
 
 def test_a_snapshot_that_was_not_finished_is_not_used(run):
-    latest = snapshots_in(folder_of(run).snapshots)[2]
-    (latest / "snapshot.json").unlink()
+    latest = checkpoints_in(folder_of(run).checkpoints)[2]
+    (latest / "checkpoint.json").unlink()
     assert [stats.round for stats in resumed(run).rounds()] == [1, 2, 3, 4]
 
 
 def test_a_damaged_snapshot_is_refused_and_can_be_removed(run):
-    latest = snapshots_in(folder_of(run).snapshots)[2]
+    latest = checkpoints_in(folder_of(run).checkpoints)[2]
     (latest / "trunk.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="missing or damaged"):
         resumed(run)
@@ -155,7 +155,7 @@ def test_auto_begins_anew_where_there_is_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_resumed_is_refused(tmp_path):
     run = spec_for(tmp_path, *KEPT, "train.rounds=1")
-    with pytest.raises(ConfigError, match=r"nowhere has no snapshot; name the folder"):
+    with pytest.raises(ConfigError, match=r"nowhere has no checkpoint; name the folder"):
         resumed(run, str(tmp_path / "nowhere"))
     done = federate(run)
     with pytest.raises(ConfigError, match="is finished"):
@@ -187,7 +187,7 @@ def test_a_killed_process_goes_on(tmp_path):
     process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = runs / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not (runs / "tiny/snapshots/round-0001").exists() and time.monotonic() < deadline:
+    while not (runs / "tiny/checkpoints/round-0001").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -222,7 +222,7 @@ def test_a_run_ends_quietly_and_whole_when_nobody_reads_it_any_more(tmp_path: Pa
     assert (code, stderr) == (141, "")
     folder = RunFolder(tmp_path / "runs" / "tiny")
     rounds = len(folder.rounds())  # and each of its lines is a whole one
-    assert 3 < rounds < 5000 and rounds - 1 <= folder.last_snapshot <= rounds
+    assert 3 < rounds < 5000 and rounds - 1 <= folder.last_checkpoint <= rounds
 
 
 def test_help_lists_the_groups_with_examples() -> None:

@@ -122,7 +122,7 @@ def test_a_process_killed_anywhere_at_the_end_loses_nothing(ending, tmp_path):
         assert not odd, f"killed before operation {state.name}: {sorted(odd)} differ"
 
 
-@pytest.mark.parametrize("full", ["clients/", "snapshots/", ".unfinished-model"])
+@pytest.mark.parametrize("full", ["clients/", "checkpoints/", ".unfinished-model"])
 def test_a_full_disk_is_reported_in_a_line_and_loses_nothing(ending, tmp_path, full, caplog):
     run = moved(ending.run, ending.runs, tmp_path / "runs")
     folder = folder_of(run)

@@ -77,7 +77,7 @@ def test_every_request_is_answered(kind: str, service: EchoService, tmp_path: Pa
             )
         )
         assert opened == m.OpenReply(
-            session="s1", incarnation="i1", version=3, limits=LIMITS, autocast="float16"
+            session="s1", server_instance_id="i1", version=3, limits=LIMITS, autocast="float16"
         )
         sent = forward(tokens=5, call=7)
         reply = link.exchange(sent)
@@ -90,7 +90,7 @@ def test_every_request_is_answered(kind: str, service: EchoService, tmp_path: Pa
         )
         assert (back.grad_smashed_BTD, back.trunk_sq_norm) == (None, 0.5)
         step = m.StepRequest(
-            session="s1", call=7, step=4, num_tokens=9, ends_sq_norm=0.25, loss_scale=512.0
+            session="s1", call=7, step=4, num_tokens=9, client_sq_norm=0.25, loss_scale=512.0
         )
         assert link.exchange(step) == m.StepReply(version=5)
         assert service.handled[-1] == step
@@ -240,7 +240,7 @@ def test_a_reply_that_does_not_fit_the_request_is_refused(address: str) -> None:
             link.exchange(forward(tokens=4, call=1))
         with pytest.raises(errors.ProtocolError, match="answered a StepRequest with a CloseReply"):
             link.exchange(
-                m.StepRequest(session="s1", call=0, step=0, num_tokens=1, ends_sq_norm=0.0)
+                m.StepRequest(session="s1", call=0, step=0, num_tokens=1, client_sq_norm=0.0)
             )
 
 

@@ -20,8 +20,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
+from fedsplit.client.objective import ClientObjective
 from fedsplit.errors import ConfigError, Diverged
-from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Hello, JoinInfo
 from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_discount, with_dtypes_of
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
@@ -30,6 +30,7 @@ from fedsplit.flower.strategy.nodes import GridView, NodeRegistry, seeded_sampli
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState, Share
 from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of
+from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model.stage import TrunkPart
 from fedsplit.runs.folder import new_run_id
 from fedsplit.runs.metrics import RoundStats
@@ -39,7 +40,7 @@ from fedsplit.trunk.update import TrunkUpdate
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _CLIENT_STRATEGY = "halves/"
-"""The prefix of the wrapped strategy's state in a snapshot."""
+"""The prefix of the wrapped strategy's state in a checkpoint."""
 
 
 class SplitStrategy(Strategy):
@@ -47,7 +48,7 @@ class SplitStrategy(Strategy):
 
     `policies` are the policies that the method works with. `averages_clients` says whether the
     wrapped strategy aggregates the client weights. `update` makes a step of the trunk from the
-    clients' gradients.
+    clients' gradients. `client_objective` is what clients minimize; they read it from the class.
 
     Args:
         client_strategy: The wrapped Flower strategy, which selects clients and averages their
@@ -62,6 +63,7 @@ class SplitStrategy(Strategy):
     policies: ClassVar[tuple[str, ...]] = POLICIES
     averages_clients: ClassVar[bool] = True
     update: ClassVar[type[TrunkUpdate]] = TrunkUpdate
+    client_objective: ClassVar[type[ClientObjective]] = ClientObjective
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class SplitStrategy(Strategy):
         self.run = run
         self.client_strategy = client_strategy
         self.check()
-        self.host = self.make_host(trunk)
+        self.trunk_server = self.make_server(trunk)
         self._tokenizer = tokenizer
         self._labels = labels
         self._on_round = on_round
@@ -96,6 +98,7 @@ class SplitStrategy(Strategy):
         Raises:
             ConfigError: The run does not fit; the text names the setting and what to do.
         """
+        self.client_objective.check(self.run)
         name, policy = type(self).__name__, self.run.policy
         strategy = type(self.client_strategy).__name__
         if policy.kind not in self.policies:
@@ -116,9 +119,9 @@ class SplitStrategy(Strategy):
                 "flwr.serverapp.strategy.FedAvg"
             )
 
-    def make_host(self, trunk: TrunkPart) -> TrunkHost:
+    def make_server(self, trunk: TrunkPart) -> TrunkServer:
         """Return the server of the trunk."""
-        return TrunkHost(trunk, self.run, update=self.update)
+        return TrunkServer(trunk, self.run, update=self.update)
 
     def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
         """Train a round, and return the client weights after it."""
@@ -156,7 +159,7 @@ class SplitStrategy(Strategy):
             evaluate_fn: Evaluates the client weights at the server, before the first round and
                 after each round.
             first_round: The first round of a resumed run.
-            run_id: The id of the run, by which clients find their snapshots; by default a new one.
+            run_id: The run's id, by which clients find their checkpoints; by default a new one.
 
         Returns:
             The client weights after the last round, and the metrics of every round.
@@ -174,8 +177,8 @@ class SplitStrategy(Strategy):
         registry.register_all()
         self.grid, self._num_rounds = grid, num_rounds
         result = Result(arrays=initial_arrays)
-        with self.host:
-            log(INFO, "Trunk is served at %s", self.host.address)
+        with self.trunk_server:
+            log(INFO, "Trunk is served at %s", self.trunk_server.address)
             self.coordinator = self._new_coordinator(grid, registry, timeout)
             configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
             _evaluate_at_server(evaluate_fn, first_round - 1, result)
@@ -279,7 +282,7 @@ class SplitStrategy(Strategy):
         self, number: int, configs: tuple[ConfigRecord, ConfigRecord], result: Result
     ) -> None:
         """Run one round with its evaluation and report."""
-        coordinator, service = self.coordinator, self.host.service
+        coordinator, service = self.coordinator, self.trunk_server.service
         coordinator.metrics = RoundMetrics()
         self._metrics, self._aggregated = [], None
         begin, virtual_begin = time.monotonic(), service.now()
@@ -318,7 +321,7 @@ class SplitStrategy(Strategy):
             grid=grid,
             registry=registry,
             run=self.run,
-            host=self.host,
+            trunk_server=self.trunk_server,
             add_join_info=self._add_join_info,
             merge=self._merge,
             rounds=self._first_rounds,
@@ -364,8 +367,8 @@ class SplitStrategy(Strategy):
         join_info = JoinInfo(
             client=client,
             round=number,
-            address=self.host.address,
-            token=self.host.service.admit(client),
+            address=self.trunk_server.address,
+            token=self.trunk_server.service.admit(client),
             config=self.run.fingerprint,
             tokenizer=self._tokenizer,
             labels=self._labels,

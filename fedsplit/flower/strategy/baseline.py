@@ -12,8 +12,8 @@ from typing import cast
 
 from torch import Tensor
 
-from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.strategy.base import SplitStrategy
+from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model.stage import TrunkPart
 
 
@@ -25,13 +25,13 @@ class Unsplit(SplitStrategy):
         if self.run.baseline == "fedavg":
             super().check()
 
-    def make_host(self, trunk: TrunkPart) -> TrunkHost:
-        """Return a host that serves nothing."""
-        return cast(TrunkHost, NoTrunkHost())
+    def make_server(self, trunk: TrunkPart) -> TrunkServer:
+        """Return a trunk_server that serves nothing."""
+        return cast(TrunkServer, NoTrunkHost())
 
 
 class NoTrunkHost:
-    """The interface of `TrunkHost`, its service and its engine, without a trunk."""
+    """The interface of `TrunkServer`, its service and its engine, without a trunk."""
 
     address = ""
     version = 0

@@ -11,7 +11,6 @@ from flwr.serverapp import Grid
 
 from fedsplit.errors import Diverged, FedsplitError
 from fedsplit.flower.client_arrays import packed, shapes_of, unpacked
-from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.records import ARRAYS, WEIGHT
 from fedsplit.flower.strategy.nodes import NodeRegistry
 from fedsplit.flower.strategy.round_metrics import RoundMetrics, numbers_of
@@ -29,6 +28,7 @@ from fedsplit.flower.strategy.round_policy import (
     advance,
 )
 from fedsplit.flower.strategy.tracker import MessageTracker
+from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.spec import RunSpec
 
 _STALLED_S = 3600.0
@@ -49,7 +49,7 @@ class RoundCoordinator:
         grid: Flower's grid.
         registry: The nodes by name.
         run: The run.
-        host: The trunk; its service is told which clients have work.
+        trunk_server: The trunk; its service is told which clients have work.
         add_join_info: Adds to a message what a client needs to take part in a round.
         merge: Merges replies.
         rounds: The policy's state at the start.
@@ -62,7 +62,7 @@ class RoundCoordinator:
         grid: Grid,
         registry: NodeRegistry,
         run: RunSpec,
-        host: TrunkHost,
+        trunk_server: TrunkServer,
         add_join_info: Callable[[Message, str, int], None],
         merge: Merge,
         rounds: RoundState,
@@ -74,7 +74,7 @@ class RoundCoordinator:
         self._done: set[str] = set()
         self._registry = registry
         self._run = run
-        self._service = host.service
+        self._service = trunk_server.service
         self._add_join_info = add_join_info
         self._merge = merge
         self._is_virtual = bool(run.policy.sim_slowdown)

@@ -1,4 +1,4 @@
-"""What a run's server keeps: the rounds, snapshots to go on from, the best round, the result."""
+"""What a run's server keeps: the rounds, checkpoints to go on from, the best round, the result."""
 
 import logging
 import math
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, TokenizersBackend
 from fedsplit.config import to_yaml
 from fedsplit.data import Corpus
 from fedsplit.errors import ConfigError
-from fedsplit.flower.hosting import TrunkHost
 from fedsplit.flower.records import load_arrays, to_arrays
+from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model import SplitModel
 from fedsplit.model.describe import shared
 from fedsplit.model.placement import placed
-from fedsplit.runs.checkpoint import Snapshot, prune, remove_after, snapshots_in
+from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune, remove_after
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.runs.result import write_result
@@ -29,7 +29,7 @@ log = logging.getLogger("flwr.fedsplit")
 class Method(Protocol):
     """What the keeper asks of a strategy."""
 
-    host: TrunkHost
+    trunk_server: TrunkServer
 
     def state(self) -> dict[str, Tensor]:
         """What the strategy itself remembers from round to round, by name."""
@@ -40,7 +40,7 @@ class Method(Protocol):
         ...
 
 
-class Keeper:
+class RunRecorder:
     """The run's folder, from the server's side.
 
     Args:
@@ -104,20 +104,20 @@ class Keeper:
             self._best = stats.eval_loss
             if train.load_best:
                 self._write(self._folder.best, stats.round)
-                # A resumed run needs the best round of those before its snapshot.
+                # A resumed run needs the best round of those before its checkpoint.
                 prune(
                     self._folder.best,
-                    min(snapshots_in(self._folder.snapshots), default=stats.round),
+                    min(checkpoints_in(self._folder.checkpoints), default=stats.round),
                 )
         if train.save_every and stats.round % train.save_every == 0:
-            self._write(self._folder.snapshots, stats.round)
-            prune(self._folder.snapshots, stats.round - train.save_every)
+            self._write(self._folder.checkpoints, stats.round)
+            prune(self._folder.checkpoints, stats.round - train.save_every)
 
     def finish(self) -> None:
         """Leave the result: of the last round, or of the best one."""
-        kept = snapshots_in(self._folder.best)
+        kept = checkpoints_in(self._folder.best)
         if self._run.train.load_best and kept:
-            self._restore(Snapshot.read(kept[max(kept)], self._run))
+            self._restore(Checkpoint.read(kept[max(kept)], self._run))
         if self._parts:
             placed(self._parts.trunk, "cpu")
         result = self._parts or self._model
@@ -127,35 +127,35 @@ class Keeper:
 
     def _take_over(self, folder: RunFolder) -> None:
         folder.tidy()
-        kept = snapshots_in(folder.snapshots)
-        snapshot = Snapshot.read(kept[max(kept)], self._run)
-        if snapshot.facts["corpus"] != self._corpus.sha256:
+        kept = checkpoints_in(folder.checkpoints)
+        checkpoint = Checkpoint.read(kept[max(kept)], self._run)
+        if checkpoint.facts["corpus"] != self._corpus.sha256:
             raise ConfigError(
-                f"{folder.path} was trained on data with sha256 {snapshot.facts['corpus']}, but "
+                f"{folder.path} was trained on data with sha256 {checkpoint.facts['corpus']}, but "
                 f"{self._corpus.name} has {self._corpus.sha256} now; resume with the same data"
             )
-        self._restore(snapshot)
-        folder.forget_after(snapshot.round)
-        remove_after(folder.best, snapshot.round)
-        self.first_round = snapshot.round + 1
+        self._restore(checkpoint)
+        folder.forget_after(checkpoint.round)
+        remove_after(folder.best, checkpoint.round)
+        self.first_round = checkpoint.round + 1
 
     def _write(self, parent: Path, number: int) -> None:
         halves = {name: p.detach() for name, p in shared(self._model, self._run).items()}
-        Snapshot(
+        Checkpoint(
             round=number,
             settings=self._run.settings,
             facts={"corpus": self._corpus.sha256},
             tensors={
                 "halves": halves,
-                "trunk": self._method.host.service.engine.state(),
+                "trunk": self._method.trunk_server.service.engine.state(),
                 "strategy": self._method.state(),
             },
         ).write(parent)
 
-    def _restore(self, snapshot: Snapshot) -> None:
-        load_arrays(shared(self._model, self._run), to_arrays(snapshot.tensors["halves"]))
-        self._method.host.service.engine.load_state(snapshot.tensors["trunk"])
-        self._method.load_state(snapshot.tensors["strategy"])
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        load_arrays(shared(self._model, self._run), to_arrays(checkpoint.tensors["halves"]))
+        self._method.trunk_server.service.engine.load_state(checkpoint.tensors["trunk"])
+        self._method.load_state(checkpoint.tensors["strategy"])
 
 
 def _best(rounds: list[RoundStats]) -> float:

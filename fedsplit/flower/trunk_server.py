@@ -9,11 +9,11 @@ from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.update import TrunkUpdate
 
 
-class TrunkHost:
+class TrunkServer:
     """Serves a trunk to the clients of a run while its context is entered.
 
     Args:
-        trunk: The trunk part; it trains while the host is entered.
+        trunk: The trunk part; it trains while the trunk_server is entered.
         run: The run it is for.
         update: How a step of the trunk is made from the clients' gradients.
     """
@@ -30,7 +30,7 @@ class TrunkHost:
         self._run = run
         self._open = ExitStack()
 
-    def __enter__(self) -> "TrunkHost":
+    def __enter__(self) -> "TrunkServer":
         wire, limits = self._run.wire, self.service.limits
         # Training and evaluating sessions of all clients, and as many streams on their way out.
         server = GrpcServer(

@@ -1,4 +1,4 @@
-"""A client's snapshots: each run has its own by its id, and old ones are removed and reported."""
+"""A client's checkpoints: each run has its own by its id, and old ones are removed and reported."""
 
 import os
 import shutil
@@ -57,7 +57,7 @@ def test_the_newest_runs_are_kept_however_old_they_are(tmp_path):
 @pytest.mark.parametrize("run_id", ["", "..", "../../x", "0123456789ABCDEF", "0" * 17])
 def test_an_id_that_is_no_run_s_is_refused(run_id):
     with pytest.raises(ConfigError, match="an id is 16 hex digits"):
-        NODE.snapshots_of(RunSpec(), run_id)
+        NODE.checkpoints_of(RunSpec(), run_id)
 
 
 def test_a_folder_without_an_id_cannot_be_resumed(tmp_path):
