@@ -16,16 +16,6 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INT64: _ClassVar[DType]
     INT32: _ClassVar[DType]
     BOOL: _ClassVar[DType]
-
-class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    NONE: _ClassVar[Codec]
-    BF16: _ClassVar[Codec]
-    FP16: _ClassVar[Codec]
-    INT8: _ClassVar[Codec]
-    INT4: _ClassVar[Codec]
-    TOPK: _ClassVar[Codec]
-    HUFFMAN: _ClassVar[Codec]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -34,13 +24,6 @@ FLOAT64: DType
 INT64: DType
 INT32: DType
 BOOL: DType
-NONE: Codec
-BF16: Codec
-FP16: Codec
-INT8: Codec
-INT4: Codec
-TOPK: Codec
-HUFFMAN: Codec
 
 class Frame(_message.Message):
     __slots__ = ("header", "payload")
@@ -119,10 +102,10 @@ class TensorMeta(_message.Message):
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
-    codec: Codec
+    codec: int
     shape: _containers.RepeatedScalarFieldContainer[int]
     nbytes: int
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., shape: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[int] = ..., shape: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_rows", "max_tokens", "hidden_size", "session_tokens", "stateless_bytes")

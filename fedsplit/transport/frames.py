@@ -16,6 +16,7 @@ from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.envelope import read_frame, write_frame
 from fedsplit.wire import messages
 from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor, how_of, traveling
+from fedsplit.wire.compression import NUMBERS
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
 CHUNK_BYTES = 1 << 20
@@ -89,6 +90,8 @@ _LAYOUTS: dict[type, tuple[tuple[str, _Kind], ...]] = {
     for cls in (*_CLASSES.values(), KVCacheEntry, Limits)
 }
 _NEEDED = {cls: {f.name for f in traveling(cls) if f.type is Tensor} for cls in _LAYOUTS}
+_DTYPES = {number: name.lower() for name, number in pb.DType.items()}
+_CODECS = {number: name for name, number in NUMBERS.items()}
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def _write_tensor(tensor: Tensor, parts: list[memoryview], *how: Any) -> pb.Tens
         parts.append(memoryview(bytes(padding)))
     return pb.TensorMeta(
         dtype=meta.dtype.upper(),
-        codec=meta.codec.upper(),
+        codec=NUMBERS[meta.codec],
         shape=meta.shape,
         nbytes=meta.nbytes,
     )
@@ -328,18 +331,13 @@ def _metas(cls: type, body: Any) -> Iterator[pb.TensorMeta]:
 
 def _read_meta(meta: pb.TensorMeta) -> TensorMeta:
     read = TensorMeta(
-        dtype=_enum_name(pb.DType, meta.dtype),
-        codec=_enum_name(pb.Codec, meta.codec),
+        dtype=_DTYPES.get(meta.dtype, str(meta.dtype)),
+        codec=_CODECS.get(meta.codec, str(meta.codec)),
         shape=tuple(meta.shape[:5]),  # five are enough to refuse it
         nbytes=meta.nbytes,
     )
     read.check()
     return read
-
-
-def _enum_name(enum: Any, number: int) -> str:
-    named = enum.DESCRIPTOR.values_by_number.get(number)
-    return named.name.lower() if named else str(number)
 
 
 def _read_fields(cls: type, body: Any, tensors: Iterator[Tensor]) -> dict[str, Any]:

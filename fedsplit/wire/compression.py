@@ -265,6 +265,9 @@ READERS: dict[str, Codec] = {
 }
 """What decodes a tensor, by the name that its header gives; how it was chosen does not matter."""
 
+NUMBERS = {"none": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "topk": 5, "huffman": 7}
+"""How a header names a codec. A number is never used again: 6 was that of a codec now removed."""
+
 
 def writer(name: str) -> tuple[str, Codec]:
     """The name that goes into a header, and the codec, of one such as `int8:stochastic`.
@@ -279,8 +282,8 @@ def writer(name: str) -> tuple[str, Codec]:
         return "topk", TopK(float(option), chance=0.1)
     if kind == "huffman":
         return kind, Huffman(float(option))
-    if option:
-        return kind, Int(int(kind[-1]), stochastic=True)
+    if kind in ("int8", "int4"):
+        return kind, Int(int(kind[-1]), stochastic=bool(option))
     return kind, READERS[kind]
 
 

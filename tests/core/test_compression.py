@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsplit.errors import BadTensor, ConfigError
-from fedsplit.spec.checks import parsed_codec
+from fedsplit.spec.checks import CODECS, parsed_codec
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import (
     TensorMeta,
@@ -22,6 +22,7 @@ from fedsplit.wire.codec import (
     encode_tensor,
     through_codec,
 )
+from fedsplit.wire.compression import NUMBERS, READERS, writer
 
 INTS = {"int8": 127, "int8:stochastic": 127, "int4": 7, "int4:stochastic": 7}
 _LEAST = 1e-40
@@ -272,3 +273,37 @@ def test_a_message_travels_as_it_says() -> None:
     received = through_codec(lossy)
     assert received.smashed_BTD.equal(as_received(plain.smashed_BTD, "int4"))
     assert (received.codec, received.session) == ("int4", "s1")
+
+
+EXAMPLES = {"FRACTION": "0.1", "STEP": "0.5"}
+WITH_OPTION = [
+    f"{name}:{EXAMPLES.get(option, option)}"
+    for name, options in CODECS.items()
+    for option in options
+]
+WITHOUT_OPTION = [
+    name
+    for name, options in CODECS.items()
+    if name != "none" and not EXAMPLES.keys() & set(options)
+]
+
+
+def test_every_reader_has_a_number_of_its_own() -> None:
+    assert NUMBERS.keys() == {"none", *READERS}
+    assert len(set(NUMBERS.values())) == len(NUMBERS)
+    assert 6 not in NUMBERS.values(), "an older peer would read another codec"
+
+
+@pytest.mark.parametrize("codec", [*WITHOUT_OPTION, *WITH_OPTION])
+def test_every_codec_of_the_spec_is_written_and_read(codec: str) -> None:
+    rows = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    meta, raw = encode_tensor(rows, codec)
+    assert meta.codec in READERS
+    back = decode_tensor(meta, bytearray(raw))
+    assert torch.cosine_similarity(back.flatten(), rows.flatten(), dim=0) > 0.5
+
+
+@pytest.mark.parametrize("codec", WITH_OPTION)
+def test_an_option_of_a_codec_changes_what_it_writes(codec: str) -> None:
+    name, compress = writer(codec)
+    assert compress != READERS[name]

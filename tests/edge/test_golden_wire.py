@@ -21,6 +21,7 @@ from fedsplit.transport.frames import CALLS, SERVICE, Body, Reader, to_frame, to
 from fedsplit.transport.status import TOKEN_KEY
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import DTYPES, traveling
+from fedsplit.wire.compression import NUMBERS
 from tests.edge.echo import TOKEN, EchoService, serving
 
 Golden = Callable[[str, object], Any]
@@ -302,9 +303,11 @@ def test_every_error_has_the_golden_frame_and_trailers(golden: Golden) -> None:
 
 
 def written(message: Message) -> Iterator[str]:
-    """The fields and enum values that a message of protobuf carries, by their full names."""
+    """The fields, enum values and codecs that a message of protobuf carries, by name."""
     for field, value in message.ListFields():
         yield field.full_name
+        if field.full_name == "fedsplit.v1.TensorMeta.codec":
+            yield f"codec {value}"
         if field.enum_type:
             yield f"{field.enum_type.name}.{field.enum_type.values_by_number[value].name}"
         elif field.message_type and not field.message_type.GetOptions().map_entry:
@@ -317,6 +320,7 @@ def test_every_call_field_dtype_and_codec_has_a_golden_case() -> None:
     needed = {f.full_name for each in schema.message_types_by_name.values() for f in each.fields}
     for enum in schema.enum_types_by_name.values():
         needed |= {f"{enum.name}.{value.name}" for value in enum.values if value.number}
+    needed |= {f"codec {number}" for name, number in NUMBERS.items() if name != "none"}
     frames = [to_frame(message) for message in [*MESSAGES.values(), *CODECS.values()]]
     frames += to_frames(LONG)
     assert {name for frame in frames for name in written(pb.Frame.FromString(frame))} == needed

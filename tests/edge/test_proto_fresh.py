@@ -11,7 +11,6 @@ from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.frames import CALLS
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import DTYPES, traveling
-from fedsplit.wire.compression import READERS
 
 FOLDER = Path(fedsplit.transport.__file__).parent
 BODIES = [cls for call in CALLS.values() for cls in (call.request, call.reply)]
@@ -33,9 +32,8 @@ def test_a_message_has_the_fields_of_its_dataclass(cls: type) -> None:
     assert [field.name for field in getattr(pb, cls.__name__).DESCRIPTOR.fields] == names
 
 
-def test_every_request_has_a_method_and_every_dtype_and_codec_a_number() -> None:
+def test_every_request_has_a_method_and_every_dtype_a_number() -> None:
     methods = {method.name for method in pb.DESCRIPTOR.services_by_name["ComputeService"].methods}
     assert methods == {"Exchange", *(call.method for call in CALLS.values())}
     assert {cls.__name__ for cls in CALLS} == {cls.__name__ for cls in m.Request.__subclasses__()}
     assert set(pb.DType.keys()) == {"DTYPE_UNSPECIFIED", *(name.upper() for name in DTYPES)}
-    assert set(pb.Codec.keys()) == {"NONE", *(name.upper() for name in READERS)}
