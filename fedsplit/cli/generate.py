@@ -14,7 +14,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.spec import ModelSpec, RunSpec
 
 if TYPE_CHECKING:
-    from fedsplit.cli.prompting import Writer
+    from fedsplit.serve.chat import Writer
 
 Model = Annotated[str, typer.Option(metavar="DIR", help="the whole model, or its hub id")]
 Run = Annotated[str, typer.Option("--run", metavar="RUN_DIR", help="the folder of a finished run")]
@@ -103,10 +103,10 @@ class _Prompting(Command):
         quiet()
         import torch
 
-        from fedsplit.cli.prompting import Writer
         from fedsplit.data import load_tokenizer
         from fedsplit.runs.folder import RunFolder
-        from fedsplit.serving import ADDRESS, reach
+        from fedsplit.serve import ADDRESS, reach
+        from fedsplit.serve.chat import Writer
 
         finished = RunFolder.finished(self.run_dir) if self.run_dir else None
         if finished and self.dtype:
@@ -136,7 +136,7 @@ class _Prompting(Command):
 
     def _decoding(self, beams: int) -> dict[str, Any]:
         """How tokens are chosen, as `generate` of transformers takes it."""
-        from fedsplit.cli.prompting import draft_options
+        from fedsplit.serve.chat import draft_options
 
         if beams > 1 and self.draft:
             raise ConfigError("--beams and --draft do not go together; leave one of them out")
@@ -163,7 +163,7 @@ class Generate(_Prompting):
     def run(self) -> None:
         """Print the text that follows the prompt."""
         with self._writer(beams=self.beams) as writer:
-            from fedsplit.cli.prompting import complete
+            from fedsplit.serve.chat import complete
 
             complete(writer, self.prompt)
 
@@ -177,6 +177,6 @@ class Chat(_Prompting):
     def run(self) -> None:
         """Answer each line of stdin."""
         with self._writer() as writer:
-            from fedsplit.cli.prompting import converse, typed_lines
+            from fedsplit.serve.chat import converse, typed_lines
 
             converse(writer, typed_lines("> " if sys.stdin.isatty() else ""))

@@ -16,7 +16,7 @@ from fedsplit.errors import ConfigError, Internal
 from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:
-    from fedsplit.serving import Served
+    from fedsplit.serve import Served
 
 _INFO_DEADLINE_S = 10.0
 _TRY = '"Once upon a time"'
@@ -93,7 +93,7 @@ class Serve(Command):
         """Serve until SIGINT or SIGTERM."""
         quiet()
         from fedsplit.runs.folder import RunFolder
-        from fedsplit.serving import ADDRESS, hosted, plain_name, plan
+        from fedsplit.serve import ADDRESS, hosted, plain_name, plan
 
         folders = [word for word in self.words if "=" not in word]
         if len(folders) + bool(self.model) > 1:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from fedsplit.memory import ByteCount
+from fedsplit.model.memory import ByteCount
 from fedsplit.optimization import PartOptimizer
 
 

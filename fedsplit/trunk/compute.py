@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsplit.memory import ByteCount
 from fedsplit.model.acceleration import apply_training_options, autocast, checkpoints
+from fedsplit.model.memory import ByteCount
 from fedsplit.model.stage import TrunkPart
 from fedsplit.randomness import draws, rng_scope
 from fedsplit.spec import RunSpec

@@ -2,9 +2,10 @@
 
 import math
 
+import torch
 from torch import Tensor
 
-from fedsplit.errors import BadTensor, NonFinite, ProtocolError
+from fedsplit.errors import BadTensor, ModelMismatch, NonFinite, ProtocolError
 from fedsplit.spec import RunSpec
 from fedsplit.wire.messages import StepRequest
 
@@ -24,6 +25,32 @@ def require_finite(tensor: Tensor, name: str) -> None:
         raise NonFinite(
             f"{name} holds {bad} of {tensor.numel()} values that are NaN or Inf; it was refused "
             "and nothing was changed; lower the learning rate or look at this batch"
+        )
+
+
+def require_dtype(name: str, dtype: torch.dtype, ours: torch.dtype) -> None:
+    """Refuse a tensor of another dtype than the trunk computes in.
+
+    Raises:
+        BadTensor: Names the tensor and both dtypes.
+    """
+    if dtype != ours:
+        raise BadTensor(
+            f"{name} is {dtype}, but this trunk computes in {ours}; set model.dtype alike at both "
+            "sides"
+        )
+
+
+def require_same(what: str, theirs: object, ours: object) -> None:
+    """Refuse a client that was started from something else than the trunk.
+
+    Raises:
+        ModelMismatch: Names both sides' values.
+    """
+    if theirs != ours:
+        raise ModelMismatch(
+            f"{what}: the client has {theirs}, the trunk {ours}; start both from the same model, "
+            "split and configuration"
         )
 
 

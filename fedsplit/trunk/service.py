@@ -14,14 +14,10 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
-import torch
-
 from fedsplit.errors import (
     ActivationExpired,
-    BadTensor,
     DeadlineExceeded,
     Forbidden,
-    ModelMismatch,
     ProtocolError,
     ProtocolVersion,
     SessionLost,
@@ -34,6 +30,7 @@ from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.engine import TrunkEngine
+from fedsplit.trunk.guard import require_dtype, require_same
 from fedsplit.trunk.registry import ClientRegistry
 from fedsplit.trunk.sessions import Session, SessionInfo, Steps, no_session
 from fedsplit.trunk.update import TrunkUpdate
@@ -229,11 +226,11 @@ class TrunkService:
             )
         if request.client != client:
             raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
-        self._check_same("hidden size", request.hidden_size, self.limits.hidden_size)
-        self._check_same("model and cut (fingerprint)", request.model, self._model)
+        require_same("hidden size", request.hidden_size, self.limits.hidden_size)
+        require_same("model and cut (fingerprint)", request.model, self._model)
         if not request.generating:
             fingerprint = self._run.fingerprint
-            self._check_same("run configuration (fingerprint)", request.config, fingerprint)
+            require_same("run configuration (fingerprint)", request.config, fingerprint)
         if request.cache_tokens > self.limits.session_tokens:
             raise TooLarge(
                 f"a cache of {request.cache_tokens} tokens was asked for; a session of this trunk "
@@ -267,7 +264,7 @@ class TrunkService:
         )
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:
-        self._check_dtype("smashed_BTD", request.smashed_BTD.dtype)
+        require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
         if request.training and not session.info.training:
             raise ProtocolError("a training forward in a session that was not opened for training")
         if not request.training:
@@ -283,7 +280,7 @@ class TrunkService:
         )
 
     def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
-        self._check_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD.dtype)
+        require_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD.dtype, self._dtype)
         future: Future[m.BackwardReply] = session.once(Kind.BACKWARD, request, self.engine.submit)
         session.forget(m.ForwardRequest, request.call)
         try:
@@ -297,10 +294,10 @@ class TrunkService:
         return self._wait(future)
 
     def _generate(self, session: Session, request: m.GenerateRequest) -> m.GenerateReply:
-        self._check_dtype("smashed_BTD", request.smashed_BTD.dtype)
+        require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
         for entry in request.entries:
-            self._check_dtype("keys_BHTE", entry.keys_BHTE.dtype)
-            self._check_dtype("values_BHTE", entry.values_BHTE.dtype)
+            require_dtype("keys_BHTE", entry.keys_BHTE.dtype, self._dtype)
+            require_dtype("values_BHTE", entry.values_BHTE.dtype, self._dtype)
         if not session.info.generating:
             raise ProtocolError("a session that was not opened to generate; open another one")
         future: Future[m.GenerateReply] = session.once(Kind.GENERATE, request, self.engine.submit)
@@ -395,18 +392,3 @@ class TrunkService:
     def _gone(self, session: Session) -> None:
         with self._lock:  # only now is nothing kept for it any more
             self._sessions.pop(session.info.name, None)
-
-    def _check_dtype(self, name: str, dtype: torch.dtype) -> None:
-        if dtype != self._dtype:
-            raise BadTensor(
-                f"{name} is {dtype}, but this trunk computes in {self._dtype}; "
-                "set model.dtype alike at both sides"
-            )
-
-    @staticmethod
-    def _check_same(what: str, theirs: object, ours: object) -> None:
-        if theirs != ours:
-            raise ModelMismatch(
-                f"{what}: the client has {theirs}, the trunk {ours}; start both from the same "
-                "model, split and configuration"
-            )

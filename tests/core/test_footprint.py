@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsplit.memory import ByteCount
+from fedsplit.model.memory import ByteCount
 from tests.core.worlds import batch, small_run, world
 
 MOMENTS = {"sgd": 0, "adamw": 2}

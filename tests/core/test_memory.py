@@ -6,7 +6,7 @@ import weakref
 import torch
 from torch import nn
 
-from fedsplit.memory import ByteCount
+from fedsplit.model.memory import ByteCount
 
 
 def test_a_counted_graph_goes_when_nobody_runs_it_backward():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedsplit.errors import ActivationExpired
-from fedsplit.memory import ByteCount
+from fedsplit.model.memory import ByteCount
 from fedsplit.trunk.batched_pass import BatchedForward
 from fedsplit.trunk.compute import Inputs
 from fedsplit.trunk.stash import Graph, Stash

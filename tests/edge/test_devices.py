@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedsplit.errors import ConfigError, FedsplitError
-from fedsplit.serving import Served, hosted, reach
+from fedsplit.serve import Served, hosted, reach
 from fedsplit.spec import RunSpec, SplitSpec, WireSpec
 from tests.core.worlds import same
 from tests.edge.federation import federate, joined, spec_for, without_seconds

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedsplit.config import compose
 from fedsplit.errors import FedsplitError
 from fedsplit.model import initial_parts
-from fedsplit.serving import reach
+from fedsplit.serve import reach
 from fedsplit.transport.frames import SERVICE
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.router import TrunkRouter

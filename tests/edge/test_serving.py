@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from fedsplit.cli import main
-from fedsplit.cli.prompting import Conversation, Writer
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.config import compose, to_yaml
 from fedsplit.data import load_corpus
@@ -34,7 +33,8 @@ from fedsplit.errors import Draining, FedsplitError, Unauthenticated
 from fedsplit.model import split_model
 from fedsplit.model.lora import add_adapters, save_adapter
 from fedsplit.runs.folder import RunFolder
-from fedsplit.serving import Served, hosted, plan, reach, remote_model, trunks_of
+from fedsplit.serve import Served, hosted, plan, reach, remote_model, trunks_of
+from fedsplit.serve.chat import Conversation, Writer
 from fedsplit.spec import DataSpec, LoraSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
 from fedsplit.wire.messages import ServiceInfoRequest
 from simulations.bench.certificate import self_signed

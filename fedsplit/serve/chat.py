@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerFast, TextStreamer
 
 from fedsplit.errors import CheckpointError, ConfigError, FedsplitError
-from fedsplit.serving import Reached
+from fedsplit.serve.client import Reached
 
 _LOOKUP_TOKENS = 10
 """Draft tokens a pass when drafts come from the prompt."""

@@ -1,0 +1,17 @@
+"""Trunks served without Flower, and the clients that use them."""
+
+from fedsplit.serve.client import Reached, reach, remote_model
+from fedsplit.serve.shared import ADDRESS
+from fedsplit.serve.trunk_server import Served, hosted, plain_name, plan, trunks_of
+
+__all__ = [
+    "ADDRESS",
+    "Reached",
+    "Served",
+    "hosted",
+    "plain_name",
+    "plan",
+    "reach",
+    "remote_model",
+    "trunks_of",
+]
