@@ -15,7 +15,11 @@ from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
 
-_LOSSY = ("up", "down", "history_bytes", "grad_up", "grad_down", "halves")
+# Whatever else a wire has decides numbers, and so does a field that is added to it.
+_CHANGES_NO_NUMBER = (
+    *("bind", "advertise", "tls_cert", "tls_key", "tls_ca", "insecure"),
+    *("call_deadline_s", "budget_s", "stash_ttl_s", "stash_bytes"),
+)
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -32,7 +36,7 @@ class WireSpec:
     randtopk:FRACTION or huffman:STEP. With `history_bytes`, each side keeps so many bytes of what
     the other made of a client's examples the last time, and of these only what has changed travels.
     The halves that Flower carries travel as `halves` says, both ways: none, fp16 or int8.
-    These six alone decide numbers.
+    All of these decide numbers; addresses, TLS, times and the stash do not.
     """
 
     bind: str = "127.0.0.1:0"
@@ -240,7 +244,8 @@ class RunSpec:
         """All that decides the run's numbers, by dotted name."""
         aside = ("name", "launch", "resume", "sweep", "generation")
         told = {k: v for k, v in asdict(self).items() if k not in aside}
-        told["wire"] = {name: told["wire"][name] for name in _LOSSY}
+        wire = told["wire"].items()
+        told["wire"] = {name: value for name, value in wire if name not in _CHANGES_NO_NUMBER}
         return dict(_flat(told, ""))
 
     @property
