@@ -96,7 +96,7 @@ class Source:
     def commit(self) -> str:
         """The commit that a hub id's files are of; empty for a directory."""
         path = self._file("config.json")
-        is_cached = path is not None and path.parent.parent.name == "checkpoints"
+        is_cached = path is not None and path.parent.parent.name == "snapshots"
         return path.parent.name if path is not None and is_cached else ""
 
     def copy_texts(self, directory: Path) -> None:

@@ -143,10 +143,10 @@ def test_a_hub_id_needs_the_part_s_shards_only(tmp_path):
     cached = tmp_path / "models--somebody--tiny"
     whole = random_model(tiny_config("llama", num_hidden_layers=4))
     whole.generation_config.update(do_sample=True, top_k=7)
-    whole.save_pretrained(cached / "checkpoints" / commit, max_shard_size="1KB")
+    whole.save_pretrained(cached / "snapshots" / commit, max_shard_size="1KB")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
-    missing = _without_the_trunk_s_shards(cached / "checkpoints" / commit)
+    missing = _without_the_trunk_s_shards(cached / "snapshots" / commit)
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     told = subprocess.run(
         [sys.executable, "-c", FROM_HUB],
