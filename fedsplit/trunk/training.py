@@ -117,7 +117,10 @@ class Training:
 
     def forget_client(self, client: str) -> None:
         """Drop the replica of a client that is gone; one that comes back begins with the mean."""
-        self._replicas.pop(client, None)
+        if replica := self._replicas.pop(client, None):
+            # The version counts the steps of all replicas, and must not fall.
+            self._shared.steps += replica.steps
+            self._shared.position = max(self._shared.position, replica.position)
 
     def drop_expired(self) -> None:
         """Drop graphs whose time is over."""

@@ -89,6 +89,20 @@ def test_an_average_that_cannot_be_is_refused(tiny_llama, replicas, weights, tex
             here.service.average(weights)
 
 
+def test_a_departed_clients_replica_is_dropped_and_the_version_stays(tiny_gpt2):
+    with world(tiny_gpt2(), small_run(train=ADAM), replicas=True) as here:
+        fit(here, "a", "b")
+        here.service.average({"a": 0.5, "b": 0.5})
+        kept, version, steps = here.trunk_weights(), 6, here.service.engine.steps
+        assert here.service.forget("b")
+        state = here.service.engine.state()
+        owners = {name.split("/")[1] for name in state if name.startswith("replica/")}
+        assert owners == {"a"}
+        assert (here.service.engine.version, here.service.engine.steps) == (version, steps)
+        here.service.average({"a": 0.5, "b": 0.5})  # b counts as the mean
+        assert same(here.trunk_weights(), kept)
+
+
 # --- further steps from stored activations ----------------------------------------------------
 
 

@@ -313,6 +313,7 @@ class SplitStrategy(Strategy):
         )
         self._is_over = self._early_stopping.stops(stats) or is_last
         self._on_round(stats, arrays)
+        coordinator.forget_departed()
 
     def _new_coordinator(
         self, grid: Grid, registry: NodeRegistry, timeout_s: float | None

@@ -59,6 +59,10 @@ class NoTrunkHost:
     def release(self, client: str) -> None:
         """Do nothing: no barrier waits for clients."""
 
+    def forget(self, client: str) -> bool:
+        """Return True: nothing is kept for a client."""
+        return True
+
     def now(self) -> float:
         """Return seconds of a monotonic clock."""
         return time.monotonic()

@@ -1,6 +1,7 @@
 """The loop of a round at the server: sends clients work, collects replies, applies the policy."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from logging import INFO, WARNING
 
@@ -30,6 +31,9 @@ from fedsplit.flower.strategy.round_policy import (
 from fedsplit.flower.strategy.tracker import MessageTracker
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.spec import RunSpec
+
+_MISSED_ROUNDS = 3
+"""Rounds in a row after which a client whose node is missing has left the run."""
 
 _STALLED_S = 3600.0
 """Real seconds after which a round on a virtual clock is closed, whatever the virtual time is."""
@@ -72,6 +76,7 @@ class RoundCoordinator:
         self.tracker = MessageTracker(grid)
         self.metrics = RoundMetrics()
         self._done: set[str] = set()
+        self._missed: Counter[str] = Counter()
         self._registry = registry
         self._run = run
         self._service = trunk_server.service
@@ -110,6 +115,18 @@ class RoundCoordinator:
     def is_done(self) -> bool:
         """Return whether all connected clients have taken all steps of the run."""
         return bool(self._done) and self._done >= self._registry.present().keys()
+
+    def forget_departed(self) -> None:
+        """Let the trunk drop its state for clients that are done or have left the run.
+
+        A client has left once its node was missing after `_MISSED_ROUNDS` rounds in a row. If it
+        comes back, its replica of the trunk starts from the mean, with new optimizer moments.
+        """
+        present = self._registry.present()
+        for client in self._registry.names:
+            self._missed[client] = 0 if client in present else self._missed[client] + 1
+            if client in self._done or self._missed[client] >= _MISSED_ROUNDS:
+                self._service.forget(client)
 
     # --- a round ------------------------------------------------------------------------------
 

@@ -64,6 +64,11 @@ class NodeRegistry:
                 log(WARNING, "Node %s is left out of this round: %s", node, error)
         return {name: node for name, node in sorted((self.name_of(n), n) for n in nodes) if name}
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all clients that were ever registered, sorted."""
+        return sorted(set(self._names.values()))
+
     def name_of(self, node: int) -> str:
         """Return the name of a node's client; empty if the node is not registered."""
         return self._names.get(node, "")
