@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from fedsplit.errors import ConfigError
@@ -138,6 +139,89 @@ class SweepSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Conflict:
+    """Two settings of a run by their dotted names, when their values conflict, and why."""
+
+    setting: str
+    other: str
+    when: Callable[[Any, Any], object]
+    why: str
+
+    def check(self, run: "RunSpec") -> None:
+        """Refuse a run in which the two settings conflict."""
+        if self.when(*attrgetter(self.setting, self.other)(run)):
+            raise ConfigError(self.why.format(setting=self.setting, run=run))
+
+
+_NO_TRUNK = (
+    "baseline={run.baseline} has no trunk: it takes neither policy.sim_slowdown nor "
+    "train.mode={run.train.mode}"
+)
+_NO_STEPS = (
+    "{setting} goes by the trunk's steps, and in train.mode={run.train.mode} it takes none; use "
+    "train.mode=joint"
+)
+_OWN_TIME = (
+    "train.clients_per_pass={run.train.clients_per_pass} has clients wait for one another, but "
+    "with policy=async or policy.sim_slowdown each goes by its own time; use one of the two"
+)
+
+# The first row that applies is the one that is reported.
+_CONFLICTS = (
+    _Conflict(
+        setting="task",
+        other="data.kind",
+        when=lambda task, data: (task == "image_classification") != (data == "digits"),
+        why="task={run.task} does not go with data={run.data.kind}; images are data=digits with "
+        "task=image_classification",
+    ),
+    _Conflict(
+        setting="baseline",
+        other="policy.sim_slowdown",
+        when=lambda baseline, slowdown: baseline != "none" and slowdown,
+        why=_NO_TRUNK,
+    ),
+    _Conflict(
+        setting="baseline",
+        other="train.mode",
+        when=lambda baseline, mode: baseline != "none" and mode != "joint",
+        why=_NO_TRUNK,
+    ),
+    _Conflict(
+        setting="wire.halves",
+        other="shares_halves",
+        when=lambda codec, shares: codec != "none" and not shares,
+        why="wire.halves={run.wire.halves} has nothing to compress: no client gives anything of "
+        "its halves away; set wire.halves=none",
+    ),
+    _Conflict(
+        setting="wire.history_bytes",
+        other="train.mode",
+        when=lambda history_bytes, mode: history_bytes and mode != "joint",
+        why=_NO_STEPS,
+    ),
+    _Conflict(
+        setting="policy.sim_slowdown",
+        other="train.mode",
+        when=lambda slowdown, mode: slowdown and mode != "joint",
+        why=_NO_STEPS,
+    ),
+    _Conflict(
+        setting="train.clients_per_pass",
+        other="policy.kind",
+        when=lambda clients, policy: clients > 1 and policy == "async",
+        why=_OWN_TIME,
+    ),
+    _Conflict(
+        setting="train.clients_per_pass",
+        other="policy.sim_slowdown",
+        when=lambda clients, slowdown: clients > 1 and slowdown,
+        why=_OWN_TIME,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
     """One run, whole.
 
@@ -182,29 +266,8 @@ class RunSpec:
         at_least("clients", self.clients, 1)
         one_of("task", self.task, TASKS)
         one_of("baseline", self.baseline, ("none", "central", "fedavg", "local"))
-        if (self.task == "image_classification") != (self.data.kind == "digits"):
-            raise ConfigError(
-                f"task={self.task} does not go with data={self.data.kind}; images are data=digits "
-                "with task=image_classification"
-            )
-        if self.baseline != "none" and (self.policy.sim_slowdown or self.train.mode != "joint"):
-            raise ConfigError(
-                f"baseline={self.baseline} has no trunk: it takes neither policy.sim_slowdown nor "
-                f"train.mode={self.train.mode}"
-            )
-        if self.wire.halves != "none" and not self.shares_halves:
-            raise ConfigError(
-                f"wire.halves={self.wire.halves} has nothing to compress: no client gives anything "
-                "of its halves away; set wire.halves=none"
-            )
-        self._check_steps()
-        own_time = self.policy.sim_slowdown or self.policy.kind == "async"
-        if own_time and self.train.clients_per_pass > 1:
-            raise ConfigError(
-                f"train.clients_per_pass={self.train.clients_per_pass} has clients wait for one "
-                "another, but with policy=async or policy.sim_slowdown each goes by its own time; "
-                "use one of the two"
-            )
+        for conflict in _CONFLICTS:
+            conflict.check(self)
         if self.policy.sim_slowdown and 0 < self.launch.workers < self.clients:
             raise ConfigError(
                 f"policy.sim_slowdown needs all {self.clients} clients at work at once, but "
@@ -216,18 +279,6 @@ class RunSpec:
                 f"policy.sim_slowdown names {strangers[0]}, but the clients of this run are "
                 f"{names[0]} to {names[-1]}"
             )
-
-    def _check_steps(self) -> None:
-        by_steps = {
-            "wire.history_bytes": self.wire.history_bytes,
-            "policy.sim_slowdown": self.policy.sim_slowdown,
-        }
-        for name, value in by_steps.items():
-            if value and self.train.mode != "joint":
-                raise ConfigError(
-                    f"{name} goes by the trunk's steps, and in train.mode={self.train.mode} it "
-                    "takes none; use train.mode=joint"
-                )
 
     @property
     def num_nodes(self) -> int:
