@@ -6,7 +6,8 @@ token ids never leave; what crosses is the model's own business (`fedsplit.clien
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch, micro_batches
-from fedsplit.data.tasks import TASKS
+from fedsplit.data.tasks import COUNTS, TASKS
 from fedsplit.errors import NonFinite, SessionLost, StaleVersion
 from fedsplit.model.acceleration import apply_training_options, autocast, precision_of
 from fedsplit.model.lora import trainable
@@ -67,13 +68,13 @@ class FitStats:
 class EvalStats:
     """Held-out data: summed loss in nats, tokens, and the UTF-8 bytes they stand for.
 
-    `num_correct` counts the rows of a classifier whose class was found; 0 for language models.
+    `counts` are those of `fedsplit.data.tasks.COUNTS`; 0 for language models.
     """
 
     nats: float
     num_tokens: int
     num_bytes: int
-    num_correct: int
+    counts: Mapping[str, int]
 
 
 class ClientTrainer:
@@ -188,7 +189,8 @@ class ClientTrainer:
 
     def evaluate(self, batches: Iterable[Batch], *, round: int = 0) -> EvalStats:
         """Loss on held-out batches; nothing is trained and no barrier waits for it."""
-        nats, num_tokens, num_bytes, num_correct = 0.0, 0, 0, 0
+        nats, num_tokens, num_bytes = 0.0, 0, 0
+        counts = Counter(dict.fromkeys(COUNTS, 0))
         self._model.train(False)
         with self._trunk.session(round, training=False), torch.no_grad(), self._autocast():
             for batch in batches:
@@ -196,10 +198,8 @@ class ClientTrainer:
                 nats += prediction.loss.item() * batch.num_tokens
                 num_tokens += batch.num_tokens
                 num_bytes += batch.num_bytes
-                num_correct += self._task.num_correct(prediction.logits, batch.labels)
-        return EvalStats(
-            nats=nats, num_tokens=num_tokens, num_bytes=num_bytes, num_correct=num_correct
-        )
+                counts.update(self._task.counts(prediction.logits, batch.labels))
+        return EvalStats(nats=nats, num_tokens=num_tokens, num_bytes=num_bytes, counts=counts)
 
     def _evaluated(self, batch: Batch, round: int) -> Prediction:
         try:

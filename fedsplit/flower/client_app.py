@@ -122,7 +122,7 @@ def evaluate(message: Message, context: Context) -> Message:
         "bits-per-byte": bits_per_byte(stats.nats, stats.num_bytes),
         "nats": stats.nats,
         "bytes": stats.num_bytes,
-        "correct": stats.num_correct,
+        **stats.counts,
         **half.traffic,
     }
     return Message(RecordDict({METRICS: MetricRecord(numbers)}), reply_to=message)

@@ -144,7 +144,7 @@ def test_an_isolated_classifier_learns_at_both_ends():
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name, _ in here.parts.client.named_parameters()}
     assert last.nats / last.num_tokens < 0.5 * first.loss
-    assert last.num_correct == 2
+    assert last.counts["correct"] == 2
     guess = auxiliary_head_of(here.parts.client)(rows["attention_mask"])
     assert torch.equal(guess.argmax(dim=-1), labels_B)
 

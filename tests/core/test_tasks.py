@@ -57,7 +57,7 @@ def test_a_run_takes_exactly_the_tasks_that_there_are():
 )
 def test_a_task_counts_its_predictions(task, logits, labels, num_predictions, num_correct):
     assert TASKS[task].num_predictions(labels) == num_predictions
-    assert TASKS[task].num_correct(logits, labels) == num_correct
+    assert TASKS[task].counts(logits, labels)["correct"] == num_correct
 
 
 def test_without_labels_a_shard_becomes_sequences(corpus, tokenizer):

@@ -177,8 +177,8 @@ def test_hits_are_counted_for_classes_and_not_for_tokens(tiny_gpt2):
         for row, labels in zip(rows, truth, strict=True)
     ]
     trainer = ClientTrainer(parts.client, NoTrunk(parts.client, client="alice"), run)
-    assert trainer.evaluate(batches).num_correct == 7
-    assert evaluated(tiny_gpt2(), []).num_correct == 0
+    assert trainer.evaluate(batches).counts["correct"] == 7
+    assert evaluated(tiny_gpt2(), []).counts["correct"] == 0
 
 
 class Poison(LocalLink):

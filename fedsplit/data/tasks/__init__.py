@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fedsplit.data.tasks.base import Task
+from fedsplit.data.tasks.base import COUNTS, Task
 from fedsplit.data.tasks.causal_lm import CausalLM
 from fedsplit.data.tasks.image_classification import ImageClassification
 from fedsplit.data.tasks.sequence_classification import SequenceClassification
@@ -15,4 +15,4 @@ _ALL: tuple[Task, ...] = (
 )
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
 
-__all__ = ["TASKS", "Task"]
+__all__ = ["COUNTS", "TASKS", "Task"]

@@ -4,6 +4,8 @@ Shapes: B sequences, T tokens, C classes (of a language model its vocabulary).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -91,15 +93,32 @@ class Task(ABC):
         """Return how many predictions the loss of these labels is the mean of."""
         return int((self.targets(labels) != IGNORED).sum())
 
-    def num_correct(self, logits: Tensor, labels: Tensor) -> int:
-        """Return how many predictions are correct; 0 if the task has no accuracy."""
+    def counts(self, logits: Tensor, labels: Tensor) -> dict[str, int]:
+        """Return each of `COUNTS` for these predictions; 0 if the task has no accuracy."""
         if not self.has_accuracy:
-            return 0
-        found, wanted = self.predictions(logits).argmax(dim=-1).cpu(), self.targets(labels).cpu()
-        return int((found == wanted).sum())
+            return dict.fromkeys(COUNTS, 0)
+        predictions = self.predictions(logits)
+        targets = self.targets(labels).to(predictions.device)
+        return {name: int(is_so(predictions, targets).sum()) for name, is_so in COUNTS.items()}
 
     def num_outputs(self, config: PretrainedConfig) -> int:
         """Return C of a model of this config."""
         fields: Any = config
         outputs: int = fields.num_labels if self.has_classes else fields.vocab_size
         return outputs
+
+
+def is_correct(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return for each target whether its logit is the largest."""
+    return predictions.argmax(dim=-1) == targets
+
+
+COUNTS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {
+        "correct": is_correct,
+    }
+)
+"""What is counted of held-out predictions, by its name in a client's reply.
+
+Each function takes predictions [..., C] and targets [...], and says of each whether it counts.
+"""
