@@ -1,7 +1,7 @@
 """The frozen dataclasses that describe a run: the one place with defaults and range checks.
 
 `conf/` names alternatives and `fedsplit.config` composes them, but every default and every
-allowed value stands here. A value that is planned and does not work yet is refused by name.
+allowed value is defined here. A planned value that does not work yet has an error of its own.
 """
 
 from fedsplit.spec.data import DataSpec, ShardingSpec

@@ -1,4 +1,4 @@
-"""Where data comes from, and which client holds what of it."""
+"""The settings of a run's data: its source, and its partition among the clients."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,12 @@ TASKS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSpec:
-    """Where data comes from and how it becomes sequences.
+    """The source of the data, and the length of its sequences.
 
-    `path` is a file or directory (text, jsonl) or a hub name (hub); `field` the text's field and
-    `label` that of its class, where the task has classes. `sequence_length` and `vocabulary` are
-    in tokens; the vocabulary is that of the tokenizer trained for a model made from scratch.
-    `held_out` is the share of the data that is never trained on.
+    `path` is a file or directory (text, jsonl) or a hub id (hub). `field` is the record's field
+    with the text, and `label` the one with the class, if the task has classes. `sequence_length`
+    and `vocabulary` are in tokens; the vocabulary is that of the tokenizer that is trained for a
+    model from scratch. `held_out` is the share of the data that is used for evaluation only.
     """
 
     kind: str = "embedded"
@@ -39,20 +39,22 @@ class DataSpec:
             raise ConfigError(
                 f"data.path is empty, but data={self.kind} needs one; set data.path=..."
             )
+        # A language model predicts from the second token on.
         at_least("data.sequence_length", self.sequence_length, 2)
+        # Byte-level BPE has a token for each byte, and there is one special token.
         at_least("data.vocabulary", self.vocabulary, 257)
         within("data.held_out", self.held_out, 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingSpec:
-    """How the data is dealt out to clients.
+    """The partition of the data among clients.
 
     `dirichlet` (with `alpha`), `pathological` (`classes` per client) and `shards` (`shards` per
-    client) go by the documents' labels, or by their groups where there are none. With a `skew`
-    above 0, client i's share of an iid or shards dealing is proportional to (i + 1) ** -skew.
-    `target` is the import path of a flwr-datasets partitioner (kind `partitioner`), `options`
-    what it is made with.
+    client) partition by the documents' labels, or by their groups if there are no labels. With a
+    `skew` above 0, client i's share of an `iid` or `shards` partition is proportional to
+    (i + 1) ** -skew. `target` is the import path of a flwr-datasets partitioner (kind
+    `partitioner`), and `options` are its arguments.
     """
 
     kind: str = "natural"

@@ -1,4 +1,4 @@
-"""How clients and trunk work together: when the trunk steps, and what becomes of the halves."""
+"""The settings of a federation: the trunk's policy, client weights, and the training method."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,22 +13,24 @@ POLICIES = ("sync", "async", "quorum")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySpec:
-    """When the trunk steps and when a round closes; one setting for both.
+    """The policy that decides when the trunk steps and when a round closes.
 
-    `sync` waits for all clients, `quorum` for `quorum` of them (a count from 1 on, below 1 a
-    fraction), `async` for nobody. At the trunk a barrier waits at most `deadline_s` after its
-    first contribution; a round closes at the latest `round_deadline_s` after it began, and what
-    comes later is merged into a later one.
+    `sync` waits for all clients, `quorum` for `quorum` of them (a count if it is at least 1, else
+    a fraction), and `async` for no client. At the trunk, a barrier waits at most `deadline_s`
+    seconds after its first contribution. A round closes at most `round_deadline_s` seconds after
+    it began; a reply that arrives later is merged into a later round.
 
-    A gradient, or a half, that was made `s` versions ago weighs `discount_of(s)`, and is refused
-    beyond `max_staleness`; with `late=refuse` the trunk of a quorum takes none that is stale.
-    In `async`, halves are mixed in with weight `mixing` times the discount (FedAsync), `buffer`
-    of them at a time (FedBuff).
+    A contribution (a gradient at the trunk, client weights at the server) that is `s` versions
+    old has the weight `discount_of(s)`, and is refused if `s` is above `max_staleness`. With
+    `late=refuse`, the trunk of a quorum refuses every stale gradient. In `async`, client weights
+    are mixed into those of the server with weight `mixing` times the discount (FedAsync),
+    `buffer` of them at a time (FedBuff).
 
-    `sim_slowdown` simulates machines of different speed: by client, how many times slower than
-    the others it is. The trunk then keeps a virtual clock, on which a step of a normal machine
-    takes one second, and takes requests in the order of that clock: such a run is reproducible
-    under any policy. All times above are then virtual ones.
+    `sim_slowdown` simulates machines of different speed: for each client that it names, the
+    factor by which its machine is slower than a normal one. The trunk then has a virtual clock,
+    on which a step of a normal machine takes one second, and handles requests in the order of
+    that clock, so the run is reproducible under any policy. All times above are then in virtual
+    seconds.
     """
 
     kind: str = "sync"
@@ -50,6 +52,7 @@ class PolicySpec:
         one_of("policy.discount", self.discount, ("constant", "polynomial", "hinge"))
         for name in ("deadline_s", "round_deadline_s", "quorum"):
             positive(f"policy.{name}", getattr(self, name))
+        # From 1 on it is a count of clients.
         if self.quorum > 1 and self.quorum != int(self.quorum):
             raise ConfigError(
                 f"policy.quorum={self.quorum} is neither a fraction (below 1) nor a whole number"
@@ -63,7 +66,7 @@ class PolicySpec:
             at_least(f"policy.sim_slowdown of {client}", factor, 1)
 
     def quorum_of(self, num_clients: int) -> int:
-        """How many of `num_clients` are enough.
+        """Return the number of clients, out of `num_clients`, that a step or a round waits for.
 
         >>> PolicySpec(kind="quorum", quorum=0.75).quorum_of(5), PolicySpec().quorum_of(5)
         (4, 5)
@@ -76,7 +79,7 @@ class PolicySpec:
         return min(int(wanted), num_clients)
 
     def discount_of(self, staleness: int) -> float:
-        """What something `staleness` versions old weighs, in (0, 1].
+        """Return the weight of a contribution that is `staleness` versions old, in (0, 1].
 
         Xie, Koyejo and Gupta 2019, "Asynchronous Federated Optimization", arXiv 1903.03934, 5.2.
 
@@ -93,10 +96,10 @@ class PolicySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HalvesSpec:
-    """What becomes of bottom and top: aggregated by a Flower strategy, or personal.
+    """The treatment of client weights: aggregated by a Flower strategy, or personal.
 
-    `strategy` is the import path of any Flower strategy and `options` what it is made with.
-    `personal` parts never leave their client.
+    `strategy` is the import path of any Flower strategy, and `options` are its arguments.
+    Personal parts (`personal`: bottom, top or both) never leave their client.
     """
 
     strategy: str = "flwr.serverapp.strategy.FedAvg"
@@ -107,12 +110,12 @@ class HalvesSpec:
         one_of("halves.personal", self.personal, ("none", "bottom", "top", "both"))
 
     def is_personal(self, place: str) -> bool:
-        """Whether the `place`, bottom or top, stays at its client."""
+        """Return whether the part `place`, bottom or top, never leaves its client."""
         return self.personal in (place, "both")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategySpec:
-    """The method of split learning: a Flower strategy by its import path."""
+    """The training method: the import path of a Flower strategy for split models."""
 
     target: str = "strategies.SplitFedV2"

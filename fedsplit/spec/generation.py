@@ -1,4 +1,4 @@
-"""What a trunk spends on sessions that generate."""
+"""The settings of generation: a trunk's budgets of memory and time for its sessions."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,15 @@ from fedsplit.spec.checks import at_least, positive
 class GenerationSpec:
     """Budgets of generation at the trunk; they change no number of training.
 
-    One session holds at most `session_tokens` tokens, prompts and answers of all its sequences,
-    and the caches of all sessions `cache_bytes`; beyond that the one that was used least recently
-    is dropped, as is one that nobody used for `ttl_s` seconds. A client replays a dropped session.
+    One session holds at most `session_tokens` tokens: the prompts and answers of all its
+    sequences. The caches of all sessions hold at most `cache_bytes` bytes; over this limit, the
+    least recently used session is dropped. A session that is not used for `ttl_s` seconds is
+    dropped too. A client replays a dropped session.
 
-    A pass of the trunk takes one token of every session that waits, and beside them at most
-    `chunk_tokens` of prompts. It begins when everybody of the pass before has asked again, or
-    `max_queue_delay_s` seconds after the first. `stateless_bytes` bounds a message that carries a
-    cache.
+    A pass of the trunk processes one token of every waiting session, and at most `chunk_tokens`
+    tokens of prompts. It begins when all sessions of the last pass have sent their next token, or
+    `max_queue_delay_s` seconds after the first of them did. `stateless_bytes` is the largest size
+    of a message that carries a cache.
     """
 
     session_tokens: int = 16384

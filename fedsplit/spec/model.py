@@ -1,4 +1,4 @@
-"""What a model is: where it comes from, where it is cut, and which adapters it gets."""
+"""The settings of a model: its source, its cut, and its adapters."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from fedsplit.spec.checks import at_least, one_of, within
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSpec:
-    """How many blocks each part holds; `trunk=0` stands for all the others.
+    """The number of blocks of each part; `trunk=0` stands for all the other blocks.
 
     >>> SplitSpec.parse("1/2/1").cut(4)
     (1, 3)
@@ -45,21 +45,26 @@ class SplitSpec:
         return SplitSpec(bottom=int(bottom), trunk=0 if trunk == "*" else int(trunk), top=int(top))
 
     def cut(self, num_blocks: int, model: str = "the model") -> tuple[int, int]:
-        """First block of the trunk, and first block after it.
+        """Return the first block of the trunk, and the first block after it.
+
+        Args:
+            num_blocks: Of the whole model.
+            model: Its name, for the error.
 
         Raises:
-            ConfigError: The model does not have as many blocks as the split asks for.
+            ConfigError: The model does not have the number of blocks that the split needs.
         """
-        ends, trunk = self.bottom + self.top, self.trunk
-        if ends + max(trunk, 1) > num_blocks:
+        client_blocks, trunk = self.bottom + self.top, self.trunk
+        if client_blocks + max(trunk, 1) > num_blocks:
             raise ConfigError(
-                f"split.bottom + split.top = {ends}, but {model} has {num_blocks} blocks of which "
-                f"the trunk needs at least {max(trunk, 1)}; lower one of them"
+                f"split.bottom + split.top = {client_blocks}, but {model} has {num_blocks} blocks "
+                f"of which the trunk needs at least {max(trunk, 1)}; lower one of them"
             )
-        if trunk and ends + trunk != num_blocks:
+        if trunk and client_blocks + trunk != num_blocks:
             raise ConfigError(
-                f"split {self} covers {ends + trunk} blocks, but {model} has {num_blocks}; make "
-                f"them equal, or write {self.bottom}/*/{self.top} to give the trunk all the others"
+                f"split {self} covers {client_blocks + trunk} blocks, but {model} has "
+                f"{num_blocks}; make them equal, or write {self.bottom}/*/{self.top} to give the "
+                "trunk all the others"
             )
         return self.bottom, num_blocks - self.top
 
@@ -69,16 +74,17 @@ class SplitSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A checkpoint to start from, or a family and the settings of a model to make.
+    """A checkpoint to start from, or the family and config of a model from scratch.
 
-    `pretrained` is a hub id or a local directory and wins over `family`; `config` holds fields
-    of the family's own Hugging Face config.
+    `pretrained` is a hub id or a local directory and takes precedence over `family`; `config` has
+    fields of the family's own Hugging Face config.
 
-    `attention` is a name of transformers, or `auto` for the fastest of flash_attention_2, sdpa
-    and eager that the family, the device and the precision allow. With `autocast` the weights,
-    and what travels, stay in `dtype`, and matrix products of training and evaluation are in the
-    smaller one; `auto` is bfloat16 on devices that have it and float16 on others, each side for
-    itself. Where either side is in float16, losses are scaled.
+    `attention` is an implementation of transformers, or `auto` for the fastest of
+    flash_attention_2, sdpa and eager that the family, the device and the precision allow. With
+    `autocast`, weights and the tensors on the wire keep `dtype`, and matrix products of training
+    and evaluation use the smaller type; `auto` is bfloat16 on devices that support it and float16
+    on others, and each side chooses for its own device. If either side uses float16, losses are
+    scaled.
     """
 
     pretrained: str = ""
@@ -103,7 +109,11 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSpec:
-    """Adapters instead of full training; `targets` is peft's own default, or names with commas."""
+    """LoRA adapters in place of full training.
+
+    `targets` names the modules that get an adapter, with commas; `auto` is peft's default for the
+    family. Only the parts whose flag is true get adapters.
+    """
 
     enabled: bool = False
     rank: int = 8

@@ -1,4 +1,4 @@
-"""A run, whole: its parts, the wire it uses, and where it takes place."""
+"""The settings of a whole run: those of its parts, the wire, the launch, and sweeps."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
 
-# Whatever else a wire has decides numbers, and so does a field that is added to it.
+# All other fields of WireSpec decide numbers. A new field does too, unless it is added here.
 _CHANGES_NO_NUMBER = (
     *("bind", "advertise", "tls_cert", "tls_key", "tls_ca", "insecure"),
     *("call_deadline_s", "budget_s", "stash_ttl_s", "stash_bytes"),
@@ -28,16 +28,18 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 class WireSpec:
     """The stream between client and trunk. Times are in seconds, sizes in bytes.
 
-    `bind` is where the trunk server listens (port 0 picks a free one) and `advertise` the
-    address clients are told, if it is another. TLS needs `tls_cert` and `tls_key` at the server;
-    clients trust `tls_ca`. `call_deadline_s` bounds one call, `budget_s` one call with retries.
+    `bind` is the address on which the trunk server listens (port 0 picks a free port), and
+    `advertise` the address that clients call, if it differs. TLS needs `tls_cert` and `tls_key`
+    at the server; clients trust `tls_ca`. `call_deadline_s` bounds one call, and `budget_s` one
+    call with all its retries. The server stores at most `stash_bytes` of activations that wait
+    for their backward, each for at most `stash_ttl_s`.
 
-    Hidden states travel as `up` and `down` say, their gradients as `grad_up` and `grad_down`: none,
-    bf16, fp16, int8 or int4 (with `:stochastic` rounding if so written), topk:FRACTION,
-    randtopk:FRACTION or huffman:STEP. With `history_bytes`, each side keeps so many bytes of what
-    the other made of a client's examples the last time, and of these only what has changed travels.
-    The halves that Flower carries travel as `halves` says, both ways: none, fp16 or int8.
-    All of these decide numbers; addresses, TLS, times and the stash do not.
+    `up` and `down` are the codecs of hidden states, `grad_up` and `grad_down` those of their
+    gradients: none, bf16, fp16, int8 or int4 (both with an optional `:stochastic`), topk:FRACTION,
+    randtopk:FRACTION or huffman:STEP. With `history_bytes` above 0, each side stores so many bytes
+    of the last hidden states of a client's examples, and the wire carries the difference to them.
+    `halves` is the codec of the client weights that Flower carries, in both directions: none,
+    fp16 or int8. All of these decide numbers; addresses, TLS, times and the stash do not.
     """
 
     bind: str = "127.0.0.1:0"
@@ -85,19 +87,19 @@ class WireSpec:
 
     @property
     def is_local(self) -> bool:
-        """Whether the trunk server can be reached from this machine only."""
+        """Whether only this machine can reach the trunk server."""
         host = self.bind.rpartition(":")[0]
         return self.bind.startswith("unix:") or host in ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
-    """Where the run takes place; changes no number of it.
+    """The processes and devices of a run; they change no number of it.
 
-    `workers` is how many simulated clients work at once (0: all of them), and `run_dir` the
-    folder that holds one folder per run. `start_timeout_s` bounds the wait for the first sign.
-    `trunk_device` is where the server's trunk lies, as torch names it: one, several with commas,
-    or `auto` for all GPUs; `client_device` where clients compute whose node does not say.
+    `workers` is the number of simulated clients that work at once (0: all of them), and `run_dir`
+    the folder that has one folder per run. `start_timeout_s` bounds the wait for the first node.
+    `trunk_device` is the torch device of the server's trunk: one, several with commas, or `auto`
+    for all GPUs. `client_device` is that of clients whose node config names none.
     """
 
     kind: str = "inline"
@@ -115,11 +117,11 @@ class LaunchSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepSpec:
-    """An experiment of several runs: each variant with each seed, on top of the run itself.
+    """An experiment of several runs: each variant with each seed, on top of the run's settings.
 
     `variants` are overrides by name, as on the command line: `{slow: "policy=sync seed=3"}`.
-    They end in a table, to which a `kind` other than `compare` adds figures of its own; of kind
-    `memory` nothing is trained. `at_once` runs work at a time (0: one for each core).
+    Their result is a table, to which a `kind` other than `compare` adds figures of its own; the
+    kind `memory` trains nothing. `at_once` runs work at a time (0: one for each core).
     """
 
     kind: str = "compare"
@@ -140,7 +142,10 @@ class SweepSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Conflict:
-    """Two settings of a run by their dotted names, when their values conflict, and why."""
+    """Two settings of a run by their dotted names, the test that finds a conflict, and its error.
+
+    `why` is a format string; `setting` and `run` are its fields.
+    """
 
     setting: str
     other: str
@@ -148,7 +153,7 @@ class _Conflict:
     why: str
 
     def check(self, run: "RunSpec") -> None:
-        """Refuse a run in which the two settings conflict."""
+        """Raise ConfigError if the two settings conflict in this run."""
         if self.when(*attrgetter(self.setting, self.other)(run)):
             raise ConfigError(self.why.format(setting=self.setting, run=run))
 
@@ -166,7 +171,7 @@ _OWN_TIME = (
     "with policy=async or policy.sim_slowdown each goes by its own time; use one of the two"
 )
 
-# The first row that applies is the one that is reported.
+# The order decides which error is reported for a run with several conflicts.
 _CONFLICTS = (
     _Conflict(
         setting="task",
@@ -223,15 +228,15 @@ _CONFLICTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """One run, whole.
+    """All settings of one run.
 
-    Everything but `name`, `launch`, `resume`, `sweep` and `generation` decides its numbers, and
-    of `wire` what is lossy.
+    All of them decide its numbers, except `name`, `launch`, `resume`, `sweep`, `generation` and
+    the addresses, TLS files, times and stash of `wire`.
 
-    `task` is what the model's head does. `baseline` replaces split learning by what it is
-    measured against: the unsplit model on all data (`central`), FedAvg of whole models
-    (`fedavg`), or each client alone (`local`). `resume` continues the run in a folder, or with
-    `auto` the latest one of this name, if there is one.
+    `task` is the task of the model's head. `baseline` replaces split learning by a method to
+    compare it with: the unsplit model on all data (`central`), FedAvg of whole models (`fedavg`),
+    or each client alone (`local`). `resume` continues the run in a folder; `auto` continues the
+    latest interrupted run of this name, if there is one.
 
     >>> RunSpec(seed=1).fingerprint == RunSpec(seed=1, name="again").fingerprint
     True
@@ -268,6 +273,7 @@ class RunSpec:
         one_of("baseline", self.baseline, ("none", "central", "fedavg", "local"))
         for conflict in _CONFLICTS:
             conflict.check(self)
+        # The virtual clock stops at the next event of a client that waits for a free worker.
         if self.policy.sim_slowdown and 0 < self.launch.workers < self.clients:
             raise ConfigError(
                 f"policy.sim_slowdown needs all {self.clients} clients at work at once, but "
@@ -282,26 +288,27 @@ class RunSpec:
 
     @property
     def num_nodes(self) -> int:
-        """Flower nodes at work: one per client; all data is at one of them for `central`."""
+        """Number of Flower nodes: one per client, or one with all data for `central`."""
         return 1 if self.baseline == "central" else self.clients
 
     @property
     def shares_halves(self) -> bool:
-        """Whether clients give anything of their halves away."""
+        """Whether clients send any of their weights to the server."""
         return self.baseline != "local" and self.halves.personal != "both"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the run's numbers, by dotted name."""
-        aside = ("name", "launch", "resume", "sweep", "generation")
-        told = {k: v for k, v in asdict(self).items() if k not in aside}
-        wire = told["wire"].items()
-        told["wire"] = {name: value for name, value in wire if name not in _CHANGES_NO_NUMBER}
-        return dict(_flat(told, ""))
+        """All settings that decide the run's numbers, by dotted name."""
+        left_out = ("name", "launch", "resume", "sweep", "generation")
+        nested = {name: value for name, value in asdict(self).items() if name not in left_out}
+        wire = nested["wire"].items()
+        nested["wire"] = {name: value for name, value in wire if name not in _CHANGES_NO_NUMBER}
+        return dict(_flat(nested, ""))
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that are equal for two runs that must give the same numbers."""
+        """16 hex digits; two runs with the same fingerprint must give the same numbers."""
+        # Sorted keys and fixed separators: the text must not depend on the order of fields.
         text = json.dumps(self.settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

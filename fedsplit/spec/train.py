@@ -1,4 +1,4 @@
-"""What the optimizers of a run do, at the clients and at the trunk alike."""
+"""The settings of training: optimizers, their schedule, rounds, and early stopping."""
 
 import math
 from dataclasses import dataclass
@@ -8,43 +8,47 @@ from fedsplit.spec.checks import at_least, one_of, positive, within
 
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 """Optimizers that need bitsandbytes."""
+
 _MODES = ("off", "default", "max-autotune-no-cudagraphs")
-# A CUDA graph writes each output over the one before, and here several wait for their backward.
+# A CUDA graph overwrites its last output, but several outputs wait for their backward here.
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:
-    """What every optimizer of the run, at the clients and at the trunk, does.
+    """The training settings of a run; clients and trunk use the same ones.
 
-    `batch_size` is in sequences and `accumulation` in batches per optimizer step. Each batch goes
-    through the three parts in `micro_batches` pieces, one part at work on one while the next is at
-    another; it is the same step, up to the rounding of sums. A client takes
-    `local_steps` optimizer steps a round, or, if that is above 0, `local_epochs` over its data,
-    and in all at most `max_steps` (0: no bound), which is then the horizon of the schedule.
+    `batch_size` is in sequences and `accumulation` in batches per optimizer step. Each batch is
+    cut into `micro_batches` pieces, and the three parts process different pieces at the same
+    time; the step is the same, up to the rounding of sums. A client takes `local_steps` optimizer
+    steps per round, or `local_epochs` epochs over its data if that is above 0. Over the whole run
+    it takes at most `max_steps` steps (0: no limit), which then is also the length of the
+    schedule.
 
-    `clip_norm` is the largest norm of the gradient, over all three parts (`clip=global`) or of
-    the client's and the trunk's each (`clip=parts`); 0 turns clipping off. `momentum` is SGD's.
-    Weight decay is for matrices only. `adamw_8bit` keeps its moments in 8 bits (extra
-    `optimizers`), `paged_adamw_8bit` in memory that a GPU may move out when it is short.
+    `clip_norm` is the largest norm of the gradient, over all three parts (`clip=global`) or over
+    the client's parts and the trunk separately (`clip=parts`); 0 turns clipping off. `momentum`
+    is for SGD. Weight decay applies to matrices only. `adamw_8bit` stores its moments in 8 bits
+    (extra `optimizers`), and `paged_adamw_8bit` stores them in memory that is paged out to the
+    CPU when the GPU is short of memory.
 
-    `mode` says what trains: `joint` all three parts, `frozen_trunk` the halves with gradients that
-    pass through a trunk that stays as it is, `isolated` the halves alone: the top on what the
-    trunk sends, the bottom on an auxiliary head of its own. `trunk_steps` are steps of the trunk
-    per step of the clients, from stored activations.
+    `mode` selects the parts that train: `joint` trains all three; `frozen_trunk` trains bottom
+    and top with gradients that pass through a constant trunk; `isolated` trains the top on the
+    trunk's outputs and the bottom on an auxiliary head, and no gradient passes through the trunk.
+    `trunk_steps` is the number of steps that the trunk takes per step of the clients, from stored
+    activations.
 
-    `checkpointing` names the parts that keep only the inputs of their blocks for a backward and
-    compute the rest again: `none`, `trunk`, `client` (bottom and top) or `all`; it changes no
-    number. `compile_client` and `compile_trunk` are modes of `torch.compile`, or `off`; where it
-    fails, a part says so once and trains as it is.
+    `checkpointing` names the parts that store only the inputs of their blocks for the backward
+    and compute the rest again: `none`, `trunk`, `client` (bottom and top) or `all`; it changes no
+    number. `compile_client` and `compile_trunk` are modes of `torch.compile`, or `off`; if it
+    fails, the part logs that once and trains without it.
 
-    The trunk takes `clients_per_pass` clients' calls of one shape through its blocks at once; a
-    call waits at most `max_queue_delay_s` seconds for others.
+    The trunk runs the calls of up to `clients_per_pass` clients, if they have one shape, through
+    its blocks at once; a call waits at most `max_queue_delay_s` seconds for others.
 
-    Held-out loss is measured every `evaluate_every` rounds and in the last. Training stops early
-    after `patience` such rounds without improvement (0: never), `load_best` keeps the best of
-    them as the result, and every `save_every` rounds (0: never) a checkpoint is written from
-    which a run can `resume`.
+    Held-out loss is measured every `evaluate_every` rounds and in the last one. Training stops
+    early after `patience` measured rounds without improvement (0: never), `load_best` makes the
+    best of them the result, and every `save_every` rounds (0: never) a checkpoint is written that
+    `resume` can continue from.
     """
 
     rounds: int = 16
@@ -98,6 +102,7 @@ class TrainSpec:
         for name in ("weight_decay", "clip_norm", *bounds):
             at_least(f"train.{name}", getattr(self, name), 0)
         at_least("train.evaluate_every", self.evaluate_every, 1)
+        # lr_at needs the total number of steps, except for a constant rate.
         if self.local_epochs and not self.max_steps and self.schedule != "constant":
             raise ConfigError(
                 f"train.schedule={self.schedule} needs a number of steps to end at, and with "
@@ -109,7 +114,6 @@ class TrainSpec:
                 f"train.trunk_steps={self.trunk_steps} trains the trunk, but in "
                 f"train.mode={self.mode} it stays as it is; use mode=joint or trunk_steps=1"
             )
-
         if self.clients_per_pass > 1 and self.compile_trunk != "off":
             raise self._cannot_share(f"compile_trunk={self.compile_trunk}")
         if self.clients_per_pass > 1 and self.checkpointing in ("trunk", "all"):
@@ -123,14 +127,14 @@ class TrainSpec:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of one client over the whole run; where the schedule ends."""
+        """Optimizer steps of one client over the whole run; the schedule ends there."""
         return self.max_steps or self.rounds * self.local_steps
 
     def steps_in_round(self, num_sequences: int, taken: int) -> int:
-        """Optimizer steps that a client with so many sequences takes in its next round.
+        """Return the number of optimizer steps that a client takes in its next round.
 
         Args:
-            num_sequences: Of the client's own data.
+            num_sequences: Size of the client's training data.
             taken: Optimizer steps that it has taken before.
         """
         steps = self.local_steps
@@ -140,10 +144,11 @@ class TrainSpec:
         return min(steps, self.max_steps - taken) if self.max_steps else steps
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step `step` (the first is 0), the same at every part.
+        """Return the learning rate of optimizer step `step` (the first is 0), for all parts.
 
-        Linear warm-up over `warmup_steps`, then constant, or down to 0 at `total_steps`,
-        linearly or along half a cosine (Loshchilov and Hutter 2017, without restarts).
+        It is a linear warm-up over `warmup_steps`, then constant, or a decay to 0 at
+        `total_steps`, linear or along half a cosine (Loshchilov and Hutter 2017, without
+        restarts).
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
