@@ -10,15 +10,25 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import reduce
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedsplit.errors import BadTensor
 from fedsplit.spec.checks import parsed_codec
+from fedsplit.wire.packing import (
+    dither,
+    inflated,
+    largest,
+    noise,
+    numbers_of,
+    pack,
+    packed_bytes,
+    rms,
+    rounded_up,
+    seed_of,
+    unpack,
+)
 
 _SCALE_BYTES = 2
 _SEED_BYTES = 4
@@ -124,23 +134,23 @@ class Int(RowCodec):
 
     def check_row(self, row_bytes: int, width: int) -> None:
         """See `RowCodec`."""
-        _check_length(row_bytes, _SCALE_BYTES + _packed_bytes(width, self.bits), width)
+        _check_length(row_bytes, _SCALE_BYTES + packed_bytes(width, self.bits), width)
 
     def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
-        largest_N1 = _largest(rows_ND)
-        scales_N1 = _rounded_up(largest_N1 / self.most)
+        largest_N1 = largest(rows_ND)
+        scales_N1 = rounded_up(largest_N1 / self.most)
         steps_ND = rows_ND / scales_N1.float()
         if self.stochastic:
-            steps_ND = steps_ND.add_(_noise(rows_ND)).floor_()
-        numbers_ND = _numbers(steps_ND, self.most)
-        return torch.cat([scales_N1.view(torch.uint8), _pack(numbers_ND, self.bits)], dim=1)
+            steps_ND = steps_ND.add_(noise(rows_ND)).floor_()
+        numbers_ND = numbers_of(steps_ND, self.most)
+        return torch.cat([scales_N1.view(torch.uint8), pack(numbers_ND, self.bits)], dim=1)
 
     def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
         """See `RowCodec`."""
         scales = bytes_NM[:, :_SCALE_BYTES].clone(memory_format=torch.contiguous_format)
         scales_N1 = scales.view(torch.bfloat16).float()
-        numbers_ND = _unpack(bytes_NM[:, _SCALE_BYTES:], self.bits, width)
+        numbers_ND = unpack(bytes_NM[:, _SCALE_BYTES:], self.bits, width)
         return numbers_ND.float().sub_(self.most).mul_(scales_N1)
 
 
@@ -172,13 +182,13 @@ class TopK(RowCodec):
         kept_NK = self._chosen(rows_ND).sort(dim=1).values
         mask_ND = torch.zeros_like(rows_ND, dtype=torch.uint8).scatter_(1, kept_NK, 1)
         values = _KEPT.encode(rows_ND.gather(1, kept_NK))
-        return torch.cat([_pack(mask_ND, 1), values], dim=1)
+        return torch.cat([pack(mask_ND, 1), values], dim=1)
 
     def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
         """See `RowCodec`."""
         kept = _num_kept(bytes_NM.shape[1], width)
-        bytes_of_mask = _packed_bytes(width, 1)
-        mask_ND = _unpack(bytes_NM[:, :bytes_of_mask], 1, width).bool()
+        bytes_of_mask = packed_bytes(width, 1)
+        mask_ND = unpack(bytes_NM[:, :bytes_of_mask], 1, width).bool()
         if not mask_ND.sum(dim=1).eq(kept).all():
             raise BadTensor(f"a row says of other than {kept} of its {width} values where they are")
         rows_ND = torch.zeros(mask_ND.shape)
@@ -192,7 +202,7 @@ class TopK(RowCodec):
         largest_NK = sizes_ND.topk(kept - drawn, dim=1).indices
         if not drawn:
             return largest_NK
-        lots_ND = _noise(rows_ND).scatter_(1, largest_NK, -1.0)
+        lots_ND = noise(rows_ND).scatter_(1, largest_NK, -1.0)
         return torch.cat([largest_NK, lots_ND.topk(drawn, dim=1).indices], dim=1)
 
 
@@ -224,12 +234,12 @@ class Huffman(Codec):
 
     def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
-        seed, steps_N1 = _seed(rows_ND), self._steps(rows_ND, whole_ND)
-        dithered_ND = (rows_ND / steps_N1.float()).add_(_dither(rows_ND.shape, seed, rows_ND))
+        seed, steps_N1 = seed_of(rows_ND), self._steps(rows_ND, whole_ND)
+        dithered_ND = (rows_ND / steps_N1.float()).add_(dither(rows_ND.shape, seed, rows_ND))
         low_N, high_N = steps_N1.view(torch.uint8).unbind(dim=1)
         packed = bytearray(seed.to_bytes(_SEED_BYTES, "little"))
         deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
-        for symbols in (high_N, low_N, _numbers(dithered_ND, _KEPT.most)):
+        for symbols in (high_N, low_N, numbers_of(dithered_ND, _KEPT.most)):
             packed += deflate.compress(symbols.cpu().contiguous().numpy().data)
             packed += deflate.flush(zlib.Z_BLOCK)
         return torch.frombuffer(packed + deflate.flush(), dtype=torch.uint8)
@@ -237,20 +247,20 @@ class Huffman(Codec):
     def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
         """See `Codec`."""
         seed = int.from_bytes(bytes_M[:_SEED_BYTES].numpy(), "little")
-        symbols = _inflated(bytes_M[_SEED_BYTES:], num_rows * (_SCALE_BYTES + width))
+        symbols = inflated(bytes_M[_SEED_BYTES:], num_rows * (_SCALE_BYTES + width))
         high_N, low_N, numbers = torch.split(symbols, [num_rows, num_rows, num_rows * width])
         steps_N1 = torch.stack([low_N, high_N], dim=1).view(torch.bfloat16).float()
         rows_ND = numbers.view(num_rows, width).float().sub_(_KEPT.most)
-        return rows_ND.sub_(_dither(rows_ND.shape, seed, rows_ND)).mul_(steps_N1)
+        return rows_ND.sub_(dither(rows_ND.shape, seed, rows_ND)).mul_(steps_N1)
 
     def _steps(self, rows_ND: Tensor, whole_ND: Tensor | None) -> Tensor:
         """Long enough for the largest value to be a number."""
-        largest_N1 = _largest(rows_ND)
+        largest_N1 = largest(rows_ND)
         if whole_ND is None:
-            rms_N1 = _rms(rows_ND, largest_N1)
+            rms_N1 = rms(rows_ND, largest_N1)
         else:
-            rms_N1 = _rms(whole_ND, _largest(whole_ND))
-        return _rounded_up(torch.maximum(self.step * rms_N1, largest_N1 / _KEPT.most))
+            rms_N1 = rms(whole_ND, largest(whole_ND))
+        return rounded_up(torch.maximum(self.step * rms_N1, largest_N1 / _KEPT.most))
 
 
 _KEPT = Int(8)
@@ -265,7 +275,15 @@ READERS: dict[str, Codec] = {
 }
 """What decodes a tensor, by the name that its header gives; how it was chosen does not matter."""
 
-NUMBERS = {"none": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "topk": 5, "huffman": 7}
+NUMBERS = {
+    "none": 0,
+    "bf16": 1,
+    "fp16": 2,
+    "int8": 3,
+    "int4": 4,
+    "topk": 5,
+    "huffman": 7,
+}
 """How a header names a codec. A number is never used again: 6 was that of a codec now removed."""
 
 
@@ -287,89 +305,10 @@ def writer(name: str) -> tuple[str, Codec]:
     return kind, READERS[kind]
 
 
-# --- bits and bytes ------------------------------------------------------------------------------
-
-
 def _check_length(row_bytes: int, expected: int, width: int) -> None:
     if row_bytes != expected:
         raise BadTensor(f"a row of {width} values takes {expected} bytes, not {row_bytes}")
 
 
 def _num_kept(row_bytes: int, width: int) -> int:
-    return row_bytes - _SCALE_BYTES - _packed_bytes(width, 1)
-
-
-def _packed_bytes(width: int, bits: int) -> int:
-    return -(-width * bits // 8)
-
-
-def _numbers(steps_ND: Tensor, most: int) -> Tensor:
-    """The nearest whole numbers from -most to most, counted from 0 on, as bytes.
-
-    0 / 0 of a row of zeros, and all of a row whose scale is Inf or NaN, becomes 0.
-    """
-    whole_ND = steps_ND.round_().nan_to_num_(nan=0.0).clamp_(-most, most)
-    return whole_ND.add_(most).to(torch.uint8)
-
-
-def _inflated(bytes_M: Tensor, length: int) -> Tensor:
-    """The symbols that were deflated to these bytes; memory is taken for no more than them."""
-    inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
-    try:
-        symbols = bytearray(inflate.decompress(bytes_M.numpy().data, length))
-        more = inflate.decompress(inflate.unconsumed_tail, 1)
-    except zlib.error as exc:
-        raise BadTensor(f"{len(bytes_M)} bytes are no Huffman codes: {exc}") from exc
-    if more or inflate.unused_data or not inflate.eof or len(symbols) != length:
-        raise BadTensor(f"{len(bytes_M)} bytes are not the code of {length} symbols and an end")
-    return torch.frombuffer(symbols, dtype=torch.uint8)
-
-
-def _largest(rows_ND: Tensor) -> Tensor:
-    """How large the largest value of every row is."""
-    return rows_ND.abs().amax(dim=1, keepdim=True)
-
-
-def _rms(rows_ND: Tensor, largest_N1: Tensor) -> Tensor:
-    """Root mean square of every row, 0 where that is no number."""
-    squares_N1 = (rows_ND / largest_N1).square_().mean(dim=1, keepdim=True)
-    return squares_N1.sqrt_().nan_to_num_(nan=0.0).mul_(largest_N1)
-
-
-def _rounded_up(positive: Tensor) -> Tensor:
-    """As bfloat16, and never smaller: so no number is beyond the largest that its scale allows."""
-    nearest = positive.bfloat16()
-    following = (nearest.view(torch.int16) + 1).view(torch.bfloat16)
-    return torch.where(nearest.float() < positive, following, nearest)
-
-
-def _seed(rows_ND: Tensor) -> int:
-    """Of what is random about these rows: the same whenever they are encoded."""
-    return zlib.crc32(rows_ND.contiguous().cpu().view(torch.uint8).numpy().data)
-
-
-def _noise(rows_ND: Tensor) -> Tensor:
-    """Numbers in [0, 1) that are the same whenever these rows are encoded."""
-    generator = torch.Generator().manual_seed(_seed(rows_ND))
-    return torch.rand(rows_ND.shape, generator=generator).to(rows_ND.device)
-
-
-def _dither(shape: torch.Size, seed: int, like: Tensor) -> Tensor:
-    """Numbers in (-1/2, 1/2); numpy promises the raw ones to be the same in all its versions."""
-    raw = np.random.PCG64(seed).random_raw(-(-shape.numel() // 4)).view(np.int16)
-    numbers = torch.from_numpy(raw)[: shape.numel()].view(shape).to(like)
-    return numbers.add_(0.5).div_(1 << 16)
-
-
-def _pack(numbers_ND: Tensor, bits: int) -> Tensor:
-    """Several small numbers to a byte, the first one lowest."""
-    padded = F.pad(numbers_ND, (0, -numbers_ND.shape[1] % (8 // bits)))
-    places = range(8 // bits)
-    shifted = [padded[:, place :: 8 // bits] << bits * place for place in places]
-    return reduce(torch.bitwise_or, shifted)
-
-
-def _unpack(bytes_NM: Tensor, bits: int, width: int) -> Tensor:
-    places = range(0, 8, bits)
-    spread = torch.stack([bytes_NM >> place & (1 << bits) - 1 for place in places], dim=2)
-    return spread.flatten(1)[:, :width]
+    return row_bytes - _SCALE_BYTES - packed_bytes(width, 1)
