@@ -1,5 +1,6 @@
 """The commands on trunk servers: serve and info."""
 
+import logging
 import os
 import shlex
 import signal
@@ -17,6 +18,9 @@ from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:
     from fedsplit.serve import Served
+    from fedsplit.trunk.update import TrunkUpdate
+
+log = logging.getLogger(__name__)
 
 _INFO_DEADLINE_S = 10.0
 _TRY = '"Once upon a time"'
@@ -125,6 +129,7 @@ class Serve(Command):
                 wire,
                 token=read_token(self.token_file),
                 device=self.device,
+                update=update_of(run),
                 on_failure=stop_after_failure,
             )
             address = opened.enter_context(hosting)
@@ -161,6 +166,32 @@ class Serve(Command):
             f"serving {names} (cut {run.split}) at {address}; try: "
             f"fedsplit generate {shlex.join(options)} {_TRY}"
         )
+
+
+def update_of(run: RunSpec) -> "type[TrunkUpdate]":
+    """Return how the run's method makes a step of the trunk, as far as a server can without Flower.
+
+    Raises:
+        ConfigError: `strategy.target` cannot be imported, or is not a `SplitStrategy`.
+    """
+    from fedsplit.config import resolve
+    from fedsplit.trunk.update import TrunkUpdate
+
+    method, target = resolve(run.strategy.target), run.strategy.target
+    update: type[TrunkUpdate] | None = getattr(method, "update", None)
+    if update is None:
+        raise ConfigError(
+            f"strategy.target={target} does not say how the trunk steps; name a subclass of "
+            "fedsplit.flower.strategy.SplitStrategy"
+        )
+    if update.replicas:
+        log.warning(
+            "%s averages the clients' replicas of the trunk after a round, but this server has no "
+            "rounds; clients that train here share one trunk",
+            target,
+        )
+        return TrunkUpdate
+    return update
 
 
 def _set_when_asked_to_end(stopped: threading.Event) -> None:

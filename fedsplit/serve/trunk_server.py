@@ -18,6 +18,7 @@ from fedsplit.spec import RunSpec, WireSpec
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.router import TrunkRouter
 from fedsplit.trunk.service import TrunkService
+from fedsplit.trunk.update import TrunkUpdate
 
 _MAX_CLIENTS = 64
 _NAMED = re.compile(r"([A-Za-z0-9_-]{1,64})=(.+)")
@@ -91,6 +92,7 @@ def hosted(
     *,
     token: str = "",
     device: str = "cpu",
+    update: type[TrunkUpdate] = TrunkUpdate,
     on_failure: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """Serve trunks for generation and training while the block lasts; gives the address.
@@ -104,6 +106,8 @@ def hosted(
         wire: Where to listen, and TLS.
         token: What clients have to present; may be empty where only this machine can connect.
         device: Of the trunks, as torch names it; several, `cuda:0,cuda:1`, or `auto` for all GPUs.
+        update: How a step of a trunk is made from the clients' gradients; the `update` of the run's
+            method.
         on_failure: Called once every trunk has failed, so that the server can serve nothing more.
 
     Raises:
@@ -116,7 +120,8 @@ def hosted(
             "use this trunk; give a token (--token-file, or FEDSPLIT_TOKEN)"
         )
     services = {
-        each.name: TrunkService(trunk, run) for each, trunk in trunks_of(served, run, device)
+        each.name: TrunkService(trunk, run, update=update)
+        for each, trunk in trunks_of(served, run, device)
     }
     router = TrunkRouter(services, token=token)
     clients = max(_MAX_CLIENTS, 2 * run.clients)

@@ -25,17 +25,27 @@ from transformers import (
 )
 
 from fedsplit.cli import main
+from fedsplit.cli.serve import update_of
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.config import compose, to_yaml
 from fedsplit.data import load_corpus
 from fedsplit.data.tokenizing import train_tokenizer
-from fedsplit.errors import Draining, FedsplitError, Unauthenticated
+from fedsplit.errors import ConfigError, Draining, FedsplitError, Unauthenticated
 from fedsplit.model import split_model
 from fedsplit.model.lora import add_adapters, save_adapter
 from fedsplit.runs.folder import RunFolder
 from fedsplit.serve import Served, hosted, plan, reach, remote_model, trunks_of
 from fedsplit.serve.chat import Conversation, Writer
-from fedsplit.spec import DataSpec, LoraSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
+from fedsplit.spec import (
+    DataSpec,
+    LoraSpec,
+    PolicySpec,
+    RunSpec,
+    SplitSpec,
+    StrategySpec,
+    WireSpec,
+)
+from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.wire.messages import ServiceInfoRequest
 from simulations.bench.certificate import self_signed
 from tests.core.worlds import batch, small_run
@@ -46,7 +56,13 @@ PROMPT = "Once upon a time"
 SGD = ["train=sgd", "train.momentum=0", "train.clip_norm=0", "train.warmup_steps=0"]
 BARRIER_S = 3.0
 """How long the run's trunk waits for a client that does not step."""
-RUN = replace(small_run(), name="tale", policy=PolicySpec(deadline_s=BARRIER_S))
+RUN = small_run(
+    name="tale",
+    policy=PolicySpec(deadline_s=BARRIER_S),
+    strategy=StrategySpec(target="strategies.MUSplitFed"),
+    train=replace(small_run().train, trunk_steps=2),
+)
+"""A run of a method with a trunk update of its own."""
 
 
 # --- what there is to serve -------------------------------------------------------------------
@@ -286,6 +302,26 @@ def test_a_trunk_is_trained_by_itself(place):
         assert reached.trunk.service_info().version == 1
     with reach(source, place.address, served="base") as reached:
         assert reached.trunk.service_info().version == 0
+
+
+def test_a_run_is_trained_with_the_steps_of_its_method(place):
+    address = re.search(r"at (127\.0\.0\.1:\d+);", place.run_ready)[1]
+    with reach(str(place.folder / "run" / "model"), address, run=RUN) as reached:
+        with reached.trunk.session():
+            ClientTrainer(reached.model, reached.trunk, RUN).step([batch(1)])
+        with reached.trunk.session(training=False):
+            assert reached.trunk.service_info().version == RUN.train.trunk_steps
+
+
+def test_the_replicas_of_a_method_are_one_trunk_where_no_round_ends(caplog):
+    assert update_of(compose(["strategy=splitfed_v1"])) is TrunkUpdate
+    assert "this server has no rounds" in caplog.text
+
+
+def test_a_method_that_says_nothing_of_the_trunk_is_refused():
+    run = replace(RUN, strategy=StrategySpec(target="flwr.serverapp.strategy.FedAvg"))
+    with pytest.raises(ConfigError, match="name a subclass of .*SplitStrategy"):
+        update_of(run)
 
 
 def test_who_trains_otherwise_is_refused(place):
