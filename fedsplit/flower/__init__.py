@@ -1,1 +1,1 @@
-"""The Flower door: the only place in fedsplit that imports flwr."""
+"""Flower's apps and strategies: the only package of fedsplit that imports flwr."""

@@ -1,6 +1,6 @@
-"""Flower's client: for one message it builds its half, trains or evaluates, and lets all go.
+"""Flower's ClientApp: builds the client's part for one message, and trains or evaluates it.
 
-What lasts from message to message (optimizer moments, how far the data was read, a personal
+State that lasts from message to message (optimizer moments, the position in the data, a personal
 part) is in `context.state`, because a deployed ClientApp is a new process for every message.
 """
 
@@ -51,71 +51,76 @@ from fedsplit.spec import RunSpec
 from fedsplit.transport.client import GrpcLink
 
 Numbers = dict[str, int | float | list[int] | list[float]]
-"""What Flower takes for the numbers of a reply."""
+"""The numbers of a reply, in the types that Flower's `MetricRecord` accepts."""
 
 app = ClientApp()
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Say who this is and how it is configured, before any work is done."""
+    """Reply with the client's name and its configuration's fingerprint, before any work."""
     run = from_run_config(context.run_config)
     node = Node.of(context, run)
-    texts_of(run, node)  # better now than in the middle of a round
+    # An error in the data is reported before the first round, not in the middle of one.
+    texts_of(run, node)
     if run.train.save_every:
         hello = Hello.of(message.content)
-        where = node.checkpoints_of(run, hello.run_id)
+        folder = node.checkpoints_of(run, hello.run_id)
         if hello.resumed:
-            Memory.restore(where, hello.resumed, run)
-        elif Memory.of(context.state) is None and not where.exists():
-            remove_old_runs(where.parent, time.time())
-            Memory().save(where, 0, run)
-    told = ConfigRecord({"client": node.name, "config": run.fingerprint})
-    return Message(RecordDict({"hello": told}), reply_to=message)
+            # Only a check: a missing or damaged checkpoint is an error now, not in the round.
+            Memory.restore(folder, hello.resumed, run)
+        elif Memory.of(context.state) is None and not folder.exists():
+            remove_old_runs(folder.parent, time.time())
+            # A client that is first selected after the resumed round starts from this checkpoint.
+            Memory().save(folder, 0, run)
+    identity = ConfigRecord({"client": node.name, "config": run.fingerprint})
+    return Message(RecordDict({"hello": identity}), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the halves together with the trunk for a round."""
+    """Train the client weights together with the trunk for a round."""
     begin = time.monotonic()
-    with _half(message, context) as half:
-        run, memory = half.run, half.memory
-        steps = run.train.steps_in_round(len(half.share), memory.steps)
+    with _session(message, context) as session:
+        run, memory = session.run, session.memory
+        steps = run.train.steps_in_round(len(session.share), memory.steps)
         trainer = ClientTrainer(
-            half.model,
-            half.trunk,
+            session.model,
+            session.trunk,
             run,
             step=memory.steps,
             proximal_mu=_proximal_mu(message.content),
-            shared=half.shared,
+            shared=session.shared,
             loss_scale=memory.loss_scale,
             objective=_objective(run),
         )
         trainer.optimizer.load_state(memory.moments)
-        stats = trainer.fit(half.share.groups(memory.batches, steps), round=half.join.round)
+        stats = trainer.fit(session.share.groups(memory.batches, steps), round=session.join.round)
     memory = Memory(
         steps=trainer.steps,
         batches=memory.batches + steps * run.train.accumulation,
         moments=trainer.optimizer.state(),
-        personal=half.personal,
-        history=dict(half.trunk.encoder_state),
+        personal=session.personal,
+        history=dict(session.trunk.encoder_state),
         loss_scale=trainer.loss_scale,
     )
     memory.put_into(context.state)
     if run.train.save_every:
-        memory.save(half.node.checkpoints_of(run, half.join.run_id), half.join.round, run)
-    content = RecordDict({METRICS: MetricRecord(half.numbers_of(stats, memory, begin))})
-    if half.shared:
-        content[ARRAYS] = packed(to_arrays(half.shared), run.wire.halves)
+        memory.save(session.node.checkpoints_of(run, session.join.run_id), session.join.round, run)
+    content = RecordDict({METRICS: MetricRecord(session.numbers_of(stats, memory, begin))})
+    if session.shared:
+        content[ARRAYS] = packed(to_arrays(session.shared), run.wire.halves)
     return Message(content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the loss on this client's held-out data."""
-    with _half(message, context) as half:
-        trainer = ClientTrainer(half.model, half.trunk, half.run, objective=_objective(half.run))
-        stats = trainer.evaluate(half.share.evaluation(), round=half.join.round)
+    with _session(message, context) as session:
+        trainer = ClientTrainer(
+            session.model, session.trunk, session.run, objective=_objective(session.run)
+        )
+        stats = trainer.evaluate(session.share.evaluation(), round=session.join.round)
     numbers: Numbers = {
         WEIGHT: stats.num_tokens,
         "loss": stats.nats / max(1, stats.num_tokens),
@@ -123,16 +128,16 @@ def evaluate(message: Message, context: Context) -> Message:
         "nats": stats.nats,
         "bytes": stats.num_bytes,
         **stats.counts,
-        **half.traffic,
+        **session.traffic,
     }
     return Message(RecordDict({METRICS: MetricRecord(numbers)}), reply_to=message)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Half:
-    """A client for the time of one message: its model, its data, its way to the trunk.
+class _ClientSession:
+    """A client while it works on one message: its model, its data and its link to the trunk.
 
-    A baseline's client has the unsplit model, and no way to any trunk.
+    The client of a baseline has the unsplit model and no link.
     """
 
     run: RunSpec
@@ -146,23 +151,23 @@ class _Half:
 
     @property
     def shared(self) -> Mapping[str, nn.Parameter]:
-        """What the server gets: the trained parameters that are not personal, by name."""
+        """The client weights that go to the server: trained and not personal, by name."""
         return shared(self.model, self.run)
 
     @property
     def personal(self) -> dict[str, Tensor]:
-        """What stays here."""
+        """The client weights that stay at the client, by name."""
         return {name: p.detach() for name, p in personal(self.model, self.run).items()}
 
     @property
     def traffic(self) -> dict[str, int]:
-        """Bytes that crossed the stream."""
+        """Bytes that were sent and received over the stream."""
         up, down = (self.link.bytes_up, self.link.bytes_down) if self.link else (0, 0)
         return {"bytes-up": up, "bytes-down": down}
 
     def numbers_of(self, stats: FitStats, memory: Memory, begin: float) -> Numbers:
-        """What a reply says of a round of training that began at `begin`."""
-        most = self.run.train.max_steps
+        """Return the numbers of a reply; training began at `begin`, in monotonic seconds."""
+        max_steps = self.run.train.max_steps
         return {
             WEIGHT: stats.num_tokens,
             "loss": stats.loss,
@@ -172,13 +177,14 @@ class _Half:
             "skipped": stats.skipped,
             "seconds": time.monotonic() - begin,
             "peak-bytes": stats.peak_bytes,
-            "done": int(0 < most <= memory.steps),
+            "done": int(0 < max_steps <= memory.steps),
             **self.traffic,
         }
 
 
 @contextmanager
-def _half(message: Message, context: Context) -> Iterator[_Half]:
+def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
+    """Build the client for a message, and close its link at the end of the block."""
     quiet_libraries()
     run, join = from_run_config(context.run_config), JoinInfo.of(message.content)
     if join.config != run.fingerprint:
@@ -195,18 +201,22 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
     model: PreTrainedModel = build(run, config, node.device)
     on_device(model, node.device)
     if ARRAYS in message.content:
-        halves = shared(model, run)
-        shapes = {name: tuple(parameter.shape) for name, parameter in halves.items()}
-        came = message.content.array_records[ARRAYS]
-        load_arrays(halves, unpacked(came, run.wire.halves, shapes))
+        weights = shared(model, run)
+        shapes = {name: tuple(parameter.shape) for name, parameter in weights.items()}
+        received = message.content.array_records[ARRAYS]
+        load_arrays(weights, unpacked(received, run.wire.halves, shapes))
     with torch.no_grad():
         for name, parameter in personal(model, run).items():
+            # A client's first message finds no personal part yet: it starts from the model's own.
             if memory.personal:
                 parameter.copy_(memory.personal[name])
-    half = partial(_Half, run=run, join=join, node=node, memory=memory, share=share, model=model)
+    session = partial(
+        _ClientSession, run=run, join=join, node=node, memory=memory, share=share, model=model
+    )
     if not isinstance(model, ClientPart):
-        yield half(trunk=NoTrunk(model, client=join.client), link=None)
+        yield session(trunk=NoTrunk(model, client=join.client), link=None)
         return
+    # Each machine has its own file of trusted roots; all other settings are the run's.
     wire = replace(run.wire, tls_ca=node.tls_ca)
     with closing(GrpcLink(join.address, token=join.token, wire=wire)) as link:
         trunk = RemoteTrunk(
@@ -217,18 +227,20 @@ def _half(message: Message, context: Context) -> Iterator[_Half]:
             encoder_state=memory.history,
         )
         connect(model, trunk)
-        yield half(trunk=trunk, link=link)
+        yield session(trunk=trunk, link=link)
 
 
 def _memory(context: Context, node: Node, run: RunSpec, join: JoinInfo) -> Memory:
-    kept = Memory.of(context.state)
-    if kept is None and join.resumed:
+    """Return the client's state: Flower's, else that of a checkpoint, else an empty one."""
+    memory = Memory.of(context.state)
+    # Flower's state is empty at the first message after a resume; the checkpoint takes its place.
+    if memory is None and join.resumed:
         return Memory.restore(node.checkpoints_of(run, join.run_id), join.resumed, run)
-    return kept or Memory()
+    return memory or Memory()
 
 
 def _objective(run: RunSpec) -> type[ClientObjective]:
-    """Return what the run's strategy has clients minimize; a baseline runs none of `strategies`."""
+    """Return the objective of the run's strategy; a baseline uses the default objective."""
     if run.baseline != "none":
         return ClientObjective
     objective: type[ClientObjective] = resolve(run.strategy.target).client_objective
@@ -236,6 +248,6 @@ def _objective(run: RunSpec) -> type[ClientObjective]:
 
 
 def _proximal_mu(content: RecordDict) -> float:
-    """FedProx's weight, where the halves' strategy sends one."""
+    """Return FedProx's weight if the wrapped Flower strategy sent one, else 0."""
     config = content.config_records.get("config", ConfigRecord())
     return float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]

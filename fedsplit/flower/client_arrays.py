@@ -1,4 +1,4 @@
-"""The client weights as Flower's arrays carry them: as they are, or compressed.
+"""The client weights in Flower's arrays: uncompressed, or compressed by a codec of the wire.
 
 A compressed array is an array of bytes: its last dimension is the codec's encoding of one row. The
 receiver knows the shapes, because both sides build the same model.
@@ -18,14 +18,14 @@ Shape = tuple[int, ...]
 
 
 def packed(arrays: ArrayRecord, codec: str) -> ArrayRecord:
-    """Return client weights as they travel with a codec of `wire.halves`."""
+    """Return client weights compressed by a codec of `wire.halves`."""
     if codec == "none":
         return arrays
     return ArrayRecord({name: _compressed(array, codec) for name, array in arrays.items()})
 
 
 def unpacked(arrays: ArrayRecord, codec: str, shapes: Mapping[str, Shape]) -> ArrayRecord:
-    """Return client weights as their receiver uses them, in float32.
+    """Return the decompressed client weights, in float32.
 
     Args:
         arrays: The arrays that arrived.
@@ -52,6 +52,7 @@ def shapes_of(arrays: ArrayRecord) -> dict[str, Shape]:
 
 
 def _compressed(array: Array, codec: str) -> Array:
+    # A codec works on rows, so a scalar is a row of one value.
     values = np.atleast_1d(array.numpy())
     rows_ND = torch.from_numpy(values.reshape(-1, values.shape[-1])).float()
     bytes_NM = writer(codec)[1].encode(rows_ND)
@@ -62,10 +63,11 @@ def _restored(name: str, array: Array, codec: str, shape: Shape) -> Array:
     *outer, width = shape or (1,)
     if array.dtype != "uint8" or tuple(array.shape[:-1]) != tuple(outer):
         raise BadTensor(
-            f"{name} came as {array.dtype} of shape {tuple(array.shape)}, which is no {codec} of "
-            f"shape {shape}"
+            f"{name} arrived as {array.dtype} of shape {tuple(array.shape)}, which is not the "
+            f"{codec} encoding of shape {shape}; start both sides from the same model and config"
         )
     kind, num_rows = writer(codec)[1], math.prod(outer)
     bytes_M = torch.from_numpy(array.numpy().reshape(-1))
+    # The bytes are a peer's: check their number before the codec reads them.
     kind.check(bytes_M.numel(), num_rows, width)
     return Array(kind.decode(bytes_M, num_rows, width).numpy().reshape(shape))

@@ -1,7 +1,7 @@
-"""Runs a Flower ServerApp and its ClientApp in this process: no Ray, no SuperLink, no sockets.
+"""Runs a Flower ServerApp and its ClientApp in this process, without Ray, SuperLink or sockets.
 
-Messages are copied on their way in both directions, as if they had crossed a network, so the
-two apps behave here as they do under `flwr run`.
+Messages are copied in both directions, as if they had crossed a network, so the two apps behave
+here as they do under `flwr run`.
 """
 
 import logging
@@ -45,10 +45,10 @@ def run_inline(
     Args:
         server_app: Called once, in the calling thread; its exceptions reach the caller.
         client_app: Called once for each message, in a worker thread; an exception becomes a
-            reply that carries an error, as everywhere in Flower.
+            reply with an error, as under `flwr run`.
         num_clients: The number of nodes on the server app's grid.
         run_config: The `context.run_config` of both apps.
-        workers: How many clients work at once; 0 stands for all of them.
+        workers: The number of clients that work at once; 0 for all.
 
     Raises:
         ConfigError: `num_clients` is below one, or `workers` is negative.
@@ -64,13 +64,14 @@ def run_inline(
     try:
         server_app(InlineGrid(run_id, nodes, pool), _context(run_id, run_config))
     except BaseException as exc:
+        # An interrupt ends the process without waiting for a client in the middle of a step.
         pool.shutdown(wait=isinstance(exc, Exception), cancel_futures=True)
         raise
     pool.shutdown()
 
 
 def _identify_this_process() -> None:
-    """Set the sender that Flower writes into a `Message(...)`; a process has one.
+    """Set the sender that Flower writes into a `Message(...)`; it is global to the process.
 
     All inline runs set the same values, so that concurrent runs do not disturb each other. The
     grid writes its own run's id into each message.
@@ -115,16 +116,19 @@ class _Node:
     def __init__(self, client_app: ClientApp, context: Context) -> None:
         self._client_app = client_app
         self._context = context
-        self._one_message = Lock()
+        # A Flower node handles one message at a time.
+        self._message_lock = Lock()
 
     def answer(self, message: Message) -> Message:
         """Run the app on a message; a failed call leaves the context unchanged."""
-        with self._one_message:
+        with self._message_lock:
+            # The app changes its context in place, and a failed call must leave no trace.
             context = deepcopy(self._context)
             try:
                 reply = deepcopy(self._client_app(message, context))
-            except Exception as exc:  # the door to foreign code: Flower replies with an error
-                if not isinstance(exc, FedsplitError):  # its reply says enough
+            except Exception as exc:  # foreign code: Flower replies with an error
+                # The text of a FedsplitError is enough; any other error needs its traceback.
+                if not isinstance(exc, FedsplitError):
                     log.exception("ClientApp of node %d failed", context.node_id)
                 return _refusal(
                     message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(exc).__name__}: {exc}"
@@ -143,7 +147,7 @@ class InlineGrid(Grid):
     Args:
         run_id: Identifies the run in every message.
         nodes: The nodes by their id.
-        pool: The threads that nodes work in.
+        pool: The threads that run the nodes' apps.
     """
 
     def __init__(self, run_id: int, nodes: Mapping[int, _Node], pool: ThreadPoolExecutor) -> None:
@@ -158,7 +162,7 @@ class InlineGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """The run; only its id is set here."""
+        """The run, of which only the id is set."""
         return self._run
 
     def create_message(
@@ -199,7 +203,7 @@ class InlineGrid(Grid):
     def _push(self, message: Message) -> str:
         message = deepcopy(message)
         message_id = str(uuid4())
-        # Flower's metadata has no setter for what its own SuperLink stamps on a message.
+        # Flower's metadata has no setter for the fields that its SuperLink sets.
         vars(message.metadata).update(_run_id=self._run.run_id, _message_id=message_id)
         self._replies[message_id] = self._pool.submit(self._answer, message)
         return message_id
@@ -207,7 +211,10 @@ class InlineGrid(Grid):
     def _answer(self, message: Message) -> Message:
         node = self._nodes.get(message.metadata.dst_node_id)
         if node is None:
-            reason = f"no node {message.metadata.dst_node_id}; there are {list(self._nodes)}"
+            reason = (
+                f"node {message.metadata.dst_node_id} does not exist; send to one of "
+                f"{list(self._nodes)}"
+            )
             reply = _refusal(message, ErrorCode.NODE_UNAVAILABLE, reason)
         else:
             reply = node.answer(message)

@@ -1,4 +1,4 @@
-"""A client's machine: which client it is, and its share of the data."""
+"""The node of a client: its configuration from Flower, and its share of the data."""
 
 import logging
 import threading
@@ -33,18 +33,19 @@ from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
 log = logging.getLogger("flwr.fedsplit")
 
 KEPT_RUNS = 3
-"""How many runs of one name a client keeps checkpoints of, however old they are."""
+"""The number of runs of one name of which a client keeps checkpoints, however old they are."""
 ACTIVE_S = 7 * 86_400.0
 """Seconds for which the checkpoints of a run are kept, however many newer runs there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """What this machine alone knows, from Flower's `--node-config`.
+    """The settings of one machine, from Flower's `--node-config`.
 
-    `partition` of `partitions` is its share of a corpus that all clients have; with a `data_path`
-    all text there is its own. `device` is torch's name, `tls_ca` a file of trusted roots, and
-    `state_dir` the folder where it keeps what a resumed run goes on from.
+    `partition` of `partitions` is the node's share of a corpus that all clients have. With a
+    `data_path` the node trains on all text in that path instead. `device` is the name of a torch
+    device, `tls_ca` a file of trusted roots, and `state_dir` the folder of the checkpoints from
+    which a run is resumed.
     """
 
     partition: int
@@ -59,16 +60,16 @@ class Node:
         """Read the node's config.
 
         Raises:
-            ConfigError: The node does not know which client of the run it is.
+            ConfigError: The config does not give the node a partition of the run.
         """
-        told = context.node_config
+        settings = context.node_config
         node = Node(
-            partition=int(told.get("partition-id", -1)),
-            partitions=int(told.get("num-partitions", run.num_nodes)),
-            data_path=str(told.get("data-path", "")),
-            device=str(told.get("device", run.launch.client_device)),
-            tls_ca=str(told.get("tls-ca", run.wire.tls_ca)),
-            state_dir=str(told.get("state-dir", "")),
+            partition=int(settings.get("partition-id", -1)),
+            partitions=int(settings.get("num-partitions", run.num_nodes)),
+            data_path=str(settings.get("data-path", "")),
+            device=str(settings.get("device", run.launch.client_device)),
+            tls_ca=str(settings.get("tls-ca", run.wire.tls_ca)),
+            state_dir=str(settings.get("state-dir", "")),
         )
         if not 0 <= node.partition < run.num_nodes or node.partitions != run.num_nodes:
             raise ConfigError(
@@ -85,11 +86,14 @@ class Node:
         return f"client-{self.partition}"
 
     def checkpoints_of(self, run: RunSpec, run_id: str) -> Path:
-        """Where this client keeps its checkpoints of a run; beside those of other runs of its name.
+        """Return the folder of this client's checkpoints of a run.
+
+        Each run has its own folder, so runs of the same name do not overwrite one another.
 
         Raises:
-            ConfigError: The server sent an id that is none.
+            ConfigError: The server sent a run id in another format.
         """
+        # The id comes from a peer and becomes part of a path, so only hex digits are accepted.
         if not is_run_id(run_id):
             raise ConfigError(
                 f"the server sent the run id {run_id!r}, but an id is 16 hex digits; start both "
@@ -101,14 +105,14 @@ class Node:
 
 
 def remove_old_runs(parent: Path, now: float) -> None:
-    """Bound the checkpoints of one client and one name, whose folders are named by run ids.
+    """Remove a client's checkpoints of old runs of one name, and log each folder removed.
 
     The `KEPT_RUNS` runs that were active last are kept, and every run that was active within
-    `ACTIVE_S` seconds before `now`, as another run may be using or may resume them.
+    `ACTIVE_S` seconds before `now`, because such a run may still train or may be resumed.
 
     Args:
-        parent: The folder of the client.
-        now: Seconds since the epoch.
+        parent: The client's folder, which has a folder for each run id.
+        now: The time, in seconds since the epoch.
     """
     atomic.recover(parent)
     active = {p: p.stat().st_mtime for p in parent.glob("*") if is_run_id(p.name)}
@@ -126,9 +130,9 @@ def remove_old_runs(parent: Path, now: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preparation:
-    """What turns documents into tensors, the same at every client.
+    """The tokenizer and classes that turn documents into tensors, equal at all clients.
 
-    `tokenizer` is one as JSON, empty for a checkpoint, which has its own.
+    `tokenizer` is JSON; it is empty for a pretrained model, which has its own tokenizer.
     """
 
     tokenizer: str
@@ -137,18 +141,26 @@ class Preparation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Share:
-    """A client's examples: to train on, and held out. Who has all clients' data has all of each."""
+    """A client's training and held-out examples: one `Examples` for each partition that it has.
+
+    A client has one partition. The node of `baseline=central` has those of all clients.
+    """
 
     run: RunSpec
     training: tuple[Examples, ...]
     held_out: tuple[Examples, ...]
 
     def __len__(self) -> int:
-        """How many examples there are to train on."""
+        """Return the number of training examples."""
         return sum(map(len, self.training))
 
     def groups(self, start: int, num_steps: int) -> Iterator[Sequence[Batch]]:
-        """The batches of each of the next optimizer steps, from batch `start` on."""
+        """Yield the batches of each of the next `num_steps` optimizer steps.
+
+        Args:
+            start: The number of batches already read from each partition.
+            num_steps: The number of optimizer steps.
+        """
         train = self.run.train
         streams = [
             training_batches(
@@ -160,31 +172,35 @@ class Share:
             )
             for own in self.training
         ]
+        # A step of `baseline=central` reads from every partition what its client would read.
         for _ in range(num_steps):
             yield [batch for stream in streams for batch in islice(stream, train.accumulation)]
 
     def evaluation(self) -> Iterator[Batch]:
-        """All held-out batches."""
+        """Yield all held-out batches."""
         size = self.run.train.batch_size
         return chain.from_iterable(evaluation_batches(own, size) for own in self.held_out)
 
 
 def texts_of(run: RunSpec, node: Node) -> tuple[tuple[Corpus, ...], tuple[Corpus, ...]]:
-    """A node's documents to train on and its held-out ones; read once, for all rounds."""
-    with _making:
+    """Return a node's training and held-out documents, which are read once for all rounds."""
+    with _cache_lock:
         if node.data_path:
+            # The embedded text has no path, so a path of one's own is read as text files.
             kind = "text" if run.data.kind == "embedded" else run.data.kind
             own = replace(run.data, kind=kind, path=node.data_path)
             training, held_out = own_corpora(own, run.task, run.seed)
             return (training,), (held_out,)
-        dealt, dealt_rest = partitions_of(run.data, run.task, run.sharding, run.clients, run.seed)
+        partitions, held_out_partitions = partitions_of(
+            run.data, run.task, run.sharding, run.clients, run.seed
+        )
     if run.baseline == "central":
-        return dealt, dealt_rest
-    return (dealt[node.partition],), (dealt_rest[node.partition],)
+        return partitions, held_out_partitions
+    return (partitions[node.partition],), (held_out_partitions[node.partition],)
 
 
 def share_of(run: RunSpec, node: Node, preparation: Preparation) -> Share:
-    """A node's data as examples; made once, for all rounds."""
+    """Return a node's examples, which are made once for all rounds."""
     prepared = _prepared_of(run, preparation)
     if node not in prepared.shares:
         training, held_out = (
@@ -199,17 +215,17 @@ def share_of(run: RunSpec, node: Node, preparation: Preparation) -> Share:
 
 
 def tokenizer_of(run: RunSpec, preparation: Preparation) -> TokenizersBackend | None:
-    """The run's tokenizer; none for images."""
+    """Return the run's tokenizer; None for images."""
     return _prepared_of(run, preparation).tokenizer
 
 
-# --- kept from message to message -------------------------------------------------------------
+# --- caches that last from message to message -------------------------------------------------
 #
-# One run at a time: a process that simulates all clients keeps one corpus and its examples, however
-# many clients there are, and nothing of the run before.
+# The caches hold one run: a process that simulates all clients keeps one corpus and its examples,
+# however many clients there are, and nothing of the run before.
 
-_making = threading.Lock()
-"""Held while a cache is asked: clients that begin at once must not all make the same."""
+_cache_lock = threading.Lock()
+"""Held while a cache is read: `lru_cache` lets each thread compute a missing entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -224,7 +240,7 @@ class _Prepared:
 def partitions_of(
     data: DataSpec, task: str, sharding: ShardingSpec, clients: int, seed: int
 ) -> tuple[tuple[Corpus, ...], tuple[Corpus, ...]]:
-    """The shards of all clients to train on, and those that are held out."""
+    """Return the training shards and the held-out shards of all clients."""
     whole, rest = hold_out(load_corpus(data, task), data.held_out, seed)
     held_out = shard_held_out(rest, sharding, clients, seed)
     return shard(whole, sharding, clients, seed), held_out
@@ -232,12 +248,12 @@ def partitions_of(
 
 @lru_cache(maxsize=1)
 def own_corpora(data: DataSpec, task: str, seed: int) -> tuple[Corpus, Corpus]:
-    """A client's own corpus: what to train on, and what is held out."""
+    """Return the training and held-out part of a corpus that one client alone has."""
     return hold_out(load_corpus(data, task), data.held_out, seed)
 
 
 def _prepared_of(run: RunSpec, preparation: Preparation) -> _Prepared:
-    with _making:
+    with _cache_lock:
         return _prepare(run, preparation)
 
 

@@ -1,4 +1,4 @@
-"""What travels in Flower's messages beside what Flower's own strategies put there."""
+"""The records that fedsplit adds to Flower's messages, and a client's state between messages."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune
 from fedsplit.spec import RunSpec
 
 ARRAYS = "arrays"
-"""Key of the halves in a message: the trained tensors of bottom and top."""
+"""Key of the client weights in a message: the trained tensors of bottom and top."""
 METRICS = "metrics"
 """Key of a reply's metrics."""
 WEIGHT = "num-examples"
@@ -27,7 +27,7 @@ _KEPT = ("moments", "personal", "history")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """The first message to a client: which run it is asked to join.
+    """The first message to a client: the run that it joins.
 
     `run_id` is the id that a run keeps when it is resumed. A run that was `resumed` continues
     after that round; a new one has 0 there.
@@ -43,9 +43,9 @@ class Hello:
 
     @staticmethod
     def of(content: RecordDict) -> "Hello":
-        """Read it from a message's content."""
-        found: dict[str, Any] = dict(content.config_records[_HELLO])
-        return Hello(**found)
+        """Read the message's content."""
+        fields: dict[str, Any] = dict(content.config_records[_HELLO])
+        return Hello(**fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,23 +69,24 @@ class JoinInfo:
 
     def put_into(self, content: RecordDict) -> RecordDict:
         """Return a message's content with this information added."""
-        told = {**asdict(self), "labels": list(self.labels)}
-        return RecordDict({**content, _JOIN_INFO: ConfigRecord(told)})
+        # Flower's records hold lists, not tuples.
+        fields = {**asdict(self), "labels": list(self.labels)}
+        return RecordDict({**content, _JOIN_INFO: ConfigRecord(fields)})
 
     @staticmethod
     def of(content: RecordDict) -> "JoinInfo":
         """Read the information from a message's content."""
-        told: dict[str, Any] = dict(content.config_records[_JOIN_INFO])
-        return JoinInfo(**{**told, "labels": tuple(told["labels"])})
+        fields: dict[str, Any] = dict(content.config_records[_JOIN_INFO])
+        return JoinInfo(**{**fields, "labels": tuple(fields["labels"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What a client keeps from one message to the next, in Flower's `context.state`.
+    """A client's state from one message to the next, in Flower's `context.state`.
 
-    `steps` it has taken, `batches` it has read, the `moments` of its optimizer, and the tensors
-    of its `personal` part, by name; `history` is what the trunk has had of its examples, if
-    anything, and `loss_scale` where that was.
+    `steps` and `batches` are the numbers of optimizer steps taken and batches read. `moments` are
+    the optimizer's, `personal` the tensors of the personal part, both by name. `history` is the
+    state of the wire's codecs (AQ-SGD's activations), and `loss_scale` that of float16.
     """
 
     steps: int = 0
@@ -97,7 +98,7 @@ class Memory:
 
     @staticmethod
     def of(state: RecordDict) -> "Memory | None":
-        """What was kept; nothing if this is the client's first message."""
+        """Return the stored state; None at the client's first message."""
         if _COUNTS not in state:
             return None
         counts: dict[str, Any] = dict(state.metric_records[_COUNTS])
@@ -107,37 +108,38 @@ class Memory:
         return Memory._of(groups, counts)
 
     def put_into(self, state: RecordDict) -> None:
-        """Keep this, in place of what was kept."""
+        """Store the state, in place of the one before."""
         state[_COUNTS] = MetricRecord(self._counts)
         for name in _KEPT:
             state[name] = to_arrays(getattr(self, name))
 
     def save(self, parent: Path, round: int, run: RunSpec) -> None:
-        """Write a checkpoint that a resumed run can go on from."""
+        """Write a checkpoint from which the run can be resumed after `round`."""
         Checkpoint(
             round=round,
             settings=run.settings,
             facts=self._counts,
             tensors={name: getattr(self, name) for name in _KEPT},
         ).write(parent)
-        # The server may have to go back to the one before its latest.
+        # The server keeps its last two checkpoints; a resume from either needs the client's.
         every = run.train.save_every
         prune(parent, (round - 1) // every * every - every)
 
     @staticmethod
     def restore(parent: Path, round: int, run: RunSpec) -> "Memory":
-        """What this client remembered when `round` was over.
+        """Return the client's state at the end of `round`.
 
         Raises:
-            CheckpointError: It has kept nothing of this run, or what it kept is damaged.
+            CheckpointError: There is no checkpoint of this round or before, or it is damaged.
         """
         atomic.recover(parent)
+        # A client that was not selected in `round` wrote its last checkpoint in an earlier one.
         kept = {number: path for number, path in checkpoints_in(parent).items() if number <= round}
         if not kept:
             raise CheckpointError(
-                f"{parent} holds nothing of round {round} or before, so this client cannot go on "
-                "with the run; start it where that folder is (node config state-dir), or start "
-                "the run anew without resume"
+                f"{parent} holds nothing of round {round} or before, so this client cannot resume "
+                "the run; start it on the machine with that folder (node config state-dir), or "
+                "start a new run without resume"
             )
         checkpoint = Checkpoint.read(kept[max(kept)], run)
         groups: dict[str, Any] = {name: checkpoint.tensors[name] for name in _KEPT}
@@ -156,7 +158,8 @@ class Memory:
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as Flower carries them; bfloat16 travels as float32, which holds it exactly."""
+    """Return tensors as a record of Flower; bfloat16 becomes float32, which is exact."""
+    # NumPy, and so Flower's arrays, have no bfloat16.
     wide = {torch.bfloat16: torch.float32}
     return ArrayRecord(
         {name: t.detach().to("cpu", wide.get(t.dtype, t.dtype)) for name, t in tensors.items()}
@@ -173,19 +176,19 @@ def load_arrays(into: Mapping[str, Tensor], arrays: ArrayRecord) -> None:
     if state.keys() != into.keys():
         odd = sorted(state.keys() ^ into.keys())
         raise ModelMismatch(
-            f"the halves that came hold {len(state)} tensors, this model trains {len(into)}; the "
-            f"first difference is {odd[0]!r}; start both sides from the same model and config"
+            f"{len(state)} tensors of client weights arrived, but this model trains {len(into)}; "
+            f"the first difference is {odd[0]!r}; start both sides from the same model and config"
         )
     with torch.no_grad():
         for name, tensor in into.items():
             if tensor.shape != state[name].shape:
                 raise ModelMismatch(
-                    f"{name} came with shape {tuple(state[name].shape)}, but is "
+                    f"{name} arrived with shape {tuple(state[name].shape)}, but has shape "
                     f"{tuple(tensor.shape)} here; start both sides from the same model"
                 )
             tensor.copy_(state[name])
 
 
 def num_bytes(arrays: ArrayRecord) -> int:
-    """Bytes of a record's arrays as they travel."""
+    """Return the bytes of a record's arrays in a message."""
     return sum(len(array.data) for array in arrays.values())

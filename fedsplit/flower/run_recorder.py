@@ -1,4 +1,4 @@
-"""What a run's server keeps: the rounds, checkpoints to go on from, the best round, the result."""
+"""The server's records of a run: its rounds, checkpoints, best round and result."""
 
 import logging
 import math
@@ -27,28 +27,28 @@ log = logging.getLogger("flwr.fedsplit")
 
 
 class Method(Protocol):
-    """What the keeper asks of a strategy."""
+    """The part of a strategy that the recorder uses."""
 
     trunk_server: TrunkServer
 
     def state(self) -> dict[str, Tensor]:
-        """What the strategy itself remembers from round to round, by name."""
+        """Return the strategy's state from round to round, by name."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` handed out."""
+        """Load what `state` returned."""
         ...
 
 
 class RunRecorder:
-    """The run's folder, from the server's side.
+    """Writes a run's folder, and restores a run from it.
 
     Args:
         run: The run.
-        corpus: All data.
-        model: What the clients begin with: bottom and top, or the unsplit model of a baseline.
-        parts: The parts, where the model is split.
-        tokenizer: The run's, where it has one.
+        corpus: The data of all clients.
+        model: The client's part, or the unsplit model of a baseline, with initial weights.
+        parts: Both parts of a split model; None for a baseline.
+        tokenizer: The run's tokenizer; None for images.
     """
 
     def __init__(
@@ -73,29 +73,29 @@ class RunRecorder:
 
     @property
     def arrays(self) -> ArrayRecord:
-        """What the clients share, as it stands."""
+        """The current client weights, without personal ones."""
         return to_arrays(shared(self._model, self._run))
 
     def begin(self, method: Method) -> None:
-        """Open the run's folder; a resumed run takes over what was kept there.
+        """Create the run's folder, or restore the last checkpoint of the run that is resumed.
 
         Raises:
-            ConfigError: There is nothing to resume, or its settings or data were others.
-            CheckpointError: What was kept is damaged.
+            ConfigError: There is no run to resume, or its settings or data differ.
+            CheckpointError: The checkpoint is damaged.
         """
         self._method = method
         run = self._run
         resumed = RunFolder.to_resume(run)
         if resumed:
             self._folder = resumed
-            self._take_over(resumed)
+            self._resume(resumed)
         else:
             self._folder = RunFolder.begin(Path(run.launch.run_dir), run.name, to_yaml(run))
         self._best = _best(self._folder.rounds())
         log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
 
     def on_round(self, stats: RoundStats, arrays: ArrayRecord) -> None:
-        """Keep what a round came to."""
+        """Record a round: its numbers, its checkpoint if one is due, and the best round."""
         load_arrays(shared(self._model, self._run), arrays)
         self._folder.append(stats)
         log.info("%s", stats.line)
@@ -114,39 +114,42 @@ class RunRecorder:
             prune(self._folder.checkpoints, stats.round - train.save_every)
 
     def finish(self) -> None:
-        """Leave the result: of the last round, or of the best one."""
-        kept = checkpoints_in(self._folder.best)
-        if self._run.train.load_best and kept:
-            self._restore(Checkpoint.read(kept[max(kept)], self._run))
+        """Write the result: the weights of the last round, or with `load_best` of the best one."""
+        best = checkpoints_in(self._folder.best)
+        if self._run.train.load_best and best:
+            self._restore(Checkpoint.read(best[max(best)], self._run))
         if self._parts:
+            # Parts are joined on one device, and a trunk may be spread over several.
             placed(self._parts.trunk, "cpu")
         result = self._parts or self._model
         write_result(self._folder, result, self._tokenizer, self._corpus, self._run)
+        # Only now: until the result is complete, its best weights are in best/ alone.
         self._folder.tidy()
         log.info("Run %s is done: %s", self._run.name, self._folder.path)
 
-    def _take_over(self, folder: RunFolder) -> None:
+    def _resume(self, folder: RunFolder) -> None:
         folder.tidy()
-        kept = checkpoints_in(folder.checkpoints)
-        checkpoint = Checkpoint.read(kept[max(kept)], self._run)
+        checkpoints = checkpoints_in(folder.checkpoints)
+        checkpoint = Checkpoint.read(checkpoints[max(checkpoints)], self._run)
         if checkpoint.facts["corpus"] != self._corpus.sha256:
             raise ConfigError(
                 f"{folder.path} was trained on data with sha256 {checkpoint.facts['corpus']}, but "
                 f"{self._corpus.name} has {self._corpus.sha256} now; resume with the same data"
             )
         self._restore(checkpoint)
+        # Rounds after the checkpoint are trained again, so their records must not remain.
         folder.forget_after(checkpoint.round)
         remove_after(folder.best, checkpoint.round)
         self.first_round = checkpoint.round + 1
 
     def _write(self, parent: Path, number: int) -> None:
-        halves = {name: p.detach() for name, p in shared(self._model, self._run).items()}
+        weights = {name: p.detach() for name, p in shared(self._model, self._run).items()}
         Checkpoint(
             round=number,
             settings=self._run.settings,
             facts={"corpus": self._corpus.sha256},
             tensors={
-                "halves": halves,
+                "halves": weights,
                 "trunk": self._method.trunk_server.service.engine.state(),
                 "strategy": self._method.state(),
             },
@@ -159,5 +162,6 @@ class RunRecorder:
 
 
 def _best(rounds: list[RoundStats]) -> float:
+    # Rounds without an evaluation have NaN.
     losses = [stats.eval_loss for stats in rounds if not math.isnan(stats.eval_loss)]
     return min(losses, default=math.inf)

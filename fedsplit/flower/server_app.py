@@ -1,4 +1,4 @@
-"""Flower's server: makes the parts, hands the trunk to a strategy, and keeps what comes out."""
+"""Flower's ServerApp: builds the model's parts, trains them with a strategy, records the run."""
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -28,7 +28,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train, and leave the run's folder behind."""
+    """Train a run, and write its folder."""
     quiet_libraries()
     run = from_run_config(context.run_config)
     corpus = load_corpus(run.data, run.task)
@@ -38,27 +38,30 @@ def main(grid: Grid, context: Context) -> None:
     device = run.launch.trunk_device
     parts = parts_of(run, config, devices_of(device)[0]) if run.baseline == "none" else None
     model = parts.client if parts else whole_of(run, config)
-    keeper = RunRecorder(run, corpus, model, parts, tokenizer)
-    sent = "" if tokenizer is None or run.model.pretrained else tokenizer_to_json(tokenizer)
+    recorder = RunRecorder(run, corpus, model, parts, tokenizer)
+    # Clients load the tokenizer of a pretrained model by themselves.
+    tokenizer_json = (
+        "" if tokenizer is None or run.model.pretrained else tokenizer_to_json(tokenizer)
+    )
     method = build(
         run.strategy.target if parts else "fedsplit.flower.strategy.Unsplit",
         client_strategy=_client_strategy(run),
         trunk=placed(parts.trunk, device) if parts else None,
         run=run,
-        tokenizer=sent,
+        tokenizer=tokenizer_json,
         labels=labels,
-        on_round=keeper.on_round,
+        on_round=recorder.on_round,
     )
     # A run that is refused until here leaves no folder.
-    keeper.begin(method)
+    recorder.begin(method)
     method.start(
         grid,
-        keeper.arrays,
+        recorder.arrays,
         num_rounds=run.train.rounds,
-        first_round=keeper.first_round,
-        run_id=keeper.run_id,
+        first_round=recorder.first_round,
+        run_id=recorder.run_id,
     )
-    keeper.finish()
+    recorder.finish()
 
 
 def _tokenizer(run: RunSpec, corpus: Corpus) -> TokenizersBackend | None:
@@ -67,6 +70,7 @@ def _tokenizer(run: RunSpec, corpus: Corpus) -> TokenizersBackend | None:
         return None
     if run.model.pretrained:
         return load_tokenizer(run.model.pretrained, run.model.revision)
+    # Held-out text must not decide the vocabulary.
     training, _ = hold_out(corpus, run.data.held_out, run.seed)
     return train_tokenizer(training, run.data.vocabulary, begins_texts=task.has_classes)
 

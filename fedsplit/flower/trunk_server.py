@@ -1,4 +1,4 @@
-"""The trunk's server next to Flower: starts and stops the service and the gRPC server together."""
+"""The trunk's server beside Flower: starts and stops the trunk service with its gRPC server."""
 
 from contextlib import ExitStack
 
@@ -13,9 +13,9 @@ class TrunkServer:
     """Serves a trunk to the clients of a run while its context is entered.
 
     Args:
-        trunk: The trunk part; it trains while the trunk_server is entered.
-        run: The run it is for.
-        update: How a step of the trunk is made from the clients' gradients.
+        trunk: The trunk part; it trains while the context is entered.
+        run: The run.
+        update: Makes a step of the trunk from the clients' gradients.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class TrunkServer:
         )
         with ExitStack() as opening:
             opening.enter_context(self.service)
+            # Contexts close in reverse order: the server stops first, so no call finds a closed
+            # service.
             opening.callback(server.stop)
             bound = server.start()
             self.address = wire.advertise or bound

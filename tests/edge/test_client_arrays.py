@@ -60,10 +60,14 @@ WRONG = {
     "not compressed": (
         {"w": torch.zeros(3, 5)},
         BadTensor,
-        "w came as float32 of shape .3, 5., wh",
+        "w arrived as float32 of shape .3, 5., wh",
     ),
-    "rows": ({"w": BYTES[:2]}, BadTensor, "which is no int8 of shape .3, 5."),
-    "rank": ({"w": BYTES.view(3, 7, 1)}, BadTensor, "which is no int8 of shape .3, 5."),
+    "rows": ({"w": BYTES[:2]}, BadTensor, "which is not the int8 encoding of shape .3, 5."),
+    "rank": (
+        {"w": BYTES.view(3, 7, 1)},
+        BadTensor,
+        "which is not the int8 encoding of shape .3, 5.",
+    ),
     "length": ({"w": BYTES[:, :6]}, BadTensor, "a row of 5 values takes 7 bytes, not 6"),
 }
 

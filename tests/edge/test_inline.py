@@ -247,7 +247,7 @@ def test_a_message_to_nobody_is_answered_with_an_error() -> None:
         replies.extend(grid.send_and_receive(ask(grid, [99])))
 
     run_inline(server_of(main), client_of(add_partition), num_clients=2, run_config={})
-    assert replies[0].error.reason == "no node 99; there are [2, 3]"
+    assert replies[0].error.reason == "node 99 does not exist; send to one of [2, 3]"
 
 
 def test_a_failing_server_app_reaches_the_caller_and_no_thread_stays() -> None:

@@ -15,6 +15,7 @@ def with_discount(reply: Message, discount: float) -> Message:
         return reply
     metrics = dict(reply.content.metric_records[METRICS])
     metrics[WEIGHT] = metrics[WEIGHT] * discount  # type: ignore[operator]
+    # A copy: the reply's own metrics, which go into the round's record, stay as they are.
     lighter = copy(reply)
     lighter.content = RecordDict({**reply.content, METRICS: MetricRecord(metrics)})
     return lighter
@@ -30,6 +31,7 @@ def fedasync(
         changes: For each reply the weights that its client started from, the weights that it
             returned, and its rate.
     """
+    # One after the other, in the given order: each rate applies to the weights so far.
     for _, returned, rate in changes:
         new = {
             name: (1 - rate) * array.numpy() + rate * returned[name].numpy()
@@ -48,6 +50,7 @@ def fedbuff(
         current: The current client weights.
         changes: As in `fedasync`.
     """
+    # A copy, because the sum is in place and the array may share the record's memory.
     sums = {name: array.numpy().copy() for name, array in current.items()}
     for started, returned, rate in changes:
         for name, total in sums.items():

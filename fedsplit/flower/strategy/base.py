@@ -53,7 +53,7 @@ class SplitStrategy(Strategy):
     Args:
         client_strategy: The wrapped Flower strategy, which selects clients and averages their
             weights.
-        trunk: The trunk part; it is served until `start` returns or raises.
+        trunk: The trunk part; it is served while `start` runs.
         run: The run.
         tokenizer: A tokenizer as JSON for clients to use; empty if the model brings its own.
         labels: The classes of a classifier.
@@ -77,6 +77,7 @@ class SplitStrategy(Strategy):
     ) -> None:
         self.run = run
         self.client_strategy = client_strategy
+        # Check before anything starts, so that a run that is refused has no side effect.
         self.check()
         self.trunk_server = self.make_server(trunk)
         self._tokenizer = tokenizer
@@ -202,6 +203,7 @@ class SplitStrategy(Strategy):
         with seeded_sampling(f"train/{self.run.seed}/{server_round}"):
             chosen = list(self.client_strategy.configure_train(server_round, arrays, config, view))
         busy = len(self.coordinator.rounds.busy)
+        # With busy clients fewer nodes can be selected, so that number is not the right one.
         if not busy or self.run.policy.kind != "async":
             self._num_working = busy + len(chosen)
         return chosen[: self._num_working - busy]
@@ -247,6 +249,7 @@ class SplitStrategy(Strategy):
         own["over"] = int(self._is_over)
         return {
             **{name: torch.tensor(value) for name, value in own.items()},
+            # float64 keeps the loss exactly; torch's default is float32.
             "best": torch.tensor(self._early_stopping.best, dtype=torch.float64),
             **{_CLIENT_STRATEGY + name: tensor for name, tensor in inner.items()},
         }
@@ -283,6 +286,7 @@ class SplitStrategy(Strategy):
     ) -> None:
         """Run one round with its evaluation and report."""
         coordinator, service = self.coordinator, self.trunk_server.service
+        # Before `catch_up`: late replies that arrive between two rounds count in the new round.
         coordinator.metrics = RoundMetrics()
         self._metrics, self._aggregated = [], None
         begin, virtual_begin = time.monotonic(), service.now()
@@ -299,6 +303,7 @@ class SplitStrategy(Strategy):
             self._aggregated = aggregate_metricrecords(self._metrics, WEIGHT)
         if self._aggregated is not None:
             result.train_metrics_clientapp[number] = self._aggregated
+        # With train.max_steps all clients can be done before the last round.
         is_last = number == self._num_rounds or coordinator.is_done()
         if is_last or number % self.run.train.evaluate_every == 0:
             metrics = self._evaluate(number, arrays, configs[1])

@@ -2,8 +2,9 @@
 
 With `baseline=fedavg` each client trains the whole model and a Flower strategy averages them
 (McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-AISTATS, arXiv 1602.05629); with `local` each keeps its own; with `central` one node trains it on
-the union of all clients' batches. Data, tokens, seeds and rounds are those of the split run.
+AISTATS, arXiv 1602.05629). With `local` each client keeps its own model. With `central` one node
+trains the model on the union of all clients' batches. Data, tokens, seeds and rounds are those of
+the split run.
 """
 
 import time
@@ -26,7 +27,7 @@ class Unsplit(SplitStrategy):
             super().check()
 
     def make_server(self, trunk: TrunkPart) -> TrunkServer:
-        """Return a trunk_server that serves nothing."""
+        """Return a stand-in that serves no trunk."""
         return cast(TrunkServer, NoTrunkHost())
 
 
@@ -41,6 +42,7 @@ class NoTrunkHost:
         """The object itself."""
         return self
 
+    # The interface is small, so one object is the server, its service and its engine.
     engine = service
 
     def __enter__(self) -> "NoTrunkHost":

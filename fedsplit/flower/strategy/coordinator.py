@@ -1,4 +1,4 @@
-"""The loop of a round at the server: sends clients work, collects replies, applies the policy."""
+"""The server's loop of a round: sends work to clients, collects replies, and applies the policy."""
 
 import time
 from collections import Counter
@@ -53,7 +53,7 @@ class RoundCoordinator:
         grid: Flower's grid.
         registry: The nodes by name.
         run: The run.
-        trunk_server: The trunk; its service is told which clients have work.
+        trunk_server: The trunk's server; its service gets the names of the clients with work.
         add_join_info: Adds to a message what a client needs to take part in a round.
         merge: Merges replies.
         rounds: The policy's state at the start.
@@ -83,6 +83,7 @@ class RoundCoordinator:
         self._add_join_info = add_join_info
         self._merge = merge
         self._is_virtual = bool(run.policy.sim_slowdown)
+        # A deadline in seconds of a virtual clock says nothing about real seconds.
         limit = _STALLED_S if self._is_virtual else run.policy.round_deadline_s
         self.timeout_s = limit if timeout_s is None else timeout_s
         self._until = 0.0
@@ -97,6 +98,7 @@ class RoundCoordinator:
     def idle(self) -> dict[str, int]:
         """Return the nodes without work by the names of their clients, sorted by name."""
         nodes = self.tracker.busy_nodes()
+        # A node with a message that was given up is still busy, though its work is not counted.
         names = {work.client for work in self.rounds.busy}
         return {
             name: node
@@ -233,6 +235,7 @@ class RoundCoordinator:
         return arrays, len(events)
 
     def _apply(self, event: Event) -> Decision:
+        # Infinity is past every deadline, so the policy closes the round at the next event.
         is_late = time.monotonic() >= self._until
         now = float("inf") if is_late else self._service.now()
         self.rounds, decision = advance(self.rounds, event, now=now, policy=self._run.policy)
@@ -256,6 +259,7 @@ class RoundCoordinator:
             self._started[work.number] = self._pack(message)
             self.metrics.count_arrays(message)
             out.append(message)
+        # Before the messages: a client could otherwise reach the trunk before its announcement.
         self._announce([work.client for work in works], at_once=at_once, failures=failures)
         self._asked.update(zip(self.tracker.send(out), works, strict=True))
 
@@ -304,12 +308,14 @@ class RoundCoordinator:
     def _collect(self) -> list[Event]:
         replies = self.tracker.collect(self._asked)
         found = [(self._asked.pop(i), reply) for i, reply in replies.items()]
+        # The order of arrival is random, and the policy's decisions depend on the order.
         found.sort(key=lambda pair: (pair[0].client, pair[0].number))
         return [self._event_of(work, reply) for work, reply in found]
 
     def _event_of(self, work: Work, reply: Message) -> Event:
         self.metrics.count_arrays(reply)
         if problem := self._unpack(reply, self._started[work.number]):
+            # The trunk's barrier must not wait for a client that has failed.
             self._service.release(work.client)
             del self._started[work.number]
             self.metrics.reasons.append(problem)

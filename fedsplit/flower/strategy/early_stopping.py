@@ -26,6 +26,7 @@ class EarlyStopping:
 
     def stops(self, stats: RoundStats) -> bool:
         """Record a round, and return whether training ends with it."""
+        # A round without an evaluation has NaN.
         if math.isnan(stats.eval_loss):
             return False
         if stats.eval_loss < self.best:

@@ -16,6 +16,7 @@ from fedsplit.flower.records import Hello
 from fedsplit.spec import RunSpec
 
 _POLL_S = 0.1
+"""Seconds between two looks at the connected nodes."""
 
 
 class NodeRegistry:
@@ -57,6 +58,7 @@ class NodeRegistry:
             DeadlineExceeded: No node is connected for `launch.start_timeout_s`.
         """
         nodes = self._wait_for(1)
+        # One at a time: a node that cannot take part must not keep out the others.
         for node in [node for node in nodes if node not in self._names]:
             try:
                 self._register([node])
@@ -109,8 +111,8 @@ class NodeRegistry:
             self._names[reply.metadata.src_node_id] = str(hello["client"])
         if silent := [node for node in nodes if node not in self._names]:
             raise DeadlineExceeded(
-                f"{len(silent)} of {len(nodes)} nodes did not say within {patience:.0f} s who they "
-                "are; look at their logs"
+                f"{len(silent)} of {len(nodes)} nodes did not answer within {patience:.0f} s; look "
+                "at their logs"
             )
 
 
@@ -160,6 +162,7 @@ class GridView(Grid):
             ConfigError: The strategy has waited `patience_s` for more nodes.
         """
         nodes = self._nodes()
+        # Flower's strategies poll this without a limit, so the limit is here.
         if time.monotonic() > self._until:
             raise ConfigError(
                 f"after {self._patience_s:.0f} s there are {len(nodes)} nodes to choose from, and "
@@ -193,6 +196,7 @@ def seeded_sampling(seed: str) -> Iterator[None]:
     ...     one == random.random()
     True
     """
+    # Flower's sampling takes no generator: it draws from the process's own.
     before = random.getstate()
     random.seed(seed)
     try:

@@ -68,7 +68,7 @@ class RoundMetrics:
 
 
 def numbers_of(reply: Message) -> Numbers:
-    """Return the single numbers among a reply's metrics."""
+    """Return the metrics of a reply that are single numbers, not lists."""
     found = reply.content.metric_records.get(METRICS, MetricRecord())
     return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
 

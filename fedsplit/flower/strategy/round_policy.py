@@ -127,7 +127,8 @@ class RoundState:
 
     `busy` is the work that clients do now, `arrived` the work that is done and not merged yet. Of
     the current round, `first` is the number of its first work, `wanted` the number of replies it
-    waits for, `came` the number of replies, and `returned` the seconds that each client took.
+    waits for, `num_replies` the number that have arrived, and `returned` the seconds that each
+    client took.
     """
 
     round: int = 0
@@ -138,7 +139,7 @@ class RoundState:
     arrived: tuple[tuple[Work, int], ...] = ()
     first: int = 0
     wanted: int = 0
-    came: int = 0
+    num_replies: int = 0
     returned: dict[str, float] = field(default_factory=dict)
     deadline: float = math.inf
     drain: Drain = Drain.NONE
@@ -188,7 +189,7 @@ def advance(
     if due or (over and state.drain is Drain.ALL):
         state, decision = _merge(state, decision, policy)
     if over:
-        state = replace(state, is_open=False, came=0, returned={}, deadline=math.inf)
+        state = replace(state, is_open=False, num_replies=0, returned={}, deadline=math.inf)
         return state, replace(decision, closed=True)
     if again:
         state, sent = _send(state, (client,), now)
@@ -228,10 +229,11 @@ def _take(
 ) -> tuple[RoundState, Decision]:
     work = state.work(event.number)
     state = _without(state, event.number)
+    # A late reply of an earlier round counts in this one only where rounds are not synchronized.
     fresh = state.is_open and work.number >= state.first
     counts = fresh or policy.kind == "async"
     returned = state.returned | {work.client: now - work.since}
-    state = replace(state, came=state.came + counts, returned=returned)
+    state = replace(state, num_replies=state.num_replies + counts, returned=returned)
     most = 0 if policy.kind == "sync" else policy.max_staleness
     is_late = state.version - work.version > most or (policy.kind == "sync" and not fresh)
     if is_late or not event.num_tokens:
@@ -250,9 +252,10 @@ def _awaited(state: RoundState, policy: PolicySpec) -> tuple[Work, ...]:
         return state.awaited  # a client that was given up may never reply
     if state.drain is Drain.ALL:
         return state.busy
-    if state.came < state.wanted:
+    if state.num_replies < state.wanted:
         return state.busy if policy.kind == "async" else state.awaited
     if policy.kind == "async" and state.drain is Drain.RETURNED:
+        # Twice the fastest client's time: see `Drain.RETURNED`.
         longest = 2 * min(state.returned.values(), default=0.0)
         soon = {client for client, seconds in state.returned.items() if seconds <= longest}
         return tuple(work for work in state.busy if work.client in soon)
@@ -264,6 +267,7 @@ def _merge(
 ) -> tuple[RoundState, Decision]:
     if not state.arrived:
         return state, decision
+    # By client, not by arrival: a sum of floats depends on its order.
     found = sorted(state.arrived, key=lambda arrival: (arrival[0].client, arrival[0].number))
     discounts = [policy.discount_of(state.version - work.version) for work, _ in found]
     if policy.kind == "async":  # equal weights; each reply has its own mixing rate
@@ -280,4 +284,4 @@ def _merge(
 
 def _continues(state: RoundState, policy: PolicySpec) -> bool:
     """Return whether a client that replied gets new work in the same round."""
-    return policy.kind == "async" and state.is_open and state.came < state.wanted
+    return policy.kind == "async" and state.is_open and state.num_replies < state.wanted

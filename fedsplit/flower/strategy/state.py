@@ -18,6 +18,7 @@ from torch import Tensor
 from fedsplit.errors import CheckpointError
 
 _WITHIN = "/"
+"""Separates an attribute that is a strategy from the names of its own state."""
 
 
 def only_averages(strategy: Strategy) -> bool:
@@ -35,6 +36,7 @@ def state_of(strategy: Strategy) -> dict[str, Tensor]:
         else:
             for kind, place, key, array in _entries(value):
                 name = f"{attribute}:{kind}:{place}:{key}"
+                # A copy: the strategy changes its arrays in place in the next round.
                 found[name] = torch.from_numpy(np.array(array))
     return found
 
@@ -49,6 +51,7 @@ def load_state_into(strategy: Strategy, state: Mapping[str, Tensor]) -> None:
     inner: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         before, within, rest = name.partition(_WITHIN)
+        # A key after the third colon may contain the separator too, so look before the colon.
         if within and ":" not in before:
             inner.setdefault(before, {})[rest] = tensor
             continue

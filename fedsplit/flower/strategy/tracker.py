@@ -30,6 +30,7 @@ class MessageTracker:
 
         A node handles one message at a time.
         """
+        # A late reply to a message that was given up shows that its node is free again.
         if self._given_up:
             self._given_up -= self.collect(self._given_up).keys()
         return {message.metadata.dst_node_id for message in self._out.values()}
@@ -67,6 +68,7 @@ class MessageTracker:
         if replies or not waiting:
             self._pause_s = _PAUSE_S[0]
         else:
+            # The pauses grow, so that a long round does not keep the SuperLink busy with polls.
             time.sleep(self._pause_s)
             self._pause_s = min(2 * self._pause_s, _PAUSE_S[1])
         return replies
