@@ -133,6 +133,27 @@ def load_tensors(
     Raises:
         CheckpointError: A tensor is missing or has another shape.
     """
+    model, absent = _loaded(cls, config, tensors, origin, seed, options)
+    may_miss = tuple(f"{module}." for module in new)
+    missing = sorted(name for name in absent if not name.startswith(may_miss))
+    if missing:
+        raise CheckpointError(
+            f"{origin}: tensor '{missing[0]}' of {cls.__name__} is missing "
+            f"({len(missing)} missing, {len(tensors)} found)"
+        )
+    _require_ties(model)
+    return model
+
+
+def _loaded(
+    cls: type[M],
+    config: PretrainedConfig,
+    tensors: dict[str, Tensor],
+    origin: str,
+    seed: int,
+    options: dict[str, Any],
+) -> tuple[M, list[str]]:
+    """A model with these tensors, and the names of those that it drew because they are missing."""
     try:
         with rng_scope(seed):
             loaded: Any = cls.from_pretrained(
@@ -141,15 +162,7 @@ def load_tensors(
     except RuntimeError as exc:
         raise CheckpointError(f"{origin}: {_misfit(cls, config, tensors)}") from exc
     model, report = cast(tuple[M, dict[str, Any]], loaded)
-    may_miss = tuple(f"{module}." for module in new)
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(may_miss))
-    if missing:
-        raise CheckpointError(
-            f"{origin}: tensor '{missing[0]}' of {cls.__name__} is missing "
-            f"({len(missing)} missing, {len(tensors)} found)"
-        )
-    _require_ties(model)
-    return model
+    return model, list(report["missing_keys"])
 
 
 def _require_ties(model: PreTrainedModel) -> None:
@@ -308,15 +321,17 @@ def load_whole(
     seed: int = 0,
     **options: Any,
 ) -> PreTrainedModel:
-    """The unsplit model of a local directory or a hub id; arguments as in `build_client`.
+    """The unsplit model of a local directory or a hub id; it need not be one that can be cut.
+
+    As in transformers, any weights may be missing: they are drawn from `seed`, and transformers
+    logs a warning with their names. The other arguments are those of `build_client`.
 
     Raises:
-        UnsupportedModel: The model cannot be cut exactly; before anything is read.
-        CheckpointError: A tensor is missing, has another shape, or cannot be read.
+        CheckpointError: A tensor has another shape, or cannot be read.
     """
-    head, origin = plan_for(model_class, config).head, Source(name=source, revision=revision)
+    origin = Source(name=source, revision=revision)
     tensors = origin.tensors_of(on_meta(model_class, copy.deepcopy(config)))
-    whole = load_tensors(model_class, config, tensors, source, new=head, seed=seed, **options)
+    whole, _ = _loaded(model_class, config, tensors, source, seed, options)
     return _with_generation_config(whole, origin)
 
 
