@@ -6,7 +6,8 @@ clients train their part on an auxiliary head and do not wait for the server's g
 Belilovsky, Eickenberg and Oyallon 2020, "Decoupled Greedy Learning of CNNs", ICML, arXiv
 1901.08164, show that such a loss can replace the loss of the whole model. There the server's part
 trains as well, on labels that the clients send. Here labels never leave a client, so the trunk is
-frozen, and the client's top trains on the trunk's output. This halves the traffic.
+frozen, and the client's top trains on the trunk's output. No gradients are sent, which halves the
+traffic.
 """
 
 from typing import ClassVar
@@ -42,6 +43,7 @@ class LocalObjective(ClientObjective):
         """Return the sum of both losses."""
         logits = self._head(prediction.inputs.get("attention_mask"))
         smoothing = self.run.train.label_smoothing
+        # One backward for both: the trunk's output is a constant, so each trains its own part.
         local = TASKS[self.run.task].loss(logits, prediction.labels, smoothing)
         return prediction.loss + local
 

@@ -27,6 +27,7 @@ class UnbalancedUpdate(TrunkUpdate):
         """Take the further steps; they end early if a gradient overflows."""
         for _ in range(self.run.train.trunk_steps - 1):
             again = [self._again(step, each) for each in step.contributions]
+            # A step with NaN or Inf would destroy the trunk's weights; the steps taken so far stay.
             if not all(math.isfinite(each.sq_norm) for each in again):
                 break
             step.take(again)
@@ -35,6 +36,7 @@ class UnbalancedUpdate(TrunkUpdate):
         total: Gradients = {}
         for stored in contribution.passes:
             accumulate(total, step.run_again(stored))
+        # The clients' gradients carry float16's loss scale; the optimizer needs them without it.
         unscale(total.values(), contribution.loss_scale)
         return step.contribution_with(contribution, total)
 
@@ -45,10 +47,10 @@ class MUSplitFed(SplitStrategy):
     update: ClassVar = UnbalancedUpdate
 
     def check(self) -> None:
-        """Require that the trunk takes more than one step.
+        """Raise an error unless the trunk takes more than one step.
 
         Raises:
-            ConfigError: It takes one.
+            ConfigError: `train.trunk_steps` is below two.
         """
         super().check()
         if self.run.train.trunk_steps < 2:

@@ -39,6 +39,7 @@ class Sequential(SplitStrategy):
     def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
         """Train one client after the other, in the order that the wrapped strategy drew."""
         for message in self.configure_train(number, arrays, config, self.grid):
+            # The message was made with the weights before the round; send the previous client's.
             message.content = RecordDict({**message.content, ARRAYS: arrays})
             arrays = self.coordinator.work(number, [message], arrays, self.drain_of(number))
         return arrays

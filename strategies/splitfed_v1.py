@@ -25,6 +25,7 @@ class ReplicaUpdate(TrunkUpdate):
 class SplitFedV1(SplitStrategy):
     """`SplitStrategy` with a replica of the trunk for each client."""
 
+    # Replicas are averaged when all clients of a round have finished it, as in the paper.
     policies: ClassVar = ("sync",)
     update: ClassVar = ReplicaUpdate
 
