@@ -1,1 +1,1 @@
-"""What one runs: drivers, comparisons and benchmarks on top of fedsplit."""
+"""Programs on top of fedsplit: runs, experiments, comparisons and benchmarks."""

@@ -1,4 +1,4 @@
-"""Which families can be split exactly: tries every causal language model transformers knows.
+"""Tries to split every causal language model of transformers, and compares it with the unsplit one.
 
 `python -m simulations.families [type ...] [--json FILE]` makes a tiny random model of each type,
 splits it and compares logits, loss and the gradient of every parameter with the unsplit model's,
@@ -37,7 +37,7 @@ DIFFERS, FAILED = "differs", "failed"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What became of one model type; `detail` is the reason or the largest difference."""
+    """The outcome of one model type; `detail` is the reason or the largest difference."""
 
     model_type: str
     outcome: str
@@ -48,10 +48,11 @@ class Verdict:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and the closing line."""
     parser = argparse.ArgumentParser(prog="python -m simulations.families", description=__doc__)
-    parser.add_argument("types", nargs="*", help="model types; all of them if none is named")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("types", nargs="*", help="model types; by default all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # the models are too small to share
+    # On models this small, threads cost more than they save.
+    torch.set_num_threads(1)
     quiet_libraries()
     verdicts = []
     for model_type in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{verdict.model_type:<28} {verdict.outcome:<15} {verdict.detail}".rstrip(), flush=True
         )
+        # Models have reference cycles, and hundreds of types would otherwise pile up.
         gc.collect()
     if args.json:
         args.json.write_text(json.dumps([asdict(v) for v in verdicts], indent=2) + "\n")
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def closing_lines(verdicts: Sequence[Verdict]) -> str:
-    """The counts; what is neither exact nor refused nor untried gets a line of its own."""
+    """Return the counts of outcomes, after a line with the types that differ or fail, if any."""
     count = Counter(v.outcome for v in verdicts)
     line = (
         f"families: {count[EXACT]} exact, {count[REFUSED]} refused, "
@@ -103,7 +105,7 @@ def _tried(model_type: str) -> tuple[str, str]:
     whole = random_model(config)
     fault = _fault_of_whole(whole)
     if fault:
-        return NO_CONFIG, f"the whole tiny model does not run by itself ({fault})"
+        return NO_CONFIG, f"the unsplit tiny model does not run ({fault})"
     split = f"2/*/{plan.num_blocks - 4}" if plan.num_blocks > 4 else "1/*/1"
     try:
         parts = split_model(whole, split)
@@ -114,7 +116,11 @@ def _tried(model_type: str) -> tuple[str, str]:
 
 
 def random_model(config: PretrainedConfig, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """A whole model without a trivial weight: no zero bias, no norm of ones."""
+    """Return an unsplit model with random weights.
+
+    No weight is trivial: no bias is zero and no norm is one, so a part that ignores one differs.
+    """
+    # The caller's random generators stay as they are.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         family = model_class_for(config)
@@ -127,14 +133,16 @@ def random_model(config: PretrainedConfig, seed: int = 0, **options: Any) -> Pre
 
 
 def batches(family: type[PreTrainedModel]) -> dict[str, dict[str, Tensor]]:
-    """One batch of 3 x 14 tokens: whole, padded right, padded left with positions."""
+    """Return a batch of 3 x 14 tokens without padding, padded right, and padded left."""
     generator = torch.Generator().manual_seed(1)
+    # Ids from 3: the three below are the tiny configs' special tokens.
     ids_BT = torch.randint(3, VOCABULARY, (3, 14), generator=generator)
     right_BT, left_BT = torch.ones_like(ids_BT), torch.ones_like(ids_BT)
     right_BT[0, 9:] = right_BT[1, 12:] = 0
     left_BT[0, :5] = left_BT[1, :2] = 0
     left = {"attention_mask": left_BT}
     if "position_ids" in inspect.signature(family.forward).parameters:
+        # Positions count real tokens only, as in `generate` of transformers.
         left["position_ids"] = (left_BT.cumsum(-1) - 1).clamp(min=0)
     padded = {"right": {"attention_mask": right_BT}, "left": left}
     labelled = {
@@ -146,16 +154,19 @@ def batches(family: type[PreTrainedModel]) -> dict[str, dict[str, Tensor]]:
 
 
 def difference(whole: PreTrainedModel, parts: SplitModel, batch: dict[str, Tensor]) -> float:
-    """Largest difference of logits, loss and gradients; infinite if one side lacks a gradient."""
-    wanted = _results([whole], batch)
-    found = _results([parts.client, parts.trunk], batch)
-    if wanted.keys() != found.keys():
+    """Return the largest difference of logits, loss and gradients between unsplit and split model.
+
+    It is infinite if one of them lacks a gradient.
+    """
+    expected = _results([whole], batch)
+    actual = _results([parts.client, parts.trunk], batch)
+    if expected.keys() != actual.keys():
         return float("inf")
-    return max(_distance(wanted[name], found[name]) for name in wanted)
+    return max(_distance(expected[name], actual[name]) for name in expected)
 
 
 def _results(models: list[Any], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits of real tokens, loss and all gradients after one step; the first model is called."""
+    """Call the first model, and return its loss, logits of real tokens, and all gradients."""
     for model in models:
         model.zero_grad()
     out = models[0](**batch, use_cache=False)
@@ -170,15 +181,16 @@ def _results(models: list[Any], batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": out.logits.detach()[real_BT], "loss": out.loss.detach(), **gradients}
 
 
-def _distance(wanted: Tensor, found: Tensor) -> float:
-    if torch.equal(wanted, found):
+def _distance(expected: Tensor, actual: Tensor) -> float:
+    if torch.equal(expected, actual):
         return 0.0
-    gap = float((wanted - found).abs().max()) if wanted.shape == found.shape else float("inf")
-    return gap if gap > 0.0 else float("inf")  # not a number is not equal either
+    gap = float((expected - actual).abs().max()) if expected.shape == actual.shape else float("inf")
+    # A NaN is not equal to itself, and its gap is not above zero.
+    return gap if gap > 0.0 else float("inf")
 
 
 def _fault_of_whole(whole: PreTrainedModel) -> str:
-    """Why the unsplit model cannot be the judge, or nothing."""
+    """Return why the unsplit model cannot be the reference; empty if it can."""
     try:
         results = _results([whole], batches(type(whole))["none"])
     except FAMILY_ERRORS as exc:
@@ -192,6 +204,7 @@ def _fault_of_whole(whole: PreTrainedModel) -> str:
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the main thread if the block takes longer."""
 
+    # A signal, because a family's own code cannot be interrupted from a thread.
     def stop(*_: Any) -> None:
         raise TimeoutError(f"not done in {seconds} s")
 

@@ -1,4 +1,4 @@
-"""Writes what is counted of the code into fedsplit/README.md: the list of files, and figures.
+"""Writes the list of files and the figures of the code into fedsplit/README.md.
 
     python -m simulations.figures           # print both
     python -m simulations.figures --write   # write them between the markers of fedsplit/README.md
@@ -40,22 +40,22 @@ OPTIONS = (
 
 
 def main() -> None:
-    """Print or write what the command line asks for."""
+    """Print the list and the figures, or write them to fedsplit/README.md."""
     parser = argparse.ArgumentParser(prog="python -m simulations.figures")
     parser.add_argument("--write", action="store_true", help=f"write {MAP.relative_to(ROOT)}")
     parser.add_argument("--hops", action="store_true", help="list the hops of a training forward")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     quiet_libraries()
-    if chosen.hops:
+    if arguments.hops:
         _print_hops()
-    elif chosen.write:
+    elif arguments.write:
         MAP.write_text(up_to_date(MAP.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(f"{files()}\n{figures()}", end="")
 
 
 def up_to_date(text: str) -> str:
-    """The text of the map with the files and figures of now between its markers."""
+    """Return the text of fedsplit/README.md with the current files and figures."""
     for name, content in (("files", files()), ("figures", figures())):
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         head, _, rest = text.partition(begin)
@@ -66,16 +66,16 @@ def up_to_date(text: str) -> str:
 
 
 def files() -> str:
-    """Every module with the first line of its docstring, as a tree in a code block."""
+    """Return a code block of all modules, as a tree, with the first lines of their docstrings."""
     lines = [line for package in PACKAGES for line in _tree(ROOT / package, 0)]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(
-        ["```text", *(f"{name:{width}}{says}".rstrip() for name, says in lines), "```", ""]
+        ["```text", *(f"{name:{width}}{summary}".rstrip() for name, summary in lines), "```", ""]
     )
 
 
 def figures() -> str:
-    """What is counted, as two tables."""
+    """Return the figures as two tables: sizes by package, and counts of the whole code."""
     lines = ["| | " + " | ".join(f"`{package}`" for package in PACKAGES) + " |"]
     lines += ["|---|" + "---|" * len(PACKAGES)]
     columns = [_sizes(package) for package in PACKAGES]
@@ -104,11 +104,12 @@ def _tree(folder: Path, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def _summary(file: Path) -> str:
-    said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return said.partition("\n")[0].rstrip(".")
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0].rstrip(".")
 
 
 def _modules(folder: Path) -> list[Path]:
+    # Code that protoc generates is not ours to keep short.
     return sorted(file for file in folder.rglob("*.py") if "_pb2" not in file.name)
 
 
@@ -133,7 +134,7 @@ def _sizes(package: str) -> dict[str, str]:
 
 
 def _files_that_name(option: str) -> int:
-    """How many files have this identifier, in Python's code or as a key in conf/."""
+    """Return the number of files with this identifier in Python's code or as a key in conf/."""
     code = [file for package in PACKAGES for file in _modules(ROOT / package)]
     conf = [file for folder in ("conf", "fedsplit") for file in (ROOT / folder).rglob("*.yaml")]
     return sum(option in _identifiers(file) for file in code) + sum(
@@ -144,6 +145,7 @@ def _files_that_name(option: str) -> int:
 
 @cache
 def _identifiers(file: Path) -> frozenset[str]:
+    # Tokens, because the word in a comment or docstring does not count.
     tokens = tokenize.generate_tokens(io.StringIO(file.read_text(encoding="utf-8")).readline)
     return frozenset(token.string for token in tokens if token.type == tokenize.NAME)
 

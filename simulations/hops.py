@@ -3,15 +3,14 @@
     python -m simulations.figures --hops
 
 A tiny GPT-2 trains some steps over a `LocalLink`, and a profile function sees every call in every
-thread from where the client's model is called to where it returns, with the trunk's output back
-and the loss made. A hop is a function or method of fedsplit that is called with the hidden states
-or returns them: as a tensor, or inside a message, a tuple, a dataclass, a partial, a closure or a
-future. All other functions are helpers. A function counts once, however often it is called; a
-lambda counts as a function, a comprehension does not. What the trunk's thread does after it set the
-reply is not on the way.
+thread while the client's model runs. A hop is a function or method of fedsplit that is called with
+the hidden states or returns them: as a tensor, or inside a message, a tuple, a dataclass, a
+partial, a closure or a future. All other functions are helpers. A function counts once, however
+often it is called. A lambda counts as a function, a comprehension does not. Calls of the trunk's
+thread after it has set the reply do not count.
 
-The result does not depend on timing: each step has a sequence length of its own, by which its
-hidden states are known, and only what all steps pass through is a hop.
+The result does not depend on timing: each step has its own sequence length, which identifies its
+hidden states, and only a function that all steps call with them is a hop.
 """
 
 import dataclasses
@@ -35,10 +34,12 @@ from fedsplit.data.batches import Batch
 from fedsplit.spec import DataSpec, TrainSpec
 
 _PACKAGE = Path(fedsplit.__file__).parent
-_INLINED = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")  # by Python 3.12
+# Python 3.12 inlines comprehensions; left out, so that every version counts the same.
+_INLINED = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
 _LENGTHS = (12, 13, 14, 15)
 _WIDTH = 32
 _DEPTH = 12
+"""How many containers inside one another are searched for the hidden states."""
 
 
 class Function(NamedTuple):
@@ -53,7 +54,7 @@ class Function(NamedTuple):
 
 
 def forward_functions() -> dict[Function, bool]:
-    """What every training forward enters, in its order, and whether it is a hop."""
+    """Return the functions that every training forward calls, in order; True for a hop."""
     tracer = _Tracer()
     with tracer.installed():
         _train(tracer)
@@ -66,12 +67,12 @@ def forward_functions() -> dict[Function, bool]:
 
 
 def forward_hops() -> list[Function]:
-    """The hops of a training forward, in their order."""
+    """Return the hops of a training forward, in order."""
     return [function for function, is_hop in forward_functions().items() if is_hop]
 
 
 class _Tracer:
-    """Notes the functions of fedsplit that run while the client's model is at work."""
+    """Records the functions of fedsplit that run during a forward of the client's model."""
 
     def __init__(self) -> None:
         self.forwards: list[dict[Function, bool]] = []
@@ -82,9 +83,9 @@ class _Tracer:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """See this thread, and those that start in the block."""
-        threading.setprofile(self._see)
-        sys.setprofile(self._see)
+        """Trace this thread, and threads that start in the block."""
+        threading.setprofile(self._profile)
+        sys.setprofile(self._profile)
         try:
             yield
         finally:
@@ -92,26 +93,27 @@ class _Tracer:
             threading.setprofile(None)
 
     def begin(self, *_: Any) -> None:
-        """Note a forward: a hook in front of the client's model."""
+        """Start to record a forward; a forward pre-hook of the client's model."""
         self._shape = torch.Size((2, _LENGTHS[len(self.forwards)], _WIDTH))
         self.forwards.append({})
         self._replied.clear()
         self._is_open = True
 
     def end(self, *_: Any) -> None:
-        """Note nothing more: a hook behind the client's model."""
+        """Stop recording; a forward hook of the client's model."""
         self._is_open = False
 
-    def _see(self, frame: FrameType, event: str, returned: object) -> None:
+    def _profile(self, frame: FrameType, event: str, returned: object) -> None:
         thread, code = threading.get_ident(), frame.f_code
         if not self._is_open or thread in self._replied or event not in ("call", "return"):
             return
+        # From here on the trunk's thread races with the client's, so it is not traced any more.
         if code is Future.set_result.__code__ and thread != self._client and event == "return":
             self._replied.add(thread)
         elif function := self._function(code):
             values = frame.f_locals.values() if event == "call" else [returned]
-            noted = self.forwards[-1]
-            noted[function] = noted.get(function, False) or self._any_holds(values, _DEPTH)
+            recorded = self.forwards[-1]
+            recorded[function] = recorded.get(function, False) or self._any_holds(values, _DEPTH)
 
     def _function(self, code: CodeType) -> Function | None:
         file = Path(code.co_filename)
@@ -123,10 +125,11 @@ class _Tracer:
         return Function(side, file.relative_to(_PACKAGE).as_posix(), code.co_qualname + line)
 
     def _any_holds(self, values: Iterable[object], depth: int) -> bool:
+        # A list: another thread may change the container meanwhile.
         return depth > 0 and any(self._holds(value, depth - 1) for value in list(values))
 
     def _holds(self, value: object, depth: int) -> bool:
-        """Whether the hidden states are in a value."""
+        """Return whether a value contains the hidden states."""
         if isinstance(value, Tensor):
             return value.shape == self._shape
         return self._any_holds(_inside(value), depth)
@@ -171,7 +174,8 @@ def _train(tracer: _Tracer) -> None:
         fedsplit.connect(parts.client, trunk)
         trainer = ClientTrainer(parts.client, trunk, run)
         with trunk.session():
-            trainer.step([_batch(max(_LENGTHS))])  # what is done once only is done here
+            # Lazy initialization runs in this step, which is not traced.
+            trainer.step([_batch(max(_LENGTHS))])
             parts.client.register_forward_pre_hook(tracer.begin)
             parts.client.register_forward_hook(tracer.end)
             for length in _LENGTHS:

@@ -1,4 +1,4 @@
-"""Runs a Flower app with `flwr run` on a SuperLink of its own, and leaves no process behind."""
+"""Runs a Flower app with `flwr run` on a SuperLink of its own, and ends all its processes."""
 
 import json
 import os
@@ -22,8 +22,10 @@ import tomli_w
 from fedsplit.errors import ConfigError, DeadlineExceeded, Internal
 
 WAITING = ("pending", "starting")
+"""Flower's states of a run that has not started."""
 LINES_IN_AN_ERROR = 30
 SECONDS_TO_END = 5.0
+"""Seconds that processes have to end after SIGTERM, and again after SIGKILL."""
 
 
 def run_flwr(
@@ -39,24 +41,24 @@ def run_flwr(
 ) -> None:
     """Run the app in `app_dir` to its end, simulated, as `flwr run` does.
 
-    The SuperLink listens on a free loopback port, keeps its files in a temporary folder, starts
-    there (not in a checkout, whose modules would win over the app's) and installs nothing. It
-    and everything it started is gone on return, whatever happened.
+    The SuperLink listens on a free loopback port, keeps its files in a temporary folder and
+    installs nothing. Its working directory is in that folder, because the modules of a checkout
+    would shadow the app's. On return or error, it and every process that it started have ended.
 
     Args:
         app_dir: Folder of the app's `pyproject.toml`.
         run_config: Overrides of `[tool.flwr.app.config]`; a string may be long and have newlines.
         num_clients: Number of simulated clients.
-        log_path: File that takes the SuperLink's own log.
-        workers: How many clients work at once, however few cores there are; 0: all of them.
-        start_timeout_s: Seconds for the SuperLink to come up, and for the run to start.
-        commands: Folder of Flower's commands; one that is not there is looked for in PATH.
+        log_path: File for the SuperLink's own log.
+        workers: The number of clients that work at once, however few cores there are; 0 for all.
+        start_timeout_s: Seconds for the SuperLink to answer, and for the run to start.
+        commands: Folder of Flower's commands, which is searched before PATH.
         on_output: Called with each line that the run prints, without its newline.
 
     Raises:
         ConfigError: Flower is not installed with its simulation extra.
         DeadlineExceeded: The SuperLink or the run did not start in time.
-        Internal: The run ended in any other way than completed; the text has its last lines.
+        Internal: The run ended but did not complete; the text has its last lines.
     """
     tail: deque[str] = deque(maxlen=LINES_IN_AN_ERROR)
 
@@ -64,7 +66,7 @@ def run_flwr(
         tail.append(line)
         on_output(line)
 
-    # Ray puts Unix sockets below: their paths have at most 103 bytes, and $TMPDIR may be long.
+    # Ray puts Unix sockets in it, whose paths have at most 103 bytes, and $TMPDIR may be long.
     with TemporaryDirectory(prefix="fedsplit-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         env = _environment(home, commands)
@@ -75,11 +77,11 @@ def run_flwr(
         with _exit_on_sigterm(), _superlink(env, log_path, start_timeout_s):
             _follow(command, env, start_timeout_s, take)
             status = _status(env)
-    _judge(status, start_timeout_s, tail, log_path)
+    _require_completed(status, start_timeout_s, tail, log_path)
 
 
 def _environment(home: Path, commands: Path) -> dict[str, str]:
-    """Return the environment of Flower's and Ray's processes; `home` holds all they write."""
+    """Return the environment of Flower's and Ray's processes, which write only to `home`."""
     (home / "start").mkdir()
     return {
         **os.environ,
@@ -93,20 +95,24 @@ def _environment(home: Path, commands: Path) -> dict[str, str]:
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "RAY_TMPDIR": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",  # or it drops lines that clients print alike
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or it hides the GPUs from clients
+        # Otherwise Ray drops equal lines of different clients.
+        "RAY_DEDUP_LOGS": "0",
+        # Otherwise Ray hides the GPUs from clients, which ask it for none.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
 
 
 def _federation_config(num_clients: int, workers: int) -> str:
-    """Ray runs as many clients at once as it has CPUs, and believes the number it is told."""
+    """Return Flower's settings for so many simulated clients."""
+    # Ray runs one client per CPU, and takes the number of CPUs from this setting.
     at_once = min(workers or num_clients, num_clients)
     return f"num-supernodes={num_clients} init-args-num-cpus={at_once} client-resources-num-cpus=1"
 
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that `finally` runs; only a main thread can."""
+    """Turn SIGTERM into an exception inside the block, so that `finally` clauses run."""
+    # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -119,7 +125,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _superlink(env: Mapping[str, str], log_path: Path, timeout_s: float) -> Iterator[None]:
-    """A SuperLink that answers, and is the default one of `flwr` under this environment."""
+    """Run a SuperLink inside the block, as the default one of `flwr` in this environment."""
     port = _free_port()
     home = Path(env["FLWR_HOME"])
     (home / "config.toml").write_text(
@@ -134,7 +140,7 @@ def _superlink(env: Mapping[str, str], log_path: Path, timeout_s: float) -> Iter
     sessions = {process.pid}
     try:
         _await_health(process, port, timeout_s, log_path)
-        # Its SuperExec is there by now and leads the session that all others will belong to.
+        # Its SuperExec has started, and leads the session of all further processes.
         sessions |= {os.getsid(child.pid) for child in psutil.Process(process.pid).children()}
         yield
     finally:
@@ -153,6 +159,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.STDOUT,
+            # The session identifies the process's descendants, which `_end` ends.
             start_new_session=True,
             encoding="utf-8",
             errors="replace",
@@ -165,6 +172,7 @@ def _start(
 
 
 def _free_port() -> int:
+    # Another process can take the port before the SuperLink does; then it ends with an error.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -200,7 +208,7 @@ def _answers(url: str) -> bool:
 def _follow(
     command: list[str], env: Mapping[str, str], timeout_s: float, take: Callable[[str], None]
 ) -> None:
-    """Submit the run and hand on its output until it ends, or has not started in time."""
+    """Submit the run, and pass on its output until it ends or has not started in time."""
     process = _start(command, env, Path(env["FLWR_HOME"]) / "start", subprocess.PIPE)
 
     def give_up_if_waiting() -> None:
@@ -216,11 +224,13 @@ def _follow(
         timer.cancel()
         timer.join()
         _end({process.pid})
+        # Closes the pipe and reaps the process.
         process.communicate()
 
 
 def _status(env: Mapping[str, str]) -> tuple[str, str]:
-    """Status and details of the SuperLink's one run; `flwr run` itself exits with 0 if it fails."""
+    """Return the status and details of the SuperLink's one run."""
+    # The exit code of `flwr run` is 0 for a run that failed, so the SuperLink is asked.
     listed = subprocess.run(
         ["flwr", "ls", "--format", "json"],
         env=dict(env),
@@ -238,7 +248,9 @@ def _status(env: Mapping[str, str]) -> tuple[str, str]:
     return (runs[0]["status"], runs[0]["status-details"]) if runs else ("refused", "no run")
 
 
-def _judge(status: tuple[str, str], timeout_s: float, tail: deque[str], log_path: Path) -> None:
+def _require_completed(
+    status: tuple[str, str], timeout_s: float, tail: deque[str], log_path: Path
+) -> None:
     state, details = status
     if state == "finished:completed":
         return
@@ -246,16 +258,16 @@ def _judge(status: tuple[str, str], timeout_s: float, tail: deque[str], log_path
     if state in WAITING:
         raise DeadlineExceeded(
             f"the run is still {state} after {timeout_s:g} s; see {log_path}, or raise "
-            f"launch.start_timeout_s. Its last lines:\n{last}"
+            f"launch.start_timeout_s. The last lines of the run:\n{last}"
         )
     raise Internal(
-        f"the run did not complete: {state} ({details}); the SuperLink's log is {log_path}. "
-        f"Its last lines:\n{last}"
+        f"the run did not complete: {state} ({details}); see the SuperLink's log {log_path}. "
+        f"The last lines of the run:\n{last}"
     )
 
 
 def _end(sessions: set[int]) -> None:
-    """End every process of these sessions: first asked, then forced."""
+    """End every process of these sessions: with SIGTERM, then with SIGKILL."""
     for stop in (psutil.Process.terminate, psutil.Process.kill):
         deadline = time.monotonic() + SECONDS_TO_END
         for process in _alive(sessions):
@@ -271,7 +283,7 @@ def _alive(sessions: set[int]) -> list[psutil.Process]:
 
 def _is_alive_in(process: psutil.Process, sessions: set[int]) -> bool:
     try:
-        # What ended counts as gone, even where nobody collects it (some containers).
+        # A zombie has ended; in some containers no process reaps it.
         return os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, psutil.Error):
         return False

@@ -1,9 +1,9 @@
-"""What training takes at a client that holds a model's two ends, at a trunk, and in one piece.
+"""The memory that training takes at a client, at a trunk, and with the unsplit model.
 
-*Computed*: one training step on fake tensors, which have shapes and no memory; every tensor that
-lives at a time is counted, so a model of any size can be asked. *Measured*: two real steps in a
-process of its own, of which the operating system tells the memory. That has the libraries'
-buffers and what the allocator does not give back on top.
+*Computed*: one training step on fake tensors, which have shapes but no memory. The peak is that of
+the bytes of all live tensors, so a model of any size can be computed. *Measured*: the growth of a
+process that takes two real steps, as the operating system reports it. This includes buffers of
+libraries, and memory that the allocator does not return.
 """
 
 import copy
@@ -36,17 +36,18 @@ from fedsplit.spec import RunSpec, TrainSpec
 from fedsplit.spec.train import EIGHT_BIT
 
 _MEASURED_BELOW = 4 << 30
-"""A step that takes less than this many bytes at the whole model is measured too."""
+"""Models whose unsplit step takes fewer bytes than this are measured too."""
 
 _LEAST_8BIT, _PER_SCALE = 4096, 256
-"""Of bitsandbytes: a parameter with fewer entries keeps 32 bits; entries that share a scale."""
+"""Of bitsandbytes: parameters with fewer entries keep 32 bits; the number of entries per scale."""
 
 
 def measured(sweep: RunSpec, variants: Variants) -> Table:
-    """A row for each variant, which names a model and what of it trains; nothing is kept.
+    """Return a table with a row for each variant, whose first run names a model and its adapters.
 
-    The figures are `client_fraction_<variant>`, computed, of all bytes; `trained_fraction_...` of
-    trained parameters; and `measured_fraction_...` where the model is small enough to train here.
+    The figures are fractions of the unsplit model's: `client_fraction_<variant>` of the computed
+    peak, `trained_fraction_...` of the trained parameters, and `measured_fraction_...` of the
+    measured peak, for models that are small enough to train here.
     """
     quiet_libraries()
     rows = []
@@ -62,12 +63,12 @@ def measured(sweep: RunSpec, variants: Variants) -> Table:
     return Table(rows=rows, columns=_COLUMNS, figures=figures)
 
 
-def _of_both(name: str, tell: Any) -> Any:
-    def told(row: Row) -> str:
+def _of_both(name: str, to_text: Any) -> Any:
+    def cell(row: Row) -> str:
         both = row["client"].get(name), row["whole"].get(name)
-        return "" if None in both else " of ".join(map(tell, both))
+        return "" if None in both else " of ".join(map(to_text, both))
 
-    return told
+    return cell
 
 
 _COLUMNS: Columns = {
@@ -109,20 +110,25 @@ def _row(name: str, run: RunSpec) -> Row:
 
 
 def computed(run: RunSpec, part: str) -> dict[str, int]:
-    """Bytes of weights, gradients, moments, activations and all at once; trained parameters.
+    """Return the memory of one training step, computed on fake tensors.
 
-    The activations are what a forward leaves for its backward. They go while the gradients come,
-    so that the peak is less than the sum of all.
+    Activations are the tensors that a forward keeps for its backward. They are freed while
+    gradients are allocated, so the peak is less than the sum.
 
     Args:
-        run: Names model, cut, adapters, batch size and sequence length.
+        run: The run, for its model, split, adapters, batch size and sequence length.
         part: `client` (bottom and top), `trunk` or `whole`.
+
+    Returns:
+        `weights`, `gradients`, `moments`, `activations` and `peak` in bytes, and `trained`, the
+        number of trained parameters.
     """
     model = _model(run, part)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_memory(model)
         trained = list(trainable(model).values())
         live = _LiveBytes()
+        # What exists before the step is not returned by an operator, so it is added here.
         live.add([*model.parameters(), *model.buffers()])
         weights = live.now
         moments = [moment for p in trained for moment in _moments(p, run.train)]
@@ -142,7 +148,7 @@ def computed(run: RunSpec, part: str) -> dict[str, int]:
 
 
 def _moments(parameter: Tensor, train: TrainSpec) -> list[Tensor]:
-    """What the optimizer keeps of a parameter from step to step, each the size it really has."""
+    """Return the optimizer's state of a parameter, as tensors of the sizes that it has."""
     if train.optimizer == "sgd":
         return [torch.zeros_like(parameter)] if train.momentum else []
     if train.optimizer not in EIGHT_BIT:
@@ -155,7 +161,7 @@ def _moments(parameter: Tensor, train: TrainSpec) -> list[Tensor]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that live at a time, each storage once."""
+    """Counts the bytes of all live tensors, each storage once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -164,8 +170,9 @@ class _LiveBytes(TorchDispatchMode):
         self._storages: dict[int, int] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Count these for as long as they live."""
+        """Count tensors until they are freed."""
         for tensor in tensors:
+            # Views share a storage, which counts once.
             storage = tensor.untyped_storage()
             if storage._cdata not in self._storages:
                 self._storages[storage._cdata] = storage.nbytes()
@@ -179,7 +186,7 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator and count what it returns."""
+        """Run the operator and count its results."""
         out = func(*args, **(kwargs or {}))
         self.add(tensors_in(out))
         return out
@@ -189,17 +196,18 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def resident(run: RunSpec, part: str) -> int:
-    """Bytes by which a process grows at most that builds the model and takes two steps."""
+    """Return the largest growth, in bytes, of a process that builds a model and takes two steps."""
+    # A process of its own, because an allocator does not return all memory of earlier work.
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # what it imports takes seconds
+    context.set_forkserver_preload([__name__])  # its imports take seconds
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_train, args=(to_yaml(run), part, sender), daemon=True)
     process.start()
     sender.close()
     with receiver:
-        told = int(receiver.recv_bytes())
+        growth = int(receiver.recv_bytes())
     process.join()
-    return told
+    return growth
 
 
 def _train(config: str, part: str, sender: Any) -> None:
@@ -209,20 +217,21 @@ def _train(config: str, part: str, sender: Any) -> None:
     growth = _Resident()
     model = _model(run, part)
     _give_memory(model)
+    # The system counts a page only when it is written, so every tensor gets values.
     for tensor in model.buffers():
         tensor.zero_()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
     optimizer = PartOptimizer(trainable(model), run.train)
     with growth:
-        for step in range(2):  # in the second one the moments are there from the beginning
+        for step in range(2):  # in the second one the moments exist from the start
             _loss(model, run).backward()
             optimizer.step(step)
     sender.send_bytes(str(growth.peak).encode())
 
 
 class _Resident(TorchDispatchMode):
-    """By how much this process has grown at most, asked after every operator."""
+    """Measures the largest growth of this process, after every operator."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -233,7 +242,7 @@ class _Resident(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator and look."""
+        """Run the operator and measure."""
         out = func(*args, **(kwargs or {}))
         self.peak = max(self.peak, self._process.memory_info().rss - self._before)
         return out
@@ -243,7 +252,7 @@ class _Resident(TorchDispatchMode):
 
 
 def _model(run: RunSpec, part: str) -> PreTrainedModel:
-    """The part, or the unsplit model, without memory for its tensors."""
+    """Return the part, or the unsplit model, without memory for its tensors."""
     config = config_of(run, None)
     family: type[PreTrainedModel] = model_class_for(config)
     if part != "whole":
@@ -263,13 +272,15 @@ def _model(run: RunSpec, part: str) -> PreTrainedModel:
 
 def _give_memory(model: PreTrainedModel) -> None:
     model.to_empty(device="cpu")
+    # `to_empty` makes new tensors, which unties tied weights.
     model.tie_weights()
 
 
 def _loss(model: PreTrainedModel, run: RunSpec) -> Tensor:
     ids_BT = torch.zeros(run.train.batch_size, run.data.sequence_length, dtype=torch.long)
     with autocast(run.model, model.device):
-        if isinstance(model, TrunkPart):  # which has no loss: what comes back is all its gradient
+        # A trunk has no loss; the sum gives its output a gradient of the right size.
+        if isinstance(model, TrunkPart):
             return model.run(_smashed(model, ids_BT)).sum()
         loss: Tensor = model(ids_BT, labels=ids_BT, use_cache=False).loss
     return loss
@@ -281,12 +292,12 @@ def _smashed(model: TrunkPart, ids_BT: Tensor) -> Tensor:
 
 
 def _carry(smashed_BTD: Tensor, **_: Any) -> Tensor:
-    """A trunk that is elsewhere: what it answers is a new tensor, and so is its gradient."""
-    out_BTD: Tensor = _Answer.apply(smashed_BTD)  # type: ignore[no-untyped-call]
+    """Stand in for a remote trunk, whose output and gradient arrive as new tensors."""
+    out_BTD: Tensor = _RemoteCopy.apply(smashed_BTD)  # type: ignore[no-untyped-call]
     return out_BTD
 
 
-class _Answer(torch.autograd.Function):
+class _RemoteCopy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, smashed_BTD: Tensor) -> Tensor:
         return smashed_BTD.clone()

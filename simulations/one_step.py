@@ -1,11 +1,11 @@
-"""One training step of a split model: read this first. No Flower, no Hydra, no network.
+"""One training step of a split model without Flower, Hydra and network: the file to read first.
 
     python -m simulations.one_step
 
-A tiny GPT-2 of four blocks is cut into 1/2/1: the client keeps the first and the last block (and
-embeddings, head, labels), the trunk keeps the two between. One step is taken through the whole
-stack - client model, remote layer, codec, trunk service, engine - and one with the unsplit model
-on the same batch; then the two are compared.
+A tiny GPT-2 of four blocks is split 1/2/1: the client has the first and the last block (and
+embeddings, head, labels), the trunk has the two blocks between them. The program takes one step
+through the whole stack (client model, remote layer, codec, trunk service, engine) and one step of
+the unsplit model on the same batch, and compares the two.
 """
 
 import torch
@@ -23,7 +23,7 @@ from fedsplit.trunk.service import TrunkService
 
 
 def main() -> None:
-    """Take the step twice and print both losses and the largest difference of any weight."""
+    """Take both steps, and print their losses and the largest difference of any weight."""
     quiet_libraries()
     run = RunSpec(
         split=SplitSpec.parse("1/2/1"),
@@ -35,14 +35,15 @@ def main() -> None:
     parts = split_model(whole, run.split)
     batch = _batch()
 
-    with TrunkService(parts.trunk, run) as service:  # the server: owns the trunk
+    with TrunkService(parts.trunk, run) as service:  # the server has the trunk
         link = LocalLink(service, token=service.admit("alice"))
         trunk = RemoteTrunk(link, parts.client, run, client="alice")
-        connect(parts.client, trunk)  # the client: the trunk is a layer that is far away
+        connect(parts.client, trunk)  # to the client, the trunk is a layer
         trainer = ClientTrainer(parts.client, trunk, run)
         with trunk.session():
             split_loss = trainer.step([batch]).loss
 
+    # The same step in plain PyTorch, with the same optimizer.
     optimizer = PartOptimizer(dict(whole.named_parameters()), run.train)
     loss = whole(**batch.inputs, labels=batch.labels).loss
     loss.backward()

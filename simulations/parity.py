@@ -1,11 +1,11 @@
-"""Trains the unsplit model and the split one side by side, and prints how far they differ.
+"""Trains the unsplit and the split model on the same batches, and prints how much they differ.
 
     python -m simulations.parity family=llama steps=20 link=grpc
     python -m simulations.parity family=gpt2 lora=true clip_norm=1.0 --json
 
-Same seed, same batches, same optimizer; dropout 0. The split model goes through the whole stack:
-client model, remote layer, codec, link, session, engine, parameter versions. The last line says
-the largest difference of any step's loss and of any weight at the end; both are exactly 0.
+Both have the same seed, batches and optimizer, without dropout. The split model uses the whole
+stack: client model, remote layer, codec, link, session, engine, parameter versions. The last line
+has the largest difference of any step's loss and of any final weight; both are exactly 0.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _READERS: dict[type, Callable[[str], object]] = {bool: {"true": True, "false": F
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """What to compare; each field is a `name=value` on the command line."""
+    """The settings of a comparison; each field is a `name=value` on the command line."""
 
     family: str = "gpt2"
     steps: int = 20
@@ -96,13 +96,18 @@ class Difference:
 
     @property
     def line(self) -> str:
-        """The last line of the program."""
-        told = " ".join(f"{name}={value}" for name, value in asdict(self).items())
-        return f"parity: {told.removeprefix('family=')}"
+        """The last line of the program's output."""
+        text = " ".join(f"{name}={value}" for name, value in asdict(self).items())
+        return f"parity: {text.removeprefix('family=')}"
 
 
 def compare(asked: Parity, remote: type[RemoteTrunk] = RemoteTrunk) -> Difference:
-    """Train both and compare; `remote` leads the client's model to its trunk."""
+    """Train both models, and return their differences.
+
+    Args:
+        asked: The settings.
+        remote: The class that calls the trunk for the client's model.
+    """
     run = _run(asked)
     config = _config(asked)
     parts = initial_parts(config, run.split, run.seed)
@@ -111,6 +116,7 @@ def compare(asked: Parity, remote: type[RemoteTrunk] = RemoteTrunk) -> Differenc
         for part in (parts.client, parts.trunk):
             add_adapters(part, run.lora, run.seed)
         whole = _with_same_adapters(whole, parts)
+    # A list, because both models train on the same batches.
     groups = list(_groups(asked, config))
     unsplit = _train_unsplit(whole, run, groups)
     with TrunkService(parts.trunk, run) as service, _link(asked, service, run) as link:
@@ -154,6 +160,7 @@ def _run(asked: Parity) -> RunSpec:
 
 def _config(asked: Parity) -> PretrainedConfig:
     config = tiny_config(asked.family, num_hidden_layers=4)
+    # The two draw dropout masks from different seeds, so only without dropout are they comparable.
     without_dropout = {k: 0.0 for k, v in vars(config).items() if "drop" in k and v}
     for name, value in without_dropout.items():
         setattr(config, name, value)
@@ -163,6 +170,7 @@ def _config(asked: Parity) -> PretrainedConfig:
 
 
 def _with_same_adapters(whole: nn.Module, parts: SplitModel) -> PeftModel:
+    # The parts' adapters have random weights; the unsplit model must begin with the same.
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(parts.client, parts.trunk, folder)
         adapted: PeftModel = PeftModel.from_pretrained(whole, folder, is_trainable=True)
@@ -180,7 +188,7 @@ def _groups(asked: Parity, config: PretrainedConfig) -> Iterator[list[Batch]]:
 
 
 def _batch(asked: Parity, config: PretrainedConfig, chance: torch.Generator) -> Batch:
-    """Random tokens; the last sequence is right-padded by a quarter."""
+    """Return random tokens; a quarter of the last sequence is padding, at its right."""
     shape = (asked.batch_size, asked.tokens)
     ids_BT = torch.randint(3, config.vocab_size, shape, generator=chance)
     mask_BT = torch.ones_like(ids_BT)
@@ -196,7 +204,7 @@ def _batch(asked: Parity, config: PretrainedConfig, chance: torch.Generator) -> 
 
 
 def _train_unsplit(model: nn.Module, run: RunSpec, groups: list[list[Batch]]) -> list[float]:
-    """An ordinary training loop; the loss of each step."""
+    """Train in an ordinary PyTorch loop, and return the loss of each step."""
     optimizer = PartOptimizer(trainable(model), run.train)
     model.train()
     losses = []
@@ -209,6 +217,7 @@ def _train_unsplit(model: nn.Module, run: RunSpec, groups: list[list[Batch]]) ->
                 labels=batch.labels,
                 use_cache=False,
             ).loss
+            # The mean over all tokens of the group, not the mean of the batches' means.
             loss = mean * (batch.num_tokens / num_tokens)
             loss.backward()
             total += loss.item()
@@ -234,13 +243,15 @@ def _link(asked: Parity, service: TrunkService, run: RunSpec) -> Iterator[Link]:
 
 @ending_with_its_reader()
 def main() -> int:
-    """Compare as the command line says; 0 if the difference is exactly 0."""
+    """Run the comparison; return 0 if the differences are exactly 0, else 1, and 2 for an error."""
     parser = argparse.ArgumentParser(
         prog="python -m simulations.parity", description=(__doc__ or "").split("\n\n")[0]
     )
     names = ", ".join(f"{f.name}={getattr(Parity(), f.name)}" for f in fields(Parity))
     parser.add_argument("settings", nargs="*", metavar="name=value", help=f"any of {names}")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the line"
+    )
     arguments = parser.parse_args()
     quiet_libraries()
     try:

@@ -1,4 +1,4 @@
-"""Runs one experiment, or a sweep of them: composes the config, launches, prints, leaves a folder.
+"""Runs one experiment, or a sweep: composes the config, trains, prints rounds, writes a folder.
 
 python -m simulations.run experiment=toy
 python -m simulations.run -m sharding=natural,iid
@@ -26,21 +26,22 @@ from simulations.single import carry_out, claim
 from simulations.sweep import carried_out
 
 _POLL_S = 0.2
+"""Seconds between two looks at the run's folder for new rounds."""
 
 
 def _of_runs(table: Callable[[Sequence[Group]], Table]) -> Callable[[RunSpec, Variants], Table]:
-    """The table of an experiment's runs, which are trained where they are not there yet."""
+    """Return a function that trains the runs that are not finished, and returns their table."""
 
-    def answer(sweep: RunSpec, variants: Variants) -> Table:
+    def trained_table(sweep: RunSpec, variants: Variants) -> Table:
         groups = carried_out(sweep, variants)
         plot(groups, Path(sweep.launch.run_dir, sweep.name))
         return table(groups)
 
-    return answer
+    return trained_table
 
 
 def _measured(sweep: RunSpec, variants: Variants) -> Table:
-    from simulations.memory import measured  # it imports torch
+    from simulations.memory import measured  # imports torch, which takes seconds
 
     return measured(sweep, variants)
 
@@ -52,16 +53,17 @@ _TABLES: dict[str, Callable[[RunSpec, Variants], Table]] = {
     "noniid": _of_runs(noniid.table),
     "memory": _measured,
 }
-"""What an experiment ends in, by `sweep.kind`."""
+"""The table of an experiment, by `sweep.kind`."""
 
 
-@ending_with_its_reader()  # here too, as Hydra has words for every error
+# Here as well as at `main`, because Hydra catches errors in between and prints its own text.
+@ending_with_its_reader()
 def run_one(run: RunSpec) -> Path:
-    """Run one experiment to its end and print it as it goes; the folder that it leaves."""
+    """Run one experiment, print its rounds as they end, and return its folder."""
     run, folder = claim(run)
     print(_heading(run), flush=True)
     if run.resume:
-        print(f"goes on after round {folder.last_checkpoint} in {folder.path}", flush=True)
+        print(f"resumes after round {folder.last_checkpoint} in {folder.path}", flush=True)
     with _printing_rounds(folder):
         carry_out(run, folder)
     print(f"\n{closing_table(folder.rounds())}")
@@ -70,7 +72,7 @@ def run_one(run: RunSpec) -> Path:
 
 
 def run_sweep(run: RunSpec, variants: Variants) -> None:
-    """Run what a run's own sweep asks for and print its table."""
+    """Run all variants and seeds of an experiment, and print its table."""
     folder = Path(run.launch.run_dir, run.name)
     print(f"experiment {run.name}: {len(variants)} variants, seeds {run.sweep.seeds}", flush=True)
     table = _TABLES[run.sweep.kind](run, variants)
@@ -80,20 +82,21 @@ def run_sweep(run: RunSpec, variants: Variants) -> None:
 
 @contextmanager
 def _printing_rounds(folder: RunFolder) -> Iterator[None]:
-    """Print each further round's line once it stands in the folder, whatever put it there.
+    """Print each new round of the folder inside the block, from whichever process wrote it.
 
     Raises:
-        BrokenPipeError: Nobody reads them any more; the block was interrupted, as by Ctrl-C.
+        BrokenPipeError: The output has no reader any more; the block was interrupted, as by Ctrl-C.
     """
     over = threading.Event()
     known = folder.rounds()
-    unread: list[BrokenPipeError] = []
+    broken_pipes: list[BrokenPipeError] = []
 
     def follow() -> None:
         while True:
             last_look = over.wait(_POLL_S)
             for stats in folder.rounds():
-                if stats not in known:  # a resumed run does some of its rounds again
+                # A resumed run trains some rounds again, so their number alone does not tell.
+                if stats not in known:
                     print(stats.line, flush=True)
                     known.append(stats)
             if last_look:
@@ -103,7 +106,8 @@ def _printing_rounds(folder: RunFolder) -> Iterator[None]:
         try:
             follow()
         except BrokenPipeError as exc:
-            unread.append(exc)
+            broken_pipes.append(exc)
+            # The block runs in the main thread, and only a signal interrupts it there.
             main_thread = threading.main_thread().ident
             assert main_thread is not None, "it has been started"
             signal.pthread_kill(main_thread, signal.SIGINT)
@@ -114,11 +118,12 @@ def _printing_rounds(folder: RunFolder) -> Iterator[None]:
         try:
             yield
         finally:
+            # The thread looks once more after this, so the last rounds are printed too.
             over.set()
             thread.join()
     except KeyboardInterrupt:
-        if unread:
-            raise unread[0] from None
+        if broken_pipes:
+            raise broken_pipes[0] from None
         raise
 
 
@@ -137,7 +142,7 @@ def _left(folder: Path) -> str:
 
 @ending_with_its_reader()
 def main() -> None:
-    """Run what the command line says."""
+    """Run the experiment or sweep of the command line."""
     done: list[Path] = []
     fedsplit.config.main(lambda run: done.append(run_one(run)), run_sweep)
     if len(done) > 1:
@@ -145,7 +150,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # At once: a plain exit waits for clients, and those for a trunk that is gone.
+    # `os._exit`, because a plain exit waits for clients, which may wait for a trunk that has ended.
     try:
         main()
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""Carries out one run, from its folder to its end: in this process, or by Flower's own.
+"""Carries out one run, in this process or in Flower's processes.
 
-What trains is imported when it is to train here, so that a program that only starts it is quick.
+The modules that train are imported only for a run in this process, because importing takes seconds.
 """
 
 import logging
@@ -16,7 +16,11 @@ _APP = Path(__file__).resolve().parent.parent
 
 
 def claim(run: RunSpec) -> tuple[RunSpec, RunFolder]:
-    """A folder for the run, new or the one that it resumes, and the run under its name."""
+    """Claim a folder for the run, or take that of the run it resumes.
+
+    Returns:
+        The run under the folder's name, and the folder.
+    """
     resumed = RunFolder.to_resume(run)
     folder = resumed or RunFolder.claim(Path(run.launch.run_dir), run.name)
     launch = replace(run.launch, run_dir=str(folder.path.parent))
@@ -25,11 +29,11 @@ def claim(run: RunSpec) -> tuple[RunSpec, RunFolder]:
 
 
 def carry_out(run: RunSpec, folder: RunFolder) -> None:
-    """Train; a folder that nothing was left in is given back.
+    """Train a run, and remove its folder if nothing was written to it.
 
     Args:
-        run: Under the folder's name.
-        folder: The one claimed for it.
+        run: The run, under the folder's name.
+        folder: The folder that `claim` returned.
 
     Raises:
         FedsplitError: The run failed.
@@ -46,6 +50,7 @@ def _inline(run: RunSpec, folder: RunFolder) -> None:
     from fedsplit.flower import client_app, server_app
     from fedsplit.flower.inline import run_inline
 
+    # The program prints each round itself.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     quiet_libraries()
     run_inline(

@@ -1,4 +1,4 @@
-"""Carries out the runs of an experiment: some at once, and each only if it is not there yet."""
+"""Carries out the runs of an experiment in several processes, except runs that are finished."""
 
 import os
 import signal
@@ -20,29 +20,31 @@ from fedsplit.spec import RunSpec
 from simulations.single import carry_out, claim
 
 _PRELOADED = ["fedsplit.flower.client_app", "fedsplit.flower.server_app", __name__]
-"""Imported once for the processes of all runs, as it takes seconds."""
+"""Imported once for the processes of all runs, because the imports take seconds."""
 
 
 def carried_out(sweep: RunSpec, variants: Variants) -> list[Group]:
-    """The runs of each variant, finished; prints a line for each that had to be trained.
+    """Train the runs that are not finished, print a line for each, and return all by variant.
 
-    A finished run is found again by its fingerprint, so what was interrupted goes on where it
-    stopped. A variant of which a run fails is left out.
+    A finished run is found by its fingerprint, so a sweep that was interrupted resumes. A variant
+    with a run that failed is left out.
 
     Raises:
-        Diverged: No variant is left.
+        Diverged: Every variant has a run that failed.
     """
     jobs = [run for runs in variants.values() for run in runs]
-    found = {run.name: there for run in jobs if (there := _finished(run))}
+    found = {run.name: finished for run in jobs if (finished := _finished(run))}
     if found:
         print(f"{len(found)} of {len(jobs)} runs are there already", flush=True)
     failures = {}
     for run, error in _trained([run for run in jobs if run.name not in found], sweep):
-        if there := _finished(run):
-            found[run.name] = there
+        if finished := _finished(run):
+            found[run.name] = finished
         else:
             failures[run.name] = error or "it left no finished run"
-        print(_line(there) if there else f"{run.name} failed: {failures[run.name]}", flush=True)
+        print(
+            _line(finished) if finished else f"{run.name} failed: {failures[run.name]}", flush=True
+        )
     groups = []
     for name, runs in variants.items():
         if failed := [run.name for run in runs if run.name not in found]:
@@ -55,13 +57,14 @@ def carried_out(sweep: RunSpec, variants: Variants) -> list[Group]:
 
 
 def _finished(run: RunSpec) -> Run | None:
-    """The finished run of the same settings, under this run's name with or without a number."""
+    """Return the finished run with the same settings; None if there is none."""
+    # A name that was taken gets a number, so all folders that begin with the name are candidates.
     for path in sorted(Path(run.launch.run_dir).glob(f"{run.name}*")):
         if RunFolder(path).is_finished:
             with suppress(DataError):
-                there = Run.read(path)
-                if there.spec.fingerprint == run.fingerprint:
-                    return there
+                finished = Run.read(path)
+                if finished.spec.fingerprint == run.fingerprint:
+                    return finished
     return None
 
 
@@ -71,7 +74,7 @@ def _line(run: Run) -> str:
 
 
 def _trained(runs: Sequence[RunSpec], sweep: RunSpec) -> Iterator[tuple[RunSpec, str]]:
-    """Train, some runs at a time; yields each that is over, and why it failed if it did."""
+    """Train several runs at a time, and yield each at its end with its error (empty for none)."""
     cores = os.cpu_count() or 1
     at_once = sweep.sweep.at_once or cores
     waiting, working = list(runs), dict[Any, _Work]()
@@ -84,13 +87,14 @@ def _trained(runs: Sequence[RunSpec], sweep: RunSpec) -> Iterator[tuple[RunSpec,
                 work = working.pop(answer)
                 yield work.run, work.error()
     finally:
+        # After an error or Ctrl-C, no run must continue without its sweep.
         for work in working.values():
             work.process.kill()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """A run that is trained in a process of its own, and where that answers when it is over."""
+    """A run in a process of its own, and the pipe over which the process reports the end."""
 
     run: RunSpec
     process: ForkServerProcess
@@ -98,29 +102,32 @@ class _Work:
 
     @staticmethod
     def begin(run: RunSpec, num_threads: int) -> "_Work":
+        # Not fork: torch's threads do not survive it. Not spawn: each would import for seconds.
         context = get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         answer, sender = context.Pipe(duplex=False)
         arguments = (to_yaml(run), num_threads, sender)
         process = context.Process(target=_train, args=arguments, daemon=True)
         process.start()
+        # With the process's copy alone left open, its end closes the pipe.
         sender.close()
         return _Work(run=run, process=process, answer=answer)
 
     def error(self) -> str:
-        """Why it failed; nothing if it did not."""
+        """Return why the run failed; empty if it did not."""
         with self.answer:
             try:
-                told = self.answer.recv_bytes().decode()
+                error = self.answer.recv_bytes().decode()
             except EOFError:
-                told = "its process ended before the run did"
+                error = "its process ended before the run did"
         self.process.join()
-        return told
+        return error
 
 
 def _train(config: str, num_threads: int, sender: "Connection[bytes, bytes]") -> None:
-    import torch  # not in the process that starts all of them
+    import torch  # not in the process that starts the runs
 
+    # Ctrl-C ends the process at once; a KeyboardInterrupt would wait for the run's clients.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(num_threads)
@@ -133,6 +140,7 @@ def _train(config: str, num_threads: int, sender: "Connection[bytes, bytes]") ->
 
 
 def _end_with_parent() -> None:
+    """Exit when the parent process ends, which may be killed before it can end its children."""
     parent = parent_process()
     assert parent is not None, "only a child process comes here"
     parent.join()

@@ -1,4 +1,4 @@
-"""Tiny configs: any causal language model family, small enough to try in a second."""
+"""Tiny configs of any causal language model family, small enough to run in a second."""
 
 import copy
 from typing import Any
@@ -14,8 +14,8 @@ from fedsplit.model.source import on_meta
 MOST_PARAMETERS = 8_000_000
 VOCABULARY = 99
 
-# What a family calls its sizes, and a small value for each. Windows are shorter than the tests'
-# sequences, so that they bite; heads and groups divide each other.
+# The names of sizes in the families' configs, by a small value for them. Windows are shorter than
+# the tests' sequences, so that they have an effect. Numbers of heads and groups divide each other.
 _SMALL: dict[int, str] = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input",
     128: "max_position_embeddings n_positions n_ctx max_seq_len",
@@ -47,12 +47,12 @@ _PER_BLOCK = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_la
 def tiny_config(
     model_type: str, *, num_hidden_layers: int = 6, **overrides: Any
 ) -> PretrainedConfig:
-    """A config of this family with a few thousand parameters, by guess.
+    """Return a guessed config of a family, with a few thousand parameters.
 
     Args:
-        model_type: As transformers names it, such as "gpt2" or "llama".
-        num_hidden_layers: How many blocks it has, whatever the family calls them.
-        overrides: Other fields of the family's config that win over the guess.
+        model_type: A model type of transformers, such as "gpt2" or "llama".
+        num_hidden_layers: The number of blocks, whatever its name in the family's config.
+        overrides: Fields of the family's config that take precedence over the guess.
 
     Raises:
         ConfigError: The family is unknown, or no small config of it can be guessed.
@@ -68,6 +68,7 @@ def tiny_config(
                 f"family={model_type} is made of several models; take its text model's type"
             )
         config: PretrainedConfig = config_class(**{**_guess(usual, num_hidden_layers), **overrides})
+        # A trial on the meta device: many families check their sizes only when a model is built.
         whole = on_meta(model_class_for(config), copy.deepcopy(config))
     except UnsupportedModel as exc:
         raise ConfigError(str(exc)) from exc
@@ -97,11 +98,12 @@ def _guess(usual: PretrainedConfig, num_blocks: int) -> dict[str, Any]:
 
 
 def _shortened(kinds: list[Any], num_blocks: int) -> list[Any]:
-    """The first blocks' kinds; two kinds in turn, so that every part has both."""
+    """Return the kinds of the first blocks; two kinds alternate, so that every part has both."""
     distinct = list(dict.fromkeys(kinds))
     return (distinct * num_blocks if len(distinct) == 2 else kinds)[:num_blocks]
 
 
 def _can_be_set(usual: PretrainedConfig, name: str) -> bool:
-    there = getattr(type(usual), usual.attribute_map.get(name, name), None)
-    return not (isinstance(there, property) and there.fset is None)
+    # Some configs compute a size in a property without a setter.
+    attribute = getattr(type(usual), usual.attribute_map.get(name, name), None)
+    return not (isinstance(attribute, property) and attribute.fset is None)

@@ -108,6 +108,7 @@ def train(message: Message, context: Context) -> Message:
     if run.train.save_every:
         memory.save(session.node.checkpoints_of(run, session.join.run_id), session.join.round, run)
     content = RecordDict({METRICS: MetricRecord(session.numbers_of(stats, memory, begin))})
+    # With halves.personal=both all client weights stay at the client.
     if session.shared:
         content[ARRAYS] = packed(to_arrays(session.shared), run.wire.halves)
     return Message(content, reply_to=message)

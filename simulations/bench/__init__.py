@@ -1,1 +1,1 @@
-"""Measurements of speed, bytes and memory, one file for each: `python -m simulations.bench`."""
+"""Benchmarks of speed, bytes and memory, one file for each: `python -m simulations.bench`."""

@@ -1,10 +1,10 @@
-"""Measures one thing and prints it; a bench is a module of this package named in `BENCHES`.
+"""Runs one benchmark and prints its figures; a benchmark is a module named in `BENCHES`.
 
     python -m simulations.bench generate --json FILE
 
-`all` measures everything, one bench after the other. FILE is one JSON object: `figures` by name,
-and `rows`, which are what they were made of. Times are worth something on a machine that does
-nothing else; `--size toy` only tries the program.
+`all` runs all benchmarks, one after the other. FILE gets one JSON object: `figures` by name, and
+`rows`, the measurements behind them. Times are meaningful only on a machine without other load.
+`--size toy` only tests that the program runs.
 """
 
 import argparse
@@ -19,34 +19,34 @@ from fedsplit.errors import FedsplitError
 from simulations.bench.report import Report
 
 BENCHES = ("accelerate", "clients", "compress", "generate", "memory", "step", "wire")
-"""Each has `measure(size)`, of size `full` or `toy`; imported when asked for, so that one that
-needs the core alone runs where there is no more."""
+"""Each has `measure(size)` for the sizes `full` and `toy`. A module is imported only to run it, so
+that one that needs only the core runs without the other dependencies."""
 
+# Threads that spin while they wait take cores from other processes. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Read when torch is imported: threads that wait by spinning take the cores from other processes.
 
 
 @ending_with_its_reader()
 def main(words: list[str] | None = None) -> int:
-    """Measure as the command line says; 0 if it came to an end."""
+    """Run the benchmarks of the command line; return 0, or 2 for an error."""
     parser = argparse.ArgumentParser(
         prog="python -m simulations.bench", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("name", choices=(*BENCHES, "all"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and rows there")
     parser.add_argument("--size", choices=("full", "toy"), default="full")
-    asked = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     quiet_libraries()
     report = Report()
     try:
-        for name in BENCHES if asked.name == "all" else (asked.name,):
-            report.take(importlib.import_module(f"{__package__}.{name}").measure(asked.size))
+        for name in BENCHES if arguments.name == "all" else (arguments.name,):
+            report.take(importlib.import_module(f"{__package__}.{name}").measure(arguments.size))
     except FedsplitError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     print(report)
-    if asked.json:
-        asked.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""What attention, half precision and compilation bring to training a split model.
+"""The speed of training steps with SDPA, bfloat16 and torch.compile.
 
-Whole steps, with both optimizers: a client and a trunk in this process on a `LocalLink`, on a GPU
-if there is one and else on the CPU. Needs the core alone: no flwr, hydra or grpc.
+A step includes both optimizers. Client and trunk are in this process, connected by a `LocalLink`,
+on a GPU if there is one, else on the CPU. The benchmark needs only the core, not flwr, hydra or
+grpc.
 """
 
 import os
@@ -31,7 +32,7 @@ _COMPILED = {"compile_client": "default", "compile_trunk": "default"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Models by name with their batches (sequences, tokens), and what of them is compiled."""
+    """Models by name with their batches (sequences, tokens), and the options that compile them."""
 
     models: dict[str, tuple[ModelSpec, tuple[int, int]]]
     turns: int
@@ -75,7 +76,7 @@ SIZES["toy", "cuda"] = SIZES["toy", "cpu"]
 
 
 def measure(size: str) -> Report:
-    """The figures of a size; those without a model in their name are of GPT-2."""
+    """Return the figures of a size; figures without a model in their name are of GPT-2."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report, of = Report(), SIZES[size, device.type]
     report.row(
@@ -123,7 +124,7 @@ def _of_model(
 
 
 class _Stepper:
-    """A client and a trunk of one run, which take one step after the other."""
+    """A client and a trunk of one run, which take steps."""
 
     def __init__(self, run: RunSpec, device: torch.device, opened: ExitStack) -> None:
         parts = parts_of(run, config_of(run, None), device.type)
@@ -140,11 +141,12 @@ class _Stepper:
         opened.enter_context(trunk.session())
 
     def loss(self) -> float:
-        """The loss of one step."""
+        """Take a step, and return its loss."""
         return self._trainer.step([self._batch]).loss
 
     def seconds(self) -> float:
-        """How long one step takes, until the device has done it."""
+        """Take a step, and return its seconds until the device has finished it."""
+        # Kernels run asynchronously: without waiting, only their launch would be timed.
         self._wait()
         began = time.perf_counter()
         self.loss()
@@ -152,7 +154,7 @@ class _Stepper:
         return time.perf_counter() - began
 
     def peak_bytes(self) -> int:
-        """What one step takes of the GPU's memory at most, beside what is there; 0 on a CPU."""
+        """Take a step, and return the peak of GPU memory that it adds, in bytes; 0 on a CPU."""
         if self._device.type != "cuda":
             return 0
         self._wait()

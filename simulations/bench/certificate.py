@@ -1,4 +1,4 @@
-"""A certificate for a server on this machine, which is its own authority."""
+"""A self-signed TLS certificate for a server on this machine."""
 
 import datetime
 import ipaddress
@@ -13,7 +13,7 @@ from fedsplit.spec import WireSpec
 
 
 def self_signed(folder: Path, name: str) -> WireSpec:
-    """A wire with TLS on: writes NAME.pem and NAME.key, for 127.0.0.1, good for a day."""
+    """Write NAME.pem and NAME.key for 127.0.0.1, valid for a day; return a wire with TLS."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)

@@ -1,11 +1,10 @@
-"""Many clients on one trunk: what it gets done as they become more, and what a sample costs.
+"""The throughput of a trunk with many clients, and the cost of a sample.
 
-Shapes: B sequences of a client, T tokens, D hidden width. GPT-2 small in shape, on the CPU. Each
-client has a small batch; the trunk takes those of all through its blocks at once. For the first
-figure clients are hollow: they have no ends and send what is always the same, so that the trunk
-is what is measured. For the second they are whole, all of them in one process, against the
-unsplit model with a batch as large as all of theirs. docs/performance.md says what the figures
-mean.
+Shapes: B sequences of a client, T tokens, D hidden width. The model has the shape of GPT-2 small
+and runs on the CPU. Each client has a small batch, and the trunk runs all batches in one pass. For
+the first figure clients have no blocks and always send the same tensors, so that only the trunk is
+measured. For the second figure all clients are complete and run in one process; the reference is
+the unsplit model with one batch of the same total size. docs/performance.md explains the figures.
 """
 
 import os
@@ -32,12 +31,12 @@ from simulations.bench.report import Report, in_turns
 from simulations.bench.roles import name_of, trunk_server
 
 THREADS = 2
-"""Of the trunk and of the unsplit model. A process of clients has one for each of them."""
+"""Threads of the trunk and of the unsplit model. The clients' process has one for each client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured: numbers of clients, steps of each in a turn, turns."""
+    """The model, the numbers of clients, the steps of each client in a turn, and the turns."""
 
     shape: Shape
     counts: tuple[int, ...]
@@ -71,11 +70,11 @@ def measure(size: str) -> Report:
     return report
 
 
-# --- what the trunk gets done ---------------------------------------------------------------------
+# --- the throughput of the trunk ------------------------------------------------------------------
 
 
 def _throughput(report: Report, what: Size) -> None:
-    """Samples a second of the trunk alone, by the number of clients, together and in turns."""
+    """Measure samples per second of the trunk, with all clients in one pass and in turns."""
     most = max(what.counts)
     with ExitStack() as stack:
         crowds = {
@@ -100,11 +99,11 @@ def _samples_per_s(crowd: Process, count: int, what: Size) -> float:
     return count * what.shape.rows * what.steps / float(crowd.ask("steps", count, what.steps))
 
 
-# --- what a sample costs --------------------------------------------------------------------------
+# --- the cost of a sample -------------------------------------------------------------------------
 
 
 def _cost(report: Report, what: Size, trains: str) -> float:
-    """Seconds of a sample: whole clients and the trunk, over those of the unsplit model."""
+    """Measure seconds per sample of clients and trunk, over those of the unsplit model."""
     shape, count = replace(what.shape, together=what.crowd), what.crowd
     large = replace(shape, rows=count * shape.rows)
     model = large.adapted(large.whole())
@@ -134,7 +133,7 @@ def _seconds(trainer: ClientTrainer, shape: Shape, steps: int) -> float:
 
 @contextmanager
 def _crowd(shape: Shape, count: int, *, whole: bool = False) -> Iterator[Process]:
-    """A process of so many clients in front of a trunk in another."""
+    """Run a trunk in one process, and `count` clients in another."""
     with process(trunk_server, shape, threads=THREADS) as server:
         tokens = [server.ask("token", name_of(i)) for i in range(count)]
         with process(crowd, shape, server.ask("address"), tokens, whole) as clients:
@@ -143,8 +142,12 @@ def _crowd(shape: Shape, count: int, *, whole: bool = False) -> Iterator[Process
 
 @contextmanager
 def crowd(shape: Shape, address: str, tokens: list[str], whole: bool) -> Iterator[Answers]:
-    """Clients in one process, a thread each: `steps` of so many of them take so many seconds."""
-    make, model = _whole if whole else _hollow, shape.client()
+    """Run clients in one process, with a thread each.
+
+    Its answer `steps(count, number)` has `count` clients take `number` steps each, and returns the
+    seconds until the last has finished.
+    """
+    make, model = _complete_client if whole else _empty_client, shape.client()
     with ExitStack() as stack:
         links = [
             stack.enter_context(closing(GrpcLink(address, token=token, wire=shape.run.wire)))
@@ -159,6 +162,7 @@ def crowd(shape: Shape, address: str, tokens: list[str], whole: bool) -> Iterato
         def steps(count: int, number: int) -> float:
             while len(steppers) < count:
                 steppers.append(make(shape, trunks[len(steppers)]))
+            # Sessions open before the barrier, so that only steps are timed.
             start = Barrier(count, action=lambda: marks.append(time.monotonic()))
             marks: list[float] = []
             work = partial(_work, number=number, start=start)
@@ -175,16 +179,16 @@ def _work(trunk: RemoteTrunk, step: Callable[[], object], *, number: int, start:
             step()
 
 
-def _whole(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
-    """A client that has both ends; its step."""
+def _complete_client(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
+    """Return the step of a client with bottom and top."""
     model = shape.client()
     connect(model, trunk)
     trainer, batch = ClientTrainer(model, trunk, shape.run), shape.batch()
     return lambda: trainer.step([batch])
 
 
-def _hollow(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
-    """A client that has no ends, and sends and takes what goes between them; its step."""
+def _empty_client(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
+    """Return the step of a client without blocks, which sends constant tensors to the trunk."""
     smashed_BTD = shape.smashed(shape.rows, shape.tokens)
     num_tokens = shape.rows * (shape.tokens - 1)
 

@@ -1,8 +1,8 @@
 """Compression on the wire: bytes and final loss of each preset against none, over seeds.
 
-Model and data of the default experiment, with one client and 120 steps; what differences from
-the last epoch bring is seen over five epochs. Bytes are all that crossed between clients and trunk,
-headers, scales and evaluation among them. docs/performance.md says what the figures mean.
+Model and data are those of the default experiment, with one client and 120 steps. Differences from
+the last epoch are measured over five epochs. Bytes are all bytes between clients and trunk, with
+headers, scales and evaluation. docs/compression.md explains the figures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ _EPOCHS = {
     "strong_epochs": ["wire=strong"],
     "history": ["wire=strong", "wire.history_bytes=100000000"],
 }
-"""What is compared over several epochs; the first is what the others are measured against."""
+"""The variants that train several epochs; the first is the reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Size:
-    """What is trained, once and over epochs, and how often."""
+    """The overrides of short runs and of runs over several epochs, and the number of seeds."""
 
     overrides: Sequence[str]
     epochs: Sequence[str]
@@ -48,6 +48,7 @@ def measure(size: str) -> Report:
     """Train every variant with every seed; `size` is `full` or `toy`."""
     report = Report()
     chosen = _SIZES[size]
+    # An empty folder, so that no run of an earlier benchmark counts as finished.
     with TemporaryDirectory() as folder:
         for overrides, variants in ((chosen.overrides, _VARIANTS), (chosen.epochs, _EPOCHS)):
             base = [*overrides, f"launch.run_dir={folder}"]
@@ -57,7 +58,7 @@ def measure(size: str) -> Report:
 
 
 def _compare(report: Report, groups: Mapping[str, Group], *, against: str) -> None:
-    """Report bytes and losses of each group against those of one of them."""
+    """Report the bytes and losses of each group against those of the group `against`."""
     plain = groups[against].runs
     for group in groups.values():
         losses, mib = _losses(group.runs), _bytes(group.runs) / 2**20
@@ -79,7 +80,7 @@ def _trained(base: Sequence[str], words_of: Mapping[str, Sequence[str]], seeds: 
 
 
 def _losses(runs: Sequence[Run]) -> list[float]:
-    """Final held-out losses, in nats per token, by seed."""
+    """Return the final held-out losses by seed, in nats per token."""
     return [run.held_out("eval_loss")[-1] for run in runs]
 
 

@@ -1,8 +1,8 @@
-"""Drafts against latency: how much faster a text comes if several tokens share a round trip.
+"""The speed of generation with drafts over a slow link, where several tokens share a round trip.
 
-Shapes: B sequences, T tokens, D hidden width. How many drafts are right depends on the text alone,
-so it is made to order: its greedy continuation runs in circles of some tokens. In a short circle
-every draft is right; in one through the whole vocabulary nothing comes twice.
+Shapes: B sequences, T tokens, D hidden width. The text decides how many drafts are right, so the
+model is altered to repeat a circle of tokens. In a short circle every draft is right. In a circle
+of the whole vocabulary no token is repeated, so prompt lookup finds no draft.
 """
 
 from dataclasses import replace
@@ -20,11 +20,11 @@ from simulations.bench.scene import Scene
 
 NUM_DRAFTS = 10
 _LOUDER = 16
-"""Factor of the embeddings, for the last token to outweigh what random blocks add to it."""
+"""Factor of the embeddings, with which the last token outweighs the output of random blocks."""
 
 
 def with_latency(scene: Scene) -> None:
-    """Drafts against plain decoding, with every latency; alters the client's two ends."""
+    """Measure drafts against plain decoding at each latency; this alters the client's weights."""
     size = scene.size
     small = replace(size.shape, blocks=2).whole()
     for model in (scene.client, small):
@@ -41,10 +41,10 @@ def with_latency(scene: Scene) -> None:
 
 
 def _write_in_circles(model: PreTrainedModel, circle: int) -> None:
-    """Have greedy text run in circles of so many tokens.
+    """Make greedy decoding repeat a circle of `circle` tokens.
 
-    Every token's successor gets the token's embedding as its row of the head, which is no longer
-    tied. The blocks in between compute as ever, and change nothing about who wins.
+    The head's row of each token becomes the embedding of the token before it in the circle, and the
+    head is no longer tied. The blocks compute as usual, but do not change the largest logit.
     """
     embedding = _embedding(model)
     before = torch.arange(len(embedding))
@@ -62,7 +62,7 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 
 
 def _speed_up(scene: Scene, small: PreTrainedModel, circle: int, latency_s: float) -> float:
-    """How many times faster prompt lookup is; all tokens must be those of plain decoding."""
+    """Return the speed of prompt lookup over that of plain decoding; compare their tokens."""
     size, report = scene.size, scene.report
     scene.far(latency_s)
     ids_BT = torch.arange(2 * size.circle).remainder(circle)[None]

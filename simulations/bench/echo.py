@@ -1,7 +1,7 @@
-"""What the benches of the wire talk to: a bare gRPC echo, and the whole stack around no trunk.
+"""The servers and clients of the wire's benchmarks: a bare gRPC echo, and the stack without blocks.
 
 Shapes: B sequences, T tokens, D hidden width. The echo's serializers are the identity, so its
-messages are bytes from end to end: it is what gRPC itself costs in Python.
+messages stay bytes from end to end, and it measures the cost of gRPC itself in Python.
 """
 
 import time
@@ -39,7 +39,7 @@ _ANY_LENGTH = (
 
 @contextmanager
 def echo_server(wire: WireSpec) -> Iterator[Answers]:
-    """A bare echo at an `address`: of one message, of a stream, and as the naive design does it."""
+    """Serve a bare echo at `address`: of a unary call, of a stream, and of the naive design."""
     methods = {
         "Unary": grpc.unary_unary_rpc_method_handler(lambda message, context: message),
         "Stream": grpc.stream_stream_rpc_method_handler(lambda messages, context: messages),
@@ -62,9 +62,9 @@ def echo_server(wire: WireSpec) -> Iterator[Answers]:
 
 @contextmanager
 def hollow_server(shape: Shape, wire: WireSpec) -> Iterator[Answers]:
-    """The server as it is, with a trunk that hands back what it gets: `address` and `token`."""
+    """Serve the whole stack with a trunk that returns its input; answers `address` and `token`."""
     trunk: Any = shape.trunk()
-    trunk.run = _handed_back
+    trunk.run = _identity
     with TrunkService(trunk, shape.run) as service:
         server = GrpcServer(service, wire=wire, limits=service.limits, max_clients=MAX_CLIENTS)
         address = server.start()
@@ -72,7 +72,7 @@ def hollow_server(shape: Shape, wire: WireSpec) -> Iterator[Answers]:
         server.stop()
 
 
-def _handed_back(smashed_BTD: Tensor, **_: Any) -> Tensor:
+def _identity(smashed_BTD: Tensor, **_: Any) -> Tensor:
     return smashed_BTD
 
 
@@ -83,11 +83,19 @@ def _handed_back(smashed_BTD: Tensor, **_: Any) -> Tensor:
 def talker(
     shape: Shape, wire: WireSpec, name: str, echo: str, hollow: str, token: str
 ) -> Iterator[Answers]:
-    """A client of both servers, given their addresses and how it is admitted.
+    """Run a client of both servers.
 
-    Its answers are `stack`, `unary`, `stream` and `naive`. Each takes rows and tokens, and how
-    many round trips to make one after the other, and says when each began and ended, in seconds
-    of a clock that all processes share; before, it makes one more that does not count.
+    Its answers are `stack`, `unary`, `stream` and `naive`. Each takes rows, tokens and a number of
+    round trips, and returns the begin and end of each round trip, in seconds of a clock that all
+    processes share. A round trip before the first one warms up and is left out.
+
+    Args:
+        shape: The model, of which messages have the width.
+        wire: The TLS settings.
+        name: The client's name.
+        echo: The address of the echo.
+        hollow: The address of the stack.
+        token: The client's token at the stack.
     """
     model = shape.client()
     with closing(GrpcLink(hollow, token=token, wire=wire)) as link, _channel(echo, wire) as channel:
@@ -127,7 +135,7 @@ def _channel(address: str, wire: WireSpec) -> grpc.Channel:
 
 
 class _Streamed:
-    """One stream whose every message is answered by itself."""
+    """A stream on which each message gets one reply."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._outbox: SimpleQueue[bytes] = SimpleQueue()
@@ -149,17 +157,17 @@ def _timed(trips: int, trip: Callable[[Any], Any], value: Any) -> list[list[floa
     return [list(pair) for pair in zip(marks, marks[1:], strict=False)]
 
 
-# --- all of them ----------------------------------------------------------------------------------
+# --- servers and clients --------------------------------------------------------------------------
 
 
 @contextmanager
 def talkers(shape: Shape, wire: WireSpec, num_clients: int = 1) -> Iterator[list[Process]]:
-    """So many clients of an echo and of the stack, each with a process; gone after the block.
+    """Run an echo, the stack, and clients of both inside the block, each in a process.
 
     Args:
-        shape: Of the trunk that is not there, whose limits are those of the stack's messages.
-        wire: TLS, and where both servers listen; of a unix: address, the folder.
-        num_clients: At most `MAX_CLIENTS`.
+        shape: The model, which decides the limits of the stack's messages.
+        wire: The TLS settings, and the address of both servers; for unix: the folder.
+        num_clients: The number of clients, at most `MAX_CLIENTS`.
     """
     with ExitStack() as stack:
         echo = stack.enter_context(process(echo_server, _at(wire, "echo")))

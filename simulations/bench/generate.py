@@ -1,8 +1,8 @@
 """Generation from a split model against the unsplit one: tokens, speed, bytes, round trips.
 
-Shapes: B sequences, T tokens, D hidden width. GPT-2 small in shape, with random weights, in
-float32 on the CPU. The client is this process, the trunk another one behind gRPC on loopback, each
-with one thread. docs/generation.md says what the figures mean.
+Shapes: B sequences, T tokens, D hidden width. The model has the shape of GPT-2 small and random
+weights, in float32 on the CPU. The client is this process. The trunk is in another process behind
+gRPC on loopback. Each has one thread. docs/generation.md explains the figures.
 """
 
 import os
@@ -46,7 +46,7 @@ def measure(size: str) -> Report:
 
 
 def _tokens(scene: Scene) -> None:
-    """Every way to generate against the unsplit model; and what a token costs on the wire."""
+    """Compare the tokens of every generation mode with those of the unsplit model."""
     size = scene.size
     ids_BT = scene.prompt(3, size.prompt)
     padding_BT = torch.ones_like(ids_BT)
@@ -64,17 +64,18 @@ def _tokens(scene: Scene) -> None:
     same = []
     for kv in ("server", "client"):
         scene.far(kv=kv)
-        for mode, given in modes.items():
-            same.append(_same(scene, given))
+        for mode, options in modes.items():
+            same.append(_same(scene, options))
             scene.report.row("tokens", mode=mode, kv=kv, identical=same[-1])
     scene.report.figures["tokens_identical"] = all(same)
 
 
-def _same(scene: Scene, given: dict[str, Any]) -> bool:
+def _same(scene: Scene, options: dict[str, Any]) -> bool:
     texts = []
     for model in (scene.whole, scene.client):
+        # Sampling draws from the process's generator.
         torch.manual_seed(scene.size.shape.seed)
-        texts.append(text_of(model, new_tokens=scene.size.new_tokens, **given))
+        texts.append(text_of(model, new_tokens=scene.size.new_tokens, **options))
     return torch.equal(texts[0], texts[1])
 
 
@@ -82,7 +83,7 @@ def _same(scene: Scene, given: dict[str, Any]) -> bool:
 
 
 def _cached_against_hf(scene: Scene) -> None:
-    """Whole generations, with one thread at work at a time and with two."""
+    """Measure tokens per second against the unsplit model with one thread and with two."""
     size, report = scene.size, scene.report
     ids_BT = scene.prompt(1, size.prompt)
 
@@ -107,7 +108,7 @@ def _cached_against_hf(scene: Scene) -> None:
 
 
 def _bytes_of_a_token(scene: Scene) -> None:
-    """What a token costs on the wire; without a cache at the trunk, its growth too."""
+    """Measure bytes per token, with a cache at the trunk and without one."""
     size, report = scene.size, scene.report
     floor = 2 * size.shape.hidden * torch.float32.itemsize
     steady = [seen.num_bytes for seen in _decoding(scene)]
@@ -130,10 +131,10 @@ def _decoding(scene: Scene) -> list[Any]:
 
 
 def _cached_against_uncached(scene: Scene) -> None:
-    """A long prompt and a long answer; without a cache, some of its tokens are measured.
+    """Measure a long answer to a long prompt, with and without a cache.
 
-    Those are spread over the answer, and what lies between is interpolated: a token costs so much
-    per token before it.
+    Without a cache, some tokens of the answer are measured. The others are interpolated, because
+    the cost of a token grows with the number of tokens before it.
     """
     size, report = scene.size, scene.report
     ids_BT = scene.prompt(1, size.long_prompt + size.long_new)
@@ -146,6 +147,7 @@ def _cached_against_uncached(scene: Scene) -> None:
         for turn in range(1 + max(1, size.turns // 2)):
             answer = _cost(scene, ids_BT[:, : size.long_prompt], size.long_new, use_cache=True)
             tokens = [_cost(scene, ids_BT[:, :length], 1, use_cache=False) for length in lengths]
+            # The first turn warms up.
             if turn:
                 cached.append(answer)
                 uncached.append(_integral(lengths, tokens, size))
@@ -164,7 +166,7 @@ def _cached_against_uncached(scene: Scene) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cost:
-    """Of an answer: trunk seconds per token after the first, seconds and bytes of all of it."""
+    """The cost of an answer: trunk seconds per token after the first, total seconds and bytes."""
 
     trunk_s_per_token: float
     total_s: float
@@ -173,6 +175,7 @@ class _Cost:
 
 def _cost(scene: Scene, ids_BT: Tensor, new_tokens: int, *, use_cache: bool) -> _Cost:
     scene.link.forget()
+    # Discards the passes before this answer.
     scene.server.ask("passes")
     seconds = _seconds(lambda: text_of(scene.client, ids_BT, new_tokens, use_cache=use_cache))
     passes = [s for tokens, s in scene.server.ask("passes") if tokens == 1 or not use_cache]
@@ -185,7 +188,7 @@ def _cost(scene: Scene, ids_BT: Tensor, new_tokens: int, *, use_cache: bool) -> 
 
 
 def _integral(lengths: list[int], tokens: list[_Cost], size: Size) -> _Cost:
-    """An answer's cost out of that of some of its tokens."""
+    """Return the cost of an answer, interpolated from the cost of some of its tokens."""
     every = np.arange(size.long_prompt, size.long_prompt + size.long_new)
 
     def of(name: str) -> Any:
@@ -202,7 +205,7 @@ def _integral(lengths: list[int], tokens: list[_Cost], size: Size) -> _Cost:
 
 
 def _many_sessions(scene: Scene) -> None:
-    """Clients that replay vectors, against the same blocks on one batch of as many sequences."""
+    """Measure clients that replay vectors, against the same blocks with one batch of them."""
     size, report = scene.size, scene.report
     with ExitStack() as stack:
         clients = [stack.enter_context(_recorded(scene, 1 + i)) for i in range(size.sessions)]
@@ -229,7 +232,7 @@ def _many_sessions(scene: Scene) -> None:
 
 @contextmanager
 def _recorded(scene: Scene, seed: int) -> Iterator[Process]:
-    """A client with something to replay."""
+    """Run a client that has recorded a generation to replay."""
     size, token = scene.size, scene.server.ask("token", name_of(seed))
     with process(client, size.shape, seed, scene.address, token, size.prompt) as one:
         one.ask("generate", 1 + size.new_tokens)
@@ -238,7 +241,7 @@ def _recorded(scene: Scene, seed: int) -> Iterator[Process]:
 
 
 def _at_once(clients: list[Process], what: str, tokens: int) -> float:
-    """Tokens per second of all clients together, from the first to begin to the last to end."""
+    """Return tokens per second of all clients, from the first begin to the last end."""
     for each in clients:
         each.begin(what, tokens)
     spans = [each.end() for each in clients]
@@ -247,7 +250,7 @@ def _at_once(clients: list[Process], what: str, tokens: int) -> float:
 
 
 def _blocks_alone(scene: Scene, rows: int) -> float:
-    """Tokens per second of the trunk's blocks in one piece, with the cache of transformers."""
+    """Return tokens per second of the trunk's blocks in this process, on one batch."""
     size = scene.size
     smashed_BTD = torch.randn(rows, size.prompt + size.new_tokens, size.shape.hidden)
     cache = scene.trunk.new_cache()
@@ -262,7 +265,7 @@ def _blocks_alone(scene: Scene, rows: int) -> float:
     return rows * size.new_tokens / seconds
 
 
-# --- what they share ------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -1,4 +1,4 @@
-"""Links around a link: one that is slow on purpose, and one that takes notes."""
+"""Links that wrap a link: one adds latency, the other records requests."""
 
 import time
 from collections.abc import Callable
@@ -17,9 +17,9 @@ class DelayedLink(Link):
     """Adds a latency to every exchange, there and back together.
 
     Args:
-        link: What carries the requests.
-        seconds: How much later each reply comes.
-        sleep: What waits.
+        link: The wrapped link.
+        seconds: The latency of each exchange.
+        sleep: Waits for a number of seconds.
     """
 
     def __init__(
@@ -30,16 +30,16 @@ class DelayedLink(Link):
         self._sleep = sleep
 
     def exchange(self, request: Request[R]) -> R:
-        """Wait, then have the request carried."""
+        """Wait, then exchange the request over the wrapped link."""
         self._sleep(self._seconds)
         return self._link.exchange(request)
 
     def stream(self) -> Stream:
-        """One on which each reply is late, and others are on their way meanwhile."""
+        """Return a stream that delays each reply, while other requests are under way."""
         return _DelayedStream(self._link.stream(), partial(self._sleep, self._seconds))
 
     def close(self) -> None:
-        """Close the link inside."""
+        """Close the wrapped link."""
         self._link.close()
 
 
@@ -49,19 +49,20 @@ class _DelayedStream(Stream):
         self._wait = wait
 
     def begin(self, request: Request[R]) -> Callable[[], R]:
-        answer = self._stream.begin(request)
+        receive = self._stream.begin(request)
 
-        def late() -> R:
-            reply = answer()
+        def receive_late() -> R:
+            reply = receive()
+            # After the reply and not before the request, so that requests overlap.
             self._wait()
             return reply
 
-        return late
+        return receive_late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A request, and what it and its reply took: tensors, and bytes of all their frames."""
+    """A request, with the number of tensors in it and its reply, and the bytes of their frames."""
 
     request: Any
     num_tensors: int
@@ -69,14 +70,15 @@ class Seen:
 
 
 class WatchedLink(Link):
-    """Notes every request that was answered in `seen`, until `forget`."""
+    """Records every request that was answered in `seen`, until `forget`."""
 
     def __init__(self, link: GrpcLink) -> None:
         self.seen: list[Seen] = []
         self._link = link
 
     def exchange(self, request: Request[R]) -> R:
-        """Have the request carried, and note it."""
+        """Exchange the request over the wrapped link, and record it."""
+        # The link's counters are those of all requests; here one is under way at a time.
         before = self._num_bytes
         reply = self._link.exchange(request)
         self.seen.append(
@@ -89,15 +91,15 @@ class WatchedLink(Link):
         return reply
 
     def close(self) -> None:
-        """Close the link inside."""
+        """Close the wrapped link."""
         self._link.close()
 
     def forget(self) -> None:
-        """Begin a new list."""
+        """Clear the records."""
         self.seen = []
 
     def of(self, kind: type[Request[Any]]) -> list[Seen]:
-        """What was seen of one kind."""
+        """Return the records of requests of one class."""
         return [seen for seen in self.seen if isinstance(seen.request, kind)]
 
     @property

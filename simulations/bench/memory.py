@@ -1,7 +1,7 @@
-"""What recomputing activations saves a trunk, and how little of the whole model a client takes.
+"""The memory that activation checkpointing saves a trunk, and a client's memory.
 
-*Measured* is by how much a process grows that takes two training steps of the part, *computed*
-the bytes of all tensors that live at a time; see `simulations/memory.py`.
+*Measured* is the growth of a process that takes two training steps of a part. *Computed* is the
+peak of the bytes of all live tensors; see `simulations/memory.py`.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from simulations.memory import computed, resident
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A model, and the batches that it is trained on: sequences and their tokens."""
+    """A model, and its batches as numbers of sequences and of tokens per sequence."""
 
     shape: Shape
     batches: tuple[tuple[int, int], ...]
@@ -29,7 +29,7 @@ SIZES = {
 
 
 def measure(size: str) -> Report:
-    """The figures of a size; those without a batch in their name are of its first batch."""
+    """Return the figures of a size; figures without a batch in their name are of its first one."""
     report, of = Report(), SIZES[size]
     for sequences, tokens in of.batches:
         run, batch = _run(of.shape, sequences, tokens), f"{sequences}x{tokens}"
@@ -63,8 +63,8 @@ def _saved(report: Report, run: RunSpec, turns: int, batch: str) -> float:
 
 def _saved_computed(report: Report, run: RunSpec, batch: str) -> float:
     kept, again = computed(run, "trunk"), computed(_checkpointed(run), "trunk")
-    for name, told in (("kept", kept), ("again", again)):
-        report.row("trunk, bytes computed", activations_are=name, batch=batch, **told)
+    for name, sizes in (("kept", kept), ("again", again)):
+        report.row("trunk, bytes computed", activations_are=name, batch=batch, **sizes)
     return 1 - again["peak"] / kept["peak"]
 
 

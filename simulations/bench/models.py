@@ -1,4 +1,4 @@
-"""The model of a bench: GPT-2 of some size with random weights, the same in every process.
+"""The model of a benchmark: a GPT-2 of some size, with the same random weights in every process.
 
 Shapes: B sequences, T tokens.
 """
@@ -19,15 +19,15 @@ from fedsplit.spec import DataSpec, LoraSpec, RunSpec, SplitSpec, TrainSpec
 P = TypeVar("P", bound=PreTrainedModel)
 
 PASS_WAIT_S = 20.0
-"""In the benches nobody stays away, and a step waits for everybody anyway."""
+"""Long enough for all clients: in the benchmarks none fails, and a step waits for all anyway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A GPT-2 without dropout and the cut through it; `rows` and `tokens` are its largest batch.
+    """A GPT-2 without dropout, and its split; `rows` and `tokens` are those of its largest batch.
 
-    With `lora_rank` adapters train, in place of all weights. `together` clients share a pass of
-    the trunk.
+    With a `lora_rank`, adapters train in place of all weights. `together` is the number of clients
+    that share a pass of the trunk.
     """
 
     blocks: int
@@ -44,7 +44,7 @@ class Shape:
 
     @property
     def run(self) -> RunSpec:
-        """What both sides are configured with."""
+        """The configuration of client and trunk."""
         return RunSpec(
             seed=self.seed,
             split=SplitSpec.parse(self.split),
@@ -59,7 +59,7 @@ class Shape:
         )
 
     def whole(self) -> PreTrainedModel:
-        """The unsplit model; no token ends its text."""
+        """Return the unsplit model, which has no token that ends a text."""
         config = GPT2Config(
             n_layer=self.blocks,
             n_embd=self.hidden,
@@ -78,12 +78,12 @@ class Shape:
         return whole
 
     def smashed(self, rows: int, tokens: int) -> Tensor:
-        """Random hidden states of this width, [rows, tokens, hidden]; the same ones every time."""
+        """Return random hidden states, [rows, tokens, hidden]; the same in every call."""
         chance = torch.Generator().manual_seed(self.seed)
         return torch.randn(rows, tokens, self.hidden, generator=chance)
 
     def batch(self) -> Batch:
-        """Random tokens, as many as may be; the same ones every time."""
+        """Return a batch of the largest size with random tokens; the same in every call."""
         chance = torch.Generator().manual_seed(self.seed)
         ids_BT = torch.randint(self.vocabulary, (self.rows, self.tokens), generator=chance)
         return Batch(
@@ -94,26 +94,26 @@ class Shape:
         )
 
     def client(self) -> ClientPart:
-        """Its two ends."""
+        """Return the client's part."""
         whole = self.whole()
-        ends = build_client(whole.config, self.run.split, state_dict=whole.state_dict())
-        return self.adapted(ends)
+        client = build_client(whole.config, self.run.split, state_dict=whole.state_dict())
+        return self.adapted(client)
 
     def trunk(self) -> TrunkPart:
-        """Its trunk."""
+        """Return the trunk's part."""
         whole = self.whole()
         trunk = build_trunk(whole.config, self.run.split, state_dict=whole.state_dict())
         return self.adapted(trunk)
 
     def adapted(self, model: P) -> P:
-        """The model with its adapters, if there are any."""
+        """Add adapters to a model if `lora_rank` is not 0, and return the model."""
         if self.lora_rank:
             add_adapters(model, self.run.lora, self.seed)
         return model
 
 
 def text_of(model: Any, prompt_BT: Tensor, new_tokens: int, **how: Any) -> Tensor:
-    """What a model writes after a prompt, and the prompt before it."""
+    """Return a prompt and the tokens that a model generates after it."""
     text_BT: Tensor = model.generate(prompt_BT, max_new_tokens=new_tokens, **how)
     return text_BT
 

@@ -1,8 +1,8 @@
-"""The naive design, to measure against: pickled numpy arrays in zlib, one unary call a pass.
+"""The naive design, as a reference: pickled numpy arrays in zlib, one unary call for each pass.
 
-It is how a split model is often carried: each array pickled, compressed at zlib's own level, and
-sent as one message. Only this bench reads it, and only what it wrote itself: nothing else may
-unpickle, and a house test names this file as its one exception.
+Implementations of split learning often do this: each array is pickled, compressed at zlib's default
+level, and sent as one message. The benchmark unpickles only its own bytes. No other code may use
+pickle; a house test names this file as its one exception.
 """
 
 import pickle
@@ -13,16 +13,16 @@ import numpy as np
 
 
 def packed(array: "np.ndarray[Any, Any]") -> bytes:
-    """An array as the naive design sends it."""
+    """Return the message with an array."""
     return zlib.compress(pickle.dumps(array))
 
 
 def unpacked(message: bytes) -> "np.ndarray[Any, Any]":
-    """The array of a message."""
+    """Return the array of a message."""
     array: np.ndarray[Any, Any] = pickle.loads(zlib.decompress(message))
     return array
 
 
 def answered(message: bytes) -> bytes:
-    """What a server without a trunk answers: the same array, through all of it again."""
+    """Unpack a message and pack its array again, as a server without a trunk."""
     return packed(unpacked(message))

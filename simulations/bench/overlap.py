@@ -1,7 +1,7 @@
-"""A step in micro-batches against one in whole batches, with a core for the client and the trunk.
+"""The speed of a step in micro-batches against a step in whole batches.
 
-Client and trunk are processes of one thread each, so that what the one computes takes nothing
-from the other. Over a slow link there is a latency in every exchange as well.
+Client and trunk are processes with one thread each, so that each has a core of its own. A second
+measurement adds a latency to every exchange.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +23,12 @@ from simulations.bench.roles import name_of, trunk_server
 
 NUMBERS = (1, 2, 4)
 LATENCIES = {"micro_batch_gain": 0.0, "micro_batch_gain_50ms": 0.05}
-"""Seconds of an exchange, by the figure that is for it."""
+"""The latency of an exchange in seconds, by figure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured: steps in a turn, of a model whose trunk is half of the work."""
+    """The model, whose trunk is half of the work, the steps in a turn, and the turns."""
 
     shape: Shape
     steps: int
@@ -42,7 +42,7 @@ SIZES = {
 
 
 def measure_overlap(report: Report, size: str) -> None:
-    """Note steps/s of each number of micro-batches; the figures are those of 2 over those of 1."""
+    """Measure steps/s with each number of micro-batches; the figures are of 2 over 1."""
     what = SIZES[size]
     shapes = {number: replace(what.shape, micro_batches=number) for number in NUMBERS}
     with threads_of_torch(1), ExitStack() as stack:
@@ -80,7 +80,7 @@ def _gain(report: Report, found: dict[str, list[float]], latency_s: float) -> fl
 def _client(
     model: ClientPart, shape: Shape, server: Process, latency_s: float
 ) -> Iterator[tuple[ClientTrainer, RemoteTrunk]]:
-    """A trainer of the model, in a session."""
+    """Open a session with a trunk, and yield a trainer of the model and the trunk."""
     address, token = server.ask("address"), server.ask("token", name_of(0))
     with closing(GrpcLink(address, token=token, wire=shape.run.wire)) as near:
         link = DelayedLink(near, latency_s) if latency_s else near
@@ -92,10 +92,12 @@ def _client(
 def _per_second(
     model: ClientPart, trainer: ClientTrainer, trunk: RemoteTrunk, batch: Batch, steps: int
 ) -> float:
-    """Steps a second, until the trunk has taken the last one too."""
+    """Return steps per second, measured until the trunk has finished the last step too."""
+    # All variants share one client model, so each turn connects its own trunk.
     connect(model, trunk)
     began = perf_counter()
     for _ in range(steps):
         trainer.step([batch])
+    # The reply to a step may arrive before the trunk has taken it; this call waits for it.
     trunk.gradients()
     return steps / (perf_counter() - began)

@@ -1,8 +1,8 @@
-"""The same three stages under torch.distributed.pipelining over gloo, to measure against.
+"""The same three stages under torch.distributed.pipelining over gloo, as a reference.
 
-Shapes: B sequences, T tokens, D hidden width, V vocabulary. What it does differently: the stages
-trust one another and are one program, labels are at the last one alone, the head is not tied to
-the embeddings, and no gradient is clipped.
+Shapes: B sequences, T tokens, D hidden width, V vocabulary. The differences: the stages are one
+program and trust one another, only the last stage has labels, the head is not tied to the
+embeddings, and gradients are not clipped.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Stages:
         self._processes = processes
 
     def seconds(self, steps: int) -> float:
-        """How long so many steps take."""
+        """Take `steps` steps in all stages, and return the seconds of the slowest."""
         for each in self._processes:
             each.begin("steps", steps)
         return max(float(each.end()) for each in self._processes)
@@ -38,24 +38,25 @@ class Stages:
 
 @contextmanager
 def stages(shape: Shape, threads: int) -> Iterator[Stages]:
-    """A pipeline of three processes with so many threads each; gone at the end of the block."""
+    """Run a pipeline of three processes, with `threads` threads each, inside the block."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        meeting = f"file://{folder}/meeting"
+        rendezvous = f"file://{folder}/rendezvous"
         yield Stages(
             [
-                stack.enter_context(process(stage, shape, rank, meeting, threads=threads))
+                stack.enter_context(process(stage, shape, rank, rendezvous, threads=threads))
                 for rank in range(STAGES)
             ]
         )
 
 
 @contextmanager
-def stage(shape: Shape, rank: int, meeting: str) -> Iterator[Answers]:
-    """One stage; `steps` of the model and its optimizers take so many seconds."""
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=STAGES)
+def stage(shape: Shape, rank: int, rendezvous: str) -> Iterator[Answers]:
+    """Run one stage; its answer `steps` takes so many steps and returns their seconds."""
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=STAGES)
     module = _module(shape, rank)
-    place = PipelineStage(module, rank, STAGES, torch.device("cpu"))
-    schedule = ScheduleGPipe(place, n_microbatches=1, loss_fn=_loss)
+    pipeline_stage = PipelineStage(module, rank, STAGES, torch.device("cpu"))
+    # One micro-batch, as in the plain step of the split model that it is compared with.
+    schedule = ScheduleGPipe(pipeline_stage, n_microbatches=1, loss_fn=_loss)
     optimizer = torch.optim.AdamW(module.parameters(), lr=shape.run.train.lr, fused=True)
     ids_BT = shape.batch().labels
 
@@ -87,12 +88,12 @@ class _Blocks(nn.Module):
         is_last = end == len(backbone.h)
         self.after = nn.Sequential(*([backbone.ln_f, model.lm_head] if is_last else []))
 
-    def forward(self, given: Tensor) -> Tensor:
-        """From ids [B, T] or hidden states [B, T, D] to hidden states or logits [B, T, V]."""
-        hidden_BTD = given
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ids [B, T] or hidden states [B, T, D] to hidden states or logits [B, T, V]."""
+        hidden_BTD = inputs
         if self.before:
-            tokens, places = self.before
-            hidden_BTD = tokens(given) + places(torch.arange(given.shape[1]))
+            tokens, positions = self.before
+            hidden_BTD = tokens(inputs) + positions(torch.arange(inputs.shape[1]))
         for block in self.blocks:
             hidden_BTD = block(hidden_BTD)
         out: Tensor = self.after(hidden_BTD)

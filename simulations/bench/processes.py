@@ -1,6 +1,6 @@
-"""Processes of a bench: each answers questions of the one that started it, as JSON.
+"""The processes of a benchmark: each answers calls from the process that started it, as JSON.
 
-What a process is, a context manager says that runs in it and yields its answers by name.
+A process runs a context manager, its role, which yields the functions that answer calls by name.
 """
 
 import json
@@ -20,13 +20,13 @@ Role = Callable[..., AbstractContextManager[Answers]]
 
 
 class Process:
-    """A process of a bench, as seen from the one that started it."""
+    """The handle of a process in the process that started it."""
 
     def __init__(self, pipe: "Connection[bytes, bytes]") -> None:
         self._pipe = pipe
 
     def ask(self, name: str, *values: Any) -> Any:
-        """The answer of this name, called with plain values.
+        """Call the answer of this name with JSON values, and return its result.
 
         Raises:
             Internal: The process has failed.
@@ -35,25 +35,31 @@ class Process:
         return self.end()
 
     def begin(self, name: str, *values: Any) -> None:
-        """Ask without waiting; `end` has the answer."""
+        """Call an answer without waiting; `end` returns the result."""
         self._pipe.send_bytes(json.dumps([name, values]).encode())
 
     def end(self) -> Any:
-        """The answer to what was begun."""
+        """Return the result of the call that `begin` started.
+
+        Raises:
+            Internal: The process has failed.
+        """
         try:
             return json.loads(self._pipe.recv_bytes())
         except EOFError as exc:
-            raise Internal("a process of the bench failed; it says above why") from exc
+            raise Internal("a process of the benchmark failed; see its traceback above") from exc
 
 
 @contextmanager
 def process(role: Role, *values: Any, threads: int = 1) -> Iterator[Process]:
-    """A process of a role, which computes with so many threads; gone at the end of the block."""
+    """Run a role in a process with `threads` threads of torch, until the end of the block."""
     context = get_context("forkserver")
-    context.set_forkserver_preload([role.__module__])  # what it imports takes seconds
+    context.set_forkserver_preload([role.__module__])  # its imports take seconds
     ours, theirs = context.Pipe()
+    # A daemon, so that it ends if this process fails before the end of the block.
     started = context.Process(target=_play, args=(role, values, threads, theirs), daemon=True)
     started.start()
+    # With the process's copy alone left open, its end closes the pipe.
     theirs.close()
     with ours:
         yield Process(ours)
@@ -68,15 +74,15 @@ def _play(
     with role(*values) as answers:
         while True:
             try:
-                name, given = json.loads(pipe.recv_bytes())
-            except EOFError:  # nobody is left to ask
+                name, arguments = json.loads(pipe.recv_bytes())
+            except EOFError:  # the process that started this one has closed the pipe
                 return
-            pipe.send_bytes(json.dumps(answers[name](*given)).encode())
+            pipe.send_bytes(json.dumps(answers[name](*arguments)).encode())
 
 
 @contextmanager
 def threads_of_torch(number: int) -> Iterator[None]:
-    """A block in which this process computes with so many threads."""
+    """Set the number of torch's threads in this process inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

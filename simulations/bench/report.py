@@ -1,7 +1,7 @@
-"""What a bench found: figures by name, and the rows of raw measurements behind them.
+"""The report of a benchmark: figures by name, and the rows of raw measurements behind them.
 
-What is compared is measured in turns, one of each and then again, so that a machine that gets
-slower or faster meanwhile does so for all of them. A ratio is the median of the turns' ratios.
+Variants are measured in turns, each once per turn, so that a change in the machine's speed affects
+all of them. A ratio is the median of the turns' ratios.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,33 +16,33 @@ Figure = float | bool
 
 @dataclass(slots=True)
 class Report:
-    """Filled while a bench runs; a row is printed when it is there."""
+    """The figures and rows of a benchmark; each row is printed when it is added."""
 
     figures: dict[str, Figure] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self, of: str, **values: Any) -> None:
-        """Note a measurement; `of` says of what."""
+        """Add a measurement of the quantity `of`."""
         self.rows.append({"of": of, **values})
         print(f"{of}:", *(f"{name}={_short(value)}" for name, value in values.items()), flush=True)
 
     def spread(self, of: str, values: list[float], **which: Any) -> float:
-        """Note what several turns said, and between what it lies; the median."""
+        """Add a row with the values of all turns, their range and median; return the median."""
         middle = median(values)
         self.row(of, **which, median=middle, least=min(values), most=max(values), turns=values)
         return middle
 
     def ratio(self, of: str, over: list[float], under: list[float], **which: Any) -> float:
-        """Note how many times `under` the values of `over` are, turn by turn; the median."""
+        """Add a row with the ratio of each turn, `over` / `under`; return the median."""
         return self.spread(of, [a / b for a, b in zip(over, under, strict=True)], **which)
 
     def take(self, other: "Report") -> None:
-        """Add what another one found."""
+        """Add the figures and rows of another report."""
         self.figures |= other.figures
         self.rows += other.rows
 
     def as_json(self) -> dict[str, Any]:
-        """What is written to a file."""
+        """Return the object that is written to a file."""
         return {"figures": self.figures, "rows": self.rows}
 
     def __str__(self) -> str:
@@ -52,9 +52,14 @@ class Report:
 def in_turns(
     turns: int, measures: Mapping[str, Callable[[], float]], *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """What each measure says, once a turn; a turn before the first one warms up and is left out."""
-    said = [{name: measure() for name, measure in measures.items()} for _ in range(turns + warm_up)]
-    return {name: [turn[name] for turn in said[warm_up:]] for name in measures}
+    """Return the values of each measure, one for each turn.
+
+    With `warm_up`, a turn before the first one is left out.
+    """
+    values = [
+        {name: measure() for name, measure in measures.items()} for _ in range(turns + warm_up)
+    ]
+    return {name: [turn[name] for turn in values[warm_up:]] for name in measures}
 
 
 def _short(value: Any) -> str:

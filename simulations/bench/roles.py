@@ -1,4 +1,4 @@
-"""What processes of a bench do: serve a trunk, or be one of many clients that generate.
+"""The roles of a benchmark's processes: a trunk's server, and a client that generates.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
@@ -25,7 +25,7 @@ MAX_CLIENTS = 16
 
 
 class Stopwatch:
-    """Times every pass of a trunk: only the blocks, not what leads to them."""
+    """Times every pass of a trunk's blocks, without transport and scheduling."""
 
     def __init__(self, trunk: TrunkPart) -> None:
         self._passes: list[tuple[int, float]] = []
@@ -34,7 +34,7 @@ class Stopwatch:
         trunk.register_forward_hook(self._end)
 
     def take(self) -> list[tuple[int, float]]:
-        """The passes since the last call: tokens of all sequences, seconds."""
+        """Return the passes since the last call: tokens of all sequences, and seconds."""
         passes, self._passes = self._passes, []
         return passes
 
@@ -48,7 +48,7 @@ class Stopwatch:
 
 @contextmanager
 def trunk_server(shape: Shape) -> Iterator[Answers]:
-    """A trunk behind gRPC on loopback: its `address`, a client's `token`, `passes` so far."""
+    """Serve a trunk over gRPC on loopback; answers `address`, `token` of a client, and `passes`."""
     trunk = shape.trunk()
     stopwatch = Stopwatch(trunk)
     with TrunkService(trunk, shape.run) as service:
@@ -66,11 +66,11 @@ def trunk_server(shape: Shape) -> Iterator[Answers]:
 
 @contextmanager
 def client(shape: Shape, seed: int, address: str, token: str, prompt: int) -> Iterator[Answers]:
-    """A client that generates, and then replays what it sent.
+    """Run a client that generates, and then replays the vectors that it sent.
 
-    `generate` is a whole generation of so many tokens, `replay` sends as many recorded vectors to
-    the trunk, one at a time and always after the same prompt. Both answer when they began and
-    ended, on a clock that all processes share. The prompt is random, by the seed.
+    `generate` generates so many tokens after a random prompt. `replay` sends as many recorded
+    vectors to the trunk, one at a time, always after the same prompt. Both return their begin and
+    end, in seconds of a clock that all processes share.
     """
     model = shape.client()
     with closing(WatchedLink(GrpcLink(address, token=token, wire=shape.run.wire))) as link:
@@ -90,12 +90,12 @@ def client(shape: Shape, seed: int, address: str, token: str, prompt: int) -> It
 
 
 def name_of(seed: int) -> str:
-    """Under which name a client of this seed is admitted."""
+    """Return the name of a client with this seed."""
     return f"client{seed}"
 
 
 class _Replay:
-    """What a link has seen of one generation, sent again without the client's own blocks."""
+    """Sends the recorded vectors of a generation again, without running the client's blocks."""
 
     def __init__(self, trunk: RemoteTrunk, link: WatchedLink) -> None:
         self._trunk = trunk
@@ -103,16 +103,17 @@ class _Replay:
         self._call = 0
 
     def record(self) -> int:
-        """Take over what was seen, and have the trunk take in its prompt; number of vectors."""
+        """Take the link's records, send their prompt, and return the number of vectors."""
         sent = [seen.request.smashed_BTD for seen in self._link.of(GenerateRequest)]
         self._link.forget()
         self._prompt_BTD, *self._vectors = sent
+        # A session of its own: that of the generation already has the vectors in its cache.
         self._session, self._call = self._trunk.open_cache(0), 0
         self._send(self._prompt_BTD, past=0)
         return len(self._vectors)
 
     def __call__(self, steps: int) -> tuple[float, float]:
-        """Send the first `steps` vectors; when it began and ended."""
+        """Send the first `steps` vectors, and return the begin and end in seconds."""
         self._link.forget()
         past = self._prompt_BTD.shape[1]
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the measurements of generation share: two models, a trunk behind gRPC, and how much to do.
+"""The setup that the measurements of generation share: models, a served trunk, and sizes.
 
 Shapes: B sequences, T tokens.
 """
@@ -23,9 +23,10 @@ from simulations.bench.roles import name_of, trunk_server
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured: tokens of prompts, answers and circles, sessions, turns, latencies.
+    """The numbers of tokens in prompts, answers and circles, of sessions and turns; the latencies.
 
-    The last latency is 100 ms. Without a cache, `uncached_at` tokens of the long answer are taken.
+    The last latency is 100 ms. Without a cache, `uncached_at` tokens of the long answer are
+    measured.
     """
 
     shape: Shape
@@ -73,7 +74,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What all measurements share: the unsplit model, both parts of it, and the way between."""
+    """The unsplit model, both of its parts, and the link between them."""
 
     size: Size
     report: Report
@@ -85,21 +86,21 @@ class Scene:
     address: str
 
     def far(self, seconds: float = 0.0, kv: str = "server") -> RemoteTrunk:
-        """Lead the client to the trunk, at this latency."""
+        """Connect the client to the trunk in the other process, with this latency."""
         link = DelayedLink(self.link, seconds) if seconds else self.link
         trunk = RemoteTrunk(link, self.client, self.size.shape.run, client=name_of(0), kv=kv)
         connect(self.client, trunk)
         return trunk
 
     def prompt(self, rows: int, tokens: int) -> Tensor:
-        """Random tokens; the same ones every time."""
+        """Return random tokens [rows, tokens]; the same in every call."""
         chance = torch.Generator().manual_seed(self.size.shape.seed)
         return torch.randint(1, self.size.shape.vocabulary, (rows, tokens), generator=chance)
 
 
 @contextmanager
 def staged(size: Size, report: Report) -> Iterator[Scene]:
-    """A scene of this size, with a trunk in another process; gone at the end of the block."""
+    """Yield a scene of this size; its trunk's process runs until the end of the block."""
     shape = size.shape
     with process(trunk_server, shape) as server:
         address, token = server.ask("address"), server.ask("token", name_of(0))

@@ -1,10 +1,10 @@
 """A training step of a split model against the unsplit one, and its wire against the naive design.
 
-Shapes: B sequences, T tokens. GPT-2 small in shape, in float32 on the CPU: the client is this
-process, the trunk another one behind gRPC on loopback, with as many threads each as the unsplit
-model has. Both train the same batch from the same weights, and so do the same three stages under
-torch.distributed.pipelining. Then the same in micro-batches (`simulations.bench.overlap`).
-docs/performance.md says what the figures mean.
+Shapes: B sequences, T tokens. The model has the shape of GPT-2 small, in float32 on the CPU. The
+client is this process, and the trunk is in another process behind gRPC on loopback. Each has as
+many threads as the unsplit model. Both models train the same batch from the same weights, and so do
+three stages under torch.distributed.pipelining. `simulations.bench.overlap` adds micro-batches.
+docs/performance.md explains the figures.
 """
 
 import os
@@ -33,12 +33,12 @@ from simulations.bench.report import Report, in_turns
 from simulations.bench.roles import name_of, trunk_server
 
 THREADS = 2
-"""Of every process that computes."""
+"""Threads of each process that computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured: steps of the model and round trips of its tensors, in a turn."""
+    """The model, its steps and the round trips of its tensors in a turn, and the turns."""
 
     shape: Shape
     steps: int
@@ -67,7 +67,7 @@ def measure(size: str) -> Report:
 
 
 def _steps(report: Report, what: Size) -> None:
-    """Steps a second in turns, the same losses, and what crossed the wire in one of them."""
+    """Measure steps per second, compare the losses, and count the transfers of a step."""
     shape = what.shape
     model = shape.whole()
     whole = ClientTrainer(model, NoTrunk(model, client=name_of(0)), shape.run)
@@ -79,6 +79,7 @@ def _steps(report: Report, what: Size) -> None:
             "pipelining": lambda: what.steps / pipeline.seconds(what.steps),
         }
         found = in_turns(what.turns, measures)
+        # One more step, so that the counts are those of a single step.
         link.forget()
         split.step([shape.batch()])
         _transfers(report, link)
@@ -92,7 +93,7 @@ def _steps(report: Report, what: Size) -> None:
 
 @contextmanager
 def _split(shape: Shape) -> Iterator[tuple[ClientTrainer, RemoteTrunk, WatchedLink]]:
-    """A client in a session with a trunk in another process."""
+    """Open a session of a client with a trunk in another process."""
     with process(trunk_server, shape, threads=THREADS) as server:
         address, token = server.ask("address"), server.ask("token", name_of(0))
         with closing(WatchedLink(GrpcLink(address, token=token, wire=shape.run.wire))) as link:
@@ -104,7 +105,7 @@ def _split(shape: Shape) -> Iterator[tuple[ClientTrainer, RemoteTrunk, WatchedLi
 
 
 def _transfers(report: Report, link: WatchedLink) -> None:
-    """What a link has seen of one step."""
+    """Report the tensors, bytes and requests of one step."""
     num_tensors = sum(seen.num_tensors for seen in link.seen)
     num_bytes = sum(seen.num_bytes for seen in link.seen)
     requests = Counter(type(seen.request).__name__ for seen in link.seen)
@@ -115,7 +116,7 @@ def _transfers(report: Report, link: WatchedLink) -> None:
 def _per_second(
     trainer: ClientTrainer, what: Size, losses: list[float], finish: Callable[[], object]
 ) -> float:
-    """Steps a second, until `finish` says that all is done that they asked for."""
+    """Return steps per second; `finish` waits until the trunk has finished them too."""
     batch = what.shape.batch()
     began = perf_counter()
     losses += [trainer.step([batch]).loss for _ in range(what.steps)]
@@ -127,7 +128,7 @@ def _per_second(
 
 
 def _wire(report: Report, what: Size) -> None:
-    """The four tensors of a step, two round trips, carried by the stack and by the naive design."""
+    """Measure the four tensors of a step, two round trips, in the stack and the naive design."""
     shape = what.shape
     with talkers(shape, WireSpec()) as (client,):
 

@@ -1,9 +1,9 @@
-"""The whole stack against bare gRPC: round trips a second, and how long one takes.
+"""The round trips per second and the latency of the whole stack, against bare gRPC.
 
-The stack is a client's `RemoteTrunk`, codec, link, server, session, service and engine, around a
-trunk that hands back what it gets. The reference is one unary call with the same bytes up and
-down, and no serializer. Client, stack and reference are processes of their own, on one machine,
-with one thread each. docs/performance.md says what the figures mean.
+The stack is a client's `RemoteTrunk`, codec, link, server, session, service and engine, with a
+trunk that returns its input. The reference is one unary call with the same bytes up and down, and
+no serializer. Client, stack and reference are processes on one machine, with one thread each.
+docs/performance.md explains the figures.
 """
 
 import math
@@ -28,7 +28,7 @@ KINDS = ("stack", "unary", "stream")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Messages of `num_bytes` each way, so many round trips a turn; `figure` names the ratio."""
+    """Messages of `num_bytes` each way, `trips` round trips per turn; `figure` names the ratio."""
 
     name: str
     num_bytes: int
@@ -38,7 +38,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured: one client's loads, a load of several clients at once, and turns."""
+    """The loads of one client, the load of several clients at once, their number, and the turns."""
 
     loads: tuple[Load, ...]
     crowd: Load
@@ -70,7 +70,7 @@ SIZES = {
 }
 SHAPE = Shape(blocks=3, hidden=256, heads=1, vocabulary=64, split="1/1/1", tokens=8192)
 BYTES_PER_TOKEN = 4 * SHAPE.hidden
-"""One KiB; the most that is measured, 8 rows of 8192 tokens, is 64 MiB."""
+"""One KiB; the largest message, 8 rows of 8192 tokens, has 64 MiB."""
 
 
 def measure(size: str) -> Report:
@@ -96,8 +96,8 @@ def measure(size: str) -> Report:
 
 
 def _alone(report: Report, client: Process, load: Load, way: str, turns: int) -> None:
-    """One client's round trips, in turns; only those over TCP are figures."""
-    # Of each turn, the one that warms up too.
+    """Measure one client's round trips; only those over TCP are figures."""
+    # One entry per turn, with the turn that warms up, which is left out below.
     trips: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
     def per_second(kind: str) -> float:
@@ -120,7 +120,7 @@ def _alone(report: Report, client: Process, load: Load, way: str, turns: int) ->
 
 
 def _shape(load: Load) -> tuple[int, int]:
-    """Rows and tokens of a message: as many rows as it can be divided into."""
+    """Return the rows and tokens of a message, with as many rows as divide its tokens."""
     tokens = load.num_bytes // BYTES_PER_TOKEN
     rows = math.gcd(SHAPE.rows, tokens)
     return rows, tokens // rows
@@ -130,7 +130,7 @@ def _shape(load: Load) -> tuple[int, int]:
 
 
 def _together(report: Report, clients: list[Process], load: Load, turns: int) -> None:
-    """Clients who each ask again as soon as they are answered, in turns."""
+    """Measure clients that each send the next message when the reply to the last has arrived."""
     seconds: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
 
     def per_second(kind: str) -> float:

@@ -1,1 +1,1 @@
-"""What is asked of the runs of an experiment: one file, one question, by `sweep.kind`."""
+"""The tables of experiments, one file for each `sweep.kind`."""

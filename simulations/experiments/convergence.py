@@ -1,8 +1,8 @@
-"""Does split training reach the loss of the unsplit model? At equal tokens, over several seeds.
+"""The table of `convergence`: split training against the unsplit model, at equal tokens.
 
-`loss_ratio_to_central` is the final held-out loss of split training over that of the unsplit
-model trained on the union of the clients' batches, step for step; `loss_ratio_to_sequence` over
-that of one client that has all data and trains on as many tokens, batch after batch.
+`loss_ratio_to_central` is the final held-out loss of split training over that of the unsplit model,
+trained with the union of the clients' batches in each step. `loss_ratio_to_sequence` is that over
+the loss of one client that has all data and trains on as many tokens, one batch after another.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from fedsplit.runs.compare import COLUMNS, Group, Table, rows_of
 
 
 def table(groups: Sequence[Group]) -> Table:
-    """The comparison, and the two ratios where their variants are there."""
+    """Return the comparison, and each ratio whose variants have runs."""
     rows = rows_of(groups)
     loss = {row["name"]: row["loss"] for row in rows}
     figures = {

@@ -1,7 +1,8 @@
-"""Who copes with clients that differ? Methods and policies against FedAvg of the whole model.
+"""The table of `noniid`: methods and policies against FedAvg, at clients whose data differs.
 
-Each row is compared with `baseline=fedavg` on the same sharding, at equal tokens. A ratio above
-one means that split learning loses there; the table says so where it is more than the spread.
+Each row is compared with `baseline=fedavg` on the same sharding, at equal tokens. A ratio above one
+means that the loss of split learning is higher. The table says so if the difference exceeds the
+spread over seeds.
 """
 
 import math
@@ -13,7 +14,7 @@ _COLUMNS = {**COLUMNS, "against fedavg": lambda row: _verdict(row)}
 
 
 def table(groups: Sequence[Group]) -> Table:
-    """The comparison with each sharding's FedAvg, and the ratio of SplitFed V2 in sync to it."""
+    """Return the comparison with each sharding's FedAvg; the figures are of SplitFed V2 in sync."""
     rows = rows_of(groups)
     fedavg = {_sharding(row): row for row in rows if row["settings"].get("baseline") == "fedavg"}
     figures = {}
@@ -36,5 +37,6 @@ def _verdict(row: Row) -> str:
         return ""
     spread = max(filter(math.isfinite, (row["loss_spread"], row["fedavg_spread"])), default=0.0)
     difference = row["loss"] * (1 - 1 / ratio)
+    # A difference within the spread over seeds is no difference.
     word = "equal" if abs(difference) <= spread else "loses" if difference > 0 else "wins"
     return f"{ratio - 1:+.1%} {word}"

@@ -1,9 +1,9 @@
-"""What does one slow machine cost? The time until sync's final loss is reached without waiting.
+"""The table of `straggler`: the cost of one slow client under each policy.
 
 All times are virtual (`policy.sim_slowdown`). `time_ratio_async` and `time_ratio_quorum` are the
-times in which these policies reach the loss that sync ends with, over all of sync's time.
-`others_speed` is how many steps a second the other clients take in the slower of the two, over
-what a client takes where nobody is slow (the variant `even`).
+times in which these policies reach the final loss of `sync`, over the time of `sync`.
+`others_speed` is the steps per second of the other clients in the slower of the two, over those of
+a client in a run without a slow one (the variant `even`).
 """
 
 import math
@@ -20,26 +20,27 @@ _COLUMNS = {
 
 
 def table(groups: Sequence[Group]) -> Table:
-    """The comparison, with the time to sync's loss and the speed of those who are not slow."""
+    """Return the comparison, with the time to sync's loss and the speed of the other clients."""
     rows = rows_of(groups)
     by_name = {group.name: group for group in groups}
     for row, group in zip(rows, groups, strict=True):
         row["seconds_to_sync_loss"] = _seconds_to_loss_of(by_name.get("sync"), group)
         row["others_steps_per_second"] = fmean(map(_others_speed, group.runs))
-    told = {row["name"]: row for row in rows}
+    row_of = {row["name"]: row for row in rows}
     figures = {
-        f"time_ratio_{name}": told[name]["seconds_to_sync_loss"] / told["sync"]["virtual_seconds"]
+        f"time_ratio_{name}": row_of[name]["seconds_to_sync_loss"]
+        / row_of["sync"]["virtual_seconds"]
         for name in ("async", "quorum")
-        if {"sync", name} <= told.keys()
+        if {"sync", name} <= row_of.keys()
     }
-    if {"async", "quorum", "even"} <= told.keys():
-        speed = {name: row["others_steps_per_second"] for name, row in told.items()}
+    if {"async", "quorum", "even"} <= row_of.keys():
+        speed = {name: row["others_steps_per_second"] for name, row in row_of.items()}
         figures["others_speed"] = min(speed["async"], speed["quorum"]) / speed["even"]
     return Table(rows=rows, columns=_COLUMNS, figures=figures)
 
 
 def _seconds_to_loss_of(sync: Group | None, group: Group) -> float:
-    """Mean over seeds of the virtual time at which the loss that sync ends with is reached."""
+    """Return the mean over seeds of the virtual time to the final loss of sync."""
     if sync is None:
         return math.nan
     goals = {run.spec.seed: run.held_out("eval_loss")[-1] for run in sync.runs}
@@ -52,10 +53,8 @@ def _seconds_to(run: Run, goal: float) -> float:
 
 
 def _others_speed(run: Run) -> float:
-    """Steps a virtual second of a client whose machine is not slow.
-
-    In the last round everybody waits until the slow one is back; that is left out.
-    """
+    """Return the steps per virtual second of a client that is not slow."""
+    # In the last round all clients wait for the slow one, so it does not count.
     rounds = run.rounds[:-1] or run.rounds
     seconds = sum(stats.virtual_seconds for stats in rounds)
     factors = [factor for factor in run.spec.policy.sim_slowdown.values() if factor > 1]
