@@ -228,20 +228,21 @@ class _ExchangeStream(Stream):
 
     def _answer(self, turn: threading.Event, request: Request[Any]) -> Body:
         """Read the reply to a request, after those to the requests before it."""
+        body: Body | None = None
         try:
             turn.wait()
-            return self._read(request)
-        except BaseException as exc:
-            self.broken = True
-            self._frames.cancel()  # or the rest of this reply would be read as the next one
-            if not isinstance(exc, grpc.RpcError):
-                raise
+            body = self._read(request)
+        except grpc.RpcError as exc:
             raise self._link.error_of(exc, expired=self._expired) from exc
         finally:
+            if body is None:  # it failed, or this thread was interrupted
+                self.broken = True
+                self._frames.cancel()  # or the rest of this reply would be read as the next one
             with self._lock:
                 self._unanswered.remove(turn)
                 self._await_next()
                 self.broken |= self._expired
+        return body
 
     def _read(self, request: Request[Any]) -> Body:
         reader = Reader(_longest_reply(request))
