@@ -1,4 +1,4 @@
-"""Data for a federation: corpora, their shards, tokenizers, and batches of examples."""
+"""The data of a run: corpora, their partition among clients, tokenizers, tasks and batches."""
 
 from fedsplit.data.batches import (
     Batch,

@@ -1,4 +1,4 @@
-"""Batches: what a model trains on, as rows of one shape, and the order in which they are served.
+"""Batches: the rows of one call of a model, and the order in which training uses them.
 
 Shapes: B sequences of a batch, T tokens of a sequence.
 """
@@ -12,20 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label that Hugging Face losses skip
+# The label that the losses of Hugging Face skip.
+IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """What one call of a model needs, and how much it counts.
+    """The arguments of one call of a model, and the weight of its loss.
 
-    `inputs` are the arguments of the model's forward beside `labels`. Of a language model these
-    are `input_ids` and `attention_mask` [B, T], 0 at padding, where `labels` [B, T] are -100; of
-    a classifier `labels` [B] are classes. `num_tokens` is how many predictions the loss is the
-    mean of (tokens, of a classifier rows): weigh losses by it. `num_bytes` is how many UTF-8
-    bytes of text these stand for: `loss * num_tokens / num_bytes / ln 2` is in bits per byte;
-    classes stand for none. `examples_B` are the numbers of the client's examples that it is made
-    of, the same ones whenever they come up; empty where they have none.
+    Attributes:
+        inputs: The arguments of the model's forward except `labels`. For a language model these
+            are `input_ids` and `attention_mask` [B, T], which is 0 at padding.
+        labels: [B, T] for a language model, -100 at padding; classes [B] for a classifier.
+        num_tokens: Number of predictions that the loss is the mean of (rows for a classifier);
+            the weight of the loss.
+        num_bytes: Number of UTF-8 bytes of text that are predicted; 0 for classes. The loss in
+            bits per byte is `loss * num_tokens / num_bytes / ln 2`.
+        examples_B: The rows' numbers in the client's data, the same in every epoch; empty if the
+            rows have no numbers.
     """
 
     inputs: dict[str, Tensor]
@@ -38,15 +42,15 @@ class Batch:
 def micro_batches(
     batch: Batch, number: int, num_predictions: Callable[[Tensor], int]
 ) -> list[Batch]:
-    """A batch in `number` pieces of as equal sizes as can be, or in as many as it has rows.
+    """Cut a batch into `number` pieces of nearly equal size, at most one per row.
 
-    A piece without predictions is left out. How many bytes of text a piece stands for is not
-    known here; its `num_bytes` is 0.
+    A piece without predictions is left out. The bytes of a piece are not known here, so its
+    `num_bytes` is 0.
 
     Args:
         batch: The batch.
-        number: How many pieces.
-        num_predictions: Counts the predictions that labels are for, as `Task.num_predictions`.
+        number: Number of pieces.
+        num_predictions: Returns the number of predictions of labels; `Task.num_predictions`.
     """
     inputs = {name: tensor.tensor_split(number) for name, tensor in batch.inputs.items()}
     examples = batch.examples_B.tensor_split(number)
@@ -60,34 +64,35 @@ def micro_batches(
         )
         for i, labels in enumerate(batch.labels.tensor_split(number))
     ]
+    # The mean loss of a piece without predictions would be NaN.
     return [piece for piece in pieces if piece.num_tokens] if number > 1 else [batch]
 
 
 class Examples(Protocol):
-    """What batches are made of: numbered rows."""
+    """A client's examples: numbered rows that batches are made of."""
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The rows with these numbers, in this order."""
+        """Return the rows with these numbers, in this order."""
 
 
 def training_batches(
     examples: Examples, *, batch_size: int, num_batches: int, seed: int, start: int
 ) -> Iterator[Batch]:
-    """Batches number `start`, `start + 1`, ... of an endless stream of shuffled epochs.
+    """Yield batches `start`, `start + 1`, ... of an endless stream of shuffled epochs.
 
-    The stream depends on the examples, `batch_size` and `seed` alone, so whoever continues it
-    needs no state but the number of the next batch. Every batch is full: one that ends an epoch
-    is filled up from the next.
+    The stream depends only on the examples, `batch_size` and `seed`, so the number of the next
+    batch is all the state that is needed to continue it. Every batch is full: the last batch of an
+    epoch is filled with rows of the next epoch.
 
     Args:
-        examples: What to train on.
+        examples: The examples to train on.
         batch_size: Examples per batch.
-        num_batches: How many batches to yield.
+        num_batches: Number of batches to yield.
         seed: Decides the order within each epoch.
-        start: Number of the first batch; the stream begins with 0.
+        start: Number of the first batch to yield; the stream begins with 0.
 
     Yields:
         Batches of `batch_size` examples.
@@ -98,7 +103,7 @@ def training_batches(
 
 
 def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in order; the last batch may be smaller."""
+    """Yield every example once, in order; the last batch may be smaller."""
     rows = range(len(examples))
     for start in range(0, len(rows), batch_size):
         yield examples.batch(rows[start : start + batch_size])
@@ -107,5 +112,6 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
 def _shuffled_rows(num_rows: int, seed: int, first: int) -> Iterator[int]:
     epoch, skip = divmod(first, num_rows)
     while True:
+        # Each epoch has a generator of its own, so a resumed run skips epochs without drawing them.
         yield from np.random.default_rng((seed, epoch)).permutation(num_rows)[skip:].tolist()
         epoch, skip = epoch + 1, 0

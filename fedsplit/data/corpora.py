@@ -1,8 +1,8 @@
-"""Corpora: texts or images with their groups and classes, and which of them are held out.
+"""Corpora: documents (texts or images) with groups and labels, and the held-out documents.
 
-A corpus is a tuple of documents with a group each. The group is natural to the source (the
-topic, the file's name); where the source has none, as with the lines of a file, every document
-is a group of its own. For a task with classes each document also has its class as a label.
+A corpus is a tuple of documents, each in one group. The source defines the group (the topic, the
+file's name); if the source has no groups, as for the lines of a file, every document is a group
+of its own. For a task with classes, the label of a document is its class.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from fedsplit.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A text or an image, the natural group it belongs to, and its class where it has one.
+    """A text or an image, its group, and its class if it has one.
 
-    A text is never blank; an image has the values of its `pixels` in [0, 1], row by row, and no
-    text.
+    A text is never blank. An image has no text, and `pixels` are its values in [0, 1], row by
+    row.
     """
 
     text: str
@@ -28,13 +28,13 @@ class Document:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the text in UTF-8 bytes, or of the image with a byte per pixel."""
+        """Size of the text in UTF-8 bytes, or of the image at one byte per pixel."""
         return len(self.text.encode()) + len(self.pixels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Documents in a fixed order, under the name that reports and model cards give them."""
+    """Documents in a fixed order, and the corpus's name in reports and model cards."""
 
     name: str
     documents: tuple[Document, ...]
@@ -51,6 +51,7 @@ class Corpus:
         for document in self.documents:
             pixels = struct.pack(f"<{len(document.pixels)}f", *document.pixels)
             digest.update(document.text.encode() + pixels + b"\0")
+            # Without labels, the digest is that of versions before labels existed.
             if document.label:
                 digest.update(document.label.encode() + b"\0")
         return digest.hexdigest()
@@ -58,23 +59,23 @@ class Corpus:
     @property
     def groups(self) -> dict[str, list[Document]]:
         """The documents of each group, both in the corpus's order."""
-        found: dict[str, list[Document]] = {}
+        by_group: dict[str, list[Document]] = {}
         for document in self.documents:
-            found.setdefault(document.group, []).append(document)
-        return found
+            by_group.setdefault(document.group, []).append(document)
+        return by_group
 
 
 def labels_of(corpus: Corpus) -> tuple[str, ...]:
-    """The classes that occur, in alphabetical order; none where documents have no labels."""
+    """Return the classes of a corpus in alphabetical order; none if documents have no labels."""
     return tuple(sorted({document.label for document in corpus.documents} - {""}))
 
 
 def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
-    """Split off documents that are never trained on, in an order that `seed` decides.
+    """Split a corpus into one to train on and a held-out one; `seed` decides the documents.
 
-    Where documents have labels, `share` of each label's documents is held out, at least one but
-    never the last. Otherwise whole groups are, while they fit into `share` of the corpus's
-    bytes; if not even one fits, the smallest.
+    If documents have labels, `share` of each label's documents are held out, at least one of a
+    label but not its last one. Otherwise whole groups are held out, as long as they fit into
+    `share` of the corpus's bytes; if no group fits, the smallest group is.
 
     Returns:
         The corpus to train on and the held-out one, both in the original order.
@@ -83,10 +84,10 @@ def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
         DataError: One of the two would be empty.
     """
     draw = _draw_documents if labels_of(corpus) else _draw_groups
-    held = draw(corpus, share, seed)
+    held_out = draw(corpus, share, seed)
     sides = [
-        tuple(document for i, document in enumerate(corpus.documents) if (i in held) is wanted)
-        for wanted in (False, True)
+        tuple(document for i, document in enumerate(corpus.documents) if (i in held_out) is side)
+        for side in (False, True)
     ]
     if not (0 < share < 1 and all(sides)):
         raise DataError(
@@ -101,28 +102,29 @@ def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
 
 
 def _draw_documents(corpus: Corpus, share: float, seed: int) -> set[int]:
-    """Numbers of the documents to hold out, of each label its share."""
+    """Return the numbers of the documents to hold out: `share` of each label."""
+    # The prefix makes this stream independent of the others of the same seed.
     order = random.Random(f"hold_out/{seed}")
-    held: set[int] = set()
+    held_out: set[int] = set()
     for label in labels_of(corpus):
         rows = [i for i, document in enumerate(corpus.documents) if document.label == label]
         order.shuffle(rows)
-        held.update(rows[: min(max(1, round(share * len(rows))), len(rows) - 1)])
-    return held
+        held_out.update(rows[: min(max(1, round(share * len(rows))), len(rows) - 1)])
+    return held_out
 
 
 def _draw_groups(corpus: Corpus, share: float, seed: int) -> set[int]:
-    """Numbers of the documents to hold out, whole groups of them."""
+    """Return the numbers of the documents to hold out, in whole groups."""
     sizes = {group: sum(d.num_bytes for d in docs) for group, docs in corpus.groups.items()}
     order = list(sizes)
     random.Random(f"hold_out/{seed}").shuffle(order)
-    budget, held = share * corpus.num_bytes, set[str]()
+    budget, held_out = share * corpus.num_bytes, set[str]()
     for group in order:
         if sizes[group] <= budget:
-            held.add(group)
+            held_out.add(group)
             budget -= sizes[group]
-    held = held or {min(order, key=sizes.__getitem__)}
-    return {i for i, document in enumerate(corpus.documents) if document.group in held}
+    held_out = held_out or {min(order, key=sizes.__getitem__)}
+    return {i for i, document in enumerate(corpus.documents) if document.group in held_out}
 
 
 def _count(number: int, noun: str) -> str:

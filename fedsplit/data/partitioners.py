@@ -1,7 +1,7 @@
-"""Partitioners of flwr-datasets: any of its classes, by import path, deals out items.
+"""Partitioners of flwr-datasets: any of its classes, by import path, partitions the items.
 
-The class sees a `datasets.Dataset` with a row per item and the columns `item` (its number),
-`label` (its label, or its group where it has none), `group` and `num_bytes`.
+The partitioner gets a `datasets.Dataset` with a row per item and the columns `item` (its number),
+`label` (its label, or its group if it has none), `group` and `num_bytes`.
 """
 
 import inspect
@@ -13,34 +13,36 @@ from fedsplit.data.corpora import Document
 from fedsplit.errors import DataError
 
 
-def partition(
+def load_partitions(
     items: Sequence[Document],
     target: str,
     options: Mapping[str, Any],
     num_clients: int,
     seed: int,
 ) -> list[list[Document]]:
-    """Deal items as a partitioner does; what it leaves out is nobody's.
+    """Return the partitions that a partitioner makes of items; it may leave items out.
 
     Args:
-        items: What to deal out.
+        items: The items to partition.
         target: Import path of the class, such as `flwr_datasets.partitioner.LinearPartitioner`.
-        options: What it is made with. Where it takes `num_partitions`, `partition_by` and `seed`
-            and they are not among the options, they are `num_clients`, "label" and `seed`.
-        num_clients: How many partitions there must be.
-        seed: Decides what the partitioner draws.
+        options: Arguments of the class. If it has the parameters `num_partitions`,
+            `partition_by` and `seed`, their defaults are `num_clients`, "label" and `seed`.
+        num_clients: The required number of partitions.
+        seed: Seed of the partitioner's generator.
 
     Returns:
-        Each client's items, in the order that the partitioner gives them.
+        Each client's items, in the partitioner's order.
 
     Raises:
-        DataError: The class is not there, refuses options or data, or its partitions are not
-            `num_clients` parts of the items, none empty and none with an item of another.
+        DataError: The class cannot be imported, it refuses the options or the data, or its
+            partitions are not `num_clients` disjoint and non-empty sets of items.
     """
     make, as_dataset = _resolve(target)
-    known = {"num_partitions": num_clients, "partition_by": "label", "seed": seed}
-    takes = inspect.signature(make).parameters
-    given = {name: value for name, value in known.items() if name in takes} | dict(options)
+    defaults = {"num_partitions": num_clients, "partition_by": "label", "seed": seed}
+    parameters = inspect.signature(make).parameters
+    # Partitioners have no common signature.
+    arguments = {name: value for name, value in defaults.items() if name in parameters}
+    arguments |= options
     columns = {
         "item": list(range(len(items))),
         "label": [item.label or item.group for item in items],
@@ -48,35 +50,37 @@ def partition(
         "num_bytes": [item.num_bytes for item in items],
     }
     try:
-        parts = list(_parts(make(**given), as_dataset(columns), num_clients))
+        partitions = list(_partitions(make(**arguments), as_dataset(columns), num_clients))
+    # The class is any one that the config names: these are the errors of a wrong argument.
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as exc:
         raise DataError(
-            f"{target} with {given} cannot deal {len(items)} items, which have the columns "
-            f"{', '.join(columns)}: {exc}; change sharding.options"
+            f"{target} with {arguments} cannot partition {len(items)} items, which have the "
+            f"columns {', '.join(columns)}: {exc}; change sharding.options"
         ) from exc
-    _check(parts, target, num_clients)
-    return [[items[number] for number in part] for part in parts]
+    _check(partitions, target, num_clients)
+    return [[items[number] for number in numbers] for numbers in partitions]
 
 
 def _resolve(target: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The class, and what makes a data set for it."""
+    """Return the class, and the function that makes a data set of columns."""
     try:
         from datasets import Dataset
 
-        found = pkgutil.resolve_name(target)
+        partitioner = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as exc:
         raise DataError(
             f"sharding.target={target} cannot be imported ({exc}); give an import path, such as "
             "flwr_datasets.partitioner.LinearPartitioner, which needs: "
             "pip install 'fedsplit[partitioners]'"
         ) from exc
-    if not inspect.isclass(found):
-        raise DataError(f"sharding.target={target} is {found!r}; give the path of a class")
-    return found, Dataset.from_dict
+    if not inspect.isclass(partitioner):
+        raise DataError(f"sharding.target={target} is {partitioner!r}; give the path of a class")
+    return partitioner, Dataset.from_dict
 
 
-def _parts(partitioner: Any, dataset: Any, num_clients: int) -> Iterator[list[int]]:
-    """The numbers of the items of each partition."""
+def _partitions(partitioner: Any, dataset: Any, num_clients: int) -> Iterator[list[int]]:
+    """Yield the numbers of the items of each partition."""
+    # Some partitioners know their number of partitions only from the data.
     partitioner.dataset = dataset
     if partitioner.num_partitions != num_clients:
         raise ValueError(
@@ -86,13 +90,15 @@ def _parts(partitioner: Any, dataset: Any, num_clients: int) -> Iterator[list[in
         yield partitioner.load_partition(client)["item"]
 
 
-def _check(parts: list[list[int]], target: str, num_clients: int) -> None:
-    empty = [client for client, part in enumerate(parts) if not part]
+def _check(partitions: list[list[int]], target: str, num_clients: int) -> None:
+    empty = [client for client, numbers in enumerate(partitions) if not numbers]
     if empty:
         raise DataError(
-            f"{target} gives nothing to client {empty[0]} of {num_clients}; lower clients, or "
-            "change sharding.options"
+            f"{target} makes an empty partition for client {empty[0]} of {num_clients}; lower "
+            "clients, or change sharding.options"
         )
-    dealt = [number for part in parts for number in part]
-    if len(set(dealt)) < len(dealt):
-        raise DataError(f"{target} gives an item to two clients; sharding needs parts of the data")
+    assigned = [number for numbers in partitions for number in numbers]
+    if len(set(assigned)) < len(assigned):
+        raise DataError(
+            f"{target} assigns an item to two clients; sharding needs disjoint partitions"
+        )

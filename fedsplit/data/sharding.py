@@ -1,8 +1,8 @@
-"""Sharding: which client holds which documents.
+"""Sharding: the partition of a corpus among the clients.
 
-How documents are dealt is a table from kind to function; a new kind is one function more. What is
-dealt are items: a document with a label is an example and is never cut, one without is cut into
-pieces of a paragraph or more. An example counts as one, a piece by its bytes.
+A table has one partitioner for each kind. Partitioners divide items: a document with a label is
+one item, and a document without a label is cut into items of a paragraph or more. The size of a
+labelled item is 1, and the size of a piece of text is its number of bytes.
 """
 
 import heapq
@@ -15,60 +15,63 @@ from dataclasses import replace
 import numpy as np
 
 from fedsplit.data.corpora import Corpus, Document
-from fedsplit.data.partitioners import partition
+from fedsplit.data.partitioners import load_partitions
 from fedsplit.errors import DataError
 from fedsplit.spec import ShardingSpec
 
-PIECE_CHARS = 200  # a heading alone is no sample: a piece has at least this many characters
+# A heading alone is no sample, so a piece of text has at least this many characters.
+PIECE_CHARS = 200
 
-Parcel = list[Document]  # documents that stay together
-Dealer = Callable[[Corpus, ShardingSpec, int, random.Random], list[Parcel]]
+Items = list[Document]
+Partitioner = Callable[[Corpus, ShardingSpec, int, random.Random], list[Items]]
 
 
 def shard(corpus: Corpus, spec: ShardingSpec, num_clients: int, seed: int) -> tuple[Corpus, ...]:
-    """Deal a corpus out to clients: every byte to exactly one of them, and none goes empty.
+    """Partition a corpus among clients; every partition has an item, and no item is in two.
 
-    `natural` gives whole groups to one client, largest first, each to the client with the least.
-    `iid` shuffles the items and deals them in the same way, so that sizes (or, with a skew, sizes
-    divided by what the skew gives) differ by one item at most.
+    `natural` assigns whole groups, the largest first, each to the client with the smallest
+    partition. `iid` shuffles the items and assigns them in the same way, so that sizes (or, with
+    a skew, sizes divided by the clients' shares) differ by at most one item.
 
-    The others go by label, or by group where there is none. `dirichlet` divides each label among
-    all clients by shares drawn from Dirichlet(alpha) (Yurochkin et al. 2019, arXiv 1905.12022;
-    Hsu, Qi and Brown 2019, arXiv 1909.06335, draw each client's labels instead); a client that got
-    nothing gets the smallest item of the one with the most. `shards` sorts the items by label and
-    cuts the line into as many equal shards for each client, `pathological` gives each client so
-    many labels, drawn until every label has somebody, and divides each equally among those who
-    have it (both after McMahan et al. 2017, arXiv 1602.05629). `partitioner` asks a class of
-    flwr-datasets, and leaves out what that leaves out.
+    The other kinds partition by label, or by group if documents have no label. `dirichlet` divides
+    each label among all clients by shares drawn from Dirichlet(alpha) (Yurochkin et al. 2019,
+    arXiv 1905.12022; Hsu, Qi and Brown 2019, arXiv 1909.06335, draw each client's labels instead);
+    an empty partition gets the smallest item of the largest partition. `shards` sorts the items by
+    label and cuts them into runs of equal size, of which each client gets `shards` runs.
+    `pathological` draws `classes` labels for each client, so that every label is drawn, and
+    divides each label equally among its clients (both after McMahan et al. 2017,
+    arXiv 1602.05629). `partitioner` calls a partitioner of flwr-datasets, which may leave items
+    out; no other kind does.
 
     Args:
-        corpus: What to deal out.
-        spec: How to deal.
-        num_clients: Among how many clients.
-        seed: Decides the order; the same arguments give the same shards.
+        corpus: The corpus to partition.
+        spec: The kind of partition and its parameters.
+        num_clients: Number of partitions.
+        seed: Decides the order; the same arguments give the same partitions.
 
     Returns:
         One corpus per client, in the order of the clients.
 
     Raises:
-        DataError: It cannot be dealt so; the text says what is allowed.
+        DataError: The corpus does not allow this partition; the text has the limit.
     """
+    # The prefix makes this stream independent of the others of the same seed.
     order = random.Random(f"shard/{spec.kind}/{seed}")
-    hands = _DEALERS[spec.kind](corpus, spec, num_clients, order)
+    partitions = _PARTITIONERS[spec.kind](corpus, spec, num_clients, order)
     return tuple(
-        Corpus(name=f"{corpus.name}, client {client}", documents=tuple(hand))
-        for client, hand in enumerate(hands)
+        Corpus(name=f"{corpus.name}, client {client}", documents=tuple(items))
+        for client, items in enumerate(partitions)
     )
 
 
 def shard_held_out(
     corpus: Corpus, spec: ShardingSpec, num_clients: int, seed: int
 ) -> tuple[Corpus, ...]:
-    """Deal the held-out corpus: `natural` as `shard` does where there are groups enough, else iid.
+    """Partition the held-out corpus: by group for `natural` if there are enough groups, else iid.
 
-    Every client needs something to evaluate on, and what a client is evaluated on changes no
-    weight: the union of all parts is the same held-out corpus either way, and with iid parts of
-    equal size the clients' own figures can be compared with each other.
+    Every client needs held-out data, and held-out data changes no weight. The union of the
+    partitions is the whole held-out corpus in both cases, and with iid partitions of equal size
+    the results of clients can be compared with each other.
 
     Raises:
         DataError: There are fewer items than clients.
@@ -77,82 +80,82 @@ def shard_held_out(
     return shard(corpus, spec if by_group else ShardingSpec(kind="iid"), num_clients, seed)
 
 
-# --- one dealer per kind ----------------------------------------------------------------------
+# --- one partitioner per kind -----------------------------------------------------------------
 
 
 def _natural(
     corpus: Corpus, spec: ShardingSpec, num_clients: int, order: random.Random
-) -> list[Parcel]:
-    parcels = list(corpus.groups.values())
-    _check(corpus, spec, len(parcels), "groups", num_clients, "sharding=iid")
-    order.shuffle(parcels)  # decides between groups of one size
-    parcels.sort(key=_size, reverse=True)
-    return _to_least_loaded(parcels, [1.0] * num_clients)
+) -> list[Items]:
+    groups = list(corpus.groups.values())
+    _check(corpus, spec, len(groups), "groups", num_clients, "sharding=iid")
+    # Sorting is stable, so the shuffle decides between groups of one size.
+    order.shuffle(groups)
+    groups.sort(key=_size, reverse=True)
+    return _to_least_loaded(groups, [1.0] * num_clients)
 
 
-def _iid(
-    corpus: Corpus, spec: ShardingSpec, num_clients: int, order: random.Random
-) -> list[Parcel]:
-    parcels = [[item] for item in _items(corpus)]
-    _check(corpus, spec, len(parcels), _noun(corpus), num_clients, "more data")
-    order.shuffle(parcels)
-    return _to_least_loaded(parcels, _shares(num_clients, spec.skew))
+def _iid(corpus: Corpus, spec: ShardingSpec, num_clients: int, order: random.Random) -> list[Items]:
+    single_items = [[item] for item in _items(corpus)]
+    _check(corpus, spec, len(single_items), _noun(corpus), num_clients, "more data")
+    order.shuffle(single_items)
+    return _to_least_loaded(single_items, _shares(num_clients, spec.skew))
 
 
 def _dirichlet(
     corpus: Corpus, spec: ShardingSpec, num_clients: int, order: random.Random
-) -> list[Parcel]:
+) -> list[Items]:
     labels = _by_label(corpus)
     _check(corpus, spec, sum(map(len, labels.values())), _noun(corpus), num_clients, "more data")
     draw = np.random.default_rng(order.getrandbits(64))
-    hands: list[Parcel] = [[] for _ in range(num_clients)]
+    partitions: list[Items] = [[] for _ in range(num_clients)]
     for items in labels.values():
         runs = _cut(items, draw.dirichlet([spec.alpha] * num_clients).tolist())
-        for hand, run in zip(hands, runs, strict=True):
-            hand += run
-    _fill_empty(hands)
-    return hands
+        for partition, run in zip(partitions, runs, strict=True):
+            partition += run
+    _fill_empty(partitions)
+    return partitions
 
 
 def _pathological(
     corpus: Corpus, spec: ShardingSpec, num_clients: int, order: random.Random
-) -> list[Parcel]:
+) -> list[Items]:
     labels = _by_label(corpus)
     _check_labels(corpus, spec, len(labels), num_clients)
     counts = {label: len(items) for label, items in labels.items()}
     drawn = _draw_labels(corpus, counts, num_clients, spec.classes, order)
-    hands: list[Parcel] = [[] for _ in range(num_clients)]
+    partitions: list[Items] = [[] for _ in range(num_clients)]
     for label, items in labels.items():
-        takers = [hand for hand, names in zip(hands, drawn, strict=True) if label in names]
-        for hand, run in zip(takers, _cut(items, [1.0] * len(takers), least=1), strict=True):
-            hand += run
-    return hands
+        sharing = [part for part, names in zip(partitions, drawn, strict=True) if label in names]
+        runs = _cut(items, [1.0] * len(sharing), least=1)
+        for partition, run in zip(sharing, runs, strict=True):
+            partition += run
+    return partitions
 
 
 def _shards(
     corpus: Corpus, spec: ShardingSpec, num_clients: int, order: random.Random
-) -> list[Parcel]:
-    line = [item for items in _by_label(corpus).values() for item in items]
+) -> list[Items]:
+    by_label = [item for items in _by_label(corpus).values() for item in items]
     instead = "a lower sharding.shards"
-    _check(corpus, spec, len(line), _noun(corpus), num_clients, instead, each=spec.shards)
+    _check(corpus, spec, len(by_label), _noun(corpus), num_clients, instead, each=spec.shards)
     owners = [client for client in range(num_clients) for _ in range(spec.shards)]
     order.shuffle(owners)
     shares = _shares(num_clients, spec.skew)
-    hands: list[Parcel] = [[] for _ in range(num_clients)]
-    runs = _cut(line, [shares[owner] for owner in owners], least=1)
+    partitions: list[Items] = [[] for _ in range(num_clients)]
+    runs = _cut(by_label, [shares[owner] for owner in owners], least=1)
     for owner, run in zip(owners, runs, strict=True):
-        hands[owner] += run
-    return hands
+        partitions[owner] += run
+    return partitions
 
 
 def _partitioner(
     corpus: Corpus, spec: ShardingSpec, num_clients: int, order: random.Random
-) -> list[Parcel]:
+) -> list[Items]:
     seed = order.getrandbits(32)
-    return partition(_items(corpus), spec.target, spec.options, num_clients, seed)
+    return load_partitions(_items(corpus), spec.target, spec.options, num_clients, seed)
 
 
-_DEALERS: dict[str, Dealer] = {
+_PARTITIONERS: dict[str, Partitioner] = {
     "iid": _iid,
     "natural": _natural,
     "dirichlet": _dirichlet,
@@ -165,39 +168,39 @@ _DEALERS: dict[str, Dealer] = {
 # --- labels -----------------------------------------------------------------------------------
 
 
-def _by_label(corpus: Corpus) -> dict[str, Parcel]:
+def _by_label(corpus: Corpus) -> dict[str, Items]:
     """The items of each label (or group), sorted by label, in the corpus's order."""
-    found: dict[str, Parcel] = {}
+    by_label: dict[str, Items] = {}
     for item in _items(corpus):
-        found.setdefault(item.label or item.group, []).append(item)
-    return dict(sorted(found.items()))
+        by_label.setdefault(item.label or item.group, []).append(item)
+    return dict(sorted(by_label.items()))
 
 
 def _draw_labels(
     corpus: Corpus, counts: dict[str, int], num_clients: int, classes: int, order: random.Random
 ) -> list[list[str]]:
-    """So many labels for each client, dealt like cards: a new deck when the last one is gone.
+    """Draw `classes` labels for each client without replacement, from one pool after another.
 
-    A deck holds each label once, but not those of which every item has a taker.
+    A pool has each label once, except labels that are already drawn as often as they have items.
     """
-    left, deck = Counter(counts), list[str]()
-    hands: list[list[str]] = [[] for _ in range(num_clients)]
-    for hand in hands:
-        while len(hand) < classes:
-            if not any(label not in hand for label in deck):
-                deck = [label for label in counts if left[label]]
-                order.shuffle(deck)
-            fresh = [label for label in deck if label not in hand]
+    left, pool = Counter(counts), list[str]()
+    drawn: list[list[str]] = [[] for _ in range(num_clients)]
+    for labels in drawn:
+        while len(labels) < classes:
+            if not any(label not in labels for label in pool):
+                pool = [label for label in counts if left[label]]
+                order.shuffle(pool)
+            fresh = [label for label in pool if label not in labels]
             if not fresh:
                 raise DataError(
                     f"sharding=pathological: the {sum(counts.values())} {_noun(corpus)} of "
                     f"{corpus.name} are too few for {num_clients} clients with {classes} labels "
                     "each; lower clients or sharding.classes"
                 )
-            deck.remove(fresh[0])
+            pool.remove(fresh[0])
             left[fresh[0]] -= 1
-            hand.append(fresh[0])
-    return hands
+            labels.append(fresh[0])
+    return drawn
 
 
 def _check_labels(corpus: Corpus, spec: ShardingSpec, num_labels: int, num_clients: int) -> None:
@@ -209,15 +212,15 @@ def _check_labels(corpus: Corpus, spec: ShardingSpec, num_labels: int, num_clien
     if spec.classes * num_clients < num_labels:
         raise DataError(
             f"sharding=pathological: {num_clients} clients with {spec.classes} {noun} each leave "
-            f"some of the {num_labels} {noun} of {corpus.name} to nobody; "
+            f"some of the {num_labels} {noun} of {corpus.name} to no client; "
             f"set sharding.classes to {-(-num_labels // num_clients)} or more"
         )
 
 
-# --- items, and how they are shared out -------------------------------------------------------
+# --- items, and their assignment to clients ---------------------------------------------------
 
 
-def _items(corpus: Corpus) -> Parcel:
+def _items(corpus: Corpus) -> Items:
     return [
         item
         for document in corpus.documents
@@ -226,13 +229,14 @@ def _items(corpus: Corpus) -> Parcel:
 
 
 def _pieces(document: Document) -> list[Document]:
-    """Cut after blank lines; joined, the pieces are the document again."""
+    """Cut a document after blank lines; the concatenated pieces are the document."""
     texts, text = [], ""
     for paragraph in re.split(r"(?<=\n\n)", document.text):
         text += paragraph
         if len(text.strip()) >= PIECE_CHARS:
             texts.append(text)
             text = ""
+    # A rest that is too short for a piece belongs to the last one.
     if texts:
         texts[-1] += text
     return [replace(document, text=piece) for piece in texts or [text]]
@@ -246,8 +250,8 @@ def _noun(corpus: Corpus) -> str:
     return "examples" if _is_labelled(corpus) else "paragraphs"
 
 
-def _size(parcel: Parcel) -> int:
-    return sum(1 if item.label else item.num_bytes for item in parcel)
+def _size(items: Items) -> int:
+    return sum(1 if item.label else item.num_bytes for item in items)
 
 
 def _check(
@@ -270,37 +274,42 @@ def _shares(num_clients: int, skew: float) -> list[float]:
     return [(client + 1) ** -skew for client in range(num_clients)]
 
 
-def _cut(items: Parcel, shares: Sequence[float], least: int = 0) -> list[Parcel]:
-    """Consecutive runs with sizes as near to `shares` as whole items allow, none under `least`.
+def _cut(items: Items, shares: Sequence[float], least: int = 0) -> list[Items]:
+    """Cut items into consecutive runs with sizes in proportion to `shares`, up to whole items.
 
-    An item goes where its middle falls.
+    An item belongs to the run in which its middle lies. Every run has at least `least` items.
     """
     sizes = np.array([_size([item]) for item in items])
     bounds = np.cumsum(shares) * (sizes.sum() / sum(shares))
     ends = np.searchsorted(np.cumsum(sizes) - sizes / 2, bounds, side="right").tolist()
     runs, start = [], 0
+    # The last end is exact, since the rounding of the last bound could leave an item out.
     for number, nearest in enumerate([*ends[:-1], len(items)], start=1):
+        # Each later run needs `least` items too.
         end = min(max(nearest, start + least), len(items) - (len(ends) - number) * least)
         runs.append(items[start:end])
         start = end
     return runs
 
 
-def _to_least_loaded(parcels: list[Parcel], shares: Sequence[float]) -> list[Parcel]:
-    """Each parcel in turn to the client with the least for its share (the first of several)."""
-    hands: list[Parcel] = [[] for _ in shares]
+def _to_least_loaded(groups: list[Items], shares: Sequence[float]) -> list[Items]:
+    """Assign each group in turn to the client with the smallest size for its share.
+
+    Of several such clients, the first one gets it.
+    """
+    partitions: list[Items] = [[] for _ in shares]
     loads = [(0.0, client) for client in range(len(shares))]
-    for parcel in parcels:
+    for group in groups:
         load, client = loads[0]
-        hands[client] += parcel
-        heapq.heapreplace(loads, (load + _size(parcel) / shares[client], client))
-    return hands
+        partitions[client] += group
+        heapq.heapreplace(loads, (load + _size(group) / shares[client], client))
+    return partitions
 
 
-def _fill_empty(hands: list[Parcel]) -> None:
-    """Give whoever has nothing the smallest item of the one who has most, but more than one."""
-    for hand in hands:
-        if not hand:
-            giver = max((other for other in hands if len(other) > 1), key=_size)
-            item = min(range(len(giver)), key=lambda number: _size([giver[number]]))
-            hand.append(giver.pop(item))
+def _fill_empty(partitions: list[Items]) -> None:
+    """Move to each empty partition the smallest item of the largest one with several items."""
+    for partition in partitions:
+        if not partition:
+            largest = max((other for other in partitions if len(other) > 1), key=_size)
+            smallest = min(range(len(largest)), key=lambda number: _size([largest[number]]))
+            partition.append(largest.pop(smallest))

@@ -1,4 +1,4 @@
-"""Sources: where a corpus comes from; one loader per kind of `DataSpec`."""
+"""The sources of a corpus: one loader for each kind of `DataSpec`."""
 
 import json
 import platform
@@ -13,36 +13,42 @@ from fedsplit.errors import DataError
 from fedsplit.spec import DataSpec
 
 EMBEDDED_CLASSES = 6
-PASSAGE_CHARS = 100  # a passage to classify has at least this many characters
+# A shorter passage, such as a heading, rarely shows its class.
+PASSAGE_CHARS = 100
 
 
 def load_corpus(spec: DataSpec, task: str = "causal_lm") -> Corpus:
-    """Read the corpus that `spec.kind` names; blank documents are left out.
+    """Read the corpus of `spec.kind`; blank documents are left out.
 
-    For a task with classes every document gets a label: from `spec.label` of a record (jsonl,
-    hub), from the sub-directory it lies in (text), or as `_embedded` and `_digits` say.
+    For a task with classes, every document gets a label: the field `spec.label` of a record
+    (jsonl, hub), the name of its sub-directory (text), the topic (embedded) or the digit (digits).
+
+    Args:
+        spec: The source.
+        task: Name of the task.
 
     Raises:
-        DataError: Nothing is there, it is not text, it holds no document, or one has no class.
+        DataError: The source does not exist, is not text, has no document, or has a document
+            without a class.
     """
     name, documents = _LOADERS[spec.kind](spec, TASKS[task].has_classes)
-    kept = tuple(document for document in documents if document.text.strip() or document.pixels)
-    if not kept:
-        raise DataError(f"{name} holds no text; data.path must name something with words in it")
-    return Corpus(name=name, documents=kept)
+    not_blank = tuple(each for each in documents if each.text.strip() or each.pixels)
+    if not not_blank:
+        raise DataError(f"{name} holds no text; set data.path to a file or directory with text")
+    return Corpus(name=name, documents=not_blank)
 
 
-# --- one loader per kind: (name, documents) --------------------------------------------------
+# --- one loader per kind ---------------------------------------------------------------------
 
-_Loaded = tuple[str, Iterable[Document]]
+_Loaded = tuple[str, Iterable[Document]]  # the corpus's name, and its documents
 
 
 def _embedded(spec: DataSpec, labelled: bool) -> _Loaded:
-    """CPython's own documentation, each paragraph once: in the smallest topic that has it.
+    """The documentation of CPython, with each paragraph in the smallest of its topics only.
 
-    With labels, the documents are passages of a paragraph or more out of the six largest topics
-    (such as `string-methods`, `compound` and `debugger`), and the topic is the class: about 500
-    passages that a bag of words tells apart in four of five cases.
+    With labels, the documents are passages of one or more paragraphs of the six largest topics
+    (such as `string-methods`, `compound` and `debugger`), and the topic is the class. These are
+    about 500 passages; a bag of words predicts the class of four out of five.
     """
     try:
         from pydoc_data.topics import topics
@@ -51,11 +57,12 @@ def _embedded(spec: DataSpec, labelled: bool) -> _Loaded:
             "data=embedded needs CPython's pydoc_data, and this Python has none; "
             "install the full standard library, or set data=text data.path=..."
         ) from exc
+    # A paragraph in two topics could be trained on by one client and held out from another.
     seen: set[tuple[str, ...]] = set()
-    kept = {}
+    texts = {}
     for topic in sorted(topics, key=lambda name: (len(topics[name]), name)):
-        kept[topic] = "\n\n".join(_new_paragraphs(topics[topic], seen))
-    documents = [Document(text=kept[topic], group=topic) for topic in sorted(kept)]
+        texts[topic] = "\n\n".join(_new_paragraphs(topics[topic], seen))
+    documents = [Document(text=texts[topic], group=topic) for topic in sorted(texts)]
     if labelled:
         largest = sorted(documents, key=lambda document: -document.num_bytes)[:EMBEDDED_CLASSES]
         documents = [
@@ -67,7 +74,7 @@ def _embedded(spec: DataSpec, labelled: bool) -> _Loaded:
 
 
 def _new_paragraphs(text: str, seen: set[tuple[str, ...]]) -> Iterator[str]:
-    """The paragraphs not seen before; footnote numbers and line breaks make no difference."""
+    """Yield the paragraphs that are not in `seen`, compared without digits and line breaks."""
     for paragraph in re.split(r"\n\s*\n", text):
         words = tuple(re.findall(r"[A-Za-z]+", paragraph))
         if words not in seen:
@@ -76,7 +83,7 @@ def _new_paragraphs(text: str, seen: set[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _passages(text: str) -> Iterator[str]:
-    """Paragraphs, each with the next ones until it is long enough to tell its class."""
+    """Yield runs of paragraphs, each of at least `PASSAGE_CHARS` characters."""
     passage = ""
     for paragraph in re.split(r"(?<=\n\n)", text):
         passage += paragraph
@@ -86,7 +93,7 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def _text(spec: DataSpec, labelled: bool) -> _Loaded:
-    """A directory has a document per file, a file one per line; a sub-directory is a class."""
+    """A document per file of a directory, or per line of a file; sub-directories are classes."""
     root = _existing(spec)
     if root.is_file() and labelled:
         raise DataError(
@@ -95,6 +102,7 @@ def _text(spec: DataSpec, labelled: bool) -> _Loaded:
         )
     if root.is_file():
         return str(root), _lines(root)
+    # The order of directory entries differs between file systems.
     paths = (
         path
         for path in sorted(root.rglob("*"), key=Path.as_posix)
@@ -105,17 +113,18 @@ def _text(spec: DataSpec, labelled: bool) -> _Loaded:
 
 def _files(root: Path, paths: Iterable[Path], labelled: bool) -> Iterator[Document]:
     for path in paths:
-        place = path.relative_to(root)
-        label = place.parts[0] if labelled and len(place.parts) > 1 else ""
+        relative = path.relative_to(root)
+        label = relative.parts[0] if labelled and len(relative.parts) > 1 else ""
         if labelled and not label:
             raise DataError(
                 f"{path} lies in no sub-directory and so has no class; data=text takes the classes "
                 "from data.path/CLASS/FILE"
             )
-        yield Document(text=_read(path), group=place.as_posix(), label=label)
+        yield Document(text=_read(path), group=relative.as_posix(), label=label)
 
 
 def _lines(path: Path) -> Iterator[Document]:
+    # str.splitlines would also split at separators inside of a line, such as U+2028.
     for number, line in enumerate(_read(path).split("\n"), start=1):
         yield Document(text=line, group=f"{path.name}:{number}")
 
@@ -143,6 +152,7 @@ def _json_lines(path: Path, spec: DataSpec, labelled: bool) -> Iterator[Document
 def _json_object(line: str, field: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
+    # Deeply nested JSON raises RecursionError.
     except (ValueError, RecursionError) as exc:
         raise DataError(
             f"{where} is not JSON: found {_excerpt(line)}; write one object per line, "
@@ -156,7 +166,7 @@ def _json_object(line: str, field: str, where: str) -> dict[str, Any]:
 def _from_record(
     record: dict[str, Any], spec: DataSpec, labelled: bool, *, group: str, where: str
 ) -> Document:
-    """The document of one record: its text, and its label if there are classes."""
+    """Return the document of a record: its text, and its label for a task with classes."""
     text = _string(_field(record, spec.field, "data.field", where), where, spec.field)
     label = ""
     if labelled:
@@ -164,7 +174,7 @@ def _from_record(
         if not isinstance(value, (str, int)) or value == "":
             raise DataError(
                 f"{where}, field {spec.label!r} is no class: found {_excerpt(str(value))} "
-                f"({type(value).__name__}); set data.label to one with strings or whole numbers"
+                f"({type(value).__name__}); set data.label to a field with strings or whole numbers"
             )
         label = str(value)
     return Document(text=text, group=group, label=label)
@@ -173,7 +183,9 @@ def _from_record(
 def _field(record: dict[str, Any], name: str, setting: str, where: str) -> Any:
     if name not in record:
         found = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"{where} has no field {name!r}: found {found}; set {setting} to another")
+        raise DataError(
+            f"{where} has no field {name!r}: found {found}; set {setting} to another field"
+        )
     return record[name]
 
 
@@ -187,13 +199,14 @@ def _string(value: object, where: str, field: str) -> str:
         value.encode()
     except UnicodeEncodeError as exc:
         raise DataError(
-            f"{where}, field {field!r} holds half a surrogate pair, which is no character"
+            f"{where}, field {field!r} is not Unicode text: it has half of a surrogate pair; "
+            "remove it"
         ) from exc
     return value
 
 
 def _hub(spec: DataSpec, labelled: bool) -> _Loaded:
-    """`data.path` is a data set's hub id, or `id:configuration` where it has several."""
+    """A data set of the hub; `data.path` is its id, or `id:configuration` if it has several."""
     try:
         import datasets
     except ImportError as exc:
@@ -209,10 +222,11 @@ def _hub(spec: DataSpec, labelled: bool) -> _Loaded:
             f"data.path={spec.path} with data.split={spec.split} cannot be loaded: {exc}"
         ) from exc
     columns = dict.fromkeys(rows.column_names)
-    wanted = {"data.field": spec.field} | ({"data.label": spec.label} if labelled else {})
-    for setting, name in wanted.items():
+    fields = {"data.field": spec.field} | ({"data.label": spec.label} if labelled else {})
+    for setting, name in fields.items():
         _field(columns, name, setting, spec.path)
-    rows = rows.select_columns(list(dict.fromkeys(wanted.values())))
+    # Other columns, such as images, would be decoded for every row.
+    rows = rows.select_columns(list(dict.fromkeys(fields.values())))
     return spec.path, (
         _from_record(
             row, spec, labelled, group=f"{spec.path}:{number}", where=f"{spec.path}, row {number}"
@@ -222,7 +236,7 @@ def _hub(spec: DataSpec, labelled: bool) -> _Loaded:
 
 
 def _digits(spec: DataSpec, labelled: bool) -> _Loaded:
-    """scikit-learn's 1,797 images of handwritten digits, 8 x 8 pixels; the digit is the class."""
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels; the digit is the class."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as exc:
@@ -231,6 +245,7 @@ def _digits(spec: DataSpec, labelled: bool) -> _Loaded:
             "run: pip install 'fedsplit[images]'"
         ) from exc
     images, digits = load_digits(return_X_y=True)
+    # Pixels are whole numbers from 0 to 16.
     return "scikit-learn's handwritten digits", (
         Document(text="", group=f"digits:{number}", label=str(digit), pixels=tuple(pixels.tolist()))
         for number, (pixels, digit) in enumerate(zip(images / 16, digits, strict=True), start=1)
@@ -246,10 +261,11 @@ _LOADERS: dict[str, Callable[[DataSpec, bool], _Loaded]] = {
 }
 
 
-# --- files, and what to say of them ----------------------------------------------------------
+# --- files and their errors ------------------------------------------------------------------
 
 
 def _existing(spec: DataSpec) -> Path:
+    # A shell does not expand the ~ in data.path=~/texts.
     path = Path(spec.path).expanduser()
     if not path.exists():
         raise DataError(
@@ -261,6 +277,7 @@ def _existing(spec: DataSpec) -> Path:
 
 def _read(path: Path) -> str:
     try:
+        # Without the -sig, a byte order mark would be part of the text.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as exc:
         raise DataError(
@@ -269,6 +286,7 @@ def _read(path: Path) -> str:
         ) from exc
     except OSError as exc:
         raise DataError(f"{path} cannot be read: {exc.strerror}; check its permissions") from exc
+    # A binary file may be valid UTF-8 by chance.
     if "\0" in text:
         raise DataError(
             f"{path} is not UTF-8 text: found byte 0x00 at character {text.index(chr(0))}; "
@@ -278,4 +296,5 @@ def _read(path: Path) -> str:
 
 
 def _excerpt(text: str) -> str:
+    # A line may be a whole document.
     return repr(text if len(text) <= 40 else text[:40] + "...")

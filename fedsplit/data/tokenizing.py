@@ -1,4 +1,4 @@
-"""The tokenizer of a run: how it is trained, loaded, and sent to clients.
+"""The tokenizer of a run: training, loading, and its JSON form in messages.
 
 Shapes: V vocabulary.
 """
@@ -22,15 +22,15 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 def train_tokenizer(
     corpus: Corpus, vocabulary: int, *, begins_texts: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (as GPT-2's) on a corpus; the same corpus gives the same tokenizer.
+    """Train a byte-level BPE, like that of GPT-2; the same corpus gives the same tokenizer.
 
-    One token, `<|endoftext|>`, ends documents and pads; padding is known by the attention mask.
-    A text to classify begins with it: encoders classify by their first token. Decoders classify
-    by the last one that is not padding, so nothing follows the text.
+    The token `<|endoftext|>` is the end of a document and also the padding; the attention mask
+    tells them apart. A text to classify begins with it, since encoders classify by the first
+    token. It does not end with it, since decoders classify by the last token before the padding.
 
     Args:
-        corpus: What to train on.
-        vocabulary: Most tokens, at least 257; a small corpus may give fewer.
+        corpus: The corpus to train on.
+        vocabulary: Maximum number of tokens, at least 257; a small corpus may give fewer.
         begins_texts: Whether `<|endoftext|>` is added before each text, for classification.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -39,6 +39,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
+        # alphabet() has no fixed order, and the order decides the numbers of tokens.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -51,13 +52,16 @@ def train_tokenizer(
 
 
 def load_tokenizer(pretrained: str, revision: str = "main") -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a hub id or local directory; one without padding pads with its eos.
+    """Load the tokenizer of a hub id or a local directory.
+
+    If it has no padding token, the end-of-text token is used.
 
     Raises:
-        DataError: There is none, it cannot travel as JSON, or it has no end-of-text token.
+        DataError: There is no tokenizer, it has no JSON form, or it has no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(pretrained, revision=revision)
+    # transformers raises any of these for a tokenizer that is missing or damaged.
     except (OSError, ValueError, KeyError, ImportError) as exc:
         raise DataError(f"model.pretrained={pretrained} has no tokenizer to load: {exc}") from exc
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -76,45 +80,49 @@ def load_tokenizer(pretrained: str, revision: str = "main") -> PreTrainedTokeniz
 
 
 def tokenizer_to_json(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A tokenizer as text, for a message: its pipeline and its special tokens."""
+    """Return a tokenizer as JSON, for a message: its pipeline and its special tokens."""
     special = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
     return json.dumps({"pipeline": tokenizer.backend_tokenizer.to_str(), "special": special})
 
 
 def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that `tokenizer_to_json` wrote.
+    """Return the tokenizer that `tokenizer_to_json` wrote.
 
     Raises:
-        DataError: It was not written by `tokenizer_to_json`.
+        DataError: The text is not the output of `tokenizer_to_json`.
     """
     try:
-        told = json.loads(text)
-        pipeline, special = told["pipeline"], dict(told["special"])
+        fields = json.loads(text)
+        pipeline, special = fields["pipeline"], dict(fields["special"])
     except (ValueError, KeyError, TypeError) as exc:
         raise DataError(
-            f"a tokenizer was expected, but this came: {text[:40]!r}; "
-            "do server and client run the same version of fedsplit?"
+            f"the message has no tokenizer of fedsplit: found {text[:40]!r}; "
+            "run the same version of fedsplit at server and client"
         ) from exc
     return _wrap(Tokenizer.from_str(pipeline), **special)
 
 
 def _wrap(pipeline: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
-    make: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast  # has no types itself
+    # The constructor has no annotations, which mypy does not let typed code call.
+    make: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast
     return make(tokenizer_object=pipeline, **special)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """How many UTF-8 bytes of text each token stands for; none for special tokens.
+    """Return the number of UTF-8 bytes of text of each token; 0 for special tokens.
 
-    Exact for byte-level BPE, whose tokens spell each byte as one character. Of others a token's
-    own text is counted, with byte fallbacks (`<0x0A>`) as one byte and the SentencePiece mark as
-    the space it stands for: one byte too many per document where that space is made up.
+    The numbers are exact for byte-level BPE, whose tokens have one character per byte. For other
+    tokenizers they are the bytes of the token's text, with a byte fallback (`<0x0A>`) as one byte
+    and the SentencePiece mark as one space. Some tokenizers add that space at the beginning of a
+    document, which then counts one byte too many.
 
     Returns:
         bytes_V: int64.
     """
     vocabulary = tokenizer.get_vocab()
+    # As text, since ByteLevel may be one decoder of a sequence.
     is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    # Numbers of tokens may have gaps.
     bytes_V = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
     for token, number in vocabulary.items():
         bytes_V[number] = len(token) if is_byte_level else _spelled_bytes(token)

@@ -145,7 +145,7 @@ BAD_LINES = {
     "no_field": ("{}", "line 2 has no field 'text': found none"),
     "number": ('{"text": 3}', r"line 2, field 'text' is not a string: found '3' \(int\); set data"),
     "null": ('{"text": null}', r"line 2, field 'text' is not a string: found 'None' \(NoneType\)"),
-    "surrogate": ('{"text": "\\ud800"}', "line 2, field 'text' holds half a surrogate pair"),
+    "surrogate": ('{"text": "\\ud800"}', "line 2, field 'text' is not Unicode text"),
 }
 
 
@@ -214,7 +214,7 @@ def test_digits_without_the_extra_say_what_to_install(monkeypatch):
 # --- what cannot be read ---------------------------------------------------------------------
 
 GARBAGE = {
-    "empty": (b"", "holds no text; data.path must name something with words in it"),
+    "empty": (b"", "holds no text; set data.path to a file or directory with text"),
     "blank": (b"\n \n\t\n", "holds no text"),
     "binary": (b"ok\n\xff\xfe\x00", "is not UTF-8 text: found byte 0xff at offset 3; convert it"),
     "zeros": (b"ok\0\0", "is not UTF-8 text: found byte 0x00 at character 2; convert it"),

@@ -335,7 +335,7 @@ REFUSED = {
     ),
     "labels for nobody": (
         ShardingSpec(kind="pathological", classes=1),
-        "2 clients with 1 labels each leave some of the 3 labels of sample to nobody; "
+        "2 clients with 1 labels each leave some of the 3 labels of sample to no client; "
         "set sharding.classes to 2 or more",
     ),
 }

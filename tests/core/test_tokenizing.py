@@ -91,7 +91,7 @@ def test_json_round_trip(tokenizer):
 
 @pytest.mark.parametrize("text", ["", "no json", "[1]", "{}", '{"pipeline": "", "special": 1}'])
 def test_json_of_something_else_is_refused(text):
-    with pytest.raises(DataError, match="a tokenizer was expected, but this came: '"):
+    with pytest.raises(DataError, match="the message has no tokenizer of fedsplit: found '"):
         tokenizer_from_json(text)
 
 

@@ -236,11 +236,11 @@ REFUSED = {
     ),
     "no partitioner": (
         ShardingSpec(kind="partitioner", target="fractions.Fraction"),
-        "fractions.Fraction with {} cannot deal 10 items",
+        "fractions.Fraction with {} cannot partition 10 items",
     ),
     "options that it does not take": (
         by("IidPartitioner", alpha=1),
-        "IidPartitioner with {'num_partitions': 2, 'alpha': 1} cannot deal .* 'alpha'",
+        "IidPartitioner with {'num_partitions': 2, 'alpha': 1} cannot partition .* 'alpha'",
     ),
     "options that it needs": (by("SizePartitioner"), "'partition_sizes'; change sharding.options"),
     "a column that is not there": (
@@ -252,8 +252,8 @@ REFUSED = {
         "it makes 10 partitions, but there are 2 clients",
     ),
     "another number on purpose": (by("IidPartitioner", num_partitions=3), "makes 3 partitions"),
-    "an item for two": (own(Twice), "Twice gives an item to two clients"),
-    "nothing for one": (own(Nothing), "Nothing gives nothing to client 1 of 2; lower clients"),
+    "an item for two": (own(Twice), "Twice assigns an item to two clients"),
+    "nothing for one": (own(Nothing), "Nothing makes an empty partition for client 1 of 2; lower"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The interface of a task: its model's head, its examples, its loss, and what counts as correct.
+"""The interface of a task: its model's head, its examples, its loss, and its counts.
 
 Shapes: B sequences, T tokens, C classes (of a language model its vocabulary).
 """
@@ -18,12 +18,12 @@ from fedsplit.spec import DataSpec
 
 
 class Task(ABC):
-    """What a model is trained for. A task has no state.
+    """A task that a model is trained for. It has no state.
 
     Attributes:
         name: Its name in `RunSpec.task`.
         pipeline: Its name on the Hugging Face Hub, for the model card.
-        head: What errors call a model with its head.
+        head: The kind of model, as in "causal language model", for errors.
         model_classes: The model classes of transformers with this head, by class of config.
         has_classes: Whether the data has classes, and the model predicts one of them. Otherwise
             it predicts tokens of the vocabulary.
@@ -50,16 +50,16 @@ class Task(ABC):
         tokenizer: PreTrainedTokenizerFast | None,
         labels: tuple[str, ...],
     ) -> Examples:
-        """Return the rows that a model trains on.
+        """Return the examples of a client.
 
         Args:
-            corpus: One client's shard.
-            data: The length of texts.
-            tokenizer: The model's; None if the task reads no text.
-            labels: All classes of the run in the order of their numbers, `()` without classes.
+            corpus: The client's corpus.
+            data: The settings of the data; `sequence_length` is used.
+            tokenizer: The model's tokenizer; None if the task reads no text.
+            labels: All classes of the run in the order of their numbers; `()` without classes.
 
         Raises:
-            DataError: The corpus has no document, or one of a class that is not among `labels`.
+            DataError: The corpus has no document, or a document whose class is not in `labels`.
         """
 
     def predictions(self, logits: Tensor) -> Tensor:
@@ -73,15 +73,16 @@ class Task(ABC):
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Return the mean cross entropy in nats per prediction, as Hugging Face models compute it.
 
-        Smoothing is from Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer
-        Vision", arXiv 1512.00567: the target is the label with probability `1 - smoothing` and
-        any class with the rest.
+        Label smoothing is from Szegedy et al. 2016, "Rethinking the Inception Architecture for
+        Computer Vision", arXiv 1512.00567: the target gives the label the probability
+        `1 - smoothing`, and divides `smoothing` equally among all classes.
 
         Args:
             logits: [B, T, C] or [B, C].
             labels: [B, T] or [B].
             smoothing: In [0, 1).
         """
+        # The losses of transformers are computed in float32 too, whatever the logits are in.
         return functional.cross_entropy(
             self.predictions(logits).flatten(0, -2).float(),
             self.targets(labels).flatten(),
@@ -90,7 +91,7 @@ class Task(ABC):
         )
 
     def num_predictions(self, labels: Tensor) -> int:
-        """Return how many predictions the loss of these labels is the mean of."""
+        """Return the number of predictions that the loss of these labels is the mean of."""
         return int((self.targets(labels) != IGNORED).sum())
 
     def counts(self, logits: Tensor, labels: Tensor) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Language modeling: every token predicts the next one.
 
-Documents are packed: each is followed by the end-of-text token, all of one client's shard are
-concatenated and cut into sequences of one length, and only the last sequence is padded. No
-sequence crosses from one client to another.
+Documents are packed: the documents of one client are concatenated, each with an end-of-text token
+behind it, and cut into sequences of one length. Only the last sequence is padded. No sequence has
+documents of two clients.
 
 Shapes: N sequences, B sequences of a batch, T tokens of a sequence, S tokens of a whole shard,
 C classes, V vocabulary.
@@ -26,7 +26,7 @@ from fedsplit.spec import DataSpec
 
 
 class CausalLM(Task):
-    """Predicts every next token; the held-out metric is bits per byte."""
+    """Prediction of every next token; the held-out metric is bits per byte."""
 
     name = "causal_lm"
     pipeline = "text-generation"
@@ -59,10 +59,12 @@ class CausalLM(Task):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sequences:
-    """Sequences of T tokens; all are full but the last, which holds at least two.
+    """Sequences of T tokens; all are full except the last, which has at least two tokens.
 
-    `ids_NT` is padded behind the first `lengths_N` tokens, `bytes_V` is how many UTF-8 bytes of
-    text each token of the vocabulary stands for. All are int64.
+    Attributes:
+        ids_NT: The tokens; after the first `lengths_N` of a sequence, padding.
+        lengths_N: The number of tokens of each sequence.
+        bytes_V: The number of UTF-8 bytes of each token of the vocabulary. All are int64.
     """
 
     ids_NT: Tensor
@@ -70,26 +72,27 @@ class Sequences:
     bytes_V: Tensor
 
     def __len__(self) -> int:
-        """How many sequences there are."""
+        """Return the number of sequences."""
         return len(self.ids_NT)
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The sequences with these numbers, in this order."""
+        """Return the sequences with these numbers, in this order."""
         index_B = torch.tensor(rows)
         ids_BT, lengths_B = self.ids_NT[index_B], self.lengths_N[index_B]
         is_real_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
-        counted = ids_BT[:, 1:][is_real_BT[:, 1:]]
+        # The first token of a sequence is not predicted, so its bytes do not count.
+        predicted = ids_BT[:, 1:][is_real_BT[:, 1:]]
         return Batch(
             inputs={"input_ids": ids_BT, "attention_mask": is_real_BT.long()},
             labels=ids_BT.masked_fill(~is_real_BT, IGNORED),
-            num_tokens=counted.numel(),
-            num_bytes=int(self.bytes_V[counted].sum()),
+            num_tokens=predicted.numel(),
+            num_bytes=int(self.bytes_V[predicted].sum()),
             examples_B=index_B,
         )
 
 
 def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Sequences:
-    """Pack a corpus (one client's shard) into sequences of `sequence_length` tokens.
+    """Pack the corpus of one client into sequences of `sequence_length` tokens.
 
     Raises:
         DataError: The corpus has no document.
@@ -97,8 +100,9 @@ def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, sequence_length
     if not corpus.documents:
         raise DataError(f"{corpus.name} has no documents; every client needs at least one")
     ids_S = _concatenated(corpus, tokenizer)
+    # A last sequence of one token would predict nothing.
     if len(ids_S) % sequence_length == 1:
-        ids_S = ids_S[:-1]  # an eos alone in the last sequence would predict nothing
+        ids_S = ids_S[:-1]
     num_padding = -len(ids_S) % sequence_length
     ids_NT = pad(ids_S, (0, num_padding), value=tokenizer.pad_token_id).view(-1, sequence_length)
     lengths_N = torch.full((len(ids_NT),), sequence_length)
@@ -107,8 +111,8 @@ def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, sequence_length
 
 
 def _concatenated(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    # a document that spells out "<|endoftext|>" is text, not the end of one
     texts = [document.text for document in corpus.documents]
+    # split_special_tokens: the characters "<|endoftext|>" in a document are text, not its end.
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
     eos = tokenizer.eos_token_id
     return torch.tensor([token for ids in encoded["input_ids"] for token in (*ids, eos)])

@@ -1,4 +1,4 @@
-"""Classification: every row has one class.
+"""Classification: the model predicts one class for every row.
 
 Shapes: N rows, B rows of a batch.
 """
@@ -19,7 +19,7 @@ from fedsplit.spec import DataSpec
 
 
 class Classification(Task):
-    """Predicts the class of a document; the held-out metric is accuracy."""
+    """Prediction of a document's class; the held-out metric is accuracy."""
 
     has_classes = True
     pools = True
@@ -42,26 +42,27 @@ class Classification(Task):
     def _inputs(
         self, corpus: Corpus, data: DataSpec, tokenizer: PreTrainedTokenizerFast | None
     ) -> dict[str, Tensor]:
-        """Return the arguments of a model's forward, with a row per document."""
+        """Return the arguments of the model's forward, with a row per document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Labelled:
-    """Rows of a class each: texts as tokens, or images.
+    """Rows with one class each: texts as tokens, or images.
 
-    `inputs` are the arguments of a classifier's forward with N rows each, `labels_N` the numbers
-    of the classes, int64.
+    Attributes:
+        inputs: The arguments of the model's forward, with N rows each.
+        labels_N: The numbers of the classes, int64.
     """
 
     inputs: dict[str, Tensor]
     labels_N: Tensor
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
         return len(self.labels_N)
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The rows with these numbers, in this order."""
+        """Return the rows with these numbers, in this order."""
         index_B = torch.tensor(rows)
         return Batch(
             inputs={name: tensor[index_B] for name, tensor in self.inputs.items()},
@@ -74,10 +75,10 @@ class Labelled:
 
 def _classes(corpus: Corpus, labels: tuple[str, ...]) -> Tensor:
     number = {label: i for i, label in enumerate(labels)}
-    strangers = sorted({document.label for document in corpus.documents} - set(labels))
-    if strangers:
+    unknown = sorted({document.label for document in corpus.documents} - set(labels))
+    if unknown:
         raise DataError(
-            f"{corpus.name} has documents of class {strangers[0]!r}, but the classes of this run "
+            f"{corpus.name} has documents of class {unknown[0]!r}, but the classes of this run "
             f"are {', '.join(labels)}; all clients need the classes that the server knows"
         )
     return torch.tensor([number[document.label] for document in corpus.documents])

@@ -16,7 +16,7 @@ from fedsplit.spec import DataSpec
 
 
 class ImageClassification(Classification):
-    """Predicts the class of a square gray image."""
+    """Prediction of the class of a square gray image."""
 
     name = "image_classification"
     pipeline = "image-classification"
@@ -27,7 +27,7 @@ class ImageClassification(Classification):
     def _inputs(
         self, corpus: Corpus, data: DataSpec, tokenizer: PreTrainedTokenizerFast | None
     ) -> dict[str, Tensor]:
-        """Return images of values from -1 to 1, as Hugging Face's image processors do."""
+        """Return images with values from -1 to 1, the range of Hugging Face's processors."""
         pixels_NP = torch.tensor([document.pixels for document in corpus.documents])
         side = math.isqrt(pixels_NP.shape[1])
         return {"pixel_values": pixels_NP.view(-1, 1, side, side) * 2 - 1}

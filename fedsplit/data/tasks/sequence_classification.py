@@ -10,7 +10,7 @@ from fedsplit.spec import DataSpec
 
 
 class SequenceClassification(Classification):
-    """Predicts the class of a text."""
+    """Prediction of the class of a text."""
 
     name = "sequence_classification"
     pipeline = "text-classification"
@@ -23,7 +23,7 @@ class SequenceClassification(Classification):
     ) -> dict[str, Tensor]:
         """Return texts, cut or padded at the right to `data.sequence_length` tokens.
 
-        Special tokens are those that the tokenizer adds itself.
+        The tokenizer adds its own special tokens.
         """
         assert tokenizer is not None, "a task that reads text has a tokenizer"
         encoded = tokenizer(
@@ -31,7 +31,9 @@ class SequenceClassification(Classification):
             truncation=True,
             padding="max_length",
             max_length=data.sequence_length,
-            padding_side="right",  # positions count from the left
+            # Positions count from the left, so padding at the left would shift them.
+            padding_side="right",
+            # The characters of a special token in a document are text.
             split_special_tokens=True,
             return_token_type_ids=False,
             return_tensors="pt",
