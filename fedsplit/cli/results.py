@@ -1,4 +1,4 @@
-"""The commands on runs: their losses, runs side by side, and how a run's data is divided."""
+"""The commands `plot`, `compare` and `shards` for the folders and the data of runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,14 @@ from fedsplit.cli.command import Command, one_line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot(Command):
-    """Draw the loss of a run again."""
+    """Plot the loss of a run."""
 
     example: ClassVar[str] = "runs/default"
 
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="the folder that a run left")]
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
 
     def run(self) -> None:
-        """Draw `loss.png` in the run's folder."""
+        """Write `loss.png` into the run's folder."""
         from fedsplit.runs.folder import RunFolder
         from fedsplit.runs.loss_plot import plot_losses
 
@@ -27,26 +27,26 @@ class Plot(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compare(Command):
-    """Put runs side by side, as a table and a picture."""
+    """Compare runs in a table and a plot."""
 
     example: ClassVar[str] = "runs/default runs/default-2 --out compared"
 
     run_dirs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN_DIR...", help="a folder that a run left, or a folder of such folders"
+            metavar="RUN_DIR...", help="the folder of a run, or a folder of such folders"
         ),
     ]
     out: Annotated[
         str,
         typer.Option(
             metavar="DIR",
-            help="where to leave table.json and compare.png; default compare/ beside the first run",
+            help="folder for table.json and compare.png; default compare/ beside the first run",
         ),
     ] = ""
 
     def run(self) -> None:
-        """Print the table, and write it and the picture to `out`."""
+        """Print the table, and write it and the plot to `out`."""
         from fedsplit.runs.compare import COLUMNS, Table, grouped, plot, read_runs, rows_of
 
         groups = grouped(read_runs(map(Path, self.run_dirs)))
@@ -57,7 +57,7 @@ class Compare(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shards(Command):
-    """Show which client of a run has what to train on."""
+    """Show how the data of a run is partitioned among its clients."""
 
     example: ClassVar[str] = "sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards"
 
@@ -67,26 +67,27 @@ class Shards(Command):
             default_factory=list,
             show_default=False,
             metavar="[OVERRIDE]...",
-            help="group=option or field=value, as of a run",
+            help="group=option or field=value, as for a run",
         ),
     ]
     out: Annotated[
-        str, typer.Option(metavar="DIR", help="where to leave shards.png and shards.json")
+        str, typer.Option(metavar="DIR", help="folder for shards.png and shards.json")
     ] = ""
 
     def run(self) -> None:
-        """Print the table, and write it and a picture to `out` if it is given."""
+        """Print the table, and write it and a plot to `out` if it is given."""
         from fedsplit import atomic
         from fedsplit.config import compose
         from fedsplit.data import hold_out, load_corpus, shard
         from fedsplit.runs.shard_stats import RunPartitions
 
         run = compose(self.overrides)
+        # The same seed as in a run, so these are the run's shards.
         corpus, _ = hold_out(load_corpus(run.data, run.task), run.data.held_out, run.seed)
         partitions = RunPartitions.of(shard(corpus, run.sharding, run.clients, run.seed))
         title = f"{corpus.name}, sharding={run.sharding.kind}, seed={run.seed}"
         print(f"{one_line(title)}\n\n{partitions.table}")
-        if left_out := corpus.num_bytes - partitions.everybody.bytes:
+        if left_out := corpus.num_bytes - partitions.total.bytes:
             print(f"{left_out:,} bytes are left out by {run.sharding.target}")
         if not self.out:
             return

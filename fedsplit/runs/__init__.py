@@ -1,1 +1,1 @@
-"""What a run keeps on disk, and what is read from it: folder, checkpoints, metrics, comparison."""
+"""The files of a run: its folder, checkpoints, metrics and result, and comparisons of runs."""

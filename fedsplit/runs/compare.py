@@ -1,6 +1,6 @@
-"""Runs side by side: those that differ in their seed only are one row, and one line of a plot.
+"""The comparison of runs, as a table and a plot; runs that differ only in the seed are one row.
 
-Everything is read from the folders that runs leave (`fedsplit.runs.folder`).
+All data is read from the folders of the runs (`fedsplit.runs.folder`).
 """
 
 import json
@@ -25,15 +25,15 @@ from fedsplit.runs.metrics import RoundStats, in_mib
 from fedsplit.spec import RunSpec
 
 Row = dict[str, Any]
-"""One row of a table: plain values by column; None where there is nothing to tell."""
+"""One row of a table: plain values by column; None if a column has no value."""
 
 Columns = Mapping[str, Callable[[Row], str]]
-"""Columns of a printed table: their heads, and what stands there for a row."""
+"""Columns of a printed table: the heads, and functions that return a row's text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run left: where, what it was, and its rounds."""
+    """A run that is compared: its folder, its settings, and its rounds."""
 
     path: Path
     spec: RunSpec
@@ -41,32 +41,33 @@ class Run:
 
     @staticmethod
     def read(path: Path) -> "Run":
-        """The run in a folder.
+        """Return the run in a folder.
 
         Raises:
-            DataError: It is not a run's folder, is damaged, or has no finished round.
+            DataError: The folder is not a run's folder, is damaged, or has no finished round.
         """
         folder = RunFolder(path)
         return Run(path=path, spec=folder.run, rounds=folder.measured_rounds())
 
     def total(self, measure: str) -> float:
-        """The sum of a measure of its rounds; NaN if one of them lacks it."""
+        """Return the sum of a measure over the rounds; NaN if a round does not have it."""
         return float(sum(getattr(stats, measure) for stats in self.rounds))
 
     def held_out(self, measure: str) -> list[float]:
-        """A held-out measure in the rounds that have one, never empty."""
+        """Return a held-out measure of the rounds that have it; `[nan]` if no round does."""
         return _finite(getattr(stats, measure) for stats in self.rounds) or [math.nan]
 
     def curve(self, measure: str) -> list[tuple[float, float]]:
-        """Held-out loss against the sum of a measure so far, in the rounds that have a loss."""
-        so_far = accumulate(_AXES[measure](stats) for stats in self.rounds)
-        pairs = zip(so_far, (stats.eval_loss for stats in self.rounds), strict=True)
+        """Return (sum of a measure so far, held-out loss) for the rounds that have a loss."""
+        # Accumulated before rounds without a loss are left out: they cost bytes and time too.
+        sums = accumulate(_AXES[measure](stats) for stats in self.rounds)
+        pairs = zip(sums, (stats.eval_loss for stats in self.rounds), strict=True)
         return [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Runs that differ in their seed only, one for each seed, under a name."""
+    """Runs that differ only in their seed, one per seed, and their common name."""
 
     name: str
     runs: list[Run]
@@ -74,20 +75,20 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """What a comparison came to: rows, how they are printed, and the few numbers it is about."""
+    """The result of a comparison: its rows, the printed columns, and its figures by name."""
 
     rows: list[Row]
     columns: Columns
     figures: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Aligned text: the rows without columns that are empty in all of them, the figures."""
-        cells = [[head, *map(tell, self.rows)] for head, tell in self.columns.items()]
+        """Aligned text of the rows and the figures, without columns that are always empty."""
+        cells = [[head, *map(text_of, self.rows)] for head, text_of in self.columns.items()]
         columns = [column for column in cells if any(column[1:])]
         text = _aligned(columns)
         if self.figures:
-            told = [f"{value:.4g}" for value in self.figures.values()]
-            text += f"\n\n{_aligned([list(self.figures), told])}"
+            values = [f"{value:.4g}" for value in self.figures.values()]
+            text += f"\n\n{_aligned([list(self.figures), values])}"
         return text
 
     def write(self, folder: Path) -> Path:
@@ -98,41 +99,45 @@ class Table:
         """
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "table.json"
-        told = {"figures": _plain(self.figures), "rows": _plain(self.rows)}
-        atomic.write_text(file, json.dumps(told, indent=2, allow_nan=False) + "\n")
+        content = {"figures": _plain(self.figures), "rows": _plain(self.rows)}
+        atomic.write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
         return file
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs in these folders, each once.
+    """Return the runs in these folders, each once.
 
-    A folder of runs stands for all of them that have a round. One that a comparison left is
-    passed over, so that `runs/*` may be compared again.
+    A folder of runs stands for all its runs that have a finished round. The folder of a comparison
+    is skipped, so that `runs/*` can be compared again.
 
     Raises:
-        DataError: One of them is no such folder, or there is no run at all.
+        DataError: A path is none of these folders, or there is no run at all.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for path in paths:
         inside = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
         if inside or not (path / "table.json").is_file():
             for folder in inside or [path]:
-                found.setdefault(folder.resolve(), Run.read(folder))
-    if not found:
-        raise DataError("there is no run in these folders; give some that runs left")
-    return list(found.values())
+                runs.setdefault(folder.resolve(), Run.read(folder))
+    if not runs:
+        raise DataError("these folders have no run; give folders of runs, such as runs/default")
+    return list(runs.values())
 
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
-    """Runs by all settings but the seed, named by what differs; of two equal ones, the last."""
+    """Group runs by all settings except the seed, and name each group by what differs.
+
+    Of two runs with equal settings, the last one counts.
+    """
+    # By JSON, since settings have lists and dicts, which cannot be keys.
     by_settings: dict[str, dict[int, Run]] = {}
     for run in runs:
         by_settings.setdefault(json.dumps(_settings(run.spec)), {})[run.spec.seed] = run
     same = [[by_seed[seed] for seed in sorted(by_seed)] for by_seed in by_settings.values()]
-    told = differences([members[0].spec for members in same])
+    differing = differences([members[0].spec for members in same])
     return [
-        Group(name=_words(one) or members[0].spec.name, runs=members)
-        for one, members in zip(told, same, strict=True)
+        Group(name=_words(settings) or members[0].spec.name, runs=members)
+        for settings, members in zip(differing, same, strict=True)
     ]
 
 
@@ -141,7 +146,7 @@ def _words(settings: dict[str, Any]) -> str:
 
 
 def differences(specs: Sequence[RunSpec]) -> list[dict[str, Any]]:
-    """For each run its settings, by dotted name, that are not the same in all of them."""
+    """Return for each run the settings, by dotted name, that differ between the runs."""
     all_settings = [_settings(spec) for spec in specs]
     names = list(dict.fromkeys(name for settings in all_settings for name in settings))
     differing = [n for n in names if any(s.get(n) != all_settings[0].get(n) for s in all_settings)]
@@ -149,7 +154,7 @@ def differences(specs: Sequence[RunSpec]) -> list[dict[str, Any]]:
 
 
 def rows_of(groups: Sequence[Group]) -> list[Row]:
-    """A row for each group: what it is, and means over its seeds with their spread."""
+    """Return a row for each group: its settings, and means over its seeds with their spread."""
     settings = differences([group.runs[0].spec for group in groups])
     return [_row(group, one) for group, one in zip(groups, settings, strict=True)]
 
@@ -160,6 +165,7 @@ def _row(group: Group, settings: dict[str, Any]) -> Row:
         "settings": settings,
         "seeds": [run.spec.seed for run in group.runs],
         "folders": [str(run.path) for run in group.runs],
+        # Runs that stop early differ in length.
         "rounds": min(len(run.rounds) for run in group.runs),
     }
     for name, measure in _HELD_OUT.items():
@@ -194,7 +200,7 @@ _TOTALS = (
 
 
 def number(value: float, form: str = ".4f") -> str:
-    """A number as text; nothing for one that is not finite."""
+    """Return a number as text; "" if it is not finite."""
     return format(value, form) if math.isfinite(value) else ""
 
 
@@ -219,7 +225,7 @@ COLUMNS: Columns = {
     "virtual s": lambda row: number(row["virtual_seconds"], ".0f"),
     "client memory": lambda row: in_mib(row["client_bytes"]) if row["client_bytes"] else "",
 }
-"""What is printed of a comparison."""
+"""The columns of a printed comparison."""
 
 
 def _aligned(columns: Sequence[Sequence[str]]) -> str:
@@ -240,10 +246,10 @@ _AXES: dict[str, Callable[[RoundStats], float]] = {
 
 
 def plot(groups: Sequence[Group], folder: Path) -> Path:
-    """Draw `compare.png`: held-out loss against rounds, bytes, steps and seconds.
+    """Draw `compare.png`: held-out loss over rounds, bytes, steps, seconds and virtual seconds.
 
-    A line is the mean over seeds, with a band of one standard deviation around it. Seconds are
-    virtual ones as well, where all runs have them.
+    A line is the mean over seeds, with a band of one standard deviation around it. A measure that
+    not all runs have gets no panel.
 
     Returns:
         The file.
@@ -252,6 +258,7 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
     runs = [run for group in groups for run in group.runs]
     axes = [name for name in _AXES if all(run.curve(name) for run in runs)]
     figure = Figure(figsize=(6 * len(axes), 4.5), layout="constrained")
+    # pyplot would keep the figure in a global list, and choose a display.
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0] if axes else []
     for panel, axis in zip(panels, axes, strict=True):
@@ -268,6 +275,7 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
 
 
 def _draw(panel: Axes, group: Group, axis: str) -> None:
+    # A run that stopped early ends the group's line: a mean over fewer seeds would jump.
     points = list(zip(*(run.curve(axis) for run in group.runs), strict=False))
     xs = [fmean(x for x, _ in seeds) for seeds in points]
     losses = [[loss for _, loss in seeds] for seeds in points]
@@ -281,7 +289,7 @@ def _draw(panel: Axes, group: Group, axis: str) -> None:
 
 
 def _spread(values: Sequence[float]) -> float:
-    """The sample's standard deviation; NaN for one value."""
+    """Return the standard deviation of a sample; NaN for one value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
@@ -294,6 +302,7 @@ def _finite(values: Iterable[float]) -> list[float]:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list):

@@ -1,8 +1,8 @@
-"""A run's folder: the one reader of what a run leaves, and what "finished" means.
+"""A run's folder: the only reader of a run's files, and the only definition of "finished".
 
-`run.json` and `config.yaml` are there when the run begins, `metrics.jsonl` grows by a line a round,
-and `checkpoints/` by a folder where the run keeps them. `model/` is written last and appears whole:
-a run is finished when it has one.
+`run.json` and `config.yaml` are written when the run begins. Every round adds a line to
+`metrics.jsonl`, and every checkpoint a folder to `checkpoints/`. `model/` is written last and
+atomically: a run is finished if and only if it has this folder.
 """
 
 import itertools
@@ -25,12 +25,13 @@ _RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 def new_run_id() -> str:
-    """A name for a run that no other run has, at any machine."""
+    """Return a random id for a run; two runs do not have the same one, on any machine."""
+    # Not from the run's seed: two runs with one seed need different ids.
     return secrets.token_hex(8)
 
 
 def is_run_id(text: str) -> bool:
-    """Whether a text is such a name, and so safe as the name of a folder."""
+    """Return whether a text is a run id, and so safe as the name of a folder."""
     return bool(_RUN_ID.fullmatch(text))
 
 
@@ -38,7 +39,7 @@ class RunFolder:
     """One run's folder.
 
     Args:
-        path: The folder; `claim` and `begin` find one that no other run has.
+        path: The folder; `claim` and `begin` find one that no other run uses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,8 +49,9 @@ class RunFolder:
 
     @staticmethod
     def claim(parent: Path, name: str) -> "RunFolder":
-        """A new folder `name` in `parent`, or `name-2`, `name-3`, ...; for a run to begin in."""
+        """Make a new folder `name` in `parent`, or `name-2`, `name-3`, ..., for a run to begin."""
         for folder in _candidates(parent, name):
+            # mkdir is atomic: of two processes, one gets the folder.
             with suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 return RunFolder(folder.resolve())
@@ -57,11 +59,16 @@ class RunFolder:
 
     @staticmethod
     def begin(parent: Path, name: str, config: str) -> "RunFolder":
-        """The folder that was claimed under this name, else a new one, with `config` in it."""
+        """Write `config` into the claimed folder of this name, or into a new one.
+
+        Returns:
+            The folder, which now has a run id and a config.
+        """
         for path in _candidates(parent, name):
             path.mkdir(parents=True, exist_ok=True)
-            # An old folder has no run.json.
+            # Folders of earlier versions have a config, but no run.json.
             has_config = (path / _CONFIG).exists()
+            # Of two processes with one name, only one can create the file.
             if not has_config and atomic.create(path / _ID, json.dumps({"id": new_run_id()})):
                 folder = RunFolder(path.resolve())
                 atomic.write_text(folder._config, config)
@@ -70,10 +77,11 @@ class RunFolder:
 
     @staticmethod
     def to_resume(run: RunSpec) -> "RunFolder | None":
-        """The folder that `run.resume` names; nothing for a run that begins anew.
+        """Return the folder to resume; None for a new run.
 
         Raises:
-            ConfigError: There is no such folder, nothing to go on from in it, or it is finished.
+            ConfigError: The folder that `run.resume` names does not exist, has no checkpoint, or
+                belongs to a finished run.
         """
         if not run.resume:
             return None
@@ -81,12 +89,13 @@ class RunFolder:
             candidates = _candidates(Path(run.launch.run_dir), run.name)
             folders = list(map(RunFolder, itertools.takewhile(Path.exists, candidates)))
             for folder in folders:
+                # The process may have been killed between its result and its cleanup.
                 if folder.is_finished:
-                    folder.tidy()  # it may have been killed right after its result
-            waiting = [folder for folder in folders if folder._can_go_on]
-            return waiting[-1] if waiting else None
+                    folder.tidy()
+            resumable = [folder for folder in folders if folder._is_resumable]
+            return resumable[-1] if resumable else None
         folder = RunFolder(Path(run.resume).resolve())
-        if not folder._can_go_on:
+        if not folder._is_resumable:
             found = "is finished" if folder.is_finished else "has no checkpoint"
             if (folder.path / "snapshots").is_dir():
                 found = "has checkpoints of format 1 (snapshots/), which this version does not read"
@@ -98,10 +107,10 @@ class RunFolder:
 
     @staticmethod
     def finished(path: str | Path) -> "RunFolder":
-        """The folder of a finished run.
+        """Return the folder of a finished run.
 
         Raises:
-            DataError: It is no run's folder, or the run is not finished.
+            DataError: The folder is not a run's folder, or the run is not finished.
         """
         folder = RunFolder(Path(path))
         folder._require_config()
@@ -110,35 +119,36 @@ class RunFolder:
         return folder
 
     def give_back(self) -> None:
-        """Remove the folder if the run left nothing in it."""
+        """Remove the folder if it is empty."""
+        # rmdir fails if the folder has content.
         with suppress(OSError):
             self.path.rmdir()
 
-    # --- what is in it ----------------------------------------------------------------------------
+    # --- its content ------------------------------------------------------------------------------
 
     @property
     def id(self) -> str:
-        """The run's own name, which it keeps when it is resumed.
+        """The run's id; a resumed run has the same one.
 
         Raises:
             CheckpointError: The folder is of an earlier version, or the file is damaged.
         """
         file = self.path / _ID
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))["id"]
+            run_id = json.loads(file.read_text(encoding="utf-8"))["id"]
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise CheckpointError(
                 f"{file} has no run id ({exc!r}), so the clients' checkpoints cannot be found; "
-                "begin the run anew without resume"
+                "start a new run, without resume"
             ) from exc
-        return str(found)
+        return str(run_id)
 
     @property
     def run(self) -> RunSpec:
         """The run's settings.
 
         Raises:
-            DataError: It is no run's folder, or one of another version.
+            DataError: The folder is not a run's folder, or is that of another version.
         """
         self._require_config()
         try:
@@ -150,36 +160,36 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has left its result; nothing is written to the folder after that."""
+        """Whether the run has written its result; after it, the run writes nothing."""
         return self.model.is_dir()
 
     @property
     def model(self) -> Path:
-        """The joined model, a plain Hugging Face checkpoint with tokenizer and card."""
+        """Folder of the joined model: a Hugging Face checkpoint with tokenizer and model card."""
         return self.path / "model"
 
     @property
     def adapter(self) -> Path:
-        """The run's adapters by themselves, where it has some."""
+        """Folder of the run's LoRA adapters, if it has any."""
         return self.path / "adapter"
 
     @property
     def checkpoints(self) -> Path:
-        """Where the server's checkpoints are."""
+        """Folder of the server's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def best(self) -> Path:
-        """Where the best round so far is kept while the run lasts."""
+        """Folder of the best round so far; it is removed when the run is finished."""
         return self.path / "best"
 
     @property
     def last_checkpoint(self) -> int:
-        """The round that a resumed run goes on after."""
-        return max(self._kept)
+        """The round after which a resumed run continues."""
+        return max(self._checkpoints_by_round)
 
     def rounds(self) -> list[RoundStats]:
-        """The rounds so far; a line that is being written does not count yet.
+        """Return the finished rounds of the run.
 
         Raises:
             DataError: The file is damaged.
@@ -188,15 +198,16 @@ class RunFolder:
             return []
         try:
             text = self._metrics.read_text(encoding="utf-8")
+            # The run may be writing its last line at this moment.
             return metrics.parse(text[: text.rfind("\n") + 1].splitlines())
         except (ValueError, TypeError) as exc:
             raise DataError(f"{self._metrics} does not hold the rounds of a run: {exc}") from exc
 
     def measured_rounds(self) -> list[RoundStats]:
-        """The rounds of a run's folder that has at least one.
+        """Return the finished rounds of the run, at least one.
 
         Raises:
-            DataError: It is no run's folder, is damaged, or has no finished round.
+            DataError: The folder is not a run's folder, is damaged, or has no finished round.
         """
         self._require_config()
         rounds = self.rounds()
@@ -206,29 +217,29 @@ class RunFolder:
             )
         return rounds
 
-    # --- what a run's server writes ---------------------------------------------------------------
+    # --- written by the run's server --------------------------------------------------------------
 
     def append(self, stats: RoundStats) -> None:
-        """Keep one round."""
+        """Add a round to the metrics."""
         atomic.append_line(self._metrics, metrics.line_of(stats))
 
     def forget_after(self, number: int) -> None:
-        """Drop the rounds after `number`: a resumed run does them again."""
-        kept = [metrics.line_of(stats) for stats in self.rounds() if stats.round <= number]
-        atomic.write_text(self._metrics, "".join(f"{line}\n" for line in kept))
+        """Remove the rounds after `number`, which a resumed run repeats, from the metrics."""
+        lines = [metrics.line_of(stats) for stats in self.rounds() if stats.round <= number]
+        atomic.write_text(self._metrics, "".join(f"{line}\n" for line in lines))
 
     def tidy(self) -> None:
-        """Remove what a killed process left unfinished, and what a finished run needs no more."""
+        """Remove the temporary files of a killed process, and `best` of a finished run."""
         for folder in (self.path, self.checkpoints, self.best):
             atomic.recover(folder)
         if self.is_finished:
             atomic.remove(self.best)
 
-    # --- where it is served -----------------------------------------------------------------------
+    # --- the address of its trunk -----------------------------------------------------------------
 
     @property
     def address(self) -> str:
-        """Where the run's trunk is served now.
+        """The address at which the run's trunk is served now.
 
         Raises:
             DataError: No process serves it.
@@ -237,13 +248,13 @@ class RunFolder:
             return self._address.read_text(encoding="utf-8").strip()
         except FileNotFoundError as exc:
             raise DataError(
-                f"nobody serves {self.path}; start `fedsplit serve {self.path}`, or say --trunk "
-                "where its trunk is"
+                f"no process serves {self.path}; start `fedsplit serve {self.path}`, or give the "
+                "address of its trunk with --trunk"
             ) from exc
 
     @contextmanager
     def announced(self, address: str) -> Iterator[None]:
-        """A block during which `address` is found in the folder."""
+        """Publish `address` in the folder for the time of a block."""
         atomic.write_text(self._address, f"{address}\n")
         try:
             yield
@@ -265,12 +276,12 @@ class RunFolder:
         return self.path / "trunk.address"
 
     @property
-    def _can_go_on(self) -> bool:
-        return bool(self._kept) and not self.is_finished
+    def _is_resumable(self) -> bool:
+        return bool(self._checkpoints_by_round) and not self.is_finished
 
     @property
-    def _kept(self) -> dict[int, Path]:
-        # It imports torch, and those who only read a folder's numbers start without it.
+    def _checkpoints_by_round(self) -> dict[int, Path]:
+        # This module imports torch, which commands that read only metrics start faster without.
         from fedsplit.runs.checkpoint import checkpoints_in
 
         return checkpoints_in(self.checkpoints)

@@ -1,4 +1,4 @@
-"""The picture of one run: training loss and held-out result over its rounds."""
+"""The plot of one run: training loss and held-out result over its rounds."""
 
 import math
 from pathlib import Path
@@ -19,12 +19,13 @@ def plot_losses(folder: RunFolder) -> Path:
         The file.
 
     Raises:
-        DataError: It is no run's folder, is damaged, or has no finished round.
+        DataError: The folder is not a run's folder, is damaged, or has no finished round.
         StorageError: The file cannot be written.
     """
     rounds = folder.measured_rounds()
     numbers = [stats.round for stats in rounds]
     figure = Figure(figsize=(7, 4), layout="constrained")
+    # pyplot would keep the figure in a global list, and choose a display.
     FigureCanvasAgg(figure)
     loss = figure.add_subplot()
     loss.plot(numbers, [s.loss for s in rounds], "o-", color="tab:blue", label="training loss")
@@ -34,10 +35,10 @@ def plot_losses(folder: RunFolder) -> Path:
     held_out = loss.twinx()
     measured = metrics.evaluated(rounds)
     is_text = all(math.isnan(s.accuracy) for s in measured)
-    name, what = ("bits_per_byte", "bits per byte") if is_text else ("accuracy", "accuracy")
+    name, title = ("bits_per_byte", "bits per byte") if is_text else ("accuracy", "accuracy")
     points = [s.round for s in measured], [getattr(s, name) for s in measured]
     held_out.plot(*points, "s--", color="tab:orange")
-    held_out.set_ylabel(f"held-out {what}", color="tab:orange")
+    held_out.set_ylabel(f"held-out {title}", color="tab:orange")
     loss.set_title(f"{folder.path.name}: {rounds[-1].version} trunk steps")
     file = folder.path / "loss.png"
     with atomic.new_file(file) as unfinished:

@@ -1,4 +1,4 @@
-"""What is measured in a run: one record a round, kept as JSON lines, and how it is printed."""
+"""The metrics of a run: one record per round, its JSON line, and its printed form."""
 
 import json
 import math
@@ -11,19 +11,29 @@ from fedsplit.console import table_text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundStats:
-    """One round of a federation.
+    """The metrics of one round; a value that was not measured is NaN.
 
-    `loss` is the training loss and `eval_loss` the held-out one, in nats per token;
-    `bits_per_byte` is the held-out loss per UTF-8 byte of text. `tokens` were trained on in
-    `seconds`. `bytes_up` and `bytes_down` crossed the stream between clients and trunk,
-    `halves_bytes` are the bottoms and tops that Flower carried, both ways. `clients` replied in
-    the round, of them `late` had steps that came too late and were repeated; `failed` did not
-    reply. `version` is the trunk's at the end of the round.
-
-    `accuracy` is the held-out one of a classifier. `steps` are the optimizer steps of all clients,
-    `refused` those that the trunk would not take. `virtual_seconds` is what the round took on the
-    virtual clock, where machines are simulated; `client_bytes` the most memory that one client's
-    weights, gradients, moments and activations took.
+    Attributes:
+        round: The number of the round, from 1 on.
+        rounds: The number of rounds of the run.
+        loss: The training loss, in nats per token.
+        eval_loss: The held-out loss, in nats per token.
+        bits_per_byte: The held-out loss, in bits per UTF-8 byte of text.
+        tokens: The tokens (examples of a classifier) that were trained on.
+        seconds: The duration of the round.
+        bytes_up: Bytes of the stream from the clients to the trunk.
+        bytes_down: Bytes of the stream from the trunk to the clients.
+        halves_bytes: Bytes of client weights that Flower carried, in both directions.
+        clients: The number of clients that replied.
+        late: The number of these clients with steps that were late and repeated.
+        failed: The number of clients that did not reply.
+        version: The trunk's parameter version at the end of the round.
+        accuracy: The held-out accuracy of a classifier.
+        steps: The optimizer steps of all clients.
+        refused: The steps that the trunk refused.
+        virtual_seconds: The duration on the virtual clock, if machines are simulated.
+        client_bytes: The largest memory of one client for weights, gradients, moments and
+            activations.
     """
 
     round: int
@@ -48,7 +58,7 @@ class RoundStats:
 
     @property
     def line(self) -> str:
-        """The round in one line."""
+        """The round as one printed line."""
         virtual = (
             "" if math.isnan(self.virtual_seconds) else f"  {self.virtual_seconds:.0f} s virtual"
         )
@@ -61,7 +71,7 @@ class RoundStats:
 
     @property
     def held_out(self) -> str:
-        """What the round's evaluation found, in words."""
+        """The result of the round's evaluation, as text."""
         if math.isnan(self.eval_loss):
             return "held-out not measured"
         if math.isnan(self.accuracy):
@@ -70,12 +80,12 @@ class RoundStats:
 
     @property
     def unit(self) -> str:
-        """What `tokens` are."""
+        """The unit of `tokens`."""
         return "tokens" if math.isnan(self.accuracy) else "examples"
 
 
 def in_mib(num_bytes: int) -> str:
-    """A number of bytes as text in MiB.
+    """Return a number of bytes as text in MiB.
 
     >>> in_mib(3 << 20)
     '3.0 MiB'
@@ -84,7 +94,7 @@ def in_mib(num_bytes: int) -> str:
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Summed loss in nats over text of `num_bytes` UTF-8 bytes, in bits per byte.
+    """Return a loss in bits per byte, from its sum in nats over `num_bytes` UTF-8 bytes.
 
     >>> round(bits_per_byte(math.log(2) * 8, 4), 6)
     2.0
@@ -93,26 +103,27 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 def evaluated(rounds: Sequence[RoundStats]) -> Sequence[RoundStats]:
-    """The rounds with a held-out result; all of them if none has one."""
+    """Return the rounds with a held-out result; all rounds if none has one."""
     return [stats for stats in rounds if not math.isnan(stats.eval_loss)] or rounds
 
 
 def line_of(stats: RoundStats) -> str:
-    """One round as a line of JSON; a number that is not finite is null there."""
-    told = {key: value if math.isfinite(value) else None for key, value in asdict(stats).items()}
-    return json.dumps(told, allow_nan=False)
+    """Return a round as a line of JSON; a number that is not finite becomes null."""
+    # JSON has no NaN, and other programs cannot read what Python would write for it.
+    values = {key: value if math.isfinite(value) else None for key, value in asdict(stats).items()}
+    return json.dumps(values, allow_nan=False)
 
 
 def parse(lines: Iterable[str]) -> list[RoundStats]:
-    """The rounds in lines that `line_of` wrote."""
-    told: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
-    for one in told:
-        one.update({key: math.nan for key, value in one.items() if value is None})
-    return [RoundStats(**one) for one in told]
+    """Return the rounds of lines that `line_of` wrote."""
+    rounds: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+    for values in rounds:
+        values.update({key: math.nan for key, value in values.items() if value is None})
+    return [RoundStats(**values) for values in rounds]
 
 
 def closing_table(rounds: Sequence[RoundStats]) -> str:
-    """What a run came to: first, best and last held-out result, and the totals."""
+    """Return the table at the end of a run: first, best and last held-out result, and totals."""
     last, measured = rounds[-1], evaluated(rounds)
     best = min(measured, key=lambda stats: stats.eval_loss)
     seconds = sum(stats.seconds for stats in rounds)

@@ -1,4 +1,4 @@
-"""The model card of a run's joined model: what it was trained on, how, and what that hides."""
+"""The model card of a run's joined model: its data, its training, and its privacy."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ tags: [split-learning, federated-learning, fedsplit]
 | corpus | {corpus}, {corpus_bytes:,} bytes |
 | corpus sha256 | `{sha256}` |
 | sharding | {sharding} over {clients} clients, {held_out:.0%} held out |
-| policy | {policy}, strategy {strategy} with {halves} for the halves |
+| policy | {policy}, strategy {strategy} with {halves} for the client weights |
 | attention at the trunk | {attention} |
 | rounds | {rounds} of {local_steps} steps per client, {version} trunk steps, {tokens:,} {unit} |
 | held out | {first} in round {first_round}, {last} in round {last_round} |
@@ -33,18 +33,26 @@ tags: [split-learning, federated-learning, fedsplit]
 
 ## What split learning does not protect
 
-Text and labels stayed with the clients, but the activations that crossed the wire can often be
-turned back into text by whoever sees them, above all where the bottom's weights are public or
-known, as they are here: bottom and top are averaged by the server every round. Compression does
-not change that. Read this checkpoint as trained on data that the server could have read. The
-weights themselves may also remember training text, as any language model's may.
+Text and labels stayed with the clients, but the server can often reconstruct the text from the
+activations on the wire. This is easiest if the weights of the bottom are known, as they are here:
+the server averages bottom and top every round. Compression does not prevent it. Treat this
+checkpoint as trained on data that the server could read. Like any language model, it may also have
+memorized training text.
 """
 
 
 def model_card(
     run: RunSpec, cut: str, attention: str, corpus: Corpus, rounds: Sequence[RoundStats]
 ) -> str:
-    """The card as markdown, with the metadata that hubs read on top."""
+    """Return the card as Markdown, with the metadata for the Hugging Face Hub on top.
+
+    Args:
+        run: The settings.
+        cut: The blocks of bottom, trunk and top.
+        attention: The attention implementation of the trunk.
+        corpus: The corpus of all clients together.
+        rounds: The finished rounds, at least one.
+    """
     measured = evaluated(rounds)
     return _TEXT.format(
         name=run.name,
@@ -82,14 +90,14 @@ def _how(run: RunSpec) -> str:
     if run.baseline != "none":
         return (
             f"Trained with fedsplit as a baseline ({run.baseline}) for split learning: the whole "
-            "model, without a trunk server."
+            "model was trained, without a trunk server."
         )
     text = (
         "Trained by federated split learning with fedsplit: no party held the whole model. "
-        f"{run.clients} clients kept the bottom and the top, a server the trunk. This checkpoint "
-        "joins the parts."
+        f"{run.clients} clients had the bottom and the top, and a server had the trunk. This "
+        "checkpoint joins the parts."
     )
     if run.halves.personal == "none":
         return text
-    kept = "bottom and top" if run.halves.personal == "both" else run.halves.personal
-    return f"{text} Each client's {kept} stayed its own; in here are the untrained ones."
+    parts = "bottom and top" if run.halves.personal == "both" else run.halves.personal
+    return f"{text} Each client kept its own {parts}; this checkpoint has the untrained {parts}."

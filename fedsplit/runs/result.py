@@ -1,4 +1,4 @@
-"""The result of a run, written when it is over: the joined model with its card, and the adapter."""
+"""The result of a finished run: the joined model with its model card, the adapter, the plot."""
 
 from transformers import PreTrainedModel, TokenizersBackend
 
@@ -21,13 +21,13 @@ def write_result(
     corpus: Corpus,
     run: RunSpec,
 ) -> None:
-    """Write what a finished run leaves; `model/` comes last, as it makes the run finished.
+    """Write the result of a run into its folder.
 
     Args:
         folder: The run's folder.
-        result: What was trained; adapters are folded into `model/` and kept in `adapter/`.
-        tokenizer: Saved with the model, where there is one.
-        corpus: What the model card describes.
+        result: The trained model; adapters are merged into `model/`, and also saved in `adapter/`.
+        tokenizer: Saved with the model if there is one.
+        corpus: The corpus of all clients together, for the model card.
         run: The settings.
 
     Raises:
@@ -41,6 +41,7 @@ def write_result(
     attention = trunk.config._attn_implementation or ""
     cut = _cut(result) if isinstance(result, SplitModel) else "not split"
     card = model_card(run, cut, attention, corpus, folder.rounds())
+    # Last, since a run with this folder is finished and is not resumed.
     with atomic.new_folder(folder.model) as model:
         if isinstance(result, SplitModel):
             join_checkpoint(result.client, result.trunk, model)
@@ -52,6 +53,6 @@ def write_result(
 
 
 def _cut(result: SplitModel) -> str:
-    """How many blocks bottom, trunk and top have."""
+    """Return the numbers of blocks of bottom, trunk and top, as text."""
     blocks, num_blocks = result.client.trunk_blocks, result.client.plan.num_blocks
     return f"{blocks.start}/{len(blocks)}/{num_blocks - blocks.stop}"

@@ -1,7 +1,7 @@
-"""Who has what: the shards of a run counted by label, as a table, a picture and JSON.
+"""The partition of a run's data, counted by label: as a table, a plot and JSON.
 
-The amount of a label (or of a group, where documents have no label) is counted in examples, and
-in bytes of text where documents are no examples.
+The amount of a label is its number of examples. If documents have no label, groups are counted in
+its place, and the amount of a group is its number of bytes of text.
 """
 
 import json
@@ -18,13 +18,15 @@ from fedsplit import atomic
 from fedsplit.console import table_text
 from fedsplit.data import Corpus
 
-LARGEST = 3  # labels that the table names for each client
-COLORED = 20  # labels that have a color of their own in the picture
+# The number of labels that the table names for each client.
+LARGEST = 3
+# The number of labels with a color of their own in the plot: all colors of matplotlib's tab20.
+COLORED = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionStats:
-    """What one client has; `labels` is how much it has of each, the largest first."""
+    """The data of one client; `labels` has the amount of each label, the largest first."""
 
     client: str
     documents: int
@@ -33,7 +35,7 @@ class PartitionStats:
 
     @staticmethod
     def of(client: str, corpora: Sequence[Corpus]) -> "PartitionStats":
-        """Count some corpora as one."""
+        """Count several corpora together."""
         documents = [document for corpus in corpora for document in corpus.documents]
         amounts = Counter[str]()
         for document in documents:
@@ -42,66 +44,65 @@ class PartitionStats:
             client=client,
             documents=len(documents),
             bytes=sum(corpus.num_bytes for corpus in corpora),
+            # By name too, so that labels of equal amount have a fixed order.
             labels=dict(sorted(amounts.items(), key=lambda pair: (-pair[1], pair[0]))),
         )
 
     @property
     def shares(self) -> dict[str, float]:
-        """The labels' shares of what the client has; they sum to one."""
+        """The share of each label in the client's data; the shares sum to one."""
         total = sum(self.labels.values())
         return {label: amount / total for label, amount in self.labels.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPartitions:
-    """What each client has, and all of them together."""
+    """The data of each client, and of all clients together."""
 
     clients: tuple[PartitionStats, ...]
-    everybody: PartitionStats
+    total: PartitionStats
     labelled: bool
 
     @staticmethod
     def of(shards: Sequence[Corpus]) -> "RunPartitions":
-        """Count shards, that of client-0 first."""
+        """Count the shards of a run, in the order of the clients."""
         return RunPartitions(
             clients=tuple(
                 PartitionStats.of(f"client-{number}", [corpus])
                 for number, corpus in enumerate(shards)
             ),
-            everybody=PartitionStats.of("all", shards),
+            total=PartitionStats.of("all", shards),
             labelled=any(document.label for corpus in shards for document in corpus.documents),
         )
 
     @property
     def skew(self) -> float:
-        """How unlike the clients are: 0 if all have the same labels, up to 1.
+        """The label skew of the partition, from 0 (all clients have the same labels) to 1.
 
-        The mean over clients of the total variation distance (half the sum of absolute
+        It is the mean over clients of the total variation distance (half the sum of absolute
         differences) between the shares of labels of the client and of all clients together.
         """
-        everybody = self.everybody.shares
+        total = self.total.shares
 
         def distance(shares: dict[str, float]) -> float:
-            return (
-                sum(abs(share - shares.get(label, 0.0)) for label, share in everybody.items()) / 2
-            )
+            return sum(abs(share - shares.get(label, 0.0)) for label, share in total.items()) / 2
 
         return sum(distance(client.shares) for client in self.clients) / len(self.clients)
 
     @property
     def table(self) -> str:
-        """A line per client and one for all, and what `skew` says."""
+        """A line per client, one for all clients together, and `skew`."""
         label, documents = ("label", "examples") if self.labelled else ("group", "documents")
         lines = [("client", documents, "bytes", "share", f"{label}s", f"largest {label}s")]
-        for holding in (*self.clients, self.everybody):
-            largest = list(holding.shares.items())[:LARGEST]
+        for stats in (*self.clients, self.total):
+            largest = list(stats.shares.items())[:LARGEST]
             lines.append(
                 (
-                    holding.client,
-                    f"{holding.documents:,}",
-                    f"{holding.bytes:,}",
-                    f"{holding.bytes / self.everybody.bytes:.1%}",
-                    f"{len(holding.labels)}",
+                    stats.client,
+                    f"{stats.documents:,}",
+                    f"{stats.bytes:,}",
+                    f"{stats.bytes / self.total.bytes:.1%}",
+                    f"{len(stats.labels)}",
                     ", ".join(f"{_short(name)} {share:.0%}" for name, share in largest),
                 )
             )
@@ -110,20 +111,21 @@ class RunPartitions:
 
     @property
     def json(self) -> str:
-        """Everything that is counted, for other programs."""
-        told = {
+        """All counts, for other programs."""
+        content = {
             "skew": self.skew,
             "unit": "examples" if self.labelled else "bytes",
-            "all": asdict(self.everybody),
+            "all": asdict(self.total),
             "clients": [asdict(client) for client in self.clients],
         }
-        return json.dumps(told, indent=2) + "\n"
+        return json.dumps(content, indent=2) + "\n"
 
     def plot(self, file: Path, title: str) -> None:
-        """Draw a bar per client, of its labels: the largest have a color, all others are white."""
+        """Draw a bar of labels per client: the largest have a color, all others are white."""
         names = [str(number) for number in range(len(self.clients))]
-        colored = list(self.everybody.labels)[:COLORED]
+        colored = list(self.total.labels)[:COLORED]
         figure = Figure(figsize=(max(7.0, 2.5 + 0.3 * len(names)), 4.5), layout="constrained")
+        # pyplot would keep the figure in a global list, and choose a display.
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         bottoms = [0] * len(names)
@@ -147,11 +149,14 @@ class RunPartitions:
 
 
 def _short(label: str) -> str:
-    """A label in one line of at most 24 characters."""
+    """Return a label as one line of at most 24 characters."""
     plain = "".join(c if c.isprintable() else " " for c in label)
     return plain if len(plain) <= 24 else f"{plain[:21]}..."
 
 
 def _in_legend(label: str) -> str:
-    """A label as a legend takes it: no formula, and not hidden by an underscore in front."""
+    """Return a label for a legend of matplotlib.
+
+    A dollar sign would begin a formula, and an underscore in front would hide the label.
+    """
     return " " + _short(label).replace("$", r"\$")

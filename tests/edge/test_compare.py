@@ -123,7 +123,7 @@ def test_the_command_prints_a_table_and_leaves_it(
             {"config.yaml": "seed: 0\n", "metrics.jsonl": "1 2\n"},
             "does not hold the rounds of a run: ",
         ),
-        ({"table.json": "{}"}, "there is no run in these folders"),
+        ({"table.json": "{}"}, "these folders have no run; give folders of runs"),
     ],
     ids=["empty", "no round", "another version", "not rounds", "not JSON", "a table"],
 )
