@@ -1,7 +1,7 @@
-"""The border to Hydra: `conf/` and overrides go in, a frozen `RunSpec` comes out, once.
+"""The interface to Hydra: makes a frozen `RunSpec` of `conf/`, overrides, or YAML.
 
-No other place imports hydra or omegaconf, and nothing of theirs leaves this one: below it there
-is no DictConfig. Their errors become `ConfigError`, with the field, the value and what is allowed.
+No other package imports hydra or omegaconf, and none of their objects leaves this one. Their
+errors become `ConfigError`, with the field, the value and the allowed values.
 """
 
 from fedsplit.config.commandline import Variants, main

@@ -1,4 +1,4 @@
-"""The command line of a run: Hydra's, but checked whole before the first job starts."""
+"""The command line of a run: that of Hydra, but all of it is checked before the first job."""
 
 import itertools
 import shlex
@@ -19,7 +19,7 @@ from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.spec import RunSpec, SweepSpec
 
 Variants = dict[str, list[RunSpec]]
-"""The runs of an experiment with a sweep of its own: of each variant one for each seed."""
+"""The runs of an experiment (`sweep.variants`) by variant, one for each seed."""
 
 _ADD = "add a variant: 'sweep.variants.NAME=\"field=value\"'"
 _MULTIRUN = {"-m", "--multirun"}
@@ -28,18 +28,23 @@ _MULTIRUN = {"-m", "--multirun"}
 def main(
     task: Callable[[RunSpec], object], sweep_task: Callable[[RunSpec, Variants], object]
 ) -> None:
-    """Run `task` with the run that the command line describes; with -m, with each of a sweep.
+    """Call `task` with the run of the command line, or with each run of a Hydra sweep (-m).
 
-    A run that is a sweep itself (`sweep.variants`) goes to `sweep_task`, with or without -m. An
-    error of ours ends the process with one line on stderr and status 1.
+    An experiment (`sweep.variants`) is passed to `sweep_task` in place of `task`, with or without
+    -m. A FedsplitError ends the process with one line on stderr and status 1.
+
+    Args:
+        task: Gets one run.
+        sweep_task: Gets the experiment's own settings and the runs of its variants.
     """
     flags = [a for a in sys.argv[1:] if not _is_override(a)]
     words = [a for a in sys.argv[1:] if _is_override(a)]
     try:
         overrides = parse(words)
+        # All jobs are composed here, so that a wrong one fails before the first one starts.
         runs = [compose(job) for job in _jobs(overrides, sweep=bool(_MULTIRUN & set(flags)))]
         if runs[0].sweep.variants and _MULTIRUN.issuperset(flags):
-            # Not in a Hydra job: there nothing can be composed.
+            # Not in a Hydra job: Hydra's singleton does not allow to compose there.
             sweep_task(runs[0], _variants(runs, words))
             return
     except FedsplitError as exc:
@@ -52,6 +57,7 @@ def main(
         except FedsplitError as exc:
             sys.exit(f"error: {exc}")
 
+    # Hydra reads sys.argv, and does not know short forms such as split=1/2/1.
     sys.argv[1:] = flags + [str(override.input_line) for override in overrides]
     store_schema()
     run()
@@ -62,9 +68,10 @@ def _is_override(argument: str) -> bool:
 
 
 def _jobs(overrides: Sequence[Override], sweep: bool) -> Iterator[tuple[str, ...]]:
-    """The overrides of each job: in a sweep, every combination of the values listed."""
+    """Yield the overrides of each job: in a sweep, every combination of the listed values."""
 
     def values(override: Override) -> list[str]:
+        # Hydra expands a glob over the options of a group; `check` refuses it.
         listed = override.is_discrete_sweep() and not isinstance(override.value(), Glob)
         if sweep and listed:
             key = override.get_key_element()
@@ -75,7 +82,13 @@ def _jobs(overrides: Sequence[Override], sweep: bool) -> Iterator[tuple[str, ...
 
 
 def _variants(runs: Sequence[RunSpec], words: Sequence[str]) -> Variants:
-    """The runs of a sweep of its own, in a folder named after it; later overrides win.
+    """Return the runs of an experiment, in a folder of its name.
+
+    The overrides of a variant take precedence over those of the command line.
+
+    Args:
+        runs: The jobs of the command line; only one is allowed.
+        words: The overrides of the command line.
 
     Raises:
         ConfigError: A variant cannot be composed, or the command line lists values too.
@@ -101,6 +114,7 @@ def _variants(runs: Sequence[RunSpec], words: Sequence[str]) -> Variants:
                 )
                 for seed in sweep.sweep.seeds
             ]
+        # shlex raises ValueError for a quote without its pair.
         except (ConfigError, ValueError) as exc:
             raise ConfigError(
                 f"sweep.variants.{name} ({line}): {exc}. Every variant takes what the command line "

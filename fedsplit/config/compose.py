@@ -1,4 +1,4 @@
-"""Composition: `conf/` plus overrides, or Flower's run config, to a `RunSpec`."""
+"""The composition of a `RunSpec` from `conf/` and overrides, or from Flower's run config."""
 
 import threading
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsplit.config.location import conf_dir
 from fedsplit.config.overrides import RunConfig, check, from_keys, is_group, parse
-from fedsplit.config.schema import from_dictconfig, from_yaml, make_schema, told
+from fedsplit.config.schema import as_config_error, from_dictconfig, from_yaml, make_schema
 from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec
 
-_HYDRA = threading.Lock()  # Hydra keeps its state in a singleton: one composition at a time.
+# Hydra keeps its state in a singleton, so only one thread may compose at a time.
+_HYDRA = threading.Lock()
 
 
 def compose(overrides: Sequence[str] = ()) -> RunSpec:
-    """The run that `conf/` and some overrides describe; not to be called in a Hydra job.
+    """Compose a run from `conf/` and overrides; a Hydra job must not call this.
 
     >>> compose(["model=tiny_llama", "split=1/2/1"]).model.family
     'llama'
@@ -29,7 +30,7 @@ def compose(overrides: Sequence[str] = ()) -> RunSpec:
         overrides: `group=option` and `field=value`; `split=1/2/1` stands for its three fields.
 
     Raises:
-        ConfigError: An override cannot be read, or names something that is not allowed.
+        ConfigError: An override cannot be read, or its field or value is not allowed.
     """
     parsed = parse(overrides)
     check(parsed)
@@ -39,18 +40,18 @@ def compose(overrides: Sequence[str] = ()) -> RunSpec:
             with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 config = hydra.compose("config", [str(o.input_line) for o in parsed])
         except (HydraException, OmegaConfBaseException) as exc:
-            raise told(exc) from exc
+            raise as_config_error(exc) from exc
     return from_dictconfig(config)
 
 
 def changed(run: RunSpec, overrides: Sequence[str]) -> RunSpec:
-    """A run with other values in some fields; a group's option cannot be chosen again.
+    """Return a run with other values in some fields; options of groups cannot be changed.
 
     >>> changed(RunSpec(), ["train.lr=0.5"]).train.lr
     0.5
 
     Args:
-        run: What to start from.
+        run: The run to change.
         overrides: `field=value`, or `split=1/2/1`.
 
     Raises:
@@ -68,22 +69,23 @@ def changed(run: RunSpec, overrides: Sequence[str]) -> RunSpec:
 
 
 def from_run_config(run_config: RunConfig) -> RunSpec:
-    """The run that Flower's run config describes; an empty value means what `conf/` says.
+    """Return the run of Flower's run config; an empty value means the default of `conf/`.
 
-    `config` is a whole run as YAML and wins over every key but `run-dir`, which only says where
-    results go.
+    The key `config` is a whole run as YAML and takes precedence over all other keys except
+    `run-dir`, the folder for results.
 
     Raises:
         ConfigError: A key or a value is not allowed.
     """
-    given = {key: value for key, value in run_config.items() if value != ""}
-    text, run_dir = given.pop("config", None), given.pop("run-dir", None)
-    spec = compose(from_keys(given)) if text is None else from_yaml(str(text))
+    # Flower requires a default for every key, and pyproject.toml has empty ones.
+    keys = {key: value for key, value in run_config.items() if value != ""}
+    text, run_dir = keys.pop("config", None), keys.pop("run-dir", None)
+    spec = compose(from_keys(keys)) if text is None else from_yaml(str(text))
     if run_dir is None:
         return spec
     return replace(spec, launch=replace(spec.launch, run_dir=str(run_dir)))
 
 
 def store_schema() -> None:
-    """Put the schema where the defaults list of `conf/config.yaml` finds it."""
+    """Register the schema under the name that the defaults list of `conf/config.yaml` uses."""
     ConfigStore.instance().store("schema", make_schema())

@@ -1,4 +1,4 @@
-"""The folder `conf/`: where the YAML files that a run is composed of are."""
+"""The path of the folder `conf/`, with the YAML files that a run is composed of."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ _PACKAGE = Path(fedsplit.__file__).resolve().parent
 
 
 def conf_dir() -> Path:
-    """The folder with `config.yaml` and one folder for each group of options.
+    """Return the folder that has `config.yaml` and one folder for each group of options.
 
-    A wheel has it inside the package. A checkout, and the bundle that Flower makes of one, have it
-    beside the package.
+    In a wheel it is inside the package. In a checkout, and in the bundle that Flower makes of a
+    checkout, it is beside the package.
     """
     installed = _PACKAGE / "conf"
     return installed if installed.is_dir() else _PACKAGE.parent / "conf"

@@ -1,4 +1,4 @@
-"""Overrides: read one by one, and refused in words of our own before Hydra sees them."""
+"""Overrides: parsed and checked one by one, with error texts of our own, before Hydra."""
 
 import re
 import shlex
@@ -14,12 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsplit.config.location import conf_dir
 from fedsplit.config.renamed import current_name
-from fedsplit.config.schema import field_names, make_schema, told
+from fedsplit.config.schema import as_config_error, field_names, make_schema
 from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec, SplitSpec
 
 RunConfig: TypeAlias = Mapping[str, bool | int | float | str]
-"""What Flower hands to an app."""
+"""The run config that Flower passes to an app."""
 
 RUN_CONFIG_KEYS = {
     "name": "name",
@@ -49,7 +49,7 @@ RUN_CONFIG_KEYS = {
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Read overrides, and `split=1/2/1` as the three fields it stands for.
+    """Parse overrides; `split=1/2/1` becomes overrides of three fields.
 
     Raises:
         ConfigError: One of them is not `group=option` or `field=value`.
@@ -76,10 +76,10 @@ def _parse_one(text: str) -> list[Override]:
 
 
 def check(overrides: Iterable[Override]) -> None:
-    """Refuse what Hydra would refuse later with less to go by, or not at all.
+    """Check overrides; Hydra would accept some wrong ones, and its errors do not say enough.
 
     Raises:
-        ConfigError: No such option or field, or a value of the wrong type.
+        ConfigError: There is no such option or field, or the value has the wrong type.
     """
     schema = make_schema()
     for override in overrides:
@@ -88,6 +88,7 @@ def check(overrides: Iterable[Override]) -> None:
 
 def _check(override: Override, schema: DictConfig) -> None:
     key = str(override.key_or_group)
+    # Hydra's own settings, such as hydra.sweep.dir.
     if re.match(r"hydra\b", key):
         return
     if override.is_delete():
@@ -103,16 +104,16 @@ def _check(override: Override, schema: DictConfig) -> None:
     try:
         OmegaConf.update(schema, key, override.value())
     except OmegaConfBaseException as exc:
-        raise told(exc) from exc
+        raise as_config_error(exc) from exc
 
 
 def is_group(key: str) -> bool:
-    """Whether `key` names a group of `conf/`, whose options are chosen by name."""
+    """Return whether `key` is a group of `conf/`; its options are selected by name."""
     return bool(_options(key))
 
 
 def _options(group: str) -> list[str]:
-    """The options of a group of `conf/`; none if there is no such group."""
+    """Return the options of a group of `conf/`; none if there is no such group."""
     folder = conf_dir() / group
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
@@ -123,14 +124,15 @@ def _check_option(group: str, value: object, options: Sequence[str]) -> None:
         return
     section: Any = getattr(RunSpec(), group, None)
     if isinstance(value, str) and hasattr(section, "kind"):
-        type(section)(kind=value)  # raises, and knows which values are planned
+        # The spec raises an error of its own for a planned value.
+        type(section)(kind=value)
     fields = [name for name in field_names() if name.startswith(f"{group}.")]
     or_else = f"; or set one of its fields: {', '.join(fields)}" if fields else ""
     raise ConfigError(f"{group}={value} is not one of: {', '.join(options)}{or_else}")
 
 
 def from_keys(run_config: RunConfig) -> list[str]:
-    """The overrides that the keys of a run config stand for, then those in `overrides`.
+    """Return the overrides for the keys of a run config, then those of the key `overrides`.
 
     >>> from_keys({"rounds": 3, "model": "tiny_llama", "overrides": "train.lr=0.1 lora=on"})
     ['train.rounds=3', "model='tiny_llama'", 'train.lr=0.1', 'lora=on']
@@ -153,7 +155,8 @@ def from_keys(run_config: RunConfig) -> list[str]:
 
 
 def _literal(value: bool | int | float | str) -> str:
-    """A value in the grammar of Hydra's overrides."""
+    """Return a value in the grammar of Hydra's overrides."""
+    # Unquoted, a comma in a path would be a sweep.
     if isinstance(value, str):
         return QuotedString(text=value, quote=Quote.single).with_quotes()
     return str(value).lower()

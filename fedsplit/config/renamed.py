@@ -1,6 +1,6 @@
-"""Fields that had another name in the last release, and fields that are gone.
+"""Renamed and removed fields of a run.
 
-An old name is read for one release, with a warning that gives the new one.
+An old name is accepted for one release, with a warning that has the new name.
 """
 
 import logging
@@ -14,14 +14,14 @@ RENAMED = {
     "train.pass_wait_s": "train.max_queue_delay_s",
     "generation.gather_s": "generation.max_queue_delay_s",
 }
-"""New names of fields by their old ones."""
+"""The new names of fields by their old names."""
 
 _REMOVED = {"wire.feedback": (False, "error feedback was removed: it saved no bytes")}
-"""Fields that are gone: the one value that changes nothing, and why they are gone."""
+"""Removed fields: the one value that is accepted and has no effect, and the reason."""
 
 
 def current_name(field: str) -> str:
-    """The name of a field now; warns about an old one."""
+    """Return the present name of a field; log a warning if `field` is an old name."""
     if field not in RENAMED:
         return field
     log.warning("%s is called %s now; the next release does not know it", field, RENAMED[field])
@@ -29,14 +29,16 @@ def current_name(field: str) -> str:
 
 
 def with_current_names(run: dict[str, Any]) -> dict[str, Any]:
-    """The nested fields of a run under the names of now.
+    """Return the nested fields of a run under their present names.
 
     Raises:
-        ConfigError: A field that is gone has a value that would have changed the run.
+        ConfigError: A removed field has a value that had an effect.
     """
+    # Copied, so that the caller's mapping does not change.
     groups = {name: dict(node) for name, node in run.items() if isinstance(node, dict)}
     for field, (value, reason) in _REMOVED.items():
         group, name = field.split(".")
+        # Runs of the last release have the field in their config.yaml.
         if groups.get(group, {}).pop(name, value) != value:
             raise ConfigError(f"{field} is gone ({reason}); remove it")
     for field in RENAMED:

@@ -1,4 +1,4 @@
-"""The schema: `RunSpec` as Hydra sees it, the way back, and its errors in our own words."""
+"""The schema: `RunSpec` as a config of OmegaConf, the way back, and the errors of both."""
 
 import copy
 import difflib
@@ -24,20 +24,20 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def make_schema() -> DictConfig:
-    """`RunSpec` and its defaults as a schema that can be composed onto; the caller's own."""
+    """Return a new schema: `RunSpec` with its defaults, onto which Hydra composes a config."""
     return copy.deepcopy(_schema())
 
 
 @cache
 def _schema() -> DictConfig:
-    """The one that all are copies of: clients read their run anew for every message."""
+    # Cached, since it takes long to build and clients read their run for every message.
     schema: DictConfig = OmegaConf.structured(RunSpec)
     _thaw(schema)
     return schema
 
 
 def _thaw(node: DictConfig) -> None:
-    """Undo what a frozen dataclass says of its nodes, and let free-form fields take any key."""
+    """Make the nodes of frozen dataclasses writable, and allow any key in fields of type dict."""
     OmegaConf.set_readonly(node, None)
     if OmegaConf.get_type(node) is dict:
         OmegaConf.set_struct(node, False)
@@ -47,32 +47,33 @@ def _thaw(node: DictConfig) -> None:
 
 
 def from_dictconfig(config: DictConfig) -> RunSpec:
-    """Freeze a composed config.
+    """Return the run of a composed config.
 
     Raises:
         ConfigError: It has a key or a value that `RunSpec` does not allow.
     """
     try:
-        # Merged again, although it was composed onto the schema: `+key=value` slips past that.
+        # Merged again: `+key=value` adds a key to a config that was composed onto the schema.
         spec = OmegaConf.to_object(OmegaConf.merge(_schema(), config))
     except OmegaConfBaseException as exc:
-        raise told(exc) from exc
+        raise as_config_error(exc) from exc
     if not isinstance(spec, RunSpec):
         raise ConfigError(f"a run is a mapping of fields, not {type(spec).__name__}")
     return spec
 
 
 def to_yaml(spec: RunSpec) -> str:
-    """The whole run as YAML; `from_yaml` gives an equal one back."""
+    """Return the whole run as YAML; `from_yaml` returns an equal run."""
     return yaml.safe_dump(asdict(spec), sort_keys=False)
 
 
 def from_yaml(text: str) -> RunSpec:
-    """Read what `to_yaml` wrote. A field that is not there has its default.
+    """Return the run of a text of `to_yaml`; a missing field has its default.
 
     Raises:
         ConfigError: The text is not YAML of plain values, or not a run.
     """
+    # An interpolation of OmegaConf can read the environment of this process.
     if "${" in text:
         raise ConfigError("config holds '${', but a resolved run has no interpolations")
     try:
@@ -84,10 +85,11 @@ def from_yaml(text: str) -> RunSpec:
         raise ConfigError(f"config is not YAML of plain values: {_first_line(exc)}") from exc
 
 
-def told(exc: Exception) -> ConfigError:
-    """An error of Hydra or OmegaConf in words that name field, value and what is allowed."""
+def as_config_error(exc: Exception) -> ConfigError:
+    """Return an error of Hydra or OmegaConf as one with the field, its value and the type."""
+    # Hydra wraps errors of OmegaConf, which have the key.
     if isinstance(exc.__cause__, OmegaConfBaseException):
-        return told(exc.__cause__)
+        return as_config_error(exc.__cause__)
     key = getattr(exc, "full_key", None) or ""
     if isinstance(exc, ConfigKeyError | ConfigAttributeError):
         return ConfigError(f"there is no field {key}; {_hint(key)}")
@@ -98,12 +100,13 @@ def told(exc: Exception) -> ConfigError:
 
 
 def field_names(node: Mapping[str, Any] | None = None, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all fields.
+    """Yield the dotted names of all fields.
 
     >>> list(field_names({"seed": 0, "split": {"bottom": 1, "top": 1}}))
     ['seed', 'split.bottom', 'split.top']
     """
     for name, value in (asdict(RunSpec()) if node is None else node).items():
+        # An empty dict is a field with free keys, not a group.
         if isinstance(value, dict) and value:
             yield from field_names(value, f"{prefix}{name}.")
         else:
@@ -112,6 +115,7 @@ def field_names(node: Mapping[str, Any] | None = None, prefix: str = "") -> Iter
 
 def _hint(key: str) -> str:
     names = list(field_names())
+    # A right name in the wrong group is the likeliest mistake.
     same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same or difflib.get_close_matches(key, names)
     return f"did you mean {' or '.join(near)}?" if near else f"fields are: {', '.join(names)}"

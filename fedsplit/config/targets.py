@@ -1,4 +1,4 @@
-"""Import paths: what a config names by path, such as a strategy, becomes an object."""
+"""Import paths in a config, such as that of a strategy: resolved to objects."""
 
 import pkgutil
 from typing import Any
@@ -7,7 +7,7 @@ from fedsplit.errors import ConfigError, FedsplitError
 
 
 def resolve(target: str) -> Any:
-    """Return what an import path names.
+    """Return the object at an import path.
 
     >>> resolve("fractions.Fraction")
     <class 'fractions.Fraction'>
@@ -16,7 +16,7 @@ def resolve(target: str) -> Any:
         target: Such as `flwr.serverapp.strategy.FedAvg`.
 
     Raises:
-        ConfigError: The path leads to nothing.
+        ConfigError: The path cannot be imported.
     """
     try:
         return pkgutil.resolve_name(target)
@@ -28,23 +28,24 @@ def resolve(target: str) -> Any:
 
 
 def build(target: str, **options: Any) -> Any:
-    """Make the object that an import path names.
+    """Call the class or function at an import path, and return the result.
 
     >>> build("fractions.Fraction", numerator=1, denominator=2)
     Fraction(1, 2)
 
     Args:
         target: Such as `flwr.serverapp.strategy.FedAvg`.
-        options: What to call it with.
+        options: Its keyword arguments.
 
     Raises:
-        ConfigError: The path does not lead to a callable, or it refuses the options.
+        ConfigError: The path cannot be imported or called, or the call fails for these options.
     """
     found = resolve(target)
     if not callable(found):
         raise ConfigError(f"{target!r} is {found!r}, which cannot be called; name a class")
     try:
         return found(**options)
+    # Our own errors may be ValueErrors too, and are clear already.
     except FedsplitError:
         raise
     except (TypeError, ValueError) as exc:

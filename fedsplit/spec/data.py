@@ -63,6 +63,7 @@ class ShardingSpec:
     shards: int = 2
     skew: float = 0.0
     target: str = ""
+    # A dict has no hash.
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ _CHANGES_NO_NUMBER = (
     *("bind", "advertise", "tls_cert", "tls_key", "tls_ca", "insecure"),
     *("call_deadline_s", "budget_s", "stash_ttl_s", "stash_bytes"),
 )
+# Names of runs and variants become names of folders.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -267,6 +268,7 @@ class RunSpec:
             raise ConfigError(
                 f"name={self.name!r} must be 1 to 64 of the characters A-Z a-z 0-9 _ -"
             )
+        # NumPy's generators refuse negative seeds.
         at_least("seed", self.seed, 0)
         at_least("clients", self.clients, 1)
         one_of("task", self.task, TASKS)

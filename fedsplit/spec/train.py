@@ -140,6 +140,7 @@ class TrainSpec:
         steps = self.local_steps
         if self.local_epochs:
             per_step = self.batch_size * self.accumulation
+            # A client takes part in every round, however little data it has.
             steps = max(1, math.ceil(self.local_epochs * num_sequences / per_step))
         return min(steps, self.max_steps - taken) if self.max_steps else steps
 
@@ -154,6 +155,7 @@ class TrainSpec:
             return self.lr * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.lr
+        # The warm-up may be longer than the run, and the schedule stays at its end after it.
         span = max(1, self.total_steps - self.warmup_steps)
         done = min(1.0, (step - self.warmup_steps) / span)
         return self.lr * (
