@@ -1,4 +1,4 @@
-"""The `fedsplit` command: one class for each command, read by typer and run here."""
+"""The `fedsplit` command: typer parses the command line into the object of a command."""
 
 import sys
 from collections.abc import Sequence
@@ -29,14 +29,17 @@ _EXAMPLES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` (the process's own arguments by default) describes.
+    """Run the command of a command line.
+
+    Args:
+        argv: The arguments; by default those of the process.
 
     Returns:
-        The exit status: 0, or 1 after one line on stderr, or 2 after a command line that cannot
-        be read, or 130 after Ctrl-C.
+        The exit status: 0; 1 after an error, which is one line on stderr; 2 for a command line
+        that cannot be parsed; 130 after Ctrl-C.
 
     Raises:
-        SystemExit: Nobody reads the output any more, or a shell asked for completions.
+        SystemExit: The reader of the output has closed it, or a shell asked for completions.
     """
     try:
         with ending_with_its_reader():
@@ -48,13 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(str(exc))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        # 128 + SIGINT, as shells report it.
         return 130
 
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = typer.main.get_command(_app())
     parsed = parser.main(argv, prog_name="fedsplit", standalone_mode=False)
-    if isinstance(parsed, Command):  # else it has printed its help
+    # With --help, typer has printed the help and returns no command.
+    if isinstance(parsed, Command):
         parsed.run()
     return 0
 
@@ -62,7 +67,8 @@ def _run(argv: Sequence[str] | None) -> int:
 def _app() -> typer.Typer:
     app = typer.Typer(
         help="Federated split learning of Hugging Face language models.",
-        epilog="\n\n".join(_EXAMPLES),  # typer joins the lines of a paragraph
+        # typer joins the lines of a paragraph.
+        epilog="\n\n".join(_EXAMPLES),
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     for command in _COMMANDS:

@@ -1,8 +1,8 @@
-"""A command: a class whose fields are its arguments and options, and helpers of several commands.
+"""The base class of commands, and options and functions that several commands share.
 
-typer reads the fields (`Annotated` gives the help text), parses the command line and makes the
-object; `main` then calls `run`. Libraries are imported by the method that needs them, so that
-`fedsplit --help` is quick.
+The fields of a command are its arguments and options, and `Annotated` has their help. typer reads
+the fields, parses the command line and makes the object; `main` then calls `run`. Methods import
+the libraries that they need, so that `fedsplit --help` is fast.
 """
 
 import os
@@ -30,10 +30,10 @@ TlsCa = Annotated[
 
 
 class Command(ABC):
-    """What a command line asks for; a subclass is a frozen dataclass, its docstring the help.
+    """A command; a subclass is a frozen dataclass, and its docstring is the help.
 
     Attributes:
-        example: Arguments that the help shows.
+        example: Arguments of the example in the help.
     """
 
     __slots__ = ()
@@ -41,16 +41,17 @@ class Command(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Carry it out.
+        """Run the command.
 
         Raises:
-            FedsplitError: It cannot be done.
+            FedsplitError: The command failed.
             OSError: A file cannot be read or written.
         """
 
 
 def quiet() -> None:
-    """Turn off what gRPC and transformers print beside a command's own lines."""
+    """Turn off the output of gRPC and transformers, which would mix with that of the command."""
+    # gRPC reads the variable when it starts.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from fedsplit.console import quiet_libraries
 
@@ -58,7 +59,7 @@ def quiet() -> None:
 
 
 def read_token(file: str) -> str:
-    """The token in a file, or in the environment if no file is given; "" if there is none.
+    """Return the token of a file, or of the environment if `file` is ""; "" without a token.
 
     Raises:
         ConfigError: The file is empty.
@@ -72,5 +73,5 @@ def read_token(file: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text of a peer or a library, without line ends and control characters."""
+    """Return a text of a peer or a library without line ends and control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

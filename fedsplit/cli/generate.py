@@ -1,4 +1,4 @@
-"""The commands that generate text with a trunk server: generate and chat."""
+"""The commands `generate` and `chat`: text generation with a trunk server."""
 
 import sys
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ Trunk = Annotated[
     str,
     typer.Option(
         metavar="ADDRESS",
-        help="of the trunk server; default 127.0.0.1:9500, for a run where it is",
+        help="of the trunk server; default 127.0.0.1:9500, or the address of the run",
     ),
 ]
 ServedName = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="of the trunk, where a server has several; default its first"
+        metavar="NAME", help="name of the trunk at a server with several trunks; default its first"
     ),
 ]
 Adapter = Annotated[
@@ -38,39 +38,37 @@ Draft = Annotated[
     str,
     typer.Option(
         metavar="prompt|DIR",
-        help="take drafts from the prompt, or from a small model: fewer trips",
+        help="take drafts from the prompt, or from a small model: fewer round trips",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="new tokens at most")]
-Sample = Annotated[bool, typer.Option("--sample", help="draw tokens; default the likeliest")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="maximum number of new tokens")]
+Sample = Annotated[bool, typer.Option("--sample", help="sample tokens; default the most likely")]
 Temperature = Annotated[
     float | None,
-    typer.Option(metavar="X", help="flatten (above 1) or sharpen the choice; samples"),
+    typer.Option(metavar="X", help="flatten (above 1) or sharpen the distribution; samples"),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        metavar="X", help="choose among the likeliest tokens of this probability; samples"
-    ),
+    typer.Option(metavar="X", help="sample from the most likely tokens of this total probability"),
 ]
 TopK = Annotated[
-    int | None, typer.Option(metavar="X", help="choose among this many tokens; samples")
+    int | None, typer.Option(metavar="X", help="sample from this many most likely tokens")
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="of sampling")]
+Seed = Annotated[int, typer.Option(metavar="N", help="seed of sampling")]
 Caches = Annotated[
-    Literal["server", "client"], typer.Option(help="who keeps the trunk's keys and values")
+    Literal["server", "client"], typer.Option(help="the side that stores the trunk's KV cache")
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16"] | None,
-    typer.Option(help="of a --model, as at the server; default float32"),
+    typer.Option(help="dtype of --model, as at the server; default float32"),
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="of torch")]
-Beams = Annotated[int, typer.Option(metavar="N", help="beam search")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="torch device")]
+Beams = Annotated[int, typer.Option(metavar="N", help="number of beams for beam search")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prompting(Command):
-    """The options of both commands: the model, its trunk, and how tokens are chosen."""
+    """The options of both commands: the model, its trunk, and the decoding of tokens."""
 
     model: Model = ""
     run_dir: Run = ""
@@ -99,7 +97,7 @@ class _Prompting(Command):
 
     @contextmanager
     def _writer(self, *, beams: int = 1) -> "Iterator[Writer]":
-        """Writes to the terminal; at the end it prints a summary on stderr."""
+        """Open a writer to the terminal; print a summary on stderr at the end."""
         quiet()
         import torch
 
@@ -135,7 +133,7 @@ class _Prompting(Command):
             print(writer.summary, file=sys.stderr)
 
     def _decoding(self, beams: int) -> dict[str, Any]:
-        """How tokens are chosen, as `generate` of transformers takes it."""
+        """Return the decoding options for the `generate` of transformers."""
         from fedsplit.serve.chat import draft_options
 
         if beams > 1 and self.draft:
@@ -153,15 +151,15 @@ class _Prompting(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate(_Prompting):
-    """Go on from a prompt, as the tokens come."""
+    """Complete a prompt, and print each token at once."""
 
     example: ClassVar[str] = '--trunk 127.0.0.1:9500 --model gpt2 "Once upon a time"'
 
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="what to go on from")]
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="the text to complete")]
     beams: Beams = 1
 
     def run(self) -> None:
-        """Print the text that follows the prompt."""
+        """Print the completion of the prompt."""
         with self._writer(beams=self.beams) as writer:
             from fedsplit.serve.chat import complete
 
@@ -170,7 +168,7 @@ class Generate(_Prompting):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat(_Prompting):
-    """Converse with a model; Ctrl-D ends."""
+    """Chat with a model; Ctrl-D ends the chat."""
 
     example: ClassVar[str] = "--trunk 127.0.0.1:9500 --model gpt2"
 

@@ -1,4 +1,4 @@
-"""The commands on model directories: split and join."""
+"""The commands `split` and `join` for model directories."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ Out = Annotated[str, typer.Option(metavar="DIR", help="new or empty directory")]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split(Command):
-    """Cut a model into its two parts."""
+    """Split a model into the client's part and the trunk."""
 
     example: ClassVar[str] = "gpt2 --split 1/10/1 --out parts"
 
@@ -30,7 +30,7 @@ class Split(Command):
     revision: Annotated[str, typer.Option(metavar="R", help="of a hub id")] = "main"
 
     def run(self) -> None:
-        """Write the parts, and print a line for each."""
+        """Write the two parts, and print a line for each."""
         from fedsplit.console import quiet_libraries
         from fedsplit.model.checkpoint import split_checkpoint
 
@@ -60,7 +60,7 @@ def _part_line(directory: Path) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join(Command):
-    """Make the whole model of its two parts."""
+    """Join the two parts of a model."""
 
     example: ClassVar[str] = "parts/bottom-top parts/trunk --out whole"
 
@@ -71,7 +71,7 @@ class Join(Command):
     out: Out
 
     def run(self) -> None:
-        """Write the model, with the texts of the client's directory."""
+        """Write the whole model, with the tokenizer and other texts of the client's directory."""
         from fedsplit.console import quiet_libraries
         from fedsplit.model.checkpoint import join_checkpoint
         from fedsplit.model.source import Source
@@ -85,14 +85,15 @@ class Join(Command):
 
 @contextmanager
 def _filled_whole(out: Path) -> Iterator[Path]:
-    """A folder to write to; what it holds at the end moves to `out`, and after an error nothing.
+    """Yield a temporary folder; its content is moved to `out` unless there is an error.
 
     Raises:
-        ConfigError: There is something at `out` already.
+        ConfigError: `out` exists and is not an empty directory.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already; give a new or an empty directory")
     out.mkdir(parents=True, exist_ok=True)
+    # Inside of `out`, since a rename works only within one file system.
     with TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
         yield Path(folder)
         for written in Path(folder).iterdir():

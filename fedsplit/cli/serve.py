@@ -1,4 +1,4 @@
-"""The commands on trunk servers: serve and info."""
+"""The commands `serve` and `info` for trunk servers."""
 
 import logging
 import os
@@ -59,24 +59,27 @@ Bind = Annotated[
     str,
     typer.Option(
         metavar="ADDRESS",
-        help="host:port or unix:path; default 127.0.0.1:9500, for a run a free port",
+        help="host:port or unix:path; default 127.0.0.1:9500, or a free port for a run",
     ),
 ]
 Advertise = Annotated[
     str,
-    typer.Option(metavar="HOST:PORT", help="the address for clients, if it is not the bound one"),
+    typer.Option(metavar="HOST:PORT", help="the address for clients, if it differs from --bind"),
 ]
 TlsCert = Annotated[str, typer.Option(metavar="FILE", help="PEM of the server's certificate chain")]
-TlsKey = Annotated[str, typer.Option(metavar="FILE", help="PEM of its key")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="no TLS, and I mean it")]
+TlsKey = Annotated[str, typer.Option(metavar="FILE", help="PEM of the server's key")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="allow other machines to connect without TLS")
+]
 Devices = Annotated[
-    str, typer.Option(metavar="NAME", help="of torch; several, cuda:0,cuda:1, or auto for all GPUs")
+    str,
+    typer.Option(metavar="NAME", help="torch device; several, cuda:0,cuda:1, or auto for all GPUs"),
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serve(Command):
-    """Serve trunks of models or of a finished run."""
+    """Serve the trunks of models, or the trunk of a finished run."""
 
     example: ClassVar[str] = "--model gpt2 --split 1/10/1 (or: fedsplit serve runs/default)"
 
@@ -119,6 +122,7 @@ class Serve(Command):
         stopped, failed = threading.Event(), threading.Event()
 
         def stop_after_failure() -> None:
+            # In this order: the main thread reads `failed` after `stopped` is set.
             failed.set()
             stopped.set()
 
@@ -133,21 +137,23 @@ class Serve(Command):
                 on_failure=stop_after_failure,
             )
             address = opened.enter_context(hosting)
-            _set_when_asked_to_end(stopped)
+            _set_on_signals(stopped)
             if finished:
                 opened.enter_context(finished.announced(address))
             source = ["--run", folders[0]] if finished else ["--trunk", address]
+            # Flushed, since other programs wait for this line.
             print(self._ready_line(served, run, address, source), flush=True)
             stopped.wait()
         if failed.is_set():
             raise Internal(
-                "no trunk of this server is left; the tracebacks above say why each failed"
+                "all trunks of this server have failed; the tracebacks above have the reasons"
             )
 
     def _run_spec(self, finished: RunSpec | None) -> RunSpec:
         from fedsplit.config import changed, compose
 
         overrides = [word for word in self.words if "=" in word]
+        # First, so that split.bottom=... among the words takes precedence.
         if self.split:
             overrides.insert(0, f"split={self.split}")
         return changed(finished, overrides) if finished else compose(overrides)
@@ -194,15 +200,15 @@ def update_of(run: RunSpec) -> "type[TrunkUpdate]":
     return update
 
 
-def _set_when_asked_to_end(stopped: threading.Event) -> None:
-    """Set the event when the process is asked to end, from now on."""
+def _set_on_signals(stopped: threading.Event) -> None:
+    """Set the event at SIGINT or SIGTERM, in place of what the process did."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Info(Command):
-    """Ask a running trunk server what it is."""
+    """Show the properties of a running trunk server."""
 
     example: ClassVar[str] = "127.0.0.1:9500"
 
@@ -210,8 +216,9 @@ class Info(Command):
     tls_ca: TlsCa = ""
 
     def run(self) -> None:
-        """Print what the server says of itself, a line for each property."""
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would stand beside our one line
+        """Print a line for each property of the server."""
+        # gRPC would log a failed connection beside our error line.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from fedsplit.console import table_text
         from fedsplit.transport.client import GrpcLink
         from fedsplit.wire.messages import ServiceInfoRequest
@@ -235,4 +242,5 @@ class Info(Command):
         }
         if info.served:
             rows["trunks here, by name"] = ", ".join(info.served)
+        # The server's texts may have control characters of terminals.
         print(table_text([(name, one_line(str(value))) for name, value in rows.items()]))

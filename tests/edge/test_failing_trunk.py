@@ -72,7 +72,7 @@ def test_a_server_whose_only_trunk_runs_out_of_memory_in_a_step_ends_with_an_err
             server.kill()
     assert "the trunk failed at version 0 and serves nothing more" in told
     assert "Traceback" in told and "memory" in told
-    assert "\nerror: no trunk of this server is left;" in told
+    assert "\nerror: all trunks of this server have failed;" in told
 
 
 def _step_without_memory(reached, pid: int) -> None:
