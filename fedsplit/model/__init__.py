@@ -1,4 +1,4 @@
-"""Cut Hugging Face models into parts that train and generate exactly like the whole."""
+"""Parts of a split Hugging Face model, which train and generate exactly like the unsplit model."""
 
 from fedsplit.model.build import (
     SplitModel,

@@ -1,6 +1,7 @@
-"""How a part trains in less memory or time: recomputed activations, half precision, compilation.
+"""Options that save memory or time in training: checkpointing, half precision, compilation.
 
-None of them changes what is computed: recomputation is exact, the other two round differently.
+No option changes the function that a part computes. Activation checkpointing is exact; half
+precision and compilation round differently.
 """
 
 from contextlib import AbstractContextManager
@@ -16,16 +17,17 @@ from fedsplit.spec import ModelSpec, TrainSpec
 
 
 def apply_training_options(model: PreTrainedModel, train: TrainSpec) -> None:
-    """Have a model that is about to train do it as `train` says for its part.
+    """Turn on the activation checkpointing and the compilation that `train` sets for a model.
 
-    An unsplit model does what either part would do, the client first.
+    An unsplit model gets the options of both parts. If both set a compile mode, the client's is
+    used.
 
     Args:
-        model: A part or an unsplit model, with its adapters.
-        train: Names what is recomputed and what is compiled.
+        model: A part or an unsplit model, with its adapters; changed in place.
+        train: The options of client and trunk.
 
     Raises:
-        ConfigError: The family cannot recompute its activations.
+        ConfigError: The family does not support activation checkpointing.
     """
     if checkpoints(model, train):
         _checkpoint(model)
@@ -34,7 +36,10 @@ def apply_training_options(model: PreTrainedModel, train: TrainSpec) -> None:
 
 
 def checkpoints(model: PreTrainedModel, train: TrainSpec) -> bool:
-    """Whether this part keeps only its blocks' inputs and computes the rest again in backward."""
+    """Whether `train` sets activation checkpointing for this model.
+
+    The model then keeps only the inputs of its blocks and recomputes the rest in the backward.
+    """
     if isinstance(model, TrunkPart):
         return train.checkpointing in ("trunk", "all")
     if isinstance(model, ClientPart):
@@ -43,9 +48,9 @@ def checkpoints(model: PreTrainedModel, train: TrainSpec) -> bool:
 
 
 def autocast(model: ModelSpec, device: torch.device) -> AbstractContextManager[None]:
-    """A block whose matrix products are in the precision of `model.autocast`.
+    """A context in which matrix products are computed in the precision of `model.autocast`.
 
-    For forwards: a backward computes in the precision of its forward by itself.
+    Use it for forwards only: autograd computes a backward in the precision of its forward.
     """
     precision = precision_of(model, device)
     dtype = getattr(torch, precision) if precision else None
@@ -53,9 +58,9 @@ def autocast(model: ModelSpec, device: torch.device) -> AbstractContextManager[N
 
 
 def precision_of(model: ModelSpec, device: torch.device) -> str:
-    """The dtype that `model.autocast` stands for on a device, by name; empty if it is off.
+    """The name of the dtype that `model.autocast` means on a device; empty if it is off.
 
-    `auto` is bfloat16 where the device has it, which needs no loss scale, else float16.
+    `auto` is bfloat16 if the device supports it, else float16. Only float16 needs a loss scale.
     """
     if model.autocast == "auto":
         return "bfloat16" if device.type == "cpu" or _has_bfloat16(device) else "float16"
@@ -66,6 +71,7 @@ def _has_bfloat16(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
+        # By default torch also counts devices that only emulate bfloat16.
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -75,15 +81,18 @@ def _checkpoint(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not support activation checkpointing; set "
             "train.checkpointing=none"
         )
-    # Without dropout there is nothing to draw again, and the process's generators are left alone.
-    how = {"use_reentrant": False, "preserve_rng_state": draws(model)}
+    # A model without dropout draws nothing in the recomputation. Saving the state of the
+    # generators would then only cost time, and it would touch state that all threads share.
+    options = {"use_reentrant": False, "preserve_rng_state": draws(model)}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(how)
-    else:  # as transformers called it before
-        model.gradient_checkpointing_enable(how)
+        model.activation_checkpointing_enable(options)
+    else:
+        # Older versions of transformers have only this name.
+        model.gradient_checkpointing_enable(options)
 
 
 def _compile_mode(model: PreTrainedModel, train: TrainSpec) -> str:
+    # The order decides for an unsplit model, which takes the first mode that is not off.
     modes = [train.compile_client, train.compile_trunk]
     if isinstance(model, Part):
         modes = [train.compile_trunk if isinstance(model, TrunkPart) else train.compile_client]

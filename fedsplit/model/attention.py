@@ -1,4 +1,4 @@
-"""Which of a family's attentions a part computes with."""
+"""The choice of the attention implementation that a part computes with."""
 
 import torch
 from transformers import PreTrainedModel
@@ -8,19 +8,23 @@ from fedsplit.errors import ConfigError
 from fedsplit.model.acceleration import precision_of
 from fedsplit.spec import ModelSpec
 
+# The fastest first: `auto` takes the first that has no obstacle.
 _PREFERRED = ("flash_attention_2", "sdpa", "eager")
 
 
 def attention_of(model: ModelSpec, family: type[PreTrainedModel], device: str = "cpu") -> str:
-    """The attention that `model.attention` stands for; with `auto`, the fastest that can be.
+    """The attention implementation that `model.attention` means; `auto` is the fastest usable one.
 
     Args:
-        model: What is asked for, and the precision that is computed in.
-        family: The model's class, which says what it can do.
-        device: Where the part will be, as torch names it.
+        model: The setting, and the precision of the computation.
+        family: The model's class, which lists the implementations that it supports.
+        device: The device of the part, as torch names it.
+
+    Returns:
+        The implementation's name in transformers.
 
     Raises:
-        ConfigError: The attention asked for cannot be; it says why.
+        ConfigError: The implementation cannot be used; the message gives the reason.
 
     >>> from transformers import GPT2LMHeadModel
     >>> attention_of(ModelSpec(attention="auto"), GPT2LMHeadModel)
@@ -37,7 +41,8 @@ def attention_of(model: ModelSpec, family: type[PreTrainedModel], device: str = 
 
 
 def _obstacle(name: str, model: ModelSpec, family: type[PreTrainedModel], device: str) -> str:
-    """Why this attention cannot be; empty if it can."""
+    """The reason why this implementation cannot be used; empty if it can."""
+    # transformers has no public query for this; the flags are on the class, so no model is built.
     supported = {
         "flash_attention_2": family._supports_flash_attn,
         "sdpa": family._supports_sdpa,
@@ -49,6 +54,7 @@ def _obstacle(name: str, model: ModelSpec, family: type[PreTrainedModel], device
         return ""
     if device.partition(":")[0] != "cuda":
         return f"it needs a CUDA device, and this part is on {device}"
+    # The kernels of flash-attn exist for float16 and bfloat16 only.
     if model.dtype != "bfloat16" and not precision_of(model, torch.device(device)):
         return "it needs half precision (model.dtype=bfloat16 or model.autocast=auto)"
     return "" if is_flash_attn_2_available() else "the package flash-attn is not installed here"

@@ -1,4 +1,4 @@
-"""Cut a model into the client's part and the trunk, and put it together again."""
+"""Builders of the client's part, the trunk and the unsplit model, from files or from tensors."""
 
 import copy
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ from fedsplit.spec import SplitSpec
 P = TypeVar("P", bound=Part)
 M = TypeVar("M", bound=PreTrainedModel)
 
+# Dtypes of weights that are not quantized.
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitModel:
-    """Both parts of a cut model, connected in this process."""
+    """Both parts of a split model, connected in this process."""
 
     client: ClientPart
     trunk: TrunkPart
@@ -42,20 +43,20 @@ def build_client(
     seed: int = 0,
     **options: Any,
 ) -> ClientPart:
-    """Bottom and top as one model of the family's class; `connect` gives it its trunk.
+    """The client's part: bottom and top in one model; `connect` connects it to a trunk.
 
     Args:
-        config: The whole model's.
-        split: How many blocks each part holds.
-        source: Local directory or hub id of the whole model; only own tensors are read.
-        state_dict: The whole model's tensors, or just the part's; taken over, not copied.
-        model_class: The family's class; the causal language model of `config` by default.
-        revision: Of a hub id.
-        seed: Of a classifier's head, where the source is a model without one.
+        config: The unsplit model's config.
+        split: The number of blocks in each part.
+        source: Local directory or hub id of the unsplit model; only the part's tensors are read.
+        state_dict: The tensors of the unsplit model or of the part; used without a copy.
+        model_class: The family's class; by default the causal language model of `config`.
+        revision: The branch, tag or commit of a hub id.
+        seed: The seed of a classifier's head that the source does not have.
         options: For `from_pretrained`: dtype, attn_implementation, device_map.
 
     Raises:
-        UnsupportedModel: The model cannot be cut exactly; before anything is read.
+        UnsupportedModel: The model cannot be cut exactly; raised before a file is read.
         ConfigError: The split does not fit, or not exactly one of source and state_dict is given.
         CheckpointError: A tensor is missing, has another shape, or cannot be read.
     """
@@ -73,7 +74,7 @@ def build_trunk(
     revision: str = "main",
     **options: Any,
 ) -> TrunkPart:
-    """The blocks between the cuts; arguments and errors as in `build_client`."""
+    """The trunk: the blocks between the cuts. Arguments and errors are those of `build_client`."""
     cls = _class_of(TrunkPart, config, split, model_class)
     return _load(cls, config, source, state_dict, revision, options)
 
@@ -104,6 +105,7 @@ def _load(
     if source is None:
         return load_tensors(cls, config, state_dict or {}, "state_dict", **options)
     origin = Source(name=source, revision=revision)
+    # transformers writes to the config of a model that it builds, so this model gets a copy.
     tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)))
     part = load_tensors(cls, config, tensors, source, new=cls.plan.head, seed=seed, **options)
     return _with_generation_config(part, origin)
@@ -126,12 +128,13 @@ def load_tensors(
     seed: int = 0,
     **options: Any,
 ) -> M:
-    """A model of class `cls` with these tensors; `origin` names them in errors.
+    """A model of class `cls` with these tensors; errors name their source, `origin`.
 
-    Modules named in `new` may be missing; the family draws fresh weights for them, from `seed`.
+    The tensors of the modules in `new` may be missing. They get random values from `seed`.
 
     Raises:
         CheckpointError: A tensor is missing or has another shape.
+        UnsupportedModel: The family's loading separates tied tensors.
     """
     model, absent = _loaded(cls, config, tensors, origin, seed, options)
     may_miss = tuple(f"{module}." for module in new)
@@ -153,8 +156,9 @@ def _loaded(
     seed: int,
     options: dict[str, Any],
 ) -> tuple[M, list[str]]:
-    """A model with these tensors, and the names of those that it drew because they are missing."""
+    """A model with these tensors, and the names of missing ones, which get random values."""
     try:
+        # `from_pretrained` replaces functions of the process, so it always takes the lock.
         with rng_scope(seed):
             loaded: Any = cls.from_pretrained(
                 None, config=config, state_dict=tensors, output_loading_info=True, **options
@@ -166,20 +170,21 @@ def _loaded(
 
 
 def _require_ties(model: PreTrainedModel) -> None:
-    """Refuse a family whose own loading changes one of two tied tensors and so unties them."""
+    """Raise if the family's loading has separated two tied tensors."""
     held = dict(model.named_parameters(remove_duplicate=False))
     for target, source in getattr(model, "ties", {}).items():
+        # Equal values are not enough: a tied tensor sums the gradients of both uses.
         if held[target] is not held[source]:
             raise UnsupportedModel(
-                f"{type(model).__name__}: its own loading unties '{target}' and '{source}', so no "
-                "part can be what the unsplit model is"
+                f"{type(model).__name__}: its own loading unties '{target}' and '{source}', so a "
+                "part cannot equal the unsplit model"
             )
 
 
 def _misfit(
     cls: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, Tensor]
 ) -> str:
-    """Which tensor has another shape than the model, in words."""
+    """A sentence that names the first tensor with another shape than the model's."""
     held = on_meta(cls, copy.deepcopy(config)).state_dict()
     for name, tensor in tensors.items():
         if name in held and held[name].shape != tensor.shape:
@@ -202,21 +207,21 @@ def split_model(
 ) -> SplitModel:
     """Cut a model into the client's part and the trunk, connected in this process.
 
-    The parts behave as the whole: same logits, same gradients, same generated tokens.
+    The parts give the same logits, gradients and generated tokens as the unsplit model.
 
     Args:
         model: A model in memory (its tensors are copied), a local directory or a hub id.
         split: Blocks of bottom, trunk and top, such as "1/2/1" or "1/*/1".
-        config: Of a directory or hub id, in place of its own.
+        config: A config that replaces the one of the directory or hub id.
         model_class: As in `build_client`.
-        revision: Of a hub id.
+        revision: The branch, tag or commit of a hub id.
         seed: As in `build_client`.
         options: For `from_pretrained`: dtype, attn_implementation, device_map.
 
     Raises:
-        UnsupportedModel: The model cannot be cut exactly; before anything is read.
+        UnsupportedModel: The model cannot be cut exactly; raised before its weights are read.
         ConfigError: The split does not fit.
-        CheckpointError: The source is no model, or not whole.
+        CheckpointError: The source is not a model, or a tensor is missing.
 
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -233,15 +238,16 @@ def split_model(
     spec = SplitSpec.parse(split) if isinstance(split, str) else split
     if isinstance(model, str):
         config = config or Source(name=model, revision=revision).config()
-        given: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
+        origin: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
         generation = None
     else:
         config, generation = _plain_config(model), getattr(model, "generation_config", None)
+        # The builders use tensors without a copy, and training must not change the caller's model.
         tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        given = {"state_dict": tensors, "model_class": model_class or type(model)}
+        origin = {"state_dict": tensors, "model_class": model_class or type(model)}
         options = {"dtype": model.dtype, "attn_implementation": _attention(config), **options}
-    client = build_client(config, spec, seed=seed, **given, **options)
-    trunk = build_trunk(config, spec, **given, **options)
+    client = build_client(config, spec, seed=seed, **origin, **options)
+    trunk = build_trunk(config, spec, **origin, **options)
     if generation is not None:
         client.generation_config = copy.deepcopy(generation)
     connect(client, trunk.run, trunk.new_cache)
@@ -249,10 +255,10 @@ def split_model(
 
 
 def _plain_config(model: PreTrainedModel) -> PretrainedConfig:
-    """A model's config, without the quantization that its weights no longer have.
+    """A model's config, without a quantization that its weights no longer have.
 
-    transformers dequantizes most GGUF files while it reads them, but leaves their mark in the
-    config; it would then take the parts for quantized.
+    transformers dequantizes most GGUF files while it reads them, but leaves the quantization in
+    the config. It would then load the parts as quantized models.
 
     Raises:
         UnsupportedModel: The weights are quantized.
@@ -261,11 +267,13 @@ def _plain_config(model: PreTrainedModel) -> PretrainedConfig:
     if not method:
         return model.config
     config = copy.deepcopy(model.config)
+    # A config of text and images has one for text inside, which has the field too.
     for each in (config, config.get_text_config(decoder=True)):
         vars(each).pop("quantization_config", None)
     plain = on_meta(type(model), copy.deepcopy(config)).state_dict()
     for name, tensor in model.state_dict().items():
         expected = plain.get(name)
+        # Quantized layers pack several values into an integer, or add tensors for their scales.
         if expected is None or tensor.shape != expected.shape or tensor.dtype not in _PLAIN:
             raise UnsupportedModel(
                 f"{type(model).__name__}: its weights are quantized ({method}): '{name}' is "
@@ -276,10 +284,10 @@ def _plain_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
-    """The unsplit model of two parts, with copies of their tensors; adapters are folded in.
+    """The unsplit model of two parts, with copies of their tensors; adapters are merged.
 
     Raises:
-        ConfigError: The parts are not cut from one model in one place.
+        ConfigError: The parts are not from the same model or the same cut.
 
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -298,6 +306,7 @@ def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
             f"{client.trunk_blocks} elsewhere, the trunk {trunk.family.__name__} with blocks "
             f"{trunk.trunk_blocks}"
         )
+    # Names are those of the unsplit model in both parts, so the union of the two is its state.
     tensors = {k: t.clone() for part in (trunk, client) for k, t in folded_state(part).items()}
     whole: PreTrainedModel = load_tensors(
         client.family,
@@ -323,7 +332,7 @@ def load_whole(
 ) -> PreTrainedModel:
     """The unsplit model of a local directory or a hub id; it need not be one that can be cut.
 
-    As in transformers, any weights may be missing: they are drawn from `seed`, and transformers
+    Weights may be missing, as in transformers: they get random values from `seed`, and transformers
     logs a warning with their names. The other arguments are those of `build_client`.
 
     Raises:
@@ -336,7 +345,7 @@ def load_whole(
 
 
 def folded_model(whole: PreTrainedModel) -> PreTrainedModel:
-    """An unsplit model with its adapters added to its weights; itself if it has none."""
+    """An unsplit model with its adapters merged into its weights; `whole` itself if it has none."""
     state = folded_state(whole)
     if state.keys() == whole.state_dict().keys():
         return whole
@@ -359,10 +368,10 @@ def initial_parts(
     model_class: type[PreTrainedModel] | None = None,
     **options: Any,
 ) -> SplitModel:
-    """Parts of `initial_whole`. Takes the whole model's memory for a moment.
+    """The two parts of `initial_whole`; the unsplit model is in memory while they are made.
 
     Raises:
-        UnsupportedModel: The model cannot be cut exactly; before anything is built.
+        UnsupportedModel: The model cannot be cut exactly; raised before it is built.
     """
     plan_for(model_class or model_class_for(config), config)
     return split_model(initial_whole(config, seed, model_class=model_class, **options), split)
@@ -375,11 +384,12 @@ def initial_whole(
     model_class: type[PreTrainedModel] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The unsplit model with fresh weights, as it is built under `torch.manual_seed(seed)`.
+    """The unsplit model with the random weights that it gets under `torch.manual_seed(seed)`.
 
-    The random state of the caller is left alone.
+    The caller's random state does not change.
     """
     family = model_class or model_class_for(config)
+    # Parts that draw their own weights would not be parts of one model: the order differs.
     with rng_scope(seed):
         whole: PreTrainedModel = family._from_config(copy.deepcopy(config), **options)
     return whole

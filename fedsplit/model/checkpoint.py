@@ -1,7 +1,7 @@
-"""Parts on disk: split a checkpoint into part directories, load one part, join them again.
+"""Parts on disk: split a checkpoint into part directories, load a part, join two parts.
 
-A part's weights do not lie in `model.safetensors`, so that transformers, which would fill the
-other part's blocks with random numbers, finds no model in the directory.
+The weights of a part have a file name that transformers does not read. From a `model.safetensors`,
+transformers would load the part as a whole model and give the other part's blocks random weights.
 """
 
 import hashlib
@@ -27,19 +27,21 @@ WEIGHTS = "part.safetensors"
 _BUILD: dict[str, Callable[..., ClientPart | TrunkPart]] = dict(
     zip(PARTS, (build_client, build_trunk), strict=True)
 )
-# Fields that do not change what the model computes, or differ between its copies.
+# Fields that do not change the computation, or that differ between copies of one model.
 _VOLATILE = frozenset({"architectures", "transformers_version", "dtype", "torch_dtype"})
 
 
 def model_fingerprint(config: PretrainedConfig, split: SplitSpec) -> str:
-    """16 hex digits, equal at two sides iff they cut the same model in the same place."""
+    """16 hex digits, equal for two parts if and only if model config and cut are the same."""
     num_blocks = config.get_text_config(decoder=True).num_hidden_layers
-    told = {"config": _lasting(config.to_dict()), "cut": split.cut(num_blocks)}
-    text = json.dumps(told, sort_keys=True, separators=(",", ":"), default=str)
+    # The cut in numbers, since "1/2/1" and "1/*/1" may be the same.
+    data = {"config": _lasting(config.to_dict()), "cut": split.cut(num_blocks)}
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _lasting(value: Any) -> Any:
+    """A value of a config without volatile and private fields, at any depth."""
     if isinstance(value, dict):
         return {
             str(k): _lasting(v)
@@ -59,22 +61,22 @@ def split_checkpoint(
 ) -> dict[str, Path]:
     """Write the parts of a model to `out_dir/bottom-top` and `out_dir/trunk`.
 
-    One part is in memory at a time. The client's directory gets the tokenizer and the
-    generation config too.
+    One part is in memory at a time. The client's directory also gets the tokenizer and the
+    generation config.
 
     Args:
-        source: Local directory or hub id of the whole model.
-        split: How many blocks each part holds.
-        out_dir: Made if it is not there.
-        revision: Of a hub id.
-        model_class: The family's class; the causal language model of the config by default.
+        source: Local directory or hub id of the unsplit model.
+        split: The number of blocks in each part.
+        out_dir: Created if it does not exist.
+        revision: The branch, tag or commit of a hub id.
+        model_class: The family's class; by default the causal language model of the config.
 
     Returns:
         The two directories by name of the part.
 
     Raises:
         UnsupportedModel: The model cannot be cut exactly.
-        CheckpointError: The source is no model, or not whole.
+        CheckpointError: The source is not a model, or a tensor is missing.
     """
     origin = Source(name=source, revision=revision)
     config = origin.config()
@@ -82,11 +84,13 @@ def split_checkpoint(
     for name, build in _BUILD.items():
         directory = Path(out_dir) / name
         directory.mkdir(parents=True, exist_ok=True)
+        # Before the manifest, which holds the hashes of all files.
         if name == "bottom-top":
             origin.copy_texts(directory)
         part = build(config, split, source=source, revision=revision, model_class=model_class)
         _write_part(part, name, split, origin, directory)
-        del part  # before the next one is read
+        # Frees the memory before the next part is read.
+        del part
         directories[name] = directory
     return directories
 
@@ -111,26 +115,27 @@ def _write_part(
 
 
 def _untied_state(part: PreTrainedModel) -> dict[str, Tensor]:
-    """The part's tensors, each once: a tied one under the name it is tied to."""
+    """The part's tensors, each once; a tied tensor has the name of its source."""
+    # safetensors refuses tensors that share memory.
     tied = part.all_tied_weights_keys
     return {k: t.detach().contiguous() for k, t in part.state_dict().items() if k not in tied}
 
 
 def load_part(directory: str | Path, **options: Any) -> ClientPart | TrunkPart:
-    """The part in a directory that `split_checkpoint` wrote; reads nothing else.
+    """The part in a directory that `split_checkpoint` wrote.
 
     Args:
-        directory: `.../bottom-top` or `.../trunk`.
+        directory: `.../bottom-top` or `.../trunk`; no other file is read.
         options: For `from_pretrained`: dtype, attn_implementation, device_map.
 
     Raises:
-        CheckpointError: The directory is no part's, is not what its manifest says, or lacks a
-            tensor.
+        CheckpointError: The directory has no part, differs from its manifest, or lacks a tensor.
     """
     directory = Path(directory)
     manifest = Manifest.read(directory)
     manifest.verify(directory)
     config, split = Source(name=str(directory)).config(), _split_of(manifest, directory)
+    # No hash covers the manifest itself, so its split is checked by the fingerprint.
     if model_fingerprint(config, split) != manifest.fingerprint:
         raise CheckpointError(
             f"{directory}: config.json and split {split} have fingerprint "
@@ -156,22 +161,22 @@ def join_checkpoint(
     """Write the unsplit model of two parts as a plain Hugging Face checkpoint.
 
     Args:
-        client: In memory, or its directory.
-        trunk: In memory, or its directory.
-        out_dir: What `AutoModelForCausalLM.from_pretrained` will load.
+        client: The client's part, or its directory.
+        trunk: The trunk, or its directory.
+        out_dir: The directory of the checkpoint, for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        CheckpointError: A directory is not the part it should be.
-        ConfigError: The parts are not cut from one model in one place.
+        CheckpointError: A directory does not hold the expected part.
+        ConfigError: The parts are not from the same model or the same cut.
     """
-    ends = load_part(client) if isinstance(client, (str, Path)) else client
-    middle = load_part(trunk) if isinstance(trunk, (str, Path)) else trunk
-    if not isinstance(ends, ClientPart) or not isinstance(middle, TrunkPart):
+    client_part = load_part(client) if isinstance(client, (str, Path)) else client
+    trunk_part = load_part(trunk) if isinstance(trunk, (str, Path)) else trunk
+    if not isinstance(client_part, ClientPart) or not isinstance(trunk_part, TrunkPart):
         raise CheckpointError(
             f"join needs the {PARTS[0]} part first and the {PARTS[1]} second, "
             f"not {client} and {trunk}"
         )
-    join_model(ends, middle).save_pretrained(out_dir)
+    join_model(client_part, trunk_part).save_pretrained(out_dir)
 
 
 def _split_of(manifest: Manifest, directory: Path) -> SplitSpec:
@@ -182,16 +187,19 @@ def _split_of(manifest: Manifest, directory: Path) -> SplitSpec:
 
 
 def _class_named(name: str, directory: Path) -> type[PreTrainedModel]:
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    # The name comes from a file, so anything but a model class is refused.
+    model_class = getattr(transformers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise CheckpointError(
-            f"{directory}: transformers {transformers.__version__} has no model class {name!r}"
+            f"{directory}: transformers {transformers.__version__} has no model class {name!r}; "
+            "install the version that split the model (manifest.json has it)"
         )
-    return found
+    return model_class
 
 
 def _own_version() -> str:
     try:
         return version("fedsplit")
     except PackageNotFoundError:
+        # A checkout on the path, without an installed distribution.
         return "unknown"

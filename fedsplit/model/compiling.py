@@ -1,7 +1,7 @@
-"""A part's blocks, compiled one by one; as they were where that cannot be done.
+"""Compilation of a part's blocks, with a fallback to plain Python if it fails.
 
-Blocks and not the whole part: they are alike, so that one compilation serves them all, and what
-lies between them (masks, a trunk that is far away) stays plain Python.
+Each block is compiled by itself. All blocks have the same code, so one compilation serves them
+all. The code around them, such as masks and the call to a remote trunk, stays plain Python.
 """
 
 import functools
@@ -18,17 +18,18 @@ from fedsplit.model.stage import Part
 
 log = logging.getLogger(__name__)
 
+# Marks a forward that is compiled already.
 _COMPILED = "fedsplit_compiled"
 
 
 def compile_blocks(model: PreTrainedModel, mode: str) -> None:
-    """Have the blocks of a part, or of an unsplit model, run compiled wherever they train.
+    """Compile the blocks of a part, or of an unsplit model, for passes with gradients.
 
-    Without gradients they run as they are: in generation every step has another shape.
+    Passes without gradients run the plain code: in generation, every step has another shape.
 
     Args:
-        model: Compiled once; a second time changes nothing.
-        mode: Of `torch.compile`.
+        model: Changed in place; a second call changes nothing.
+        mode: The mode of `torch.compile`.
     """
     compiler = _Compiler(type(model).__name__, mode)
     for block in _blocks(model):
@@ -45,10 +46,11 @@ def _blocks(model: PreTrainedModel) -> Iterable[nn.Module]:
 
 
 class _Compiler:
-    """Compiles blocks until the first failure, after which none of them is compiled."""
+    """Compiles blocks on their first use; after the first failure all blocks run plain."""
 
     def __init__(self, name: str, mode: str) -> None:
-        from torch._dynamo.exc import TorchDynamoException  # takes a second, and only here
+        # This import takes about a second, and runs without compilation do not need it.
+        from torch._dynamo.exc import TorchDynamoException
 
         self._name = name
         self._mode = mode
@@ -56,13 +58,15 @@ class _Compiler:
         self._works = True
 
     def take(self, block: nn.Module) -> None:
-        """Replace a block's forward."""
+        """Replace the block's forward."""
+        # The forward and not the module: a wrapper module would change the names of parameters.
         plain: Any = block.forward
         fast: Any = torch.compile(plain, mode=self._mode)
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._works and torch.is_grad_enabled():
+                # torch.compile compiles at the first call, so its errors appear here.
                 try:
                     return fast(*args, **kwargs)
                 except self._failure as exc:

@@ -1,4 +1,4 @@
-"""The model that a run describes: its config, and the parts that each side starts from."""
+"""The model that a run describes: its config and its initial parts."""
 
 import difflib
 import logging
@@ -38,11 +38,16 @@ log = logging.getLogger(__name__)
 def config_of(
     run: RunSpec, tokenizer: TokenizersBackend | None, labels: tuple[str, ...] = ()
 ) -> PretrainedConfig:
-    """The config of the checkpoint, or of a new model of the family, for tokenizer and labels.
+    """The config of the run's checkpoint, or of a new model of its family.
+
+    Args:
+        run: Names the checkpoint or the family.
+        tokenizer: Sets vocabulary size and special tokens of a new model; None for images.
+        labels: The names of the classes of a classifier.
 
     Raises:
-        ConfigError: transformers knows no such family, or it refuses the settings.
-        CheckpointError: The checkpoint has no config that can be read.
+        ConfigError: transformers does not know the family, or it refuses the settings.
+        CheckpointError: The checkpoint has no readable config.
     """
     model, pad = run.model, tokenizer.pad_token_id if tokenizer else None
     classes = classifier_fields(labels, pad) if labels else {}
@@ -54,16 +59,17 @@ def config_of(
         near = difflib.get_close_matches(model.family, list(CONFIG_MAPPING), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"model.family={model.family} is not a model type of transformers{hint}")
+    # The user's own fields come last, so that they override all others.
     fields = {**(_ids_of(tokenizer) if tokenizer else {}), **classes, **model.config}
     try:
-        made: PretrainedConfig = AutoConfig.for_model(model.family, **fields)
+        config = AutoConfig.for_model(model.family, **fields)
     except (ValueError, TypeError) as exc:
         raise ConfigError(f"model.family={model.family}: {str(exc).splitlines()[0]}") from exc
-    return made
+    return config
 
 
 def parts_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> SplitModel:
-    """Both parts as the run begins, connected in this process."""
+    """Both parts of the run before training, connected in this process."""
     options = _options(run, config, device)
     weights = _weights(run, config, options)
     client, trunk = _client(run, config, weights), _trunk(run, config, weights)
@@ -72,42 +78,48 @@ def parts_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Spl
 
 
 def client_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> ClientPart:
-    """The client's part as the run begins, with adapters if the run trains those.
+    """The client's part before training, with adapters if the run trains them.
 
-    Only the part's own tensors of a checkpoint are read. The part is in the host's memory; `device`
-    is where it will compute. The same holds for the other functions.
+    Only the part's own tensors are read from a checkpoint.
+
+    Args:
+        run: Names the checkpoint or the family, the split, the adapters and the seed.
+        config: The unsplit model's config, from `config_of`.
+        device: Where the part will compute; it selects attention and precision. The part itself
+            is in host memory.
     """
     return _client(run, config, _weights(run, config, _options(run, config, device)))
 
 
 def trunk_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> TrunkPart:
-    """The trunk as the run begins; it trains if the run's mode is `joint`."""
+    """The trunk before training; it is frozen unless the run's mode is `joint`."""
     return _trunk(run, config, _weights(run, config, _options(run, config, device)))
 
 
 def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
-    """The unsplit model as the run begins, for a baseline."""
+    """The unsplit model before training, for a baseline."""
     options = _options(run, config, device)
     if run.model.pretrained:
         source, revision = run.model.pretrained, run.model.revision
         whole = load_whole(config, source, revision=revision, seed=run.seed, **options)
     else:
         whole = initial_whole(config, run.seed, **options)
+    # Training needs no KV cache, which most families would create by default.
     whole.config.use_cache = False
     add_adapters(whole, run.lora, run.seed)
     return whole
 
 
 def shared(model: PreTrainedModel, run: RunSpec) -> dict[str, nn.Parameter]:
-    """The trained parameters that a client gives away, by name."""
-    kept = set(_personal_names(model, run))
-    return {name: p for name, p in trainable(model).items() if name not in kept}
+    """The trained parameters that a client sends to the server for aggregation, by name."""
+    names = set(_personal_names(model, run))
+    return {name: p for name, p in trainable(model).items() if name not in names}
 
 
 def personal(model: PreTrainedModel, run: RunSpec) -> dict[str, nn.Parameter]:
-    """The trained parameters that stay at their client, by name."""
-    kept = set(_personal_names(model, run))
-    return {name: p for name, p in trainable(model).items() if name in kept}
+    """The trained parameters that stay at the client, by name."""
+    names = set(_personal_names(model, run))
+    return {name: p for name, p in trainable(model).items() if name in names}
 
 
 def _personal_names(model: PreTrainedModel, run: RunSpec) -> Iterator[str]:
@@ -129,27 +141,29 @@ def _ids_of(tokenizer: TokenizersBackend) -> dict[str, Any]:
 
 
 def _options(run: RunSpec, config: PretrainedConfig, device: str) -> dict[str, Any]:
-    """The model's class, dtype and attention, as the builders take them."""
+    """The model's class, dtype and attention implementation, as options for the builders."""
     family = model_class_for(config, run.task)
     attention = attention_of(run.model, family, device)
     precision = precision_of(run.model, _device(device)) or run.model.dtype
-    told = family.__name__, device, attention, precision
-    log.info("%s on %s computes attention as %s, matrix products in %s", *told)
+    values = family.__name__, device, attention, precision
+    log.info("%s on %s computes attention as %s, matrix products in %s", *values)
     dtype = getattr(torch, run.model.dtype)
     return {"model_class": family, "dtype": dtype, "attn_implementation": attention}
 
 
 def _weights(run: RunSpec, config: PretrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """`options` and where the parts' weights come from: a checkpoint, or a new unsplit model."""
+    """`options` with the source of the weights: a checkpoint, or the tensors of a new model."""
     if run.model.pretrained:
         return {"source": run.model.pretrained, "revision": run.model.revision, **options}
-    plan_for(options["model_class"], config)  # refuses a model before it takes memory
+    # Refuses a model that cannot be cut before it takes memory.
+    plan_for(options["model_class"], config)
     return {"state_dict": initial_whole(config, run.seed, **options).state_dict(), **options}
 
 
 def _client(run: RunSpec, config: PretrainedConfig, weights: dict[str, Any]) -> ClientPart:
     client = build_client(config, run.split, seed=run.seed, **weights)
     add_adapters(client, run.lora, run.seed)
+    # After the adapters, which freeze all parameters that exist.
     if run.train.mode == "isolated":
         add_auxiliary_head(client, run.task, run.seed)
     return client
@@ -158,6 +172,7 @@ def _client(run: RunSpec, config: PretrainedConfig, weights: dict[str, Any]) -> 
 def _trunk(run: RunSpec, config: PretrainedConfig, weights: dict[str, Any]) -> TrunkPart:
     trunk = build_trunk(config, run.split, **weights)
     add_adapters(trunk, run.lora, run.seed)
+    # After the adapters, which would train.
     if run.train.mode != "joint":
         trunk.requires_grad_(False)
     return trunk

@@ -1,4 +1,4 @@
-"""KV caches of a part: the family's own, with empty layers for the blocks of the other part."""
+"""KV caches of a part: the family's layers, and empty layers for the blocks of the other part."""
 
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
@@ -11,43 +11,46 @@ from fedsplit.errors import UnsupportedModel
 
 
 class RemoteCache(Protocol):
-    """The trunk's side of a generation, or its proxy: what beam search and cropping do to it."""
+    """The trunk's KV cache, or a proxy of it: the operations of `generate` on a cache."""
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens."""
+        """Remove the last tokens."""
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Put the rows in another order."""
+        """Put the rows in the order of `beam_idx`."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some of the rows."""
+        """Keep the rows in `indices`."""
 
     def activate_past_recording(self) -> None:
-        """Keep what a sliding window would forget, until it is cropped."""
+        """Keep the tokens that leave a sliding window until the next crop."""
 
 
+# In tokens. A shorter text allocates once.
 _SMALLEST_CAPACITY = 64
 
 
 def capacity(tokens: int) -> int:
-    """Tokens for which a growing cache allocates memory when it has to hold `tokens`.
+    """The number of tokens for which a growing cache allocates memory to hold `tokens`.
 
     >>> capacity(1), capacity(65), capacity(2000)
     (64, 128, 2048)
     """
+    # Steps grow with the cache, so copies stay rare. From 512 tokens, at most 1/8 is unused.
     step = max(_SMALLEST_CAPACITY, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 
 
 class EmptyCacheLayer:
-    """The layer of a block that the part does not hold: stores nothing."""
+    """The cache layer of a block that the part does not hold; it stores nothing."""
 
+    # transformers reads these attributes from every layer of a cache.
     is_sliding = False
     is_compileable = True
     is_croppable = True
@@ -57,60 +60,60 @@ class EmptyCacheLayer:
     values: Tensor | None = None
 
     def get_max_length(self) -> int:
-        """No maximum of its own."""
+        """-1: no limit."""
         return -1
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Do nothing."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing to forget."""
+        """Do nothing."""
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Nothing to reorder."""
+        """Do nothing."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Nothing to repeat."""
+        """Do nothing."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Nothing to select."""
+        """Do nothing."""
 
 
 class RemoteSlot(EmptyCacheLayer):
-    """The trunk's layer in the client's cache: forwards operations to the trunk's own cache."""
+    """The layer in the client's cache that forwards operations to the trunk's cache."""
 
     def __init__(self, remote: RemoteCache) -> None:
         self.remote = remote
 
     def reset(self) -> None:
-        """Forget all tokens at the trunk."""
+        """Remove all tokens at the trunk."""
         self.remote.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens at the trunk."""
+        """Remove the last tokens at the trunk."""
         self.remote.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Put the trunk's rows in another order."""
+        """Put the trunk's rows in the order of `beam_idx`."""
         self.remote.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the trunk."""
+        """Repeat every row of the trunk's cache."""
         self.remote.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some of the trunk's rows."""
+        """Keep the trunk's rows in `indices`."""
         self.remote.batch_select_indices(indices)
 
     def activate_past_recording(self) -> None:
-        """Have the trunk keep what a sliding window would forget, until it is cropped."""
+        """Keep the tokens that leave the trunk's sliding windows until the next crop."""
         self.remote.activate_past_recording()
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values in larger buffers, so that a token does not copy all those before it.
+    """Keys and values in buffers with spare capacity, so that a new token copies no earlier ones.
 
-    `keys` and `values` are the filled part of the buffers, [batch, heads, tokens, head width].
+    `keys` and `values` are views of the filled part, [batch, heads, tokens, head width].
     """
 
     keys: Tensor
@@ -118,15 +121,17 @@ class GrowingLayer(DynamicLayer):
     _buffers: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begin without buffers."""
+        """Initialize the layer without buffers."""
         super().lazy_initialization(key_states, value_states)
         self._buffers = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of the next tokens; those of all tokens."""
-        if key_states.requires_grad or value_states.requires_grad:  # nothing in place in a graph
+        """Add the keys and values of the next tokens; return those of all tokens."""
+        # A graph may hold views of the buffers, and autograd refuses a backward after a write
+        # into them.
+        if key_states.requires_grad or value_states.requires_grad:
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -141,7 +146,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Put the rows in another order."""
+        """Put the rows in the order of `beam_idx`."""
         self._transform(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -149,7 +154,7 @@ class GrowingLayer(DynamicLayer):
         self._transform(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some of the rows."""
+        """Keep the rows in `indices`."""
         self._transform(lambda buffer: buffer[indices])
 
     def _larger(self, like: tuple[Tensor, Tensor], past: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -166,6 +171,7 @@ class GrowingLayer(DynamicLayer):
         if not self.get_seq_length():
             return
         filled = self.get_seq_length()
+        # The buffers and not only their filled part, so that the capacity remains.
         keys, values = self._buffers or (self.keys, self.values)
         self._buffers = change(keys), change(values)
         self._fill(filled)
@@ -176,10 +182,10 @@ class GrowingLayer(DynamicLayer):
 
 
 class _PartCache(Cache):
-    """Answers for a block that the part holds where it is asked about an empty layer.
+    """Answers queries about an empty layer from a layer that holds tokens.
 
-    Families ask for lengths and mask sizes at fixed places (mostly block 0), which may be empty.
-    A block with full attention knows best, since a sliding one forgets.
+    Families query lengths and mask sizes at a fixed layer, mostly 0, which may be empty in a part.
+    A layer with full attention is preferred, since a sliding window drops tokens.
     """
 
     def _held(self, layer_idx: int) -> int:
@@ -190,11 +196,11 @@ class _PartCache(Cache):
         return (full or held)[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far."""
+        """The number of tokens so far."""
         return int(super().get_seq_length(self._held(layer_idx)))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys that a query of `query_length` tokens will meet."""
+        """Length and offset of the keys for a query of `query_length` tokens."""
         length, offset = super().get_mask_sizes(query_length, self._held(layer_idx))
         return length, offset
 
@@ -204,20 +210,26 @@ class PartDynamicCache(_PartCache, DynamicCache):
 
 
 class PartStaticCache(_PartCache, StaticCache):
-    """A cache of a part with a fixed number of tokens."""
+    """A cache of a part with a fixed capacity."""
 
 
 def part_cache(
     config: PretrainedConfig, held_blocks: Collection[int], max_length: int | None
 ) -> Cache:
-    """A cache for a part that holds `held_blocks`, growing or of `max_length` tokens.
+    """A KV cache for a part.
+
+    Args:
+        config: The unsplit model's config.
+        held_blocks: Indices, in the unsplit model, of the part's blocks.
+        max_length: The fixed capacity in tokens; a growing cache if None.
 
     Raises:
-        UnsupportedModel: No held block has attention, so nothing counts the tokens.
+        UnsupportedModel: No held block has attention, so no layer counts the tokens.
     """
     if max_length is None:
         cache: Any = PartDynamicCache(config=config)
         growing: Any = GrowingLayer
+        # Only plain layers: subclasses have a sliding window or a state of another kind.
         cache.layers = [growing() if type(i) is DynamicLayer else i for i in cache.layers]
     else:
         cache = PartStaticCache(config=config, max_cache_len=max_length)
@@ -226,8 +238,8 @@ def part_cache(
     ]
     if not any(hasattr(layer, "get_seq_length") for layer in cache.layers):
         raise UnsupportedModel(
-            f"{config.model_type}: this part holds no attention layer, so its cache cannot tell "
-            "how long the sequence is: move the cut"
+            f"{config.model_type}: this part holds no attention layer, so its cache cannot count "
+            "the tokens; move the cut"
         )
-    whole: Cache = cache
-    return whole
+    part: Cache = cache
+    return part

@@ -1,8 +1,8 @@
-"""Low-rank adapters on the parts of a model; which parameters train.
+"""Low-rank adapters on the parts of a model, and the parameters that train.
 
-The targets are those that peft picks on the unsplit model, so that adapters of all parts together
-are one ordinary peft adapter of it. A classifier's head trains beside them in full, as in peft's
-`modules_to_save`: it is often new. (Hu et al. 2021, "LoRA", arXiv 2106.09685.)
+The targets are those that peft selects on the unsplit model, so the adapters of all parts form one
+ordinary peft adapter of that model. A classifier's head trains in full, as with peft's
+`modules_to_save`, because it is often new. (Hu et al. 2021, "LoRA", arXiv 2106.09685.)
 """
 
 import copy
@@ -29,6 +29,7 @@ from fedsplit.model.stage import AUXILIARY, ClientPart, Part, TrunkPart
 from fedsplit.randomness import process_state, rng_scope
 from fedsplit.spec import LoraSpec
 
+# Names that peft fixes: of the adapter, of a wrapped layer, and of tensors and files on disk.
 _ADAPTER = "default"
 _BASE = ".base_layer"
 _SAVED_PREFIX = "base_model.model."
@@ -36,19 +37,19 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_adapters(part: PreTrainedModel, lora: LoraSpec, seed: int = 0) -> None:
-    """Freeze the part and put adapters where `lora` wants them; nothing if it is not enabled.
+    """Freeze the part and add the adapters that `lora` sets; do nothing if it is not enabled.
 
-    Bottom and top are switched separately though one model holds both. The adapters change
-    nothing until they are trained. A classifier's head trains in full, whatever the switches say.
-    The random state of the caller is left alone.
+    `lora` enables bottom and top separately, although one model holds both. New adapters do not
+    change the output. A classifier's head always trains in full. The caller's random state does
+    not change.
 
     Args:
-        part: Client, trunk, or the unsplit model with adapters everywhere; changed in place.
-        lora: Rank, alpha, dropout, targets, and which parts get adapters.
-        seed: Of the adapters' first values.
+        part: Client, trunk, or the unsplit model, which gets all adapters; changed in place.
+        lora: Rank, alpha, dropout, targets, and the parts that get adapters.
+        seed: The seed of the adapters' initial values.
 
     Raises:
-        ConfigError: The targets name no module that can have an adapter.
+        ConfigError: The targets match no module that can have an adapter.
     """
     if not lora.enabled:
         return
@@ -56,40 +57,40 @@ def add_adapters(part: PreTrainedModel, lora: LoraSpec, seed: int = 0) -> None:
 
 
 def load_adapter(part: PreTrainedModel, source: str, revision: str = "main") -> None:
-    """Freeze the part and put its share of a peft adapter of the whole model on it, to train on.
+    """Freeze the part and load its share of a peft adapter of the unsplit model, ready to train.
 
     Args:
         part: Client, trunk, or the unsplit model; changed in place.
         source: Directory or hub id with adapter_config.json and adapter_model.safetensors, as
             `save_adapter` and peft write them.
-        revision: Of a hub id.
+        revision: The branch, tag or commit of a hub id.
 
     Raises:
-        CheckpointError: It is no LoRA adapter, not one of this model, or holds more than adapters
-            (and a classifier's head).
+        CheckpointError: The source is not a LoRA adapter of this model, or it holds tensors other
+            than adapters and a classifier's head.
     """
     origin = Source(name=source, revision=revision)
     config = _saved_config(origin)
     try:
-        _inject(part, _aimed_at_whole(part, config), LoraSpec(), seed=0)
+        _inject(part, _resolved_config(part, config), LoraSpec(), seed=0)
     except (ValueError, TypeError) as exc:
         raise CheckpointError(
             f"{source}: not an adapter of {_family_of(part).__name__} ({_first_line(exc)})"
         ) from exc
     own = _adapter_state(part)
     file = origin.file(_WEIGHTS)
-    there = {n.removeprefix(_SAVED_PREFIX): n for n in tensor_names(file) if _is_of(part, n)}
-    if odd := sorted(own.keys() ^ there.keys()):
-        what = "is missing" if odd[0] in own else "is none that this model has a place for"
-        raise CheckpointError(f"{source}: tensor '{odd[0]}' {what}")
-    for name, tensor in read_tensors(file, list(there.values())).items():
-        place = own[name.removeprefix(_SAVED_PREFIX)]
-        if place.shape != tensor.shape:
+    saved = {n.removeprefix(_SAVED_PREFIX): n for n in tensor_names(file) if _is_of(part, n)}
+    if unmatched := sorted(own.keys() ^ saved.keys()):
+        problem = "is missing" if unmatched[0] in own else "does not exist in this model"
+        raise CheckpointError(f"{source}: tensor '{unmatched[0]}' {problem}")
+    for name, tensor in read_tensors(file, list(saved.values())).items():
+        target = own[name.removeprefix(_SAVED_PREFIX)]
+        if target.shape != tensor.shape:
             raise CheckpointError(
                 f"{source}: tensor '{name}' has shape {tuple(tensor.shape)}, but this model takes "
-                f"{tuple(place.shape)}"
+                f"{tuple(target.shape)}"
             )
-        place.copy_(tensor)
+        target.copy_(tensor)
 
 
 def _saved_config(origin: Source) -> LoraConfig:
@@ -97,17 +98,20 @@ def _saved_config(origin: Source) -> LoraConfig:
         config = LoraConfig(**json.loads(origin.file(_CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as exc:
         raise CheckpointError(
-            f"{origin.name}: {_CONFIG} is not that of a LoRA adapter ({_first_line(exc)})"
+            f"{origin.name}: {_CONFIG} does not describe a LoRA adapter ({_first_line(exc)})"
         ) from exc
+    # A saved adapter is in inference mode, in which peft freezes it.
     config.inference_mode = False
-    config.modules_to_save = None  # a head is the model's own here
+    # peft would wrap these modules; a part trains its own head.
+    config.modules_to_save = None
     return config
 
 
 def _adapter_state(part: PreTrainedModel) -> dict[str, Tensor]:
-    """The part's adapters, and its head, by their names in a saved adapter; not copied."""
+    """The tensors of the part's adapters and head, by name in a saved adapter; not copied."""
     adapters: dict[str, Tensor] = {}
     if _adapted(part):
+        # "auto" would look up the base model on the hub to compare vocabulary sizes.
         adapters = get_peft_model_state_dict(
             part, adapter_name=_ADAPTER, save_embedding_layers=False
         )
@@ -125,14 +129,14 @@ def _is_of(part: PreTrainedModel, saved: str) -> bool:
 
 
 def _inject(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec, seed: int) -> None:
-    """Freeze the part, and put adapters on those targets that it holds and `lora` wants."""
+    """Freeze the part; add adapters to the targets that the part holds and `lora` enables."""
     part.requires_grad_(False)
     for field in ("target_modules", "target_parameters"):
         setattr(config, field, [n for n in getattr(config, field) if _gets_adapter(part, n, lora)])
     if config.target_modules or config.target_parameters:
         with rng_scope(seed), _quiet_about_experts():
             inject_adapter_in_model(config, part, _ADAPTER)
-        # New modules are in training mode whatever the part is in.
+        # New modules are in training mode, even if the part is not.
         part.train(part.training)
     for name in plan_for(_family_of(part), part.config).head:
         part.get_submodule(name).requires_grad_(True)
@@ -141,8 +145,8 @@ def _inject(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec, seed: int
 def _gets_adapter(part: PreTrainedModel, module: str, lora: LoraSpec) -> bool:
     if not isinstance(part, Part):
         return True
-    wanted = {"bottom": lora.bottom, "trunk": lora.trunk, "top": lora.top}
-    return part.holds(module) and wanted[part.place_of(module)]
+    is_enabled = {"bottom": lora.bottom, "trunk": lora.trunk, "top": lora.top}
+    return part.holds(module) and is_enabled[part.place_of(module)]
 
 
 def _family_of(part: PreTrainedModel) -> type[PreTrainedModel]:
@@ -150,20 +154,22 @@ def _family_of(part: PreTrainedModel) -> type[PreTrainedModel]:
 
 
 def share_frozen(part: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Have a part hold another one's tensors where both hold equal ones that do not train.
+    """Replace the frozen tensors of a part by equal tensors of another part, to save memory.
 
     Args:
-        part: Of the same model as the other, perhaps with another adapter; changed in place.
-        other: Whose tensors they will be.
+        part: A part of the same model, which may have other adapters; changed in place.
+        other: The part that keeps its tensors.
     """
-    theirs = {
+    # An adapter adds `base_layer` to the name of the weight that it wraps.
+    others = {
         name.replace(_BASE, ""): parameter
         for name, parameter in other.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad
     }
-    for name, mine in list(part.named_parameters(remove_duplicate=False)):
-        same = theirs.get(name.replace(_BASE, ""))
-        if same is not None and not mine.requires_grad and torch.equal(mine, same):
+    # A list, since the loop changes what is iterated; tied parameters under all of their names.
+    for name, own in list(part.named_parameters(remove_duplicate=False)):
+        same = others.get(name.replace(_BASE, ""))
+        if same is not None and not own.requires_grad and torch.equal(own, same):
             module, _, leaf = name.rpartition(".")
             part.get_submodule(module)._parameters[leaf] = same
 
@@ -174,14 +180,14 @@ def trainable(part: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) -> None:
-    """Write the adapters of both parts as one that `PeftModel.from_pretrained` loads.
+    """Write the adapters of both parts as one adapter for `PeftModel.from_pretrained`.
 
-    The head of a classifier goes with them.
+    The adapter includes the head of a classifier.
 
     Args:
         client: The part with bottom and top.
         trunk: The part between them.
-        directory: Gets adapter_config.json and adapter_model.safetensors.
+        directory: Where adapter_config.json and adapter_model.safetensors are written.
 
     Raises:
         ConfigError: Neither part has adapters.
@@ -196,6 +202,7 @@ def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) ->
             tensors[_SAVED_PREFIX + name] = tensor.detach().contiguous()
     if not configs:
         raise ConfigError("neither client nor trunk has adapters to save; set lora.enabled=true")
+    # The configs differ in their targets only, since both parts have the same LoRA settings.
     joined = copy.deepcopy(configs[0])
     joined.target_modules = sorted(n for c in configs for n in c.target_modules or ())
     joined.target_parameters = sorted(n for c in configs for n in c.target_parameters or ())
@@ -210,9 +217,9 @@ def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) ->
 
 
 def folded_state(part: PreTrainedModel) -> dict[str, Tensor]:
-    """The part's tensors under the unsplit model's names, with adapters added to the weights.
+    """The part's tensors by the unsplit model's names, with adapters merged into the weights.
 
-    An auxiliary head is none of the unsplit model's and is left out.
+    An auxiliary head is left out, since the unsplit model has none.
     """
     state = {
         name.replace(_BASE, ""): tensor
@@ -220,6 +227,7 @@ def folded_state(part: PreTrainedModel) -> dict[str, Tensor]:
         if f".{_ADAPTER}." not in name and not name.startswith(f"{AUXILIARY}.")
     }
     for name, layer in _adapted(part).items():
+        # An adapter of fused experts changes a parameter of its own name instead of `weight`.
         weight = f"{name.replace(_BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}"
         state[weight] = state[weight] + cast(Any, layer).get_delta_weight(_ADAPTER)
     return state
@@ -230,17 +238,17 @@ def _adapted(part: PreTrainedModel) -> dict[str, LoraLayer]:
 
 
 def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
-    """What peft makes of `lora` for the unsplit model, with every target by its full name."""
+    """The peft config of `lora` for the unsplit model, with the full name of every target."""
     family = _family_of(part)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_asked_targets(part.config.model_type, lora.targets),
+        target_modules=_targets(part.config.model_type, lora.targets),
         task_type="CAUSAL_LM" if family.can_generate() else None,
     )
     try:
-        return _aimed_at_whole(part, config)
+        return _resolved_config(part, config)
     except (ValueError, TypeError) as exc:
         raise ConfigError(
             f"lora.targets={lora.targets} does not work for {family.__name__} "
@@ -248,10 +256,12 @@ def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
         ) from exc
 
 
-def _aimed_at_whole(part: PreTrainedModel, config: LoraConfig) -> LoraConfig:
-    """The config with its targets in the unsplit model by their full names; changes it."""
+def _resolved_config(part: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+    """The config, changed in place, with the full names of its targets in the unsplit model."""
     family = _family_of(part)
+    # peft resolves targets such as "all-linear" in a model, and a part has only some modules.
     whole = on_meta(family, copy.deepcopy(part.config))
+    # Conv1D stores its weight transposed; peft warns if the setting differs from the layer.
     config.fan_in_fan_out = any(isinstance(m, Conv1D) for m in whole.modules())
     with process_state(), _quiet_about_experts():
         tuned = LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
@@ -263,7 +273,7 @@ def _aimed_at_whole(part: PreTrainedModel, config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _asked_targets(model_type: str, targets: str) -> list[str] | str:
+def _targets(model_type: str, targets: str) -> list[str] | str:
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if targets != "auto":
         return [name.strip() for name in targets.split(",")]
@@ -276,7 +286,8 @@ def _first_line(exc: Exception) -> str:
 
 @contextmanager
 def _quiet_about_experts() -> Iterator[None]:
-    # peft looks for its own rank patterns of fused experts among modules; they are parameters.
+    # peft sets rank patterns for fused experts, which are parameters, and then warns that no
+    # module matches them.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
         yield

@@ -1,4 +1,4 @@
-"""The manifest of a part's directory: what it is a part of, and the hash of every file."""
+"""The manifest of a part's directory: the model, the cut, and the hash of every file."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ PARTS = ("bottom-top", "trunk")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What `manifest.json` says.
+    """The fields of `manifest.json`.
 
     Attributes:
         format: Version of this layout.
         part: "bottom-top" (the client's) or "trunk".
-        model: The local directory or hub id that was split.
+        model: The local directory or hub id of the unsplit model.
         revision: The commit of a hub id; empty for a directory.
         model_class: Name of the family's class in transformers.
         split: Blocks of bottom, trunk and top.
         trunk_blocks: First block of the trunk, and first block after it.
         fingerprint: Equal for both parts of one cut of one model.
-        versions: Of fedsplit, transformers and torch, for people; nothing is decided on them.
+        versions: Versions of fedsplit, transformers and torch, for information only.
         files: sha256 in hex of every other file in the directory, by name.
     """
 
@@ -47,7 +47,7 @@ class Manifest:
     files: dict[str, str]
 
     def write(self, directory: Path) -> None:
-        """Write it so that a reader sees all of it or none."""
+        """Write the manifest atomically: a reader sees all of it or none."""
         atomic.write_text(directory / NAME, json.dumps(asdict(self), indent=2))
 
     @staticmethod
@@ -55,25 +55,24 @@ class Manifest:
         """The manifest of a part's directory.
 
         Raises:
-            CheckpointError: There is none, or it is not one.
+            CheckpointError: The manifest is missing or invalid.
         """
         path = directory / NAME
         try:
-            told: Any = json.loads(path.read_text())
+            data: Any = json.loads(path.read_text())
         except OSError as exc:
             raise CheckpointError(
-                f"{directory}: no readable {NAME}; a part's directory is what `fedsplit split` "
-                "writes, one for each side"
+                f"{directory}: no readable {NAME}; give a directory that `fedsplit split` wrote"
             ) from exc
         except ValueError as exc:
             raise CheckpointError(f"{path}: not JSON ({exc}); split the model again") from exc
-        return _checked(path, told)
+        return _checked(path, data)
 
     def verify(self, directory: Path) -> None:
         """Compare every file with its hash.
 
         Raises:
-            CheckpointError: A file is missing or is not the one that was written.
+            CheckpointError: A file is missing or has changed.
         """
         for name, expected in self.files.items():
             path = directory / name
@@ -93,13 +92,13 @@ def sha256_of(path: Path) -> str:
 
 
 def hashes_of(directory: Path) -> dict[str, str]:
-    """sha256 of every file that a manifest lists."""
+    """sha256 in hex of every file in the directory but the manifest, by name."""
     listed: Iterable[Path] = sorted(directory.iterdir())
     return {p.name: sha256_of(p) for p in listed if p.is_file() and not p.name.startswith(NAME)}
 
 
 def versions(fedsplit: str) -> dict[str, str]:
-    """Versions of the libraries at work."""
+    """Versions of fedsplit, transformers and torch, by name."""
     return {
         "fedsplit": fedsplit,
         "transformers": transformers.__version__,
@@ -107,18 +106,19 @@ def versions(fedsplit: str) -> dict[str, str]:
     }
 
 
-def _checked(path: Path, told: Any) -> Manifest:
+def _checked(path: Path, data: Any) -> Manifest:
     expected = get_type_hints(Manifest)
-    if not isinstance(told, dict) or set(told) != set(expected):
-        there = sorted(told) if isinstance(told, dict) else type(told).__name__
-        raise CheckpointError(f"{path}: has {there}, but needs {sorted(expected)}")
+    if not isinstance(data, dict) or set(data) != set(expected):
+        found = sorted(data) if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"{path}: has {found}, but needs {sorted(expected)}")
     for name, kind in expected.items():
-        if not isinstance(told[name], get_origin(kind) or kind):
-            raise CheckpointError(f"{path}: {name}={told[name]!r} is not {kind}")
-    if told["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format={told['format']}; this fedsplit reads {FORMAT}")
-    if told["part"] not in PARTS:
-        raise CheckpointError(f"{path}: part={told['part']!r} is not one of: {', '.join(PARTS)}")
-    if any("/" in name for name in told["files"]):
+        if not isinstance(data[name], get_origin(kind) or kind):
+            raise CheckpointError(f"{path}: {name}={data[name]!r} is not {kind}")
+    if data["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format={data['format']}; this fedsplit reads {FORMAT}")
+    if data["part"] not in PARTS:
+        raise CheckpointError(f"{path}: part={data['part']!r} is not one of: {', '.join(PARTS)}")
+    # A manifest may come from elsewhere; it must not name files outside its directory.
+    if any("/" in name for name in data["files"]):
         raise CheckpointError(f"{path}: files must map plain file names to their sha256")
-    return Manifest(**told)
+    return Manifest(**data)

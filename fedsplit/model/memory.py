@@ -1,4 +1,4 @@
-"""How much memory a forward leaves behind: the activations that autograd keeps for a backward."""
+"""A count of the bytes of activations that autograd saves in a forward for the backward."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,30 +8,32 @@ from torch import Tensor
 
 
 class ByteCount:
-    """How many bytes of activations a forward leaves behind for its backward.
+    """The number of bytes of activations that a forward saves for its backward.
 
     Args:
-        weights: Tensors that are there anyway and do not count.
+        weights: Tensors that are not counted, since they exist without the forward.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
+        # By storage and not by tensor, since autograd also saves views.
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
         self._storages: dict[int, int] = {}
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all storages seen, each once."""
+        """Bytes of all saved storages, each counted once."""
         return sum(self._storages.values())
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what autograd saves in this block."""
+        """A context in which the tensors that autograd saves are counted."""
 
-        def see(tensor: Tensor) -> Tensor:
+        def count(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._weights:
                 self._storages[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # itself, it would keep its own graph alive
+            # A saved output would refer to its own graph and keep it alive.
+            return tensor.detach()
 
-        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             yield

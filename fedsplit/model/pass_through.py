@@ -1,4 +1,4 @@
-"""Modules without weights, in place of those of the model that a part does not hold.
+"""Modules without weights, which replace the modules of the model that a part does not hold.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -18,10 +18,10 @@ from fedsplit.model.kv_cache import RemoteCache
 
 @dataclass(slots=True)
 class CutContext:
-    """What one call of a part needs at the cut, beside the arguments of the family's blocks.
+    """The data of one call of a part at the cut, beside the arguments of the family's blocks.
 
-    Families turn the 2-D mask into masks of their own before the first block, so the arguments of
-    a pass-through do not hold it.
+    A family converts the 2-D mask to its own form before the first block, so a pass-through does
+    not get it as an argument.
     """
 
     smashed_BTD: Tensor | None = None
@@ -32,7 +32,7 @@ class CutContext:
 
 
 class _Calls(threading.local):
-    """The context of the call that this thread is in; several may run one part at once."""
+    """The context of this thread's current call; several threads may call one part at once."""
 
     context: CutContext | None = None
 
@@ -42,7 +42,8 @@ _CALLS = _Calls()
 
 @contextmanager
 def cut_context(context: CutContext) -> Iterator[None]:
-    """Make `context` the one that the pass-throughs of this thread see."""
+    """Make `context` the context of this thread's pass-throughs."""
+    # Contexts nest: a client and its trunk in one process run in one thread.
     outer, _CALLS.context = _CALLS.context, context
     try:
         yield
@@ -60,18 +61,20 @@ def _current(place: str) -> CutContext:
 
 
 class PassThrough(nn.Module):
-    """Takes the place of `original` without its weights; other attributes are the original's.
+    """A replacement of `original` without its weights, but with its other attributes.
 
-    The original is kept unregistered (it lives on the meta device), so no parameter, buffer or
-    state dict entry of it is seen.
+    Families read attributes such as `attention_type` from modules that a part does not hold. The
+    original is on the meta device and is not registered, so its parameters and buffers are not in
+    the part's state dict.
     """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
+        # Not as an attribute, which would register it as a submodule.
         self.__dict__["_original"] = original
 
     def __getattr__(self, name: str) -> Any:
-        """Look where a module does, then at the original."""
+        """The module's own attribute, or else the original's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -79,24 +82,31 @@ class PassThrough(nn.Module):
 
 
 class PassThroughModule(PassThrough):
-    """In place of an embedding, norm or head of the other part: returns its input.
+    """A replacement of an embedding, norm or head of the other part; returns its input.
 
-    Its output never reaches a result: `TrunkEntry` replaces it, and `TrunkExit` runs before it. It
-    only must not break the family's own forward.
+    Its output is never part of a result: `TrunkEntry` discards it, or `TrunkExit` runs before it.
+    It only has to fit into the family's forward.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The first tensor among the arguments, or a zero in place of an embedding's output."""
+        """The first tensor among the arguments, or a zero for an embedding."""
         if isinstance(kwargs.get("inputs_embeds"), Tensor):
             embeds_BTD: Tensor = kwargs["inputs_embeds"]
             return embeds_BTD
         first: Tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        # The input of an embedding is ids, which do not have the shape of hidden states. A zero
+        # without dimensions can be added to hidden states of any shape.
         is_embedding = isinstance(self.__dict__["_original"], nn.Embedding)
         return torch.zeros((), device=first.device) if is_embedding else first
 
 
 class PassThroughBlock(PassThrough):
-    """In place of a block of the other part: returns its input in the form the family expects."""
+    """A replacement of a block of the other part; returns its input as the family's blocks do.
+
+    Args:
+        original: The block.
+        returns_tuple: Whether the family's blocks return a tuple instead of a tensor.
+    """
 
     def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
         super().__init__(original)
@@ -113,10 +123,11 @@ class PassThroughBlock(PassThrough):
 
 
 class TrunkEntry(PassThroughBlock):
-    """The trunk's first pass-through: returns the smashed data in place of its input."""
+    """The trunk's first pass-through: returns the smashed data instead of its input."""
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
         """The smashed data of this call."""
+        # `hidden_BTD` has position embeddings, norms or factors that the bottom applied already.
         smashed_BTD = _current("the trunk's entry").smashed_BTD
         assert smashed_BTD is not None, "TrunkPart.forward sets it"
         return smashed_BTD
@@ -126,7 +137,7 @@ class TrunkExit(PassThroughBlock):
     """The trunk's last pass-through: keeps the trunk's output in the `CutContext`."""
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
-        """`hidden_BTD` on the device of the smashed data; kept as this call's trunk output."""
+        """`hidden_BTD` on the device of the smashed data; it becomes this call's trunk output."""
         context = _current("the trunk's exit")
         assert context.smashed_BTD is not None, "TrunkPart.forward sets it"
         context.trunk_out_BTD = hidden_BTD.to(context.smashed_BTD.device)
@@ -134,12 +145,17 @@ class TrunkExit(PassThroughBlock):
 
 
 Carry = Callable[..., Tensor]
-"""(hidden_BTD, *, attention_mask_BT, position_ids_BT, cache) -> hidden_BTD; part of autograd."""
+"""(hidden_BTD, *, attention_mask_BT, position_ids_BT, cache) -> hidden_BTD, with autograd."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkConnection:
-    """How a `Remote` reaches the trunk: one call, and where its KV caches come from."""
+    """The functions through which a `Remote` calls its trunk.
+
+    Attributes:
+        carry: Runs hidden states through the trunk.
+        new_cache: Creates a KV cache at the trunk, growing or of a number of tokens.
+    """
 
     carry: Carry
     new_cache: Callable[[int | None], RemoteCache]
@@ -150,7 +166,7 @@ def _not_connected(*args: Any, **kwargs: Any) -> Any:
 
 
 class Remote(PassThroughBlock):
-    """In place of the trunk's first block in the client's model: calls the trunk."""
+    """The replacement of the trunk's first block in the client's model; it calls the trunk."""
 
     def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
         super().__init__(original, returns_tuple)

@@ -1,8 +1,8 @@
-"""Where a trunk lies: on one device, or its blocks over several, run by run.
+"""Placement of a trunk on one device, or of its blocks on several.
 
-The first device has all that is no block; there smashed data comes in and the trunk's output
-leaves. Before a block, accelerate's hook takes what it is called with to the block's own device,
-as under the `device_map` of transformers.
+Each device gets consecutive blocks. The first device also gets all other modules, the smashed data
+and the trunk's output. A hook of accelerate moves the arguments of a block to the block's device,
+as with the `device_map` of transformers.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ M = TypeVar("M", bound=nn.Module)
 def devices_of(device: str) -> list[str]:
     """The devices that a setting names: one, several with commas, or `auto` for all GPUs.
 
-    Without a GPU `auto` is the CPU.
+    Without a GPU, `auto` is the CPU.
 
     Raises:
-        ConfigError: They are of several kinds.
+        ConfigError: The devices are of several kinds.
 
     >>> devices_of("cuda:0,cuda:1")
     ['cuda:0', 'cuda:1']
@@ -46,18 +46,19 @@ def devices_of(device: str) -> list[str]:
 
 
 def placed(trunk: TrunkPart, device: str) -> TrunkPart:
-    """The trunk, moved to where `device` says.
+    """The trunk, moved to the devices that `device` names.
 
     Args:
-        trunk: With its adapters; changed in place.
-        device: As `devices_of` takes it. Several get runs of blocks of about as many bytes.
+        trunk: The trunk with its adapters; changed in place.
+        device: As in `devices_of`. Several devices get about the same number of bytes each.
 
     Raises:
-        ConfigError: torch has no such device here, or there are more of them than blocks.
+        ConfigError: torch does not find a device, or there are more devices than blocks.
     """
     held, devices = trunk.held_blocks, devices_of(device)
     if device == "auto":
         devices = devices[: len(held)]
+    # Hooks of an earlier placement would move arguments to the earlier devices.
     remove_hook_from_submodules(trunk)
     if len(devices) == 1:
         return on_device(trunk, devices[0])
@@ -70,7 +71,7 @@ def placed(trunk: TrunkPart, device: str) -> TrunkPart:
     runs = _runs([_num_bytes(blocks[i]) for i in held], len(devices))
     for index, run in zip(held, runs, strict=True):
         block = on_device(blocks[index], devices[run])
-        # A KV cache stays as it is: each of its layers is where the layer's block is.
+        # The hook does not move the KV cache: each of its layers is on its block's device.
         hook = AlignDevicesHook(devices[run], skip_keys=trunk._skip_keys_device_placement)
         add_hook_to_module(block, hook)
     for name, _ in named_module_tensors(trunk, recurse=True):
@@ -83,11 +84,12 @@ def on_device(module: M, device: str) -> M:
     """The module, moved to one device.
 
     Raises:
-        ConfigError: torch has no such device here.
+        ConfigError: torch does not find the device.
     """
     try:
         return module.to(device)
-    except (RuntimeError, AssertionError) as exc:  # none here, or none that torch knows
+    except (RuntimeError, AssertionError) as exc:
+        # torch built without CUDA asserts; an unknown or missing device is a RuntimeError.
         raise ConfigError(f"device={device} cannot be used: {str(exc).splitlines()[0]}") from exc
 
 
@@ -96,6 +98,7 @@ def _num_bytes(block: nn.Module) -> int:
 
 
 def _runs(sizes: Sequence[int], count: int) -> list[int]:
-    """The run of each block: the share of all bytes that the middle of its own falls into."""
+    """The index of each block's device, by the position of the block's middle byte among all."""
+    # The middle, so that a block across a boundary goes to the device that has more of it.
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [int((end - size / 2) * count / ends[-1]) for end, size in zip(ends, sizes, strict=True)]

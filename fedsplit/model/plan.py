@@ -1,4 +1,4 @@
-"""Where a model's blocks are and what runs around them, or why it cannot be cut exactly."""
+"""The plan of a cut: a model's blocks and the modules around them, or why it cannot be cut."""
 
 import copy
 import inspect
@@ -21,21 +21,21 @@ from fedsplit.randomness import process_state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which modules of a model belong where; names are those of the whole model.
+    """The assignment of a model's modules to parts; names are those of the unsplit model.
 
-    Modules that appear nowhere here hold no weights (rotary tables, ALiBi) and stay in every part.
+    All other modules have no weights (rotary tables, ALiBi) and are in every part.
 
     Attributes:
-        backbone: What the trunk calls: the module that turns embeddings into hidden states
+        backbone: The module that the trunk calls: it turns embeddings into hidden states
             ("" for the model itself).
         blocks: The list of blocks.
-        num_blocks: How many blocks there are.
-        before: Modules that only the bottom holds: embeddings and what else runs first.
+        num_blocks: The number of blocks.
+        before: Modules that only the bottom holds: embeddings and others that run before blocks.
         after: Modules that only the top holds: the last norm and the head.
         returns_tuple: Whether a block returns a tuple whose first item is the hidden states.
-        trunk_input: The argument of the backbone that takes the smashed data's place.
-        head: Of a classifier, the modules with weights behind its backbone, which a checkpoint
-            made for another task does not have.
+        trunk_input: The backbone's argument for a placeholder of the smashed data's shape.
+        head: A classifier's modules with weights outside its backbone. A checkpoint for another
+            task does not have them.
     """
 
     backbone: str
@@ -48,7 +48,7 @@ class Plan:
     head: tuple[str, ...]
 
 
-# Config fields that, when set, tie blocks together in a way a cut would sever.
+# Config fields that connect blocks in a way that a cut would sever, with the reason.
 _REFUSED_FIELDS = {
     "is_encoder_decoder": "encoder-decoder",
     "output_router_logits": (
@@ -64,28 +64,29 @@ _REFUSED_FIELDS = {
 
 
 def model_class_for(config: PretrainedConfig, task: str = "causal_lm") -> type[PreTrainedModel]:
-    """The class of a config with the head for a task, as `RunSpec` names it.
+    """The model class of a config, with the head for a task of `RunSpec`.
 
     Raises:
-        UnsupportedModel: transformers has none for it.
+        UnsupportedModel: transformers has no such class.
     """
-    found: Any = TASKS[task].model_classes.get(type(config), None)
-    if found is None:
+    entry: Any = TASKS[task].model_classes.get(type(config), None)
+    if entry is None:
         raise UnsupportedModel(
             f"{type(config).__name__}: transformers has no {TASKS[task].head} model for model type "
             f"'{config.model_type}'; set another task, or pass model_class"
         )
-    family: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+    # For a few configs, transformers maps to several classes, the usual one first.
+    family: type[PreTrainedModel] = entry[0] if isinstance(entry, (tuple, list)) else entry
     return family
 
 
 def classifier_fields(labels: Sequence[str], pad_token_id: int | None = None) -> dict[str, Any]:
-    """The fields of a config that make a model tell these classes apart.
+    """The config fields of a classifier for these classes.
 
     Args:
-        labels: The classes in the order of their numbers.
-        pad_token_id: The tokenizer's; decoders classify by the last token that is another. Of
-            images None.
+        labels: The names of the classes, in the order of their numbers.
+        pad_token_id: The tokenizer's padding token, None for images. Decoders classify by the last
+            token that is not padding.
 
     Raises:
         ConfigError: There are fewer than two classes.
@@ -105,36 +106,43 @@ def classifier_fields(labels: Sequence[str], pad_token_id: int | None = None) ->
 
 
 def quantization_of(config: PretrainedConfig) -> str:
-    """The method by which a checkpoint with this config is quantized, by name; empty if none."""
+    """The name of the config's quantization method; empty if there is none."""
+    # A config of text and images has one for text inside, which has the field too.
     for part in (config, config.get_text_config(decoder=True)):
-        found = getattr(part, "quantization_config", None)
-        if found is not None:
-            fields = found if isinstance(found, dict) else found.to_dict()
+        setting = getattr(part, "quantization_config", None)
+        if setting is not None:
+            fields = setting if isinstance(setting, dict) else setting.to_dict()
             method = fields.get("quant_method", "unknown")
+            # A string in a file, an enum in memory.
             return str(getattr(method, "value", method))
     return ""
 
 
 def plan_for(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Plan:
-    """How to cut `model_class` built from `config`; found by a dry run without weights, once.
+    """The plan of a cut of `model_class` with `config`, from a dry run without weights.
+
+    The plan is cached by class and config.
 
     Raises:
-        UnsupportedModel: It cannot be cut exactly; names the class and the cause.
+        UnsupportedModel: The model cannot be cut exactly; names the class and the cause.
     """
     text: str = config.to_json_string(use_diff=False)
-    return _answer(_Question(model_class=model_class, text=text, config=config))
+    return _plan(_PlanKey(model_class=model_class, text=text, config=config))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Question:
+class _PlanKey:
+    """The key of a cached plan. A config has no hash, so its text is compared."""
+
     model_class: type[PreTrainedModel]
     text: str
     config: PretrainedConfig = field(compare=False)
 
 
 @lru_cache(maxsize=64)
-def _answer(question: _Question) -> Plan:
-    family, config = question.model_class, copy.deepcopy(question.config)
+def _plan(key: _PlanKey) -> Plan:
+    # The dry run changes the config, and this one is the caller's.
+    family, config = key.model_class, copy.deepcopy(key.config)
     try:
         _refuse_by_config(family, config)
         with process_state(), FakeTensorMode():
@@ -153,6 +161,7 @@ def _refuse_by_config(family: type[PreTrainedModel], config: PretrainedConfig) -
             f"its weights are quantized ({method}), and a part holds plain weights only; load the "
             "model with dequantized weights, save it, and split that"
         )
+    # A stateful model is fine if its state is in an ordinary KV cache.
     if (
         family._is_stateful
         and "past_key_values" not in inspect.signature(family.forward).parameters
@@ -161,7 +170,7 @@ def _refuse_by_config(family: type[PreTrainedModel], config: PretrainedConfig) -
 
 
 def _weightless(family: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    # A tied head would look as if it read the embeddings; tying is the part's business.
+    # In the dry run, a tied head would be marked as a reader of the embeddings. `Part` checks ties.
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     with no_init_weights():
@@ -200,7 +209,7 @@ def _trace(model: PreTrainedModel) -> Plan:
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The one list of as many modules as the config says the model has layers."""
+    """The name and the list of the model's blocks: the one list of `num_hidden_layers` modules."""
     text_config = model.config.get_text_config(decoder=True)
     count = getattr(text_config, "num_hidden_layers", None)
     found = {
@@ -208,13 +217,15 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and count and len(module) == count
     }
+    # A block may have such a list itself, such as one of experts.
     outermost = {
         name: module
         for name, module in found.items()
         if not any(name.startswith(f"{other}.") for other in found)
     }
-    whole = set(model._no_split_modules or ())
-    listed = {n: m for n, m in outermost.items() if type(m[0]).__name__ in whole}
+    # Among several lists, take the one whose modules the family keeps on one device.
+    unsplittable = set(model._no_split_modules or ())
+    listed = {n: m for n, m in outermost.items() if type(m[0]).__name__ in unsplittable}
     candidates = listed or outermost
     if len(candidates) != 1:
         raise UnsupportedModel(
@@ -225,10 +236,11 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _spine(model: PreTrainedModel, blocks_name: str) -> list[str]:
-    """The modules on the way from the model ("") down to its blocks."""
+    """The names of the modules from the model ("") down to the parent of its blocks."""
     pieces = blocks_name.split(".")[:-1]
     spine = ["", *(".".join(pieces[: i + 1]) for i in range(len(pieces)))]
     for name in spine:
+        # A part keeps these modules, so it could not leave their own weights out.
         own = [key for key, _ in model.get_submodule(name).named_parameters(recurse=False)]
         if own:
             raise UnsupportedModel(
@@ -245,13 +257,18 @@ def _children(model: nn.Module, parent: str) -> list[tuple[str, nn.Module]]:
 def _rehearse(
     model: PreTrainedModel, blocks: nn.ModuleList, beside: dict[str, nn.Module]
 ) -> tuple[bool, Journal]:
-    """Find out whether blocks return tensors or tuples by trying both."""
+    """Whether blocks return tuples, and the record of the dry run that shows it.
+
+    No attribute of a family tells this, so both forms are tried. Of the wrong one the family takes
+    the first item: a sequence of the batch, which the shapes show.
+    """
     failure: Exception | None = None
     journal: Journal | None = None
     for returns_tuple in (False, True):
         try:
             journal = observe(model, blocks, beside, _inputs(model), returns_tuple)
         except FAMILY_ERRORS as exc:
+            # The first failure is reported: most families return tensors.
             failure = failure or exc
             continue
         if journal.is_chain:
@@ -267,7 +284,7 @@ def _rehearse(
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """The smallest batch that shows how the model works."""
+    """A small batch for a dry run: two rows, so that a wrongly indexed batch changes its shape."""
     config = model.config
     if model.main_input_name == "pixel_values":
         size = config.image_size
@@ -310,7 +327,8 @@ def _sort(
             )
         if has_weights and len(phases) > 1:
             raise UnsupportedModel(f"'{name}' runs both before and after the layers")
-        # A dropout elsewhere would shift the random numbers of the trunk's own.
+        # A dropout before the blocks must run in the bottom only. In another part it would draw
+        # random numbers and so change those of the part's blocks.
         if phases == {"before"} and (has_weights or isinstance(module, nn.Dropout)):
             before.append(name)
         elif phases == {"after"}:

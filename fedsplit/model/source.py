@@ -1,7 +1,7 @@
-"""Where a whole model comes from: a local directory or a hub id, with safetensors weights.
+"""The source of an unsplit model: a local directory or a hub id, with safetensors weights.
 
-A part reads only its own tensors, and of a sharded checkpoint on the hub only the shards that
-hold them are fetched.
+A part reads only its own tensors. From a sharded checkpoint on the hub, it downloads only the
+shards that hold them.
 """
 
 import json
@@ -47,10 +47,10 @@ class Source:
     revision: str = "main"
 
     def config(self) -> PretrainedConfig:
-        """The whole model's config.
+        """The unsplit model's config.
 
         Raises:
-            CheckpointError: Nothing is there that transformers can read as a model.
+            CheckpointError: transformers cannot read a model's config there.
         """
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -64,11 +64,12 @@ class Source:
         return config
 
     def generation_config(self) -> GenerationConfig | None:
-        """How the model's author wants it to generate, if that was said.
+        """The generation config of the model's author; None if there is none.
 
         Raises:
-            CheckpointError: It was said in a file that cannot be read.
+            CheckpointError: The file cannot be read.
         """
+        # transformers raises OSError for a missing file and for an unreadable one.
         if self._file(GENERATION) is None:
             return None
         try:
@@ -80,37 +81,41 @@ class Source:
         return config
 
     def tensors_of(self, part: PreTrainedModel) -> dict[str, Tensor]:
-        """The tensors that `part`, a model on the meta device, holds, as named in the files.
+        """The tensors of `part`, by their names in the files.
+
+        Args:
+            part: A model on the meta device.
 
         Raises:
             CheckpointError: There are no safetensors weights, or a file is damaged.
         """
         files = self._files_by_tensor()
-        wanted = _names_needed(part, list(files))
-        found: dict[str, Tensor] = {}
-        for file in sorted({files[name] for name in wanted}):
-            here = [name for name in wanted if files[name] == file]
-            found.update(read_tensors(self._shard(file), here))
-        return found
+        names = _names_needed(part, list(files))
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({files[name] for name in names}):
+            in_file = [name for name in names if files[name] == file]
+            tensors.update(read_tensors(self._shard(file), in_file))
+        return tensors
 
     def commit(self) -> str:
-        """The commit that a hub id's files are of; empty for a directory."""
+        """The commit of a hub id's files; empty for a directory."""
+        # The hub's cache keeps a file as `snapshots/COMMIT/FILE`.
         path = self._file("config.json")
         is_cached = path is not None and path.parent.parent.name == "snapshots"
         return path.parent.name if path is not None and is_cached else ""
 
     def copy_texts(self, directory: Path) -> None:
-        """Copy what there is of the model's tokenizer and generation config."""
+        """Copy the files of the tokenizer and the generation config, if they exist."""
         for name in (GENERATION, *TOKENIZER_FILES):
             path = self._file(name)
             if path is not None:
                 shutil.copyfile(path, directory / name)
 
     def file(self, name: str) -> Path:
-        """Where one of its files is.
+        """The local path of a file, which is downloaded if necessary.
 
         Raises:
-            CheckpointError: It has no such file.
+            CheckpointError: The source has no such file.
         """
         path = self._file(name)
         if path is None:
@@ -118,6 +123,7 @@ class Source:
         return path
 
     def _files_by_tensor(self) -> dict[str, str]:
+        """The name of each tensor's file, by the tensor's name."""
         index = self._file(INDEX)
         if index is not None:
             try:
@@ -129,7 +135,7 @@ class Source:
         if single is None:
             raise CheckpointError(
                 f"{self.name}: no {SINGLE}; fedsplit reads safetensors only and never pickled "
-                "weights: save the model again with save_pretrained"
+                "weights; save the model again with save_pretrained"
             )
         return dict.fromkeys(tensor_names(single), SINGLE)
 
@@ -153,7 +159,11 @@ class Source:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file; reads its header only."""
+    """The names of the tensors in a safetensors file, from its header.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -162,30 +172,32 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
-    """These tensors of a safetensors file, in memory of their own; reads nothing else.
+    """Copies of these tensors of a safetensors file; no other tensor is read.
 
     Raises:
-        CheckpointError: The file is damaged or lacks one of them.
+        CheckpointError: The file is damaged or lacks a tensor.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            # The clone leaves the mapped file, whose tensors may lie at odd addresses.
+            # Tensors of the mapped file may be unaligned, which changes the rounding of kernels.
             return {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError) as exc:
         raise CheckpointError(f"{path}: cannot be read ({exc})") from exc
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory for its tensors."""
+    """The model on the meta device, where its tensors have no memory."""
+    # `no_init_weights` and the device replace functions of the process, so this takes the lock.
     with process_state(), torch.device("meta"), no_init_weights():
         model: PreTrainedModel = model_class(config)
     return model
 
 
 def _names_needed(part: PreTrainedModel, names: list[str]) -> list[str]:
-    """Those of `names`, as written in the files, that end up in the part.
+    """The names of tensors in the files that become tensors of the part.
 
-    Asks the loader's own renaming, so older names and fused experts are found too.
+    The function uses the renaming of transformers' loader, which also covers older names and fused
+    experts.
     """
     changes = get_model_conversion_mapping(part)
     renamings = [c for c in changes if isinstance(c, WeightRenaming)]

@@ -1,9 +1,10 @@
-"""The two parts of a cut model, as stages of a pipeline: the family's class with pass-throughs.
+"""The client's part and the trunk of a split model, as pipeline stages of the family's class.
 
-A part is an instance of the family's own class. Modules of the other part pass their input through.
+A part is an instance of the family's own class. Pass-throughs replace the modules of the other
+part. The family's code still handles names, block indices, rotary tables, masks and mixtures of
+experts, so a part's state dict is a subset of the unsplit model's.
 
-Names, block indices, rotary tables, masks and mixtures of experts stay the family's own, so a
-part's state dict is a subset of the whole model's. Shapes: B batch, T tokens, D width.
+Shapes: B batch, T tokens, D width.
 """
 
 import functools
@@ -34,13 +35,18 @@ from fedsplit.model.plan import Plan
 P = TypeVar("P", bound="Part")
 
 AUXILIARY = "auxiliary"
-"""Name of a head that the bottom may train on; see `fedsplit.model.auxiliary`."""
+"""The name of the bottom's auxiliary head; see `fedsplit.model.auxiliary`."""
 
 
 class Part(PreTrainedModel):
-    """A family's model of which only some blocks, and perhaps only they, are there.
+    """The base of both parts: a family's model without the modules of the other part.
 
-    `part_class` makes the concrete classes; `trunk_blocks` are those between the cuts.
+    `part_class` makes the concrete classes.
+
+    Attributes:
+        family: The family's class.
+        plan: The assignment of the family's modules to parts.
+        trunk_blocks: The indices of the blocks between the cuts.
     """
 
     family: ClassVar[type[Any]]
@@ -48,20 +54,22 @@ class Part(PreTrainedModel):
     trunk_blocks: ClassVar[range]
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        # The loader builds the unsplit model here on the meta device, so it takes no memory.
         super().__init__(config, *args, **kwargs)
+        # Read before modules are removed, to find ties between the parts.
         ties = dict(self.all_tied_weights_keys)
         self._remove_foreign(cast(nn.ModuleList, self.get_submodule(self.plan.blocks)))
         self._keep_ties(ties)
-        # A source may hold the other part's tensors too; what is missing is checked by the loader.
+        # A source may also hold the other part's tensors. Missing tensors are still reported.
         self._keys_to_ignore_on_load_unexpected = {".*"}
 
     @property
     def held_blocks(self) -> tuple[int, ...]:
-        """Indices, in the whole model, of the blocks that this part holds."""
+        """Indices, in the unsplit model, of the blocks that this part holds."""
         raise NotImplementedError
 
     def place_of(self, module: str) -> str:
-        """Which of bottom, trunk and top the module of this name belongs to."""
+        """The place of a module: "bottom", "trunk" or "top"."""
         prefix = f"{self.plan.blocks}."
         if module.startswith(prefix):
             index = int(module[len(prefix) :].split(".")[0])
@@ -72,13 +80,14 @@ class Part(PreTrainedModel):
         return "bottom" if is_before else "top"
 
     def holds(self, module: str) -> bool:
-        """Whether the module of this name is one of this part's."""
+        """Whether this part holds the module of this name."""
         return (self.place_of(module) == "trunk") == isinstance(self, TrunkPart)
 
     def _remove_foreign(self, blocks: nn.ModuleList) -> None:
         raise NotImplementedError
 
     def _keep_ties(self, ties: dict[str, str]) -> None:
+        # Parameters under all names, since a tied one has several.
         names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         for target, source in ties.items():
             if (target in names) != (source in names):
@@ -86,7 +95,9 @@ class Part(PreTrainedModel):
                     f"{self.family.__name__}: '{target}' and '{source}' are tied across the cut"
                 )
         self.ties = {t: s for t, s in ties.items() if t in names}
-        self.all_tied_weights_keys = dict(self.ties)  # the loader may empty it
+        # A copy, since the loader may empty it.
+        self.all_tied_weights_keys = dict(self.ties)
+        # Otherwise transformers would tie parameters that the part does not have.
         if not self.all_tied_weights_keys:
             self._tied_weights_keys = {}
 
@@ -97,7 +108,7 @@ class Part(PreTrainedModel):
 
 
 class TrunkPart(Part):
-    """The blocks between the cuts: smashed data in, trunk output out."""
+    """The blocks between the cuts: its input is the smashed data, its output the trunk output."""
 
     @property
     def held_blocks(self) -> tuple[int, ...]:
@@ -120,16 +131,20 @@ class TrunkPart(Part):
         position_ids_BT: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Carry the hidden states through the trunk's blocks.
+        """Run the trunk's blocks.
 
         Args:
-            smashed_BTD: Hidden states as they leave the bottom.
-            attention_mask_BT: 1 for a token, 0 for padding; over all tokens so far with a cache.
-            position_ids_BT: Needed where the client has them (left padding).
-            cache: One of `new_cache`, in generation.
+            smashed_BTD: Hidden states, the output of the bottom.
+            attention_mask_BT: 1 for a token, 0 for padding; it covers all tokens in the cache too.
+            position_ids_BT: Required if the client has them (left padding).
+            cache: A cache from `new_cache`, in generation.
+
+        Returns:
+            Hidden states [B, T, D] for the top.
         """
         named: dict[str, Any] = {
-            # Only its shape matters, TrunkEntry brings in the values; some families write into it.
+            # Only its shape, dtype and device matter, since TrunkEntry returns the values. Some
+            # families write into it, so it is not the smashed data itself.
             self.plan.trunk_input: torch.zeros_like(smashed_BTD),
             "attention_mask": attention_mask_BT,
             "position_ids": position_ids_BT,
@@ -152,19 +167,19 @@ class TrunkPart(Part):
         position_ids_BT: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Call the part; a bound method of this shape is what `connect` takes."""
+        """Call the part; this is the `carry` that `connect` takes."""
         out_BTD: Tensor = self(smashed_BTD, attention_mask_BT, position_ids_BT, cache)
         return out_BTD
 
     def new_cache(self, max_length: int | None = None) -> Cache:
-        """KV cache of the trunk, growing or of `max_length` tokens."""
+        """A KV cache for the trunk, growing or of `max_length` tokens."""
         return part_cache(self.config, self.held_blocks, max_length)
 
 
 class ClientPart(Part):
     """Bottom and top in one model of the family's class, with a `Remote` layer between them.
 
-    It is used as the family's own: `model(ids, labels=labels).loss.backward()`, `generate`.
+    It is used as the family's class: `model(ids, labels=labels).loss.backward()`, `generate`.
     """
 
     @property
@@ -174,7 +189,7 @@ class ClientPart(Part):
 
     @property
     def remote(self) -> Remote:
-        """The layer that stands in the trunk's place."""
+        """The layer that replaces the trunk."""
         remote = self.get_submodule(f"{self.plan.blocks}.{self.trunk_blocks.start}")
         assert isinstance(remote, Remote), "made in _remove_foreign"
         return remote
@@ -186,9 +201,15 @@ class ClientPart(Part):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's own forward; the 2-D mask and positions reach the trunk beside it."""
+        """The family's forward. The 2-D mask and the positions go to the trunk in a `CutContext`.
+
+        Raises:
+            ConfigError: The attention mask is not 2-D.
+            UnsupportedModel: The cache is not one of `new_cache`.
+        """
         named = _by_name(self.family, self, args, kwargs)
         mask = named.get("attention_mask")
+        # A 4-D mask is for the client's blocks; the trunk's may be of another kind.
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ConfigError(
                 f"attention_mask has shape {tuple(mask.shape)}; a split model takes [batch, tokens]"
@@ -202,11 +223,11 @@ class ClientPart(Part):
             return super().forward(**named)
 
     def _remote_cache(self, named: dict[str, Any]) -> Any:
-        """The trunk's side of this call's cache; makes one if the call asks for a cache."""
+        """The trunk's cache for this call; None if the call uses no cache."""
         takes = _signature(self.family.forward).parameters
         if named.get("past_key_values") is None:
             if not named.get("use_cache"):
-                # config.use_cache would make a cache that the trunk knows nothing of.
+                # With config.use_cache, the family would create a cache without the trunk's slot.
                 named.update({"use_cache": False} if "use_cache" in takes else {})
                 return None
             named["past_key_values"] = self.new_cache()
@@ -214,13 +235,13 @@ class ClientPart(Part):
         slot = slots[self.trunk_blocks.start] if len(slots) == self.plan.num_blocks else None
         if not isinstance(slot, RemoteSlot):
             raise UnsupportedModel(
-                f"{self.family.__name__}: use this model's new_cache(): the trunk does not know "
-                "of any other cache"
+                f"{self.family.__name__}: use this model's new_cache(); the trunk cannot use a "
+                "cache that was made elsewhere"
             )
         return slot.remote
 
     def new_cache(self, max_length: int | None = None) -> Cache:
-        """KV cache of client and trunk, growing or of `max_length` tokens."""
+        """A KV cache for client and trunk, growing or of `max_length` tokens."""
         cache = part_cache(self.config, self.held_blocks, max_length)
         slots: list[Any] = cache.layers
         slots[self.trunk_blocks.start] = RemoteSlot(self.remote.connection.new_cache(max_length))
@@ -234,12 +255,13 @@ class ClientPart(Part):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Have `generate` use a cache that reaches to the trunk, of the kind that it was asked for.
+        """Put a cache for client and trunk into `model_kwargs`; an override of transformers' hook.
 
         Raises:
-            ConfigError: There is no such cache of a split model.
+            ConfigError: A split model has no cache of the kind that `generation_config` names.
         """
-        generation_config.disable_compile = True  # what is far away cannot be
+        # `generate` would compile the forward for a static cache, and the trunk may be remote.
+        generation_config.disable_compile = True
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             family: Any = super()
             family._prepare_cache_for_generation(
@@ -252,6 +274,7 @@ class ClientPart(Part):
             raise ConfigError(f"cache_implementation={kind}: a split model has dynamic and static")
         longest = max(max_cache_length, generation_config.max_cache_len or 0)
         cache = self.new_cache(longest if is_static else None)
+        # In assisted generation, rejected tokens are cropped, also from sliding windows.
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
@@ -260,7 +283,7 @@ class ClientPart(Part):
     def create_masks_for_generate(
         config: PretrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Keep the mask 2-D: a 4-D one would be made from the client's blocks alone."""
+        """The 2-D mask unchanged; a 4-D mask would fit the client's blocks only."""
         return attention_mask
 
 
@@ -269,12 +292,12 @@ def connect(
     carry: Carry,
     new_remote_cache: Callable[[int | None], RemoteCache] | None = None,
 ) -> None:
-    """Give the client's `Remote` layer its trunk.
+    """Connect the client's `Remote` layer to a trunk.
 
     Args:
-        client: What `build_client` made.
-        carry: `carry(hidden_BTD, attention_mask_BT=, position_ids_BT=, cache=) -> hidden_BTD`,
-            taking part in autograd; `TrunkPart.run` is one. Absent mask and positions are None.
+        client: The part from `build_client`.
+        carry: `carry(hidden_BTD, attention_mask_BT=, position_ids_BT=, cache=) -> hidden_BTD`
+            with autograd, such as `TrunkPart.run`. Mask, positions and cache may be None.
         new_remote_cache: `new_remote_cache(max_length) -> RemoteCache`, for generation; by
             default the `new_cache` of `carry`, which a `RemoteTrunk` has.
     """
@@ -289,7 +312,7 @@ def _keeps_no_cache(max_length: int | None) -> RemoteCache:
 def _by_name(
     family: type[Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a call of the family's forward under their names."""
+    """All arguments of a call of the family's forward by name."""
     signature = _signature(family.forward)
     named = dict(signature.bind_partial(model, *args, **kwargs).arguments)
     named.pop("self")
@@ -299,6 +322,7 @@ def _by_name(
     return named
 
 
+# Cached, since every forward needs it and `inspect` takes longer than the lookup.
 @functools.cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
@@ -307,9 +331,9 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 def part_class(
     kind: type[P], family: type[PreTrainedModel], plan: Plan, trunk_blocks: range
 ) -> type[P]:
-    """The family's class as one part of it.
+    """A subclass of the family's class that is one part of it.
 
-    It keeps the family's name and module, by which transformers and peft look things up.
+    It keeps the family's name and module: transformers and peft use them as keys of tables.
     """
     body: dict[str, Any] = {
         "__module__": family.__module__,
@@ -318,13 +342,13 @@ def part_class(
         "trunk_blocks": trunk_blocks,
     }
     if issubclass(kind, ClientPart):
-        # generate() and Trainer look at the arguments that forward names.
+        # generate() and Trainer inspect the arguments of forward.
         body["forward"] = _client_forward(family)
     return cast(type[P], type(family.__name__, (kind, family), body))
 
 
 def _client_forward(family: type[PreTrainedModel]) -> Callable[..., Any]:
-    """A function of its own for each family, since it bears the signature of one."""
+    """A forward with the family's signature; each family needs a function of its own."""
 
     @functools.wraps(family.forward)
     def forward(self: ClientPart, *args: Any, **kwargs: Any) -> Any:

@@ -77,12 +77,13 @@ def here(made, tmp_path, monkeypatch) -> Path:
 # --- what works ------------------------------------------------------------------------------
 
 
-def test_there_and_back_again_by_command(here):
-    split = fedsplit("split", here / "whole", "--split", "1/2/1", "--out", here / "new")
-    assert (split.returncode, split.stderr) == (0, "")
+def test_there_and_back_again_by_command(here, capsys):
+    assert main(f"split {here}/whole --split 1/2/1 --out {here}/new".split()) == 0
+    printed, errors = capsys.readouterr()
     whole = AutoModelForCausalLM.from_pretrained(here / "whole")
     fingerprint = model_fingerprint(whole.config, SPLIT)
-    assert split.stdout.splitlines() == [
+    assert errors == ""
+    assert printed.splitlines() == [
         f"{here}/new/bottom-top: 2 blocks, 21 tensors, 0.0 MiB, fingerprint {fingerprint}",
         f"{here}/new/trunk: 2 blocks, 18 tensors, 0.0 MiB, fingerprint {fingerprint}",
     ]
@@ -91,8 +92,8 @@ def test_there_and_back_again_by_command(here):
     connect(client, trunk.run)
     ids_BT = torch.arange(12).reshape(2, 6)
     assert torch.equal(client(ids_BT).logits, whole(ids_BT).logits)
-    join = fedsplit("join", here / "client", here / "server", "--out", here / "joined")
-    assert (join.returncode, join.stderr) == (0, "")
+    assert main(f"join {here}/client {here}/server --out {here}/joined".split()) == 0
+    assert capsys.readouterr().err == ""
     joined = AutoModelForCausalLM.from_pretrained(here / "joined").state_dict()
     assert joined.keys() == whole.state_dict().keys()
     assert all(torch.equal(tensor, joined[k]) for k, tensor in whole.state_dict().items())
@@ -292,7 +293,7 @@ REFUSED = {
     ),
     "no part": (
         "join whole parts/trunk --out new",
-        r"whole: no readable manifest.json; a part's directory is what `fedsplit split` writes",
+        r"whole: no readable manifest.json; give a directory that `fedsplit split` wrote",
     ),
     "parts in the wrong order": (
         "join parts/trunk parts/bottom-top --out new",
