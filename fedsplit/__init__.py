@@ -1,6 +1,6 @@
-"""Federated split learning: fine-tune a Hugging Face model that nobody holds whole.
+"""Federated split learning of Hugging Face models: the public names.
 
-The public names; each is imported when it is first used, so importing this package does nothing.
+A name is imported at its first use, so importing this package does not import torch.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedsplit.spec import RunSpec, SplitSpec
     from fedsplit.trunk.service import TrunkService
 
+# The module of each public name.
 _HOMES = {
     "ClientTrainer": "fedsplit.client.trainer",
     "FedsplitError": "fedsplit.errors",

@@ -1,6 +1,6 @@
-"""What fedsplit's programs share at a terminal: aligned tables, quiet libraries, a quiet end.
+"""Terminal output of fedsplit's programs: aligned tables, quiet libraries, closed pipes.
 
-Libraries are imported by the function that needs them, so that a program's `--help` is quick.
+Functions import the libraries that they need, so that a program's `--help` is fast.
 """
 
 import os
@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 READER_GONE = 141
-"""The exit status of a program whose output nobody reads any more: of SIGPIPE, in a shell."""
+"""The exit status after the reader of the output has closed it: 128 + SIGPIPE, as in a shell."""
 
+# rich wraps or cuts rows at the terminal's width, and scripts read the tables.
 _ANY_WIDTH = 1 << 20
-"""Columns of a terminal on which every row is one line."""
 
 
 def table_text(rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> str:
-    """Rows as lines of aligned columns, which are never wrapped, cut or colored.
+    """Lines of aligned columns, which are never wrapped, cut or colored.
 
     >>> print(table_text([("client", "bytes"), ("client-0", "1,024")], right=[1]))
     client    bytes
@@ -30,7 +30,8 @@ def table_text(rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) ->
     from rich.table import Table
     from rich.text import Text
 
-    lines = [[Text(cell) for cell in row] for row in rows]  # Text: no markup in what is printed
+    # As Text, so that rich does not read "[...]" in a cell as markup.
+    lines = [[Text(cell) for cell in row] for row in rows]
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for column in range(len(lines[0]) if lines else 0):
         table.add_column(justify="right" if column in right else "left", no_wrap=True)
@@ -43,7 +44,7 @@ def table_text(rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) ->
 
 
 def quiet_libraries() -> None:
-    """Turn off progress bars and advice of transformers; its errors are still raised."""
+    """Turn off progress bars and warnings of transformers; its errors are still raised."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -52,10 +53,10 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def ending_with_its_reader() -> Iterator[None]:
-    """A block that ends the program, without a word, once nobody reads it, as in `| head`.
+    """A context that ends the program silently if its output is closed, as by `| head`.
 
     Raises:
-        SystemExit: With `READER_GONE`.
+        SystemExit: The output is closed; the status is `READER_GONE`.
     """
     try:
         try:
@@ -63,5 +64,6 @@ def ending_with_its_reader() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        # Python flushes stdout at its exit, which would print a second BrokenPipeError.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(READER_GONE)

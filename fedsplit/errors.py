@@ -1,19 +1,19 @@
-"""Every failure fedsplit reports: one root, one code each, and whether trying again can help.
+"""The errors that fedsplit raises: one root, and for each error a code and whether it is retryable.
 
-The codes are what travels on the wire; clients decide on the code alone. A subclass that a
-peer can raise is listed once, in its class body, with its code, the gRPC status name it
-travels under and whether a retry with the same identity can succeed.
+An error is sent over the wire as its code and message, and a client decides by the code only. Each
+class sets its code, the name of the gRPC status that carries it, and whether a retry with the same
+identity can succeed.
 """
 
 from typing import ClassVar
 
 
 class FedsplitError(Exception):
-    """The root of all errors that fedsplit raises on purpose.
+    """The root of all errors of fedsplit.
 
     Args:
-        message: One line: what was wrong, what was there, what to do.
-        retry_after_s: How long the peer asks to wait before a retry, in seconds.
+        message: One line: what was wrong, what was found, what to do.
+        retry_after_s: The time to wait before a retry, in seconds.
     """
 
     code: ClassVar[str] = "INTERNAL"
@@ -25,49 +25,49 @@ class FedsplitError(Exception):
         self.retry_after_s = retry_after_s
 
 
-# --- what the user asked for cannot be done -------------------------------------------------
+# --- mistakes of the user, and files that cannot be used -------------------------------------
 
 
 class ConfigError(FedsplitError, ValueError):
-    """A setting has a value that is not allowed; names the field, the value and what is."""
+    """A setting has an invalid value; the message names the field and the allowed values."""
 
     code = "CONFIG"
     status = "INVALID_ARGUMENT"
 
 
 class UnsupportedModel(FedsplitError, ValueError):
-    """A model cannot be cut exactly; names the class and the cause."""
+    """A model cannot be cut exactly; the message names the class and the cause."""
 
     code = "UNSUPPORTED_MODEL"
     status = "INVALID_ARGUMENT"
 
 
 class DataError(FedsplitError, ValueError):
-    """A corpus, a document or a sharding cannot be used as asked."""
+    """A corpus, a document or a partition of the data cannot be used."""
 
     code = "DATA"
     status = "INVALID_ARGUMENT"
 
 
 class CheckpointError(FedsplitError):
-    """A checkpoint is missing something, or is not what its manifest says."""
+    """A checkpoint is incomplete, damaged, or different from its manifest."""
 
     code = "CHECKPOINT_CORRUPT"
     status = "DATA_LOSS"
 
 
 class StorageError(FedsplitError):
-    """A file or a folder cannot be written; names it and the operating system's reason."""
+    """A file or a folder cannot be written; the message has the operating system's reason."""
 
     code = "STORAGE"
     status = "RESOURCE_EXHAUSTED"
 
 
-# --- the network and the peer: worth another try ---------------------------------------------
+# --- failures of the network and the peer, which are retryable --------------------------------
 
 
 class ConnectionLost(FedsplitError):
-    """No trunk answers at the address, or the connection broke."""
+    """No trunk answers at the address, or the connection was lost."""
 
     code = "CONN_LOST"
     status = "UNAVAILABLE"
@@ -75,7 +75,7 @@ class ConnectionLost(FedsplitError):
 
 
 class DeadlineExceeded(FedsplitError):
-    """A call did not end inside its deadline."""
+    """A call did not finish before its deadline."""
 
     code = "DEADLINE"
     status = "DEADLINE_EXCEEDED"
@@ -83,7 +83,7 @@ class DeadlineExceeded(FedsplitError):
 
 
 class Draining(FedsplitError):
-    """The server is shutting down and takes no new work."""
+    """The server is shutting down and accepts no new work."""
 
     code = "DRAINING"
     status = "UNAVAILABLE"
@@ -91,63 +91,63 @@ class Draining(FedsplitError):
 
 
 class Overloaded(FedsplitError):
-    """A budget of the server (sessions, bytes, queue) is used up for now."""
+    """A limit of the server (sessions, bytes, queue) is reached at the moment."""
 
     code = "OVERLOADED"
     status = "RESOURCE_EXHAUSTED"
     retryable = True
 
 
-# --- the client has to do something before it tries again ------------------------------------
+# --- failures that need an action of the client before it tries again -------------------------
 
 
 class ActivationExpired(FedsplitError):
-    """The graph of this forward is gone: repeat the forward of the same batch."""
+    """The trunk dropped the graph of this forward; repeat the forward of the same batch."""
 
     code = "ACTIVATION_EXPIRED"
     status = "FAILED_PRECONDITION"
 
 
 class StaleVersion(FedsplitError):
-    """The trunk has moved on since this forward: repeat the step on the same batch."""
+    """The trunk's parameters changed since this forward; repeat the step on the same batch."""
 
     code = "STALE_VERSION"
     status = "FAILED_PRECONDITION"
 
 
 class HistoryLost(FedsplitError):
-    """The server has lost activations that this forward is a difference from: send them again."""
+    """The server lost the activations to which this forward is a delta; send whole activations."""
 
     code = "HISTORY_LOST"
     status = "FAILED_PRECONDITION"
 
 
 class SessionLost(FedsplitError):
-    """The server does not know this session (any more): open a new one."""
+    """The server has no session of this name, or has closed it; open a new one."""
 
     code = "SESSION_LOST"
     status = "NOT_FOUND"
 
 
 class NonFinite(FedsplitError):
-    """A tensor holds NaN or Inf; it was refused and nothing was changed."""
+    """A tensor contains NaN or Inf; it was refused, and the trunk's state did not change."""
 
     code = "NONFINITE"
     status = "INVALID_ARGUMENT"
 
 
-# --- the two sides do not fit together --------------------------------------------------------
+# --- client and server do not agree, or one of them failed ------------------------------------
 
 
 class ProtocolError(FedsplitError):
-    """A frame that cannot be read, or a request that its session's state does not allow."""
+    """A frame cannot be read, or the session's state does not allow the request."""
 
     code = "PROTOCOL"
     status = "FAILED_PRECONDITION"
 
 
 class BadTensor(FedsplitError):
-    """A tensor on the wire is not what its header, or the agreement, says."""
+    """A tensor on the wire does not match its header or the agreement at Open."""
 
     code = "BAD_TENSOR"
     status = "INVALID_ARGUMENT"
@@ -161,14 +161,14 @@ class TooLarge(FedsplitError):
 
 
 class ProtocolVersion(FedsplitError):
-    """The two sides speak different versions of the wire protocol."""
+    """Client and server use different versions of the wire protocol."""
 
     code = "PROTOCOL_VERSION"
     status = "UNIMPLEMENTED"
 
 
 class ModelMismatch(FedsplitError):
-    """The two sides hold parts of different models, or were configured differently."""
+    """Client and server hold parts of different models, or have different configs."""
 
     code = "MODEL_MISMATCH"
     status = "FAILED_PRECONDITION"
@@ -182,28 +182,28 @@ class Unauthenticated(FedsplitError):
 
 
 class Forbidden(FedsplitError):
-    """The token is right, but the session or the action is not this client's."""
+    """The token is valid, but the client may not use the session or the action."""
 
     code = "FORBIDDEN"
     status = "PERMISSION_DENIED"
 
 
 class TlsFailed(FedsplitError):
-    """The two sides could not agree on an encrypted connection."""
+    """Client and server could not establish an encrypted connection."""
 
     code = "TLS_FAILED"
     status = "UNAVAILABLE"
 
 
 class Diverged(FedsplitError):
-    """Training broke down and was stopped."""
+    """Training was stopped because it diverged or could not continue."""
 
     code = "DIVERGED"
     status = "ABORTED"
 
 
 class Internal(FedsplitError):
-    """A fault of ours, at the other side; its log has the details."""
+    """A bug of fedsplit at the peer; the peer's log has the details."""
 
 
 def _family(cls: type[FedsplitError]) -> list[type[FedsplitError]]:
@@ -211,10 +211,11 @@ def _family(cls: type[FedsplitError]) -> list[type[FedsplitError]]:
 
 
 def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> FedsplitError:
-    """The error that a peer named by its code; an unknown code is `Internal`.
+    """The error with this code, as a peer sent it; `Internal` if the code is unknown.
 
     >>> error_from_code("SESSION_LOST", "no session s1").__class__.__name__
     'SessionLost'
     """
+    # Not the root: its code is that of `Internal`.
     by_code = {cls.code: cls for cls in _family(FedsplitError) if cls is not FedsplitError}
     return by_code.get(code, Internal)(message, retry_after_s=retry_after_s)

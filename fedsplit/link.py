@@ -1,8 +1,8 @@
-"""The link between a client and its trunk: one request out, one reply back.
+"""The interfaces between a client and its trunk: `Link`, `Stream` and `Service`.
 
-`Link` is what the client's side is written against and `Service` what the trunk's side offers;
-`LocalLink` joins the two in one process, still through the codec, so that what works over it
-works over any other link.
+The client uses a `Link`, and the trunk offers a `Service`. `LocalLink` connects the two in one
+process. Its requests and replies also pass through the codec, so that code that works over it
+works over every link.
 """
 
 from abc import ABC, abstractmethod
@@ -16,69 +16,71 @@ from fedsplit.wire.messages import R, Request
 
 
 class Service(Protocol):
-    """The trunk's side of every link."""
+    """The trunk's interface to every link."""
 
     @property
     def trunks(self) -> "Mapping[str, Future[None]]":
-        """The trunks here, by name, each with the future of its end.
+        """The trunks of this service by name, each with a future that is done when it ends.
 
-        The future has a result once the trunk was stopped. A trunk that failed, and so can serve
-        nothing more, leaves the exception that it failed with.
+        The future has a result after the trunk was stopped. It has an exception after the trunk
+        failed; a failed trunk serves no more requests.
         """
         ...
 
     def check_token(self, token: str) -> None:
-        """Let the holder of `token` in, before anything is read from it.
+        """Check a caller's token before its requests are read.
 
         Raises:
-            Unauthenticated: It is nobody's token.
+            Unauthenticated: The token belongs to no client.
         """
         ...
 
     def handle(self, request: Request[R], token: str) -> R:
-        """Answer a request of the caller who holds `token`; blocks until the reply is there.
+        """The reply to a request of the caller with `token`; blocks until the reply is ready.
 
         Raises:
-            FedsplitError: The request is refused; nothing was changed.
+            FedsplitError: The request is refused; it changed no state.
         """
         ...
 
     def disconnected(self, session: str) -> None:
-        """Note that the connection which carried `session` broke; it may come back."""
+        """Record that the connection of `session` was lost; the client may reconnect."""
         ...
 
 
 class Link(ABC):
-    """The client's side: carries requests to one trunk, in order."""
+    """The client's connection to one trunk: it carries requests in order."""
 
     @abstractmethod
     def exchange(self, request: Request[R]) -> R:
         """Send a request and wait for its reply.
 
         Raises:
-            FedsplitError: What the trunk answered, or what became of the connection.
+            FedsplitError: The trunk refused the request, or the connection failed.
         """
 
     def stream(self) -> "Stream":
-        """For requests of which several are on their way; here each reply is waited for at once."""
+        """A stream for several outstanding requests; by default it sends one at a time."""
         return _OneByOne(self)
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the connection; a second call does nothing."""
+        """Close the connection; a second call does nothing."""
 
 
 class Stream(ABC):
-    """Carries requests of which several may be on their way, in order.
+    """Carries requests in order, of which several may be outstanding.
 
-    If one of them is lost, so are all that were, or are, begun after it.
+    If a request is lost, all requests after it are lost too.
     """
 
     @abstractmethod
     def begin(self, request: Request[R]) -> Callable[[], R]:
-        """Send a request; what this returns waits for its reply, and must be called, once.
+        """Send a request.
 
-        It raises what `Link.exchange` would.
+        Returns:
+            A function that waits for the reply and returns it; call it exactly once. It raises the
+            errors of `Link.exchange`.
         """
 
 
@@ -88,12 +90,14 @@ class _OneByOne(Stream):
         self._has_lost = False
 
     def begin(self, request: Request[R]) -> Callable[[], R]:
+        # Errors appear where the reply is awaited, as with a stream over a network.
         reply: Future[R] = Future()
         try:
             if self._has_lost:
                 raise ConnectionLost("a request before this one was lost; send it again")
             reply.set_result(self._link.exchange(request))
         except FedsplitError as failure:
+            # A request that was refused is not lost, and those after it may still be served.
             self._has_lost = failure.retryable
             reply.set_exception(failure)
         return reply.result
@@ -112,8 +116,8 @@ class LocalLink(Link):
         self._token = token
 
     def exchange(self, request: Request[R]) -> R:
-        """Hand the request over; every tensor goes through the codec both ways."""
+        """Call the service; request and reply pass through the codec."""
         return through_codec(self._service.handle(through_codec(request), self._token))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, since there is no connection."""

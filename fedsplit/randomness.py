@@ -1,10 +1,11 @@
-"""One lock for the process-wide state of torch and transformers, and random numbers under it.
+"""The lock for process-wide state of torch and transformers, and seeded random numbers under it.
 
-torch's default generators belong to the process. Clients that share one (an inline run, a test)
-and the trunk's engine beside them would draw from each other's dropout. Building a model belongs
-here too: it draws, and transformers, peft and torch's fake tensors replace functions, classes'
-methods and the default dtype of the whole process meanwhile. So a thread that draws or builds has
-all of that to itself, and releases it while it waits for another process.
+torch's default generators belong to the process. Without a lock, the dropout of clients that share
+a process (in an inline run or a test) and of the trunk's engine would depend on the order of their
+threads. Building a model needs the lock too: it draws random numbers, and transformers, peft and
+torch's fake tensors replace functions, methods of classes and the default dtype of the process
+meanwhile. A thread holds the lock while it draws or builds, and releases it while it waits for
+another process.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ _LOCK = threading.Lock()
 
 
 class _Thread(threading.local):
-    """Whether this thread has the lock."""
+    """Whether this thread holds the lock."""
 
     holds_lock = False
 
@@ -30,10 +31,11 @@ _THREAD = _Thread()
 
 @contextmanager
 def process_state() -> Iterator[None]:
-    """A block that no other thread's `process_state` or `rng_scope` overlaps; both may nest.
+    """A context that holds the lock; `process_state` and `rng_scope` may nest.
 
-    Build models in it, but read files and wait for peers outside.
+    Build models inside, but read files and wait for peers outside.
     """
+    # Not an RLock: `rng_released` has to release the lock at any depth of nesting.
     if _THREAD.holds_lock:
         yield
         return
@@ -47,31 +49,33 @@ def process_state() -> Iterator[None]:
 
 @contextmanager
 def rng_scope(seed: int | str, *, needed: bool = True) -> Iterator[None]:
-    """A block whose random numbers depend on `seed` alone; the generators are restored after it.
+    """A context whose random numbers depend on `seed` only; it restores the generators at its end.
 
     Args:
-        seed: A number, or a name that stands for one.
-        needed: Whether the block draws at all; if not, it runs as it is and holds up no thread.
+        seed: A number, or a name from which a number is computed.
+        needed: Whether the context draws random numbers; if not, it does not take the lock.
     """
     if not needed:
         yield
         return
-    every = range(torch.accelerator.device_count())  # without names, torch warns of so many
-    with process_state(), torch.random.fork_rng(devices=every):
+    # Named, since torch warns if it has to fork the generators of several devices by default.
+    devices = range(torch.accelerator.device_count())
+    with process_state(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed if isinstance(seed, int) else _number(seed))
         yield
 
 
 @contextmanager
 def rng_released() -> Iterator[None]:
-    """A block in which others may draw, though this thread is in an `rng_scope` or not.
+    """A context in which other threads may draw; it does nothing outside of an `rng_scope`.
 
-    The scope goes on with the random numbers that it would have drawn without the block.
+    After it, the scope continues with the random numbers that it would have drawn without it.
     """
     if not _THREAD.holds_lock:
         yield
         return
-    kept = _states()
+    states = _states()
+    # While this thread still holds the lock: afterwards, another thread may change the generators.
     _THREAD.holds_lock = False
     _LOCK.release()
     try:
@@ -79,15 +83,15 @@ def rng_released() -> Iterator[None]:
     finally:
         _LOCK.acquire()
         _THREAD.holds_lock = True
-        torch.set_rng_state(kept[0])
-        for device, state in enumerate(kept[1:]):
+        torch.set_rng_state(states[0])
+        for device, state in enumerate(states[1:]):
             torch.cuda.set_rng_state(state, device)
 
 
 def draws(model: PreTrainedModel) -> bool:
-    """Whether a training forward of this model draws random numbers, which is: has dropout."""
+    """Whether a training forward of this model draws random numbers, because it has dropout."""
     layers = (m.p for m in model.modules() if isinstance(m, nn.Dropout))
-    # Attention keeps its rate as a number and calls the function.
+    # Attention has no dropout module: it stores the rate and calls the function.
     rates = (v for m in model.modules() for k, v in vars(m).items() if "drop" in k)
     return any(isinstance(p, float) and p > 0 for p in (*layers, *rates))
 
@@ -98,4 +102,5 @@ def _states() -> list[Tensor]:
 
 
 def _number(name: str) -> int:
+    # Seven bytes fit into the signed 64 bits of a seed. `hash` differs between processes.
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
