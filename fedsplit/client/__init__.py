@@ -1,1 +1,1 @@
-"""The client's side: the layer that carries activations to the trunk, and the training loop."""
+"""The client: the layer that sends activations to the trunk, and the training loop."""

@@ -1,4 +1,4 @@
-"""How much memory training takes at a client, counted tensor by tensor."""
+"""The memory that training takes at a client, counted tensor by tensor."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,14 +12,15 @@ from fedsplit.optimization import PartOptimizer
 class Footprint:
     """Bytes of a client's weights, gradients, moments and saved activations in its first step.
 
-    Steps are alike, so only the first one is measured. The gradients are those of all trained
-    parameters, the activations those of the largest batch, up to its backward. What kernels take
-    for a moment is not counted.
+    All steps take the same memory, so only the first one is measured. Gradients are counted for
+    all trained parameters, and activations for the largest batch, up to its backward. Temporary
+    buffers of kernels are not counted.
 
     Args:
-        model: What trains.
-        at_once: How many forwards may wait for the rest of their backward at a time. That of the
-            top is over before the last of them begins, so what they hold is less than counted.
+        model: The model that is trained.
+        at_once: The number of forwards that may wait for the rest of their backward at a time. The
+            backward of the top is over before the last of them begins, so this count is an upper
+            bound.
     """
 
     def __init__(self, model: nn.Module, at_once: int = 1) -> None:
@@ -30,7 +31,8 @@ class Footprint:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around the forward of each batch, or of each piece of one."""
+        """A context around the forward of each batch, or of each micro-batch."""
+        # After the first step the count is complete, and hooks would only cost time.
         if self.num_bytes:
             yield
             return
@@ -40,11 +42,13 @@ class Footprint:
         self._activations.append(count.num_bytes)
 
     def stepped(self, optimizer: PartOptimizer) -> None:
-        """After each step of the optimizer."""
+        """Complete the count; call it after each step of the optimizer."""
         if not self.num_bytes:
-            kept = (self._weights(), optimizer.parameters.values(), optimizer.state().values())
+            # The trained parameters stand for their gradients, which have the same size.
+            held = (self._weights(), optimizer.parameters.values(), optimizer.state().values())
+            # The largest forwards are assumed to wait for their backward at the same time.
             activations = sum(sorted(self._activations)[-self._at_once :])
-            self.num_bytes = activations + sum(_bytes_of(tensors) for tensors in kept)
+            self.num_bytes = activations + sum(_bytes_of(tensors) for tensors in held)
 
     def _weights(self) -> list[Tensor]:
         return [*self._model.parameters(), *self._model.buffers()]

@@ -1,9 +1,10 @@
-"""The trunk's KV cache as its client sees it, and all that was sent to fill it.
+"""The client's handle for a KV cache at the trunk, with the hidden states that were sent to it.
 
-Shapes: B sequences, T tokens, D hidden width. What transformers asks of a cache (reorder, repeat,
-select, crop, reset) is done here at once, and reaches the trunk with the next tokens: as the
-number of tokens and the sequences to go on from. Whatever the trunk has lost is sent again from
-here, as one prompt, so a generation ends as it would have without the loss.
+Shapes: B sequences, T tokens, D hidden width. The operations of a cache in transformers (reorder,
+repeat, select, crop, reset) are applied here immediately. They reach the trunk with the next
+tokens, as the number of tokens and the sequences to continue from. If the trunk loses the cache,
+all hidden states are sent again from here as one prompt, so the generated tokens are the same as
+without the loss.
 """
 
 import weakref
@@ -18,16 +19,16 @@ from fedsplit.errors import ProtocolError, SessionLost
 from fedsplit.wire import messages as m
 
 _REPLAYS = 6
-"""How often what the trunk lost is sent again for the same tokens."""
+"""How often a lost cache is sent again for the same tokens."""
 
 
 class TrunkCache:
     """One generation at a trunk; implements `fedsplit.model.kv_cache.RemoteCache`.
 
     Args:
-        new_session: Makes a session for a cache, not opened yet.
-        cache_tokens: Room in every sequence, or 0 for a cache that grows.
-        stateless: Keys and values travel with every request and stay here.
+        new_session: Returns a session for a cache; the session is not open yet.
+        cache_tokens: The capacity of every sequence in tokens, or 0 for a cache that grows.
+        stateless: Whether keys and values travel with every request and are kept here.
     """
 
     def __init__(
@@ -37,19 +38,25 @@ class TrunkCache:
         self._cache_tokens = cache_tokens
         self._stateless = stateless
         self._session = new_session()
-        self._has_lost = False
+        self._must_replay = False
         self._record_past = False
         self._sent = SentTokens()
         self._mask_BT: Tensor | None = None
         self._rows_B: Tensor | None = None
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_tokens = 0
+        # A finalizer may run in any thread at any time, so it only queues the session for closing.
         weakref.finalize(self, self._session.abandon)
 
     def carry(
         self, hidden_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None
     ) -> Tensor:
-        """Have the trunk take in the next tokens; the mask is over those before them too.
+        """The trunk's output for the next tokens, which the cache then holds.
+
+        Args:
+            hidden_BTD: Hidden states of the new tokens.
+            mask_BT: The attention mask over cached and new tokens; None if it is all ones.
+            positions_BT: Position ids of the new tokens; None if they count on from the cached.
 
         Raises:
             ProtocolError: The mask does not fit, or a gradient would be needed.
@@ -60,19 +67,21 @@ class TrunkCache:
         past, (B, T, _) = self.num_tokens, hidden_BTD.shape
         if past and B != self._sent.num_sequences:
             raise ProtocolError(
-                f"{B} sequences came for a cache of {self._sent.num_sequences}; begin another cache"
+                f"{B} sequences came for a cache of {self._sent.num_sequences}; make a new cache"
             )
         if mask_BT is not None and tuple(mask_BT.shape) != (B, past + T):
             raise ProtocolError(
-                f"attention_mask of shape {tuple(mask_BT.shape)} for {B} sequences of {past} "
-                f"cached and {T} new tokens"
+                f"attention_mask has shape {tuple(mask_BT.shape)}, but {B} sequences of {past} "
+                f"cached and {T} new tokens need ({B}, {past + T})"
             )
         if mask_BT is not None and bool(mask_BT.all()):
             mask_BT = None
-        if not self._is_of_past(mask_BT):
-            self._has_lost = True  # what is cached was made with another one
+        if not self._matches_past(mask_BT):
+            # The cached keys and values were computed with another mask.
+            self._must_replay = True
         if positions_BT is None:
             positions_BT = torch.arange(past, past + T).expand(B, T)
+        # Copies on the CPU: they are kept for a replay, and the wire needs them there.
         out_BTD = self._exchange(
             hidden_BTD.detach().cpu(),
             None if mask_BT is None else mask_BT.cpu(),
@@ -83,14 +92,14 @@ class TrunkCache:
     # --- fedsplit.model.kv_cache.RemoteCache ----------------------------------------------------
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self._sent.clear()
         self._entries = {}
         self._mask_BT = self._rows_B = None
-        self.num_tokens, self._has_lost = 0, True
+        self.num_tokens, self._must_replay = 0, True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; as in transformers, their number comes with a minus sign."""
+        """Remove the last tokens; as in transformers, their number may be negative."""
         removed = min(abs(tokens_to_remove), self.num_tokens)
         if not removed:
             return
@@ -101,10 +110,10 @@ class TrunkCache:
         self._sent.crop(removed)
         if self._mask_BT is not None:
             self._mask_BT = self._mask_BT[:, :kept]
-        for block, both in self._entries.items():
-            # A window has forgotten what the tokens before its first one would need.
-            self._has_lost |= both[0].shape[2] < self.num_tokens
-            self._entries[block] = (both[0][:, :, :-removed], both[1][:, :, :-removed])
+        for block, kv in self._entries.items():
+            # A sliding window has dropped the entries that the shorter cache would need.
+            self._must_replay |= kv[0].shape[2] < self.num_tokens
+            self._entries[block] = (kv[0][:, :, :-removed], kv[1][:, :, :-removed])
         self.num_tokens = kept
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -121,23 +130,25 @@ class TrunkCache:
         self._select(indices)
 
     def activate_past_recording(self) -> None:
-        """Have the trunk keep what a sliding window would forget, to be cropped."""
+        """Have the trunk keep entries outside of a sliding window, so that `crop` can go back."""
         self._record_past = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrunkCache":
-        """A generation that goes on from the same tokens by itself."""
+        """An independent generation that continues from the same tokens."""
         copy = TrunkCache(self._new_session, self._cache_tokens, stateless=self._stateless)
-        copy._has_lost, copy._record_past = True, self._record_past
+        # The trunk has no copy of the cache, so the first request replays it in a new session.
+        copy._must_replay, copy._record_past = True, self._record_past
         copy._sent = self._sent.copy()
         copy._mask_BT, copy.num_tokens = self._mask_BT, self.num_tokens
         return copy
 
-    # --- what they share ----------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------
 
     def _select(self, rows_B: Tensor) -> None:
         if not self.num_tokens:
             return
         rows_B = rows_B.cpu()
+        # Selections are composed until the next request, which carries one for all of them.
         self._rows_B = rows_B if self._rows_B is None else self._rows_B[rows_B]
         self._sent.select(rows_B)
         if self._mask_BT is not None:
@@ -145,8 +156,8 @@ class TrunkCache:
         for block, (keys_BHTE, values_BHTE) in self._entries.items():
             self._entries[block] = keys_BHTE[rows_B], values_BHTE[rows_B]
 
-    def _is_of_past(self, mask_BT: Tensor | None) -> bool:
-        """Whether the mask is, over the tokens that are cached, the one they were sent with."""
+    def _matches_past(self, mask_BT: Tensor | None) -> bool:
+        """Whether the mask over the cached tokens equals the one that they were sent with."""
         if not self.num_tokens:
             return True
         ours, theirs = self._mask_BT, mask_BT
@@ -165,13 +176,14 @@ class TrunkCache:
                 break
             except SessionLost:
                 self._session.lost()
-                self._has_lost = True
+                self._must_replay = True
             except BaseException:
-                self._has_lost = True  # who knows how far it came
+                # The request may or may not have changed the cache at the trunk.
+                self._must_replay = True
                 raise
-        else:
+        else:  # the last attempt raises its SessionLost
             reply = self._send(hidden_BTD, mask_BT, positions_BT)
-        self._rows_B, self._has_lost = None, False
+        self._rows_B, self._must_replay = None, False
         self._sent.append(hidden_BTD, positions_BT)
         self._mask_BT = mask_BT
         self.num_tokens += tokens
@@ -182,11 +194,12 @@ class TrunkCache:
     ) -> m.GenerateReply:
         tokens, past = hidden_BTD.shape[1], self.num_tokens
         session, call = self._session.next_call(self._cache_tokens)
-        if self._has_lost or self._session.is_new:
+        if self._must_replay or self._session.is_new:
+            # One prompt of all tokens; keys and values are computed anew.
             self._entries = {}
             hidden_BTD, positions_BT = self._sent.followed_by(hidden_BTD, positions_BT)
             past = 0
-        counted = torch.arange(past, past + hidden_BTD.shape[1]).expand_as(positions_BT)
+        default_BT = torch.arange(past, past + hidden_BTD.shape[1]).expand_as(positions_BT)
         new_mask_BT = mask_BT if mask_BT is None or self._stateless else mask_BT[:, past:]
         if new_mask_BT is not None and bool(new_mask_BT.all()):
             new_mask_BT = None
@@ -198,37 +211,37 @@ class TrunkCache:
             smashed_BTD=hidden_BTD,
             rows_B=self._rows_B if past and not self._stateless else None,
             attention_mask_BT=new_mask_BT,
-            position_ids_BT=None if torch.equal(positions_BT, counted) else positions_BT,
+            position_ids_BT=None if torch.equal(positions_BT, default_BT) else positions_BT,
             record_past=self._record_past,
             stateless=self._stateless,
-            entries=self._travelling(),
+            entries=self._entries_to_send(),
         )
         reply = self._session.exchange(request)
-        self._keep(reply)
+        self._add_entries(reply)
         return reply
 
-    def _travelling(self) -> tuple[m.KVCacheEntry, ...]:
+    def _entries_to_send(self) -> tuple[m.KVCacheEntry, ...]:
         return tuple(
             m.KVCacheEntry(block=block, keys_BHTE=keys_BHTE, values_BHTE=values_BHTE)
             for block, (keys_BHTE, values_BHTE) in self._entries.items()
         )
 
-    def _keep(self, reply: m.GenerateReply) -> None:
+    def _add_entries(self, reply: m.GenerateReply) -> None:
         for entry in reply.entries:
-            both = entry.keys_BHTE, entry.values_BHTE
+            kv = entry.keys_BHTE, entry.values_BHTE
             if before := self._entries.get(entry.block):
-                both = torch.cat((before[0], both[0]), dim=2), torch.cat((before[1], both[1]), 2)
-            self._entries[entry.block] = both
+                kv = torch.cat((before[0], kv[0]), dim=2), torch.cat((before[1], kv[1]), 2)
+            self._entries[entry.block] = kv
 
 
 class CacheSession:
-    """A session of a client that generates: opened when it is first needed, or was lost.
+    """A session of a client that generates; it is opened at its first use, and again after a loss.
 
     Args:
-        open: Opens a session for so many tokens; its name.
+        open: Opens a session with a capacity in tokens; returns its name.
         exchange: Sends a request and returns its reply.
         forget: Called with the name of a session that the trunk has lost.
-        abandoned: Takes the names of sessions that can be closed.
+        abandoned: A list that receives the names of sessions to close.
     """
 
     def __init__(
@@ -247,7 +260,7 @@ class CacheSession:
         self._call = 0
 
     def next_call(self, cache_tokens: int) -> tuple[str, int]:
-        """The session's name, and the number of its next call."""
+        """The session's name and the number of its next call; opens the session if need be."""
         if not self._name:
             self._name = self._open(cache_tokens)
             self.is_new, self._call = True, 0
@@ -255,17 +268,17 @@ class CacheSession:
         return self._name, self._call - 1
 
     def exchange(self, request: m.GenerateRequest) -> m.GenerateReply:
-        """Send a request of this session."""
+        """Send a request of this session; return its reply."""
         reply = self._exchange(request)
         self.is_new = False
         return reply
 
     def lost(self) -> None:
-        """Note that the trunk does not know the session any more."""
+        """Note that the trunk has lost the session."""
         self._forget(self._name)
         self._name = ""
 
     def abandon(self) -> None:
-        """Have the session closed, with the next exchange that can wait."""
+        """Queue the session to be closed before the next one is opened."""
         if self._name:
             self._abandoned.append(self._name)

@@ -1,4 +1,4 @@
-"""The objective that a client minimizes; a training method overrides it.
+"""The objective that a client minimizes; a training method can override it.
 
 Shapes: B sequences, T tokens, C classes (of a language model its vocabulary).
 """
@@ -18,8 +18,8 @@ from fedsplit.spec import RunSpec
 class Prediction:
     """A forward of the client's model on a batch, on the model's device and with its graph.
 
-    `logits` are [B, T, C], or [B, C] of a classifier. `loss` is the model's own, a mean in nats
-    over the tokens of the batch; in training it includes `train.label_smoothing`.
+    `logits` are [B, T, C], or [B, C] of a classifier. `loss` is the model's own loss, a mean in
+    nats over the tokens of the batch; in training it includes `train.label_smoothing`.
     """
 
     inputs: Mapping[str, Tensor]
@@ -66,10 +66,10 @@ class ClientObjective:
             )
 
     def loss(self, prediction: Prediction) -> Tensor:
-        """Return what is minimized, a mean over the tokens of one batch.
+        """Return the loss to minimize, a mean over the tokens of one batch.
 
-        The trainer weights batches by their tokens and adds their gradients. It reports
-        `prediction.loss`, whatever is minimized. With `train.micro_batches` several threads call
-        this method.
+        The trainer weights batches by their tokens and adds their gradients. It always reports
+        `prediction.loss`, also when another loss is minimized. With `train.micro_batches`, several
+        threads call this method.
         """
         return prediction.loss

@@ -1,9 +1,9 @@
-"""The micro-batches of a step as a pipeline: one computes while the trunk works for the others.
+"""The micro-batches of a step as a pipeline: one computes while the trunk works on the others.
 
-Each worker is a thread, because the forward of a family's own class is one call that waits
-somewhere inside. Only one worker computes at a time, in a fixed order, and it sends its request
-before it hands its turn on. So every sum, here and at the trunk, has one order, and the bits are
-the same every time. A lost request is sent again at its worker's next turn, while the others wait.
+Each worker is a thread, because the forward of a family's own class is one call that blocks on the
+trunk's reply. Only one worker computes at a time, in a fixed order, and a worker sends its request
+before it passes its turn on. So every sum, at client and trunk, has one order, and results are the
+same bit by bit. A lost request is sent again at its worker's next turn, while the others wait.
 """
 
 import threading
@@ -23,28 +23,28 @@ T = TypeVar("T")
 
 
 class MicroBatchPipeline:
-    """Workers that take turns, always in the same order.
+    """Runs micro-batches in worker threads that take turns in a fixed order.
 
     Args:
-        link: Leads to the trunk.
-        num_workers: How many pieces of a step are begun and not done at a time, at most.
+        link: The link to the trunk.
+        num_workers: The most micro-batches of a step that are in progress at a time.
     """
 
-    _stream: Stream  # of the step that is under way
+    _stream: Stream  # of the current step
 
     def __init__(self, link: Link, num_workers: int) -> None:
         self._link = link
         self._num_workers = num_workers
-        self._place = _Place()
+        self._thread = _ThreadState()
 
     def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """Run all pieces; what each returned.
+        """Run all pieces; return their results in order.
 
         Worker w runs pieces w, w + `num_workers`, and so on. It keeps its turn until it waits for
-        a reply, and has another once the reply is there and all others had theirs.
+        a reply. Its next turn comes after all other workers had theirs.
 
         Raises:
-            BaseException: The first failure; the other pieces end when it is their turn.
+            BaseException: The first failure; the other workers end at their next turn.
         """
         self._stream = self._link.stream()
         size = min(self._num_workers, len(pieces))
@@ -52,8 +52,8 @@ class MicroBatchPipeline:
         results: dict[int, T] = {}
 
         def work(worker: int) -> None:
-            self._place.turns, self._place.worker = turns, worker
-            # A backward that waits must hold up its own thread only, not that of a device.
+            self._thread.turns, self._thread.worker = turns, worker
+            # Autograd has one thread per GPU; a backward that waits there would block all others.
             with torch.autograd.set_multithreading_enabled(False), turns.all_of(worker):
                 for piece in range(worker, len(pieces), size):
                     results[piece] = pieces[piece]()
@@ -66,18 +66,19 @@ class MicroBatchPipeline:
 
     @property
     def is_worker(self) -> bool:
-        """Whether the calling thread runs a piece."""
-        return self._place.turns is not None
+        """Whether the calling thread is a worker."""
+        return self._thread.turns is not None
 
     def begin(self, request: Request[R]) -> Callable[[], R]:
-        """Send the request of a piece and let the others have their turns until its reply is here.
+        """Send the request of a piece; the other workers run until its reply is there.
 
         Returns:
-            A function that returns the reply, or raises why there is none.
+            A function that returns the reply or raises the failure.
         """
-        turns, worker = self._place.turns, self._place.worker
-        assert turns is not None, "only a worker has a turn to hand on"
+        turns, worker = self._thread.turns, self._thread.worker
+        assert turns is not None, "only a worker has a turn to pass on"
         outcome: Future[R] = Future()
+        # Sent before the turn is passed on, so that the trunk gets requests in the fixed order.
         answer = self._stream.begin(request)
         turns.pass_on()
         try:
@@ -89,19 +90,19 @@ class MicroBatchPipeline:
         return outcome.result
 
 
-class _Place(threading.local):
-    """Which worker a thread is, if it is one."""
+class _ThreadState(threading.local):
+    """The worker that a thread runs, if it runs one."""
 
     turns: "_Turns | None" = None
     worker = 0
 
 
-class _Over(Exception):
-    """Another worker has failed; nobody has a turn any more."""
+class _Aborted(Exception):
+    """Another worker has failed, so no worker gets a turn any more."""
 
 
 class _Turns:
-    """Whose turn it is: workers in a ring, which get the turn one after another."""
+    """The order of workers: a ring in which the first one has the turn."""
 
     def __init__(self, num_workers: int) -> None:
         self._ring = deque(range(num_workers))
@@ -110,7 +111,7 @@ class _Turns:
 
     @contextmanager
     def all_of(self, worker: int) -> Iterator[None]:
-        """A worker's first turn to its last one."""
+        """A context from a worker's first turn to its last one."""
         with self.ending_at_failure():
             self.take(worker)
             yield
@@ -120,7 +121,7 @@ class _Turns:
 
     @contextmanager
     def ending_at_failure(self) -> Iterator[None]:
-        """A block after whose failure nobody has a turn any more."""
+        """A context; if its block fails, no worker gets a turn any more."""
         try:
             yield
         except BaseException as failure:
@@ -132,25 +133,26 @@ class _Turns:
     def take(self, worker: int) -> None:
         """Wait for a worker's turn.
 
-        It comes: the worker that has the turn computes, or waits for a call with a budget of its
-        own (`fedsplit.client.rpc`), and then passes the turn on, is done, or fails.
+        The wait is bounded: the worker that has the turn computes, or waits for a call with a time
+        budget (`fedsplit.client.rpc`); then it passes the turn on, ends, or fails.
 
         Raises:
-            _Over: Another one has failed.
+            _Aborted: Another worker has failed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._failures or self._ring[0] == worker)
             if self._failures:
-                raise _Over
+                raise _Aborted
 
     def pass_on(self) -> None:
-        """Let the next one have its turn."""
+        """Pass the turn on to the next worker."""
         with self._changed:
             self._ring.rotate(-1)
             self._changed.notify_all()
 
     def raise_failure(self) -> None:
-        """Raise the first failure, if there is one, and keep none: it holds all that it met."""
+        """Raise the first failure, if there is one."""
+        # A kept failure would keep alive every tensor in the frames of its traceback.
         first, self._failures = self._failures[:1], []
         if first:
             raise first.pop()

@@ -1,4 +1,4 @@
-"""FedProx: a pull that keeps a client's halves near those that it began with.
+"""FedProx: a term that keeps the client weights near their values at the start of a round.
 
 Li et al. 2020, "Federated Optimization in Heterogeneous Networks", arXiv 1812.06127.
 """
@@ -21,7 +21,7 @@ class ProximalTerm:
         self._starts = [(p, p.detach().clone()) for p in parameters] if mu else []
 
     def add_gradient(self) -> None:
-        """Add the term's gradient, `mu * (w - w_start)`, to the gradients that are there."""
+        """Add the term's gradient, `mu * (w - w_start)`, to the gradients of the parameters."""
         for parameter, start in self._starts:
             pull = (parameter.detach() - start).mul_(self._mu)
             parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)

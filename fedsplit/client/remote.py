@@ -1,7 +1,7 @@
-"""The trunk as its client sees it: a layer to call, and an optimizer to step.
+"""The client's handle for its trunk: a layer to call, and an optimizer to step.
 
-Shapes: B sequences, T tokens, D hidden width. Calling a `RemoteTrunk` carries hidden states to
-the trunk and back; autograd carries the gradients the other way. So the client's model is plain
+Shapes: B sequences, T tokens, D hidden width. Calling a `RemoteTrunk` sends hidden states to
+the trunk and returns its output; autograd sends the gradients. So the client's model is plain
 PyTorch: `loss.backward()` crosses the wire.
 """
 
@@ -42,20 +42,20 @@ class RemoteTrunk:
     """One client's session with a trunk.
 
     Args:
-        link: Leads to the trunk.
+        link: The link to the trunk.
         model: The client's model; its config and the run's split must be the trunk's.
         run: The run that both sides were configured with.
-        client: This client's name, the one its token is for.
-        served: The trunk's name at a server that has several; its first by default.
-        kv: Who keeps the trunk's keys and values in generation: `server`, or `client`, where they
-            travel with every token and the server keeps nothing.
-        encoder_state: The references of the codec with state, as `encoder_state` returned before.
+        client: This client's name, for which its token was issued.
+        served: The trunk's name at a server that has several; by default the first one.
+        kv: The side that keeps the trunk's keys and values in generation: `server`, or `client`,
+            in which case they travel with every token and the server keeps nothing.
+        encoder_state: The references of the delta codec, as `encoder_state` returned them before.
 
     Attributes:
         client: The client's name.
         draws: Whether a training forward of the model draws random numbers.
-        autocast: The precision of the trunk's matrix products, as it said when a session was
-            opened; empty for that of its weights.
+        autocast: The precision of the trunk's matrix products, known once a session is open; empty
+            for the precision of its weights.
     """
 
     def __init__(
@@ -94,11 +94,17 @@ class RemoteTrunk:
         self.autocast = ""
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
-        """Begin a session, in place of the one before; the trunk's parameter version.
+        """Open a session in place of the previous one; return the trunk's parameter version.
 
-        The trunk's dropout depends on the seed, the round and the number of the call; who repeats
-        work says with `first_call` where to count on from. In `isolated` mode the trunk only ever
-        evaluates: it keeps no graph, drops nothing out, and no barrier waits for this client.
+        The trunk's dropout depends on the seed, the round and the call's number. In `isolated` mode
+        the trunk only evaluates: it keeps no graph, uses no dropout, and no barrier waits for this
+        client.
+
+        Args:
+            round: The round of the run.
+            training: Whether the session trains.
+            first_call: The number of the first call; a client that repeats work passes the number
+                that it began with, and gets the same dropout.
 
         Raises:
             FedsplitError: The trunk refuses this client, or cannot be reached.
@@ -114,15 +120,16 @@ class RemoteTrunk:
         if reply.limits.hidden_size != self._hidden_size:
             raise ModelMismatch(
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
-                f"{self._hidden_size}; start both from the same model"
+                f"{self._hidden_size}; build both from the same model"
             )
+        # A step that was not taken is repeated, from the references that it began with.
         self._encoder.rollback()
         self._session, self.autocast = reply.session, reply.autocast
         self._next_call, self._trunk_sq_norm = first_call, 0.0
         return reply.version
 
     def close(self) -> None:
-        """End the session and those of caches that are gone; the link stays open."""
+        """Close the session and those of deleted caches; the link stays open."""
         self.end_generations()
         if self._session:
             self._close(self._session)
@@ -132,7 +139,7 @@ class RemoteTrunk:
     def session(
         self, round: int = 0, *, training: bool = True, first_call: int = 0
     ) -> Iterator[None]:
-        """A block with a session, closed at its end; after a failure the trunk is told once."""
+        """A context with a session; after a failure it is closed with a single attempt."""
         self.open(round, training=training, first_call=first_call)
         try:
             yield
@@ -149,14 +156,15 @@ class RemoteTrunk:
         position_ids_BT: Tensor | None = None,
         cache: TrunkCache | None = None,
     ) -> Tensor:
-        """Carry hidden states through the trunk; takes part in autograd where it is enabled.
+        """The trunk's output for these hidden states, with a gradient where autograd is enabled.
 
-        In `isolated` mode it takes no part: what comes back is a constant.
+        In `isolated` mode the output is a constant.
 
         Raises:
-            FedsplitError: The trunk refused, or could not be reached inside the budget.
+            FedsplitError: The trunk refused, or could not be reached within the budget.
         """
-        hidden_BTD = hidden_BTD.to(self._dtype)  # under autocast some families leave it in another
+        # Under autocast some families leave the hidden states in another dtype.
+        hidden_BTD = hidden_BTD.to(self._dtype)
         if cache is not None:
             return cache.carry(hidden_BTD, attention_mask_BT, position_ids_BT)
         if attention_mask_BT is not None and bool(attention_mask_BT.all()):
@@ -182,21 +190,21 @@ class RemoteTrunk:
         return apply(entering_BTD, self, request, below_trains)
 
     def examples(self, numbers_B: Tensor) -> AbstractContextManager[None]:
-        """A block whose training forwards, in this thread, are of these examples of the client.
+        """A context that names the examples of the training forwards in this thread.
 
-        With `wire.history_bytes` only what has changed about them since the last step that they
-        were part of crosses.
+        With `wire.history_bytes`, only the difference from the last step with the same example is
+        sent.
 
         Args:
-            numbers_B: An example's number for each sequence, always the same one; int64. None at
-                all for sequences that have none.
+            numbers_B: The number of each sequence's example, int64; it stays the same for the whole
+                run. Empty for sequences without numbers.
         """
         return self._encoder.of(numbers_B)
 
     # --- generation ---------------------------------------------------------------------------
 
     def new_cache(self, max_length: int | None = None) -> TrunkCache:
-        """The trunk's KV cache of a generation, growing or with room for `max_length` tokens."""
+        """A KV cache at the trunk, growing or with a capacity of `max_length` tokens."""
         return TrunkCache(self._cache_session, max_length or 0, stateless=self._stateless)
 
     def _cache_session(self) -> CacheSession:
@@ -204,7 +212,7 @@ class RemoteTrunk:
         return CacheSession(self.open_cache, self.exchange, forget, self._abandoned)
 
     def open_cache(self, cache_tokens: int) -> str:
-        """Open a session that generates; closes those that were abandoned."""
+        """Open a session that generates, and close abandoned ones; return its name."""
         self.end_generations()
         request = m.OpenRequest(
             protocol=m.PROTOCOL,
@@ -213,6 +221,7 @@ class RemoteTrunk:
             training=False,
             generating=True,
             cache_tokens=cache_tokens,
+            # Generation does not depend on the run, so any run's client may generate.
             **{**self._identity, "config": ""},
         )
         session = self.exchange(request).session
@@ -220,13 +229,13 @@ class RemoteTrunk:
         return session
 
     def end_generations(self) -> None:
-        """Close the sessions of caches that are gone."""
+        """Close the sessions of deleted caches."""
         while self._abandoned:
             self._close(self._abandoned.pop())
 
     def disconnect(self) -> None:
-        """Tell the trunk, once and without trying again, that every session here is over."""
-        with suppress(FedsplitError):  # or it finds out by itself
+        """Close all sessions, with one attempt each and no retries."""
+        with suppress(FedsplitError):  # the trunk ends the sessions of a lost connection itself
             for session in (self._session, *self._caches):
                 if session:
                     with suppress(SessionLost):
@@ -241,25 +250,31 @@ class RemoteTrunk:
 
     @property
     def trunk_sq_norm(self) -> float:
-        """Squared norm of the trunk's gradient accumulated since the last step, as it is."""
+        """Squared norm of the trunk's gradient since the last step; the loss scale is included."""
         return self._trunk_sq_norm
 
     @property
     def encoder_state(self) -> Mapping[str, Tensor]:
-        """What the codec with state continues from, by name; empty without `wire.history_bytes`."""
+        """The references of the delta codec, by name; empty without `wire.history_bytes`."""
         return self._encoder.state
 
     def run_pieces(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """Run pieces of a step, `train.micro_batches` of them at a time; what each returned."""
+        """Run micro-batches, `train.micro_batches` of them at a time; return their results."""
         return self._rpc.run_pieces(pieces)
 
     def step(
         self, *, step: int, num_tokens: int, client_sq_norm: float, loss_scale: float = 1.0
     ) -> None:
-        """Contribute the accumulated gradient to the trunk's next step; waits for no one.
+        """Contribute the accumulated gradient to the trunk's next step; return before that step.
+
+        Args:
+            step: How many optimizer steps this client has taken before.
+            num_tokens: The contribution's weight among clients.
+            client_sq_norm: Squared gradient norm of bottom and top, without the loss scale.
+            loss_scale: The factor on the losses whose gradients have accumulated.
 
         Raises:
-            StaleVersion: The trunk moved on; repeat the step in a new session.
+            StaleVersion: The trunk has a newer version; repeat the step in a new session.
         """
         request = m.StepRequest(
             session=self._named_session(),
@@ -274,41 +289,41 @@ class RemoteTrunk:
         self._encoder.commit()
 
     def follow(self, optimizer: Optimizer, *, step: int = 0) -> RemovableHandle:
-        """Contribute to the trunk's step whenever this optimizer of the ends has stepped.
+        """Contribute to the trunk's step after each step of this optimizer of the client weights.
 
-        So whatever trains the client's model, such as the Trainer of transformers, trains the
-        trunk with it; a step weighs as much as any other client's. Open a session before, and let
-        nothing scale the loss: the trunk would not know of it.
+        So any code that trains the client's model, such as the Trainer of transformers, also trains
+        the trunk. All clients have the same weight. Open a session before, and do not scale the
+        loss: the trunk does not learn the scale.
 
         Args:
-            optimizer: Steps bottom and top; it keeps their gradients until it has.
+            optimizer: Steps bottom and top; their gradients must exist until it has stepped.
             step: How many optimizer steps this client has taken before.
 
         Returns:
-            Its `remove()` ends it.
+            A handle; its `remove()` ends the contributions.
         """
         steps = itertools.count(step)
 
         def contribute(*_: Any) -> None:
-            ends = (p.grad for group in optimizer.param_groups for p in group["params"])
-            sq_norm = squared_norm(grad for grad in ends if grad is not None)
+            gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+            sq_norm = squared_norm(each for each in gradients if each is not None)
             self.step(step=next(steps), num_tokens=1, client_sq_norm=sq_norm)
 
         return optimizer.register_step_post_hook(contribute)
 
     def gradients(self, *, tensors: bool = False) -> m.GradientsReply:
-        """Norms per block, and on request the tensors, of what has accumulated at the trunk.
+        """The gradient accumulated at the trunk: its norm per block, and on request the tensors.
 
-        With a loss scale they are larger by it.
+        With a loss scale they are multiplied by it.
         """
         return self.exchange(m.GradientsRequest(session=self._named_session(), tensors=tensors))
 
     def training_state(self) -> m.TrainingStateReply:
-        """Where the trunk's training stands."""
+        """The state of the trunk's training: round, step, learning rate and version."""
         return self.exchange(m.TrainingStateRequest(session=self._named_session()))
 
     def service_info(self) -> m.ServiceInfoReply:
-        """What the server is; needs no session."""
+        """Description of the server; needs no session."""
         return self.exchange(m.ServiceInfoRequest(served=self._identity["served"]))
 
     def _backward(
@@ -327,11 +342,11 @@ class RemoteTrunk:
 
     def _close(self, session: str) -> None:
         self._caches.discard(session)
-        with suppress(SessionLost):  # it is gone already, perhaps by an attempt before
+        with suppress(SessionLost):  # an earlier attempt may have closed it
             self.exchange(m.CloseRequest(session=session))
 
     def exchange(self, request: m.Request[m.R]) -> m.R:
-        """Send a request, again if need be, and wait for its reply.
+        """Send a request, retry it if need be, and return its reply.
 
         Raises:
             FedsplitError: The last failure.
@@ -351,9 +366,9 @@ class RemoteTrunkFunction(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_BTD: Tensor, trunk: RemoteTrunk, request: m.ForwardRequest, below: bool
     ) -> Tensor:
-        """Carry hidden states to the trunk; its output."""
+        """Send hidden states to the trunk; return its output."""
         reply = trunk._rpc.forward(request)
-        # The request holds it, for a forward to be repeated; so whoever counts activations sees it.
+        # The request keeps it alive to repeat the forward; saving it makes `Footprint` count it.
         ctx.save_for_backward(hidden_BTD)
         ctx.trunk, ctx.request, ctx.version, ctx.below = trunk, request, reply.version, below
         return reply.trunk_out_BTD.to(hidden_BTD.device)
@@ -361,7 +376,7 @@ class RemoteTrunkFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_trunk_out_BTD: Tensor) -> tuple[Tensor | None, None, None, None]:
-        """Carry the gradient of the output to the trunk; that of the hidden states."""
+        """Send the gradient of the output to the trunk; return that of the hidden states."""
         grad_BTD = ctx.trunk._backward(ctx.request, ctx.version, grad_trunk_out_BTD, ctx.below)
         moved_BTD = None if grad_BTD is None else grad_BTD.to(grad_trunk_out_BTD.device)
         return moved_BTD, None, None, None

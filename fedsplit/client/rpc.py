@@ -1,7 +1,8 @@
-"""The requests of one client: sent, sent again if need be, and answered whole.
+"""The requests of one client: sends them, retries them, and decodes their replies.
 
-A request that is repeated is the same request, so the trunk runs it once. Retries use full jitter
-with a growing bound (Brooker 2015, "Exponential backoff and jitter") and end with a budget of time.
+A retry repeats the identity of its request (session, call, kind), so the trunk runs it once. The
+waits use full jitter with a growing bound (Brooker 2015, "Exponential backoff and jitter"), within
+a time budget.
 """
 
 import random
@@ -26,7 +27,7 @@ from fedsplit.wire.delta import DeltaEncoder
 T = TypeVar("T")
 
 _REFORWARDS = 6
-"""How often an expired graph is made again before its backward fails."""
+"""How often a forward is repeated because its graph has expired, before the backward fails."""
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
 
@@ -35,39 +36,41 @@ class RpcClient:
     """Sends a client's requests to its trunk.
 
     Args:
-        link: Leads to the trunk.
-        run: How long to retry, and how many micro-batches of a step are under way at a time.
+        link: The link to the trunk.
+        run: The run; it sets the retry budget and the number of micro-batches in progress.
         client: The client's name.
-        encoder: Encodes what training forwards carry.
+        encoder: The delta codec of training forwards.
     """
 
     def __init__(self, link: Link, run: RunSpec, *, client: str, encoder: DeltaEncoder) -> None:
         self._link = link
         self._encoder = encoder
         self._pipeline = MicroBatchPipeline(link, run.train.micro_batches)
+        # Each client has its own jitter, or all would come back at once after an outage.
         self._retry = Retry(run.wire.budget_s, random.Random(client))
 
     def run_pieces(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """Run the micro-batches of a step, several at a time; what each returned."""
+        """Run the micro-batches of a step, several at a time; return their results."""
         return self._pipeline.run(pieces)
 
     def exchange(self, request: m.Request[m.R]) -> m.R:
-        """Send a request, again if need be, and wait for its reply.
+        """Send a request, retry it if need be, and return its reply.
 
         Raises:
             FedsplitError: The last failure.
         """
+        # Other clients in this process may draw random numbers while this one waits.
         with rng_released():
             return self._retry(lambda: self._link.exchange(request))
 
     def exchange_in_turn(self, request: m.Request[m.R]) -> m.R:
-        """As `exchange`; the other micro-batches of the step run meanwhile."""
+        """As `exchange`, while the other micro-batches of the step run."""
         with rng_released():
             first = self._pipeline.begin(request) if self._pipeline.is_worker else None
             return self._retry(lambda: self._link.exchange(request), first=first)
 
     def forward(self, request: m.ForwardRequest) -> m.ForwardReply:
-        """Send a training forward, in turn; its reply, decoded."""
+        """Send a training forward, in turn; return the decoded reply."""
         try:
             reply = self.exchange_in_turn(request)
         except HistoryLost:
@@ -77,12 +80,12 @@ class RpcClient:
     def backward(
         self, backward: m.BackwardRequest, forward: m.ForwardRequest, version: int
     ) -> m.BackwardReply:
-        """Send a backward, in turn; if its graph has expired, the forward is sent again before.
+        """Send a backward, in turn; if its graph has expired, repeat the forward first.
 
         Args:
             backward: The request.
-            forward: The forward before it, as it was sent.
-            version: The trunk's version that answered the forward.
+            forward: The request of its forward, as it was sent.
+            version: The parameter version of the trunk that answered the forward.
 
         Raises:
             StaleVersion: The graph expired, and the trunk has moved on.
@@ -91,9 +94,10 @@ class RpcClient:
             try:
                 return self.exchange(backward) if tries else self.exchange_in_turn(backward)
             except ActivationExpired:
-                if tries:  # other clients need the trunk's memory as well
+                if tries:  # the graph expires for lack of memory, so leave time to other clients
                     self._retry.pause(tries)
                 now = self._forward_again(forward).version
+                # A gradient through other parameters would not belong to this forward's loss.
                 if now != version:
                     raise StaleVersion(
                         f"the graph of call {forward.call} expired, and the trunk has moved from "
@@ -109,24 +113,24 @@ class RpcClient:
 
 
 class Retry:
-    """Repeats an attempt that failed in a way that can pass; a fault of the server, once.
+    """Repeats an attempt that failed with a retryable error, or once with `Internal`.
 
     Args:
-        budget_s: Longest time from the first attempt to the last, in seconds.
-        chance: Randomness of the waits.
-        sleep: Waits, in seconds.
-        clock: Seconds that do not run backwards.
+        budget_s: The longest time from the first attempt to the last, in seconds.
+        rng: The source of the waits' jitter.
+        sleep: Waits for a number of seconds.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(
         self,
         budget_s: float,
-        chance: random.Random,
+        rng: random.Random,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget_s = budget_s
-        self._chance = chance
+        self._rng = rng
         self._sleep = sleep
         self._clock = clock
 
@@ -135,7 +139,7 @@ class Retry:
 
         Args:
             attempt: Makes one attempt.
-            first: Makes the first one, if that is another.
+            first: Makes the first attempt, if it differs from the others.
 
         Raises:
             FedsplitError: The last failure.
@@ -155,8 +159,8 @@ class Retry:
             tries += 1
 
     def pause(self, tries: int) -> None:
-        """Wait as after `tries` attempts that failed."""
+        """Wait as long as after `tries` failed attempts."""
         self._sleep(self._wait_s(tries))
 
     def _wait_s(self, tries: int) -> float:
-        return self._chance.uniform(0.0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**tries))
+        return self._rng.uniform(0.0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**tries))

@@ -1,4 +1,4 @@
-"""The hidden states that a client has sent for a generation, in the present order of its sequences.
+"""The hidden states that a client has sent for a generation, in the order of its sequences.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """The tokens of one request; `order_B` is how its sequences were selected since."""
+    """The tokens of one request; `order_B` numbers the sequences that were selected after it."""
 
     hidden_BTD: Tensor
     positions_BT: Tensor
@@ -19,10 +19,10 @@ class _Piece:
 
 
 class SentTokens:
-    """Hidden states and position ids by request; sequences are put in order only when read.
+    """Hidden states and position ids by request; sequences are reordered only when read.
 
-    Beam search selects sequences at every token. Only the selections are composed then, so that a
-    token costs the same however many were sent before it.
+    Beam search selects sequences at every token. A selection only updates row numbers, so its cost
+    does not depend on the number of tokens that were sent before.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class SentTokens:
 
     @property
     def num_sequences(self) -> int:
-        """B, of what was sent last after all selections."""
+        """B, after all selections."""
         last = self._pieces[-1]
         return len(last.hidden_BTD if last.order_B is None else last.order_B)
 
@@ -39,7 +39,7 @@ class SentTokens:
         self._pieces.append(_Piece(hidden_BTD=hidden_BTD, positions_BT=positions_BT))
 
     def select(self, rows_B: Tensor) -> None:
-        """Replace the sequences by those with these numbers; a number may occur repeatedly."""
+        """Replace the sequences by those with these row numbers; a number may occur repeatedly."""
         last = self._pieces[-1]
         order_B = rows_B if last.order_B is None else last.order_B[rows_B]
         self._pieces[-1] = replace(last, order_B=order_B)
@@ -54,6 +54,7 @@ class SentTokens:
                 self._pieces.append(replace(last, hidden_BTD=hidden_BTD, positions_BT=positions_BT))
                 return
             tokens_to_remove = -kept
+            # The removed piece's selection also applies to the pieces before it.
             if last.order_B is not None:
                 self.select(last.order_B)
 
@@ -62,15 +63,16 @@ class SentTokens:
         self._pieces = []
 
     def copy(self) -> "SentTokens":
-        """The same tokens, to be changed independently; no tensor is copied."""
+        """A copy that can change independently; the tensors are shared."""
         copy = SentTokens()
         copy._pieces = list(self._pieces)
         return copy
 
     def followed_by(self, hidden_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden states [B, T, D] and position ids [B, T] of all tokens, and then of these."""
+        """The hidden states [B, T, D] and position ids [B, T] of all tokens, then of these."""
         hidden, positions = [hidden_BTD], [positions_BT]
         order_B: Tensor | None = None
+        # Backwards, because a selection applies to all tokens that were sent before it.
         for piece in reversed(self._pieces):
             if piece.order_B is not None:
                 order_B = piece.order_B if order_B is None else piece.order_B[order_B]

@@ -1,7 +1,8 @@
-"""The training loop: step, fit and evaluate a client's model whose trunk is elsewhere.
+"""The training loop of a client: step, fit and evaluate a model whose trunk is remote.
 
-A step reads: for each batch bottom, trunk, top, loss, backward; then both sides step. Labels and
-token ids never leave; what crosses is the model's own business (`fedsplit.client.remote`).
+A step runs bottom, trunk, top, loss and backward for each batch; then both sides step. Labels and
+token ids stay at the client. The model sends hidden states and gradients itself
+(`fedsplit.client.remote`).
 """
 
 import logging
@@ -34,12 +35,12 @@ from fedsplit.spec import RunSpec
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
-"""How often a step is tried, and how many batches in a row may be refused."""
+"""The most attempts at one step, and the most steps in a row that may not be finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """One optimizer step: mean loss in nats per token, and the tokens it is the mean of."""
+    """One optimizer step: its mean loss in nats per token, its tokens, and its repetitions."""
 
     loss: float
     num_tokens: int
@@ -48,11 +49,12 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitStats:
-    """Some steps: their mean loss per token, their tokens, and what became of the others.
+    """The steps of a call to `fit`: their mean loss in nats per token, their tokens, their number.
 
-    `steps` were taken, with `repeated` attempts before; `refused` ones came too late for the trunk
-    at every attempt, `skipped` ones were not finite. `peak_bytes` is what weights, gradients,
-    moments and saved activations took together, measured in the first step.
+    `steps` counts the steps that were taken, `repeated` the attempts at them that failed before,
+    `refused` the steps that were stale at every attempt, and `skipped` those with NaN or Inf.
+    `peak_bytes` is the memory of weights, gradients, optimizer moments and saved activations
+    together, measured in the first step.
     """
 
     loss: float
@@ -81,19 +83,20 @@ class ClientTrainer:
     """Trains a client's model together with its trunk, or as `train.mode` says.
 
     Args:
-        model: The client's model, connected to `trunk`, or an unsplit one; what requires a
-            gradient trains.
-        trunk: The session with the trunk, or what stands for none; `fit` and `evaluate` open it.
-        run: The run: what the optimizers do, and the seed of dropout.
+        model: The client's model, connected to `trunk`, or an unsplit model; the parameters that
+            require a gradient are trained.
+        trunk: The client's handle for the trunk, or `NoTrunk`; `fit` and `evaluate` open its
+            session.
+        run: The run; it configures the optimizers and seeds dropout.
         step: How many optimizer steps this client has taken before.
-        proximal_mu: Weight of FedProx's term, which pulls back to the values of now.
-        shared: Names of the parameters that this term is for; all that train by default.
-        loss_scale: Where it was after those steps; in use only while a side is in float16.
-        objective: What is minimized; a strategy's is its `client_objective`.
+        proximal_mu: Weight of FedProx's term, which keeps parameters near their present values.
+        shared: Names of the parameters that have this term; by default all that are trained.
+        loss_scale: The loss scale after those steps; used only while a side computes in float16.
+        objective: The objective to minimize; that of a strategy is its `client_objective`.
 
     Raises:
-        ConfigError: The run does not fit the objective; or the family cannot do what the run asks
-            for.
+        ConfigError: The run does not fit the objective, or the family does not support an option of
+            the run.
     """
 
     def __init__(
@@ -126,14 +129,15 @@ class ClientTrainer:
         """One optimizer step at both sides, on the mean over all tokens of `batches`.
 
         Raises:
-            StaleVersion: The trunk moved on meanwhile; nothing was changed here.
-            NonFinite: A tensor held NaN or Inf; nothing was changed here.
+            StaleVersion: The trunk has a newer version; no parameter of the client has changed.
+            NonFinite: A tensor held NaN or Inf; no parameter of the client has changed.
         """
         num_tokens = sum(batch.num_tokens for batch in batches)
         self._model.train()
         self.optimizer.zero_grad()
         loss = self._forward_backward(batches, num_tokens)
         client_sq_norm, sq_norm = self._sq_norms()
+        # The trunk first: if it refuses the step, the client has not changed yet.
         self._step_trunk(num_tokens, client_sq_norm)
         self.optimizer.step(self.steps, self._clip_coefficient(client_sq_norm, sq_norm))
         self._count_step()
@@ -142,38 +146,44 @@ class ClientTrainer:
     def fit(self, batches: Iterable[Sequence[Batch]], *, round: int = 0) -> FitStats:
         """Train one step on each group of batches, in a session of its own.
 
-        A step that the trunk could not take is repeated on the same batches with the same
-        dropout; one that it refuses as stale again and again, and one whose numbers are not
-        finite, is given up: it changes nothing at either side but the scale of the loss, if there
-        is one.
+        A step that the trunk refuses as stale, or whose session it has lost, is repeated on the
+        same batches with the same dropout. A step is given up after three attempts, or if its
+        numbers are not finite. It then changes no parameter at either side; only the loss scale
+        falls, if there is one.
 
         Raises:
-            NonFinite: Three steps in a row were not finite, and no smaller scale could help.
-            FedsplitError: The trunk cannot be reached, or refuses for good.
+            NonFinite: Three steps in a row were not finite, and the loss scale cannot fall.
+            FedsplitError: The trunk cannot be reached, or refuses with an error that is final.
         """
         done: list[StepStats] = []
         refused = skipped = in_a_row = 0
-        # An asynchronous round may see a client twice, which needs dropout of its own each time.
+        # Calls are numbered by the steps of the whole run: a client may train twice in an
+        # asynchronous round, and needs other dropout the second time.
         per_batch = self._run.train.micro_batches
         first_call = self.steps * self._run.train.accumulation * per_batch
         with self._trunk.session(round, first_call=first_call):
             for group in batches:
                 next_call = self._trunk.next_call + len(group) * per_batch
                 try:
-                    done.append(self._step_at_last(group, round))
+                    done.append(self._step_with_retries(group, round))
                     in_a_row = 0
                     continue
                 except StaleVersion as reason:
-                    log.warning("%s gives a step up: %s", self._trunk.client, reason)
+                    log.warning("%s gives up a step: %s", self._trunk.client, reason)
                     refused += 1
                 except NonFinite as reason:
                     log.warning("%s skips a step: %s", self._trunk.client, reason)
                     skipped, in_a_row = skipped + 1, in_a_row + 1
                     if self._is_scaled and self.loss_scale.can_fall:
                         self.loss_scale, in_a_row = self.loss_scale.after_overflow(), 0
-                        log.warning("the loss scale falls to %g", self.loss_scale.value)
+                        log.warning(
+                            "%s lowers the loss scale to %g",
+                            self._trunk.client,
+                            self.loss_scale.value,
+                        )
                     elif in_a_row == _ATTEMPTS:
                         raise
+                # Drops the gradients of the step from the trunk; the next step has its own calls.
                 self._trunk.open(round, first_call=next_call)
         num_tokens = sum(stats.num_tokens for stats in done)
         nats = sum(stats.loss * stats.num_tokens for stats in done)
@@ -194,21 +204,21 @@ class ClientTrainer:
         self._model.train(False)
         with self._trunk.session(round, training=False), torch.no_grad(), self._autocast():
             for batch in batches:
-                prediction = self._evaluated(batch, round)
+                prediction = self._predict_held_out(batch, round)
                 nats += prediction.loss.item() * batch.num_tokens
                 num_tokens += batch.num_tokens
                 num_bytes += batch.num_bytes
                 counts.update(self._task.counts(prediction.logits, batch.labels))
         return EvalStats(nats=nats, num_tokens=num_tokens, num_bytes=num_bytes, counts=counts)
 
-    def _evaluated(self, batch: Batch, round: int) -> Prediction:
+    def _predict_held_out(self, batch: Batch, round: int) -> Prediction:
         try:
             return self._predict(batch)
         except SessionLost:
             self._trunk.open(round, training=False)
             return self._predict(batch)
 
-    def _step_at_last(self, group: Sequence[Batch], round: int) -> StepStats:
+    def _step_with_retries(self, group: Sequence[Batch], round: int) -> StepStats:
         first_call = self._trunk.next_call
         for repeats in range(_ATTEMPTS - 1):
             try:
@@ -220,7 +230,8 @@ class ClientTrainer:
     # --- the parts of a step ------------------------------------------------------------------
 
     def _forward_backward(self, batches: Sequence[Batch], num_tokens: int) -> float:
-        """Accumulate the gradients of all batches; the loss, a mean over all their tokens."""
+        """Accumulate the gradients of all batches; return the mean loss over all their tokens."""
+        # Seeded by the step, so that a repeated step has the same dropout.
         seed = f"ends/{self._run.seed}/{self._trunk.client}/{self.steps}"
         count = self._run.train.micro_batches
         if count == 1:
@@ -236,7 +247,7 @@ class ClientTrainer:
         return sum(self._trunk.run_pieces([partial(work, n) for n in range(len(pieces))]))
 
     def _one_batch(self, batch: Batch, num_tokens: int) -> float:
-        """Forward and backward of one batch; its share in the loss."""
+        """Forward and backward of one batch; return its share of the loss."""
         weight = batch.num_tokens / num_tokens
         with self._footprint.forward(), self._autocast(), self._trunk.examples(batch.examples_B):
             objective, loss = self._losses(batch)
@@ -245,12 +256,15 @@ class ClientTrainer:
 
     def _sq_norms(self) -> tuple[float, float]:
         """The squared gradient norm of this client, and of client and trunk together."""
+        # The proximal term's gradient was not scaled, so it is added after unscaling.
         unscale(self.optimizer.gradients(), self._scale)
         self._proximal.add_gradient()
         own = self.optimizer.sq_norm()
         both = own + self._trunk.trunk_sq_norm / self._scale**2
         if not math.isfinite(both):
-            raise NonFinite(f"the gradient of step {self.steps} has norm {both}; it was skipped")
+            raise NonFinite(
+                f"the squared gradient norm of step {self.steps} is {both}; the step was skipped"
+            )
         return own, both
 
     def _step_trunk(self, num_tokens: int, client_sq_norm: float) -> None:
@@ -274,13 +288,13 @@ class ClientTrainer:
             self.loss_scale = self.loss_scale.after_step()
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return what is minimized, and the model's loss, which is reported."""
-        # The prediction ends here, so that its logits take no memory during backward.
+        """Return the loss to minimize, and the model's loss to report."""
+        # The prediction is local to this method, so its logits take no memory during backward.
         prediction = self._predict(batch, self._run.train.label_smoothing)
         return self._objective.loss(prediction), prediction.loss.detach()
 
     def _predict(self, batch: Batch, smoothing: float = 0.0) -> Prediction:
-        """Run the model's own forward, which makes the loss unless labels are smoothed."""
+        """Run the model's own forward; it computes the loss unless labels are smoothed."""
         device = self._model.device
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         labels = batch.labels.to(device)
@@ -294,9 +308,9 @@ class ClientTrainer:
 
     @property
     def _is_scaled(self) -> bool:
-        """Whether gradients pass through float16, here or at the trunk."""
-        ours = precision_of(self._run.model, self._model.device)
-        return "float16" in (ours, self._trunk.autocast)
+        """Whether gradients pass through float16, at the client or at the trunk."""
+        own = precision_of(self._run.model, self._model.device)
+        return "float16" in (own, self._trunk.autocast)
 
     @property
     def _scale(self) -> float:

@@ -1,4 +1,4 @@
-"""In the trunk's place, for a model that is not split: the baselines train with the same loop."""
+"""The trunk's stand-in for a model that is not split, so that baselines use the same loop."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class NoTrunk:
-    """Answers what `fedsplit.client.trainer` asks a `RemoteTrunk`, for a model that holds all.
+    """Has the interface of `RemoteTrunk` that `ClientTrainer` uses, for an unsplit model.
 
     Args:
         model: The unsplit model.
-        client: Who trains it.
+        client: The name of the client that trains it.
     """
 
     next_call = 0
@@ -31,25 +31,25 @@ class NoTrunk:
         self.draws = draws(model)
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
-        """Nothing is opened; the version never changes."""
+        """Do nothing; return version 0, which never changes."""
         return 0
 
     @contextmanager
     def session(
         self, round: int = 0, *, training: bool = True, first_call: int = 0
     ) -> Iterator[None]:
-        """A block like any other."""
+        """A context that does nothing."""
         yield
 
     def examples(self, numbers_B: Tensor) -> AbstractContextManager[None]:
-        """A block like any other: nothing crosses."""
+        """A context that does nothing, because nothing is sent."""
         return nullcontext()
 
     def run_pieces(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """Do pieces of a step, one after another: nothing is waited for."""
+        """Run the micro-batches of a step one after another; return their results."""
         return [piece() for piece in pieces]
 
     def step(
         self, *, step: int, num_tokens: int, client_sq_norm: float, loss_scale: float = 1.0
     ) -> None:
-        """There is nobody to step with."""
+        """Do nothing: there is no trunk to step."""
