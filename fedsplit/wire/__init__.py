@@ -1,1 +1,1 @@
-"""What is said between client and trunk, as data: messages, tensor bytes, legal order."""
+"""The protocol between client and trunk, as data: messages, tensor bytes, legal order."""

@@ -1,8 +1,9 @@
-"""Tensors as bytes, and bytes as tensors.
+"""The conversion of tensors to bytes and back.
 
-On the wire a tensor is its raw little-endian bytes in row-major order, or what a codec of
-`fedsplit.wire.compression` made of it. Everything here raises before it takes memory, and never
-asserts; whether a value is finite is for the trunk's guard to say.
+On the wire a tensor is its raw little-endian bytes in row-major order, or the output of a codec of
+`fedsplit.wire.compression`. All checks come before memory is allocated, and raise errors rather
+than assert, because a peer's bytes are not our bug. The trunk's guard checks that values are
+finite.
 """
 
 import math
@@ -27,14 +28,15 @@ DTYPES = {
     "int32": torch.int32,
     "bool": torch.bool,
 }
-"""Every dtype that may cross the wire, by name."""
+"""Every dtype that may be sent, by name."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The name of every dtype that may be sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMeta:
-    """What a peer says about the bytes of one tensor; `codec` names how they were compressed."""
+    """A peer's description of the bytes of one tensor; `codec` names their compression."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,18 +44,21 @@ class TensorMeta:
     codec: str = "none"
 
     def check(self) -> None:
-        """Refuse a description that cannot be true.
+        """Check that the description is consistent.
 
         Raises:
             BadTensor: An unknown dtype or codec, a rank that is not 1 to 4, a dimension below
-                1, or a length that is not the shape's; a lossy codec of what is no float.
+                1, a length that does not fit the shape, or a lossy codec with a dtype that is no
+                float.
         """
         if self.dtype not in DTYPES:
             raise BadTensor(f"dtype {self.dtype!r} is not one of: {', '.join(DTYPES)}")
         if self.codec != "none" and self.codec not in READERS:
             raise BadTensor(f"codec {self.codec!r} is not one of: none, {', '.join(READERS)}")
         if not 1 <= len(self.shape) <= 4:
-            raise BadTensor(f"a tensor of rank {len(self.shape)} was sent; ranks 1 to 4 are taken")
+            raise BadTensor(
+                f"a tensor of rank {len(self.shape)} was sent; ranks 1 to 4 are allowed"
+            )
         if min(self.shape) < 1:
             raise BadTensor(f"shape {self.shape} has an empty dimension; each must be at least 1")
         if self.codec == "none" and self.nbytes != self.decoded_bytes:
@@ -66,12 +71,12 @@ class TensorMeta:
 
     @property
     def decoded_bytes(self) -> int:
-        """What the tensor takes in memory."""
+        """Bytes of the decoded tensor."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
     def rows(self) -> tuple[int, int]:
-        """How many rows a codec sees, and their width."""
+        """The number of rows that a codec encodes, and the values in a row."""
         return math.prod(self.shape[:-1]), self.shape[-1]
 
     def _check_compressed(self) -> None:
@@ -83,39 +88,44 @@ class TensorMeta:
 def encode_tensor(
     tensor: Tensor, codec: str = "none", base: Tensor | None = None
 ) -> tuple[TensorMeta, memoryview]:
-    """Describe a tensor, or its difference from a base of its shape, and show the bytes.
+    """Encode a tensor, or its difference from a base of the same shape.
 
-    With codec `none`, and of whole numbers, they are its own, copied only if it is strided or on
-    another device; there is no difference then.
+    With codec `none`, and for integers, the bytes are the tensor's own, and `base` is not used.
+    They are copied only if the tensor is strided or on another device.
+
+    Returns:
+        The description, and a view of the bytes.
 
     Raises:
-        BadTensor: The tensor's dtype or shape may not cross the wire.
+        BadTensor: The tensor's dtype or shape may not be sent.
         ConfigError: There is no such codec.
     """
     dtype = NAMES.get(tensor.dtype, str(tensor.dtype))
     meta = TensorMeta(dtype=dtype, shape=tuple(tensor.shape), nbytes=tensor.nbytes)
     meta.check()
-    held = tensor.detach()
+    data = tensor.detach()
     if codec != "none" and tensor.is_floating_point():
         name, compress = writer(codec)
-        rows_ND = held.reshape(-1, held.shape[-1]).float().contiguous()
+        rows_ND = data.reshape(-1, data.shape[-1]).float().contiguous()
         if base is None:
-            held = compress.encode(rows_ND)
+            data = compress.encode(rows_ND)
         else:
-            held = compress.encode(rows_ND - base.to(rows_ND).view_as(rows_ND), rows_ND)
-        meta = replace(meta, nbytes=held.nbytes, codec=name)
-    flat = held.cpu().contiguous().view(-1).view(torch.uint8)
+            # The codec also gets the whole rows, since its error is relative to them.
+            data = compress.encode(rows_ND - base.to(rows_ND).view_as(rows_ND), rows_ND)
+        meta = replace(meta, nbytes=data.nbytes, codec=name)
+    # numpy has no bfloat16, so the bytes are viewed as uint8.
+    flat = data.cpu().contiguous().view(-1).view(torch.uint8)
     return meta, flat.numpy().data
 
 
 def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int = 0) -> Tensor:
     """The tensor whose bytes begin at `offset`.
 
-    With codec `none` it shares the buffer's memory, which is writable.
+    With codec `none` it shares the memory of the buffer, which must be writable.
 
     Raises:
-        BadTensor: The description is wrong, or the buffer is too short for it, or not what its
-            codec makes.
+        BadTensor: The description is inconsistent, the buffer is too short for it, or the bytes are
+            no output of its codec.
     """
     meta.check()
     if not 0 <= offset <= len(buffer) - meta.nbytes:
@@ -127,22 +137,22 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
     if meta.codec != "none":
         rows_ND = READERS[meta.codec].decode(flat, *meta.rows)
         return rows_ND.view(meta.shape).to(DTYPES[meta.dtype])
-    if meta.dtype == "bool":  # a byte other than 0 and 1 would be a bool that is neither
+    if meta.dtype == "bool":  # in torch a bool that is neither byte 0 nor 1 is undefined
         return flat.ne(0).view(meta.shape)
     return flat.view(DTYPES[meta.dtype]).view(meta.shape)
 
 
 def through_codec(message: M) -> M:
-    """The message as its receiver would have it: every tensor a detached, independent copy."""
+    """The message as its receiver gets it: every tensor is decoded, detached and independent."""
     original: Any = message
-    codec, base = how_of(original)
+    codec, base = encoding_of(original)
     copies: dict[str, Any] = {}
     for name in (each.name for each in traveling(type(original))):
         value = getattr(original, name)
         if isinstance(value, Tensor):
             copies[name] = as_received(value, codec, base)
         elif isinstance(value, tuple):
-            copies[name] = tuple(map(_copied, value))
+            copies[name] = tuple(map(_copied_item, value))
         else:
             copies[name] = value
     copy: M = type(original)(**copies)
@@ -150,23 +160,23 @@ def through_codec(message: M) -> M:
 
 
 def traveling(message: Any) -> list[Field[Any]]:
-    """The fields of a message, or of its class, that its receiver gets."""
+    """The fields of a message, or of its class, that are sent."""
     return [each for each in fields(message) if each.metadata != STAYS]
 
 
-def how_of(message: object) -> tuple[str, Tensor | None]:
-    """How the float tensors of a message travel: by which codec, as differences from what."""
+def encoding_of(message: object) -> tuple[str, Tensor | None]:
+    """The codec of a message's float tensors, and the base that they are differences from."""
     return getattr(message, "codec", "none"), getattr(message, "base_BTD", None)
 
 
 def as_received(tensor: Tensor, codec: str, base: Tensor | None = None) -> Tensor:
-    """What the other side makes of a tensor's bytes, in memory of its own, on the CPU."""
+    """The tensor as the receiver decodes it, in new memory on the CPU."""
     meta, raw = encode_tensor(tensor, codec, base)
     return decode_tensor(meta, bytearray(raw))
 
 
-def _copied(item: Any) -> Any:
-    """An item of a message: it travels without a codec."""
+def _copied_item(item: Any) -> Any:
+    """The received copy of an item of a tuple; items travel without a codec."""
     if isinstance(item, Tensor):
         return as_received(item, "none")
     return through_codec(item) if isinstance(item, KVCacheEntry) else item

@@ -1,9 +1,9 @@
-"""Lossy codecs for hidden states and their gradients: fewer bytes, row by row.
+"""Lossy codecs that compress hidden states and their gradients row by row.
 
-Shapes: N rows, D values a row (a tensor's last dimension; all others are rows), K values that
-are kept of it. A codec is pure: the same tensor has the same bytes, so a request that is sent
-again says the same, and what is random is seeded by the tensor itself. A row that holds NaN or
-Inf comes back with NaN or Inf in it, for the trunk's guard to see.
+Shapes: N rows, D values in a row (a tensor's last dimension; all others are rows), of which K are
+kept. A codec is pure: the same tensor has the same bytes, so a retry sends the same request. Random
+numbers are seeded by the tensor itself. A row with NaN or Inf is decoded to one with NaN or Inf,
+so that the trunk's guard can refuse it.
 """
 
 import math
@@ -35,14 +35,14 @@ _SEED_BYTES = 4
 
 
 class Codec(ABC):
-    """Makes bytes of float32 rows, and rows of bytes."""
+    """Encodes float32 rows as bytes, and decodes them."""
 
     @abstractmethod
     def check(self, nbytes: int, num_rows: int, width: int) -> None:
-        """Refuse a number of bytes that so many rows of `width` values cannot take.
+        """Check the number of bytes that `num_rows` rows of `width` values take.
 
         Raises:
-            BadTensor: It is refused.
+            BadTensor: No encoding of such rows has `nbytes` bytes.
         """
 
     @abstractmethod
@@ -50,27 +50,29 @@ class Codec(ABC):
         """The bytes, as uint8 of any shape.
 
         Args:
-            rows_ND: What to encode.
-            whole_ND: Where those are differences, the rows that they help to say.
+            rows_ND: The rows to encode, or differences.
+            whole_ND: The rows themselves, if `rows_ND` are their differences from a base.
         """
 
     @abstractmethod
     def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
-        """The rows of `width` values in float32, out of bytes of a length that was checked.
+        """The rows of `width` values in float32; `check` has accepted the number of bytes.
 
         Raises:
-            BadTensor: They are nothing that `encode` makes.
+            BadTensor: The bytes are no output of `encode`.
         """
 
 
 class RowCodec(Codec):
-    """A codec in which every row takes equally many bytes."""
+    """A codec whose rows all take the same number of bytes."""
 
     def check(self, nbytes: int, num_rows: int, width: int) -> None:
         """See `Codec`."""
         row_bytes, rest = divmod(nbytes, num_rows)
         if rest:
-            raise BadTensor(f"{nbytes} bytes were announced, which {num_rows} rows cannot share")
+            raise BadTensor(
+                f"{nbytes} bytes were announced, which is no multiple of {num_rows} rows"
+            )
         self.check_row(row_bytes, width)
 
     def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
@@ -79,20 +81,20 @@ class RowCodec(Codec):
 
     @abstractmethod
     def check_row(self, row_bytes: int, width: int) -> None:
-        """Refuse a number of bytes that a row of `width` values cannot take.
+        """Check the number of bytes that a row of `width` values takes.
 
         Raises:
-            BadTensor: It is refused.
+            BadTensor: No encoding of such a row has `row_bytes` bytes.
         """
 
     @abstractmethod
     def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
-        """As `decode`, with the bytes of a row in each row."""
+        """As `decode`, with one row of bytes for each row of values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cast(RowCodec):
-    """A narrower float. Values beyond its range become Inf, as everywhere in torch.
+    """A float of 16 bits. Values beyond its range become Inf, as in any cast of torch.
 
     bfloat16 has float32's range and 8 bits of precision, float16 11 bits up to 65504.
     """
@@ -114,22 +116,22 @@ class Cast(RowCodec):
 
 @dataclass(frozen=True, slots=True)
 class Int(RowCodec):
-    """Whole numbers of `bits` bits, and a scale per row: its largest value over the largest number.
+    """Integers of `bits` bits and a scale per row: its largest value over the largest integer.
 
-    An error is at most half a scale with rounding to nearest. `stochastic` rounding is off by
-    less than one, and by nothing on average: Alistarh et al. 2017, "QSGD", arXiv 1610.02132.
+    The error is at most half a scale with rounding to nearest. With `stochastic` rounding it is
+    less than one scale, and 0 in expectation: Alistarh et al. 2017, "QSGD", arXiv 1610.02132.
 
     Args:
-        bits: Of a number: 8 or 4.
-        stochastic: How to round.
+        bits: Bits of an integer: 8 or 4.
+        stochastic: Whether to round at random instead of to nearest.
     """
 
     bits: int
     stochastic: bool = False
 
     @property
-    def most(self) -> int:
-        """The largest number."""
+    def max_number(self) -> int:
+        """The largest integer."""
         return int(2 ** (self.bits - 1)) - 1
 
     def check_row(self, row_bytes: int, width: int) -> None:
@@ -139,33 +141,35 @@ class Int(RowCodec):
     def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
         largest_N1 = largest(rows_ND)
-        scales_N1 = rounded_up(largest_N1 / self.most)
+        scales_N1 = rounded_up(largest_N1 / self.max_number)
+        # Divided by the scale as it is sent, so that the receiver multiplies by the same number.
         steps_ND = rows_ND / scales_N1.float()
         if self.stochastic:
             steps_ND = steps_ND.add_(noise(rows_ND)).floor_()
-        numbers_ND = numbers_of(steps_ND, self.most)
+        numbers_ND = numbers_of(steps_ND, self.max_number)
         return torch.cat([scales_N1.view(torch.uint8), pack(numbers_ND, self.bits)], dim=1)
 
     def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
         """See `RowCodec`."""
+        # A column of a row is strided, and a view as another dtype needs contiguous memory.
         scales = bytes_NM[:, :_SCALE_BYTES].clone(memory_format=torch.contiguous_format)
         scales_N1 = scales.view(torch.bfloat16).float()
         numbers_ND = unpack(bytes_NM[:, _SCALE_BYTES:], self.bits, width)
-        return numbers_ND.float().sub_(self.most).mul_(scales_N1)
+        return numbers_ND.float().sub_(self.max_number).mul_(scales_N1)
 
 
 @dataclass(frozen=True, slots=True)
 class TopK(RowCodec):
-    """The largest of every row, as whole numbers of 8 bits, and a bit per value for where they are.
+    """The largest values of every row as integers of 8 bits, and a bit mask of their positions.
 
     Aji and Heafield 2017, "Sparse Communication for Distributed Gradient Descent", arXiv
-    1704.05021. `chance` is how many of the K are drawn from all the others instead, which keeps
-    small values from never being sent: Zheng et al. 2023, "Reducing Communication for Split
+    1704.05021. `chance` is the fraction of the K that is drawn at random from all other values,
+    so that small values are sent sometimes: Zheng et al. 2023, "Reducing Communication for Split
     Learning by Randomized Top-k Sparsification", arXiv 2305.18469.
 
     Args:
-        fraction: K over D, rounded up; one that is only to decode needs none.
-        chance: A fraction of K.
+        fraction: K over D, rounded up; decoding does not use it.
+        chance: The fraction of K that is drawn at random; decoding does not use it.
     """
 
     fraction: float = 1.0
@@ -175,13 +179,14 @@ class TopK(RowCodec):
         """See `RowCodec`."""
         kept = _num_kept(row_bytes, width)
         if not 1 <= kept <= width:
-            raise BadTensor(f"rows of {row_bytes} bytes hold {kept} of {width} values")
+            raise BadTensor(f"a row of {row_bytes} bytes would hold {kept} of {width} values")
 
     def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
-        kept_NK = self._chosen(rows_ND).sort(dim=1).values
+        # In order of position, which is all that the receiver can read from the mask.
+        kept_NK = self._selected(rows_ND).sort(dim=1).values
         mask_ND = torch.zeros_like(rows_ND, dtype=torch.uint8).scatter_(1, kept_NK, 1)
-        values = _KEPT.encode(rows_ND.gather(1, kept_NK))
+        values = _INT8.encode(rows_ND.gather(1, kept_NK))
         return torch.cat([pack(mask_ND, 1), values], dim=1)
 
     def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
@@ -190,38 +195,39 @@ class TopK(RowCodec):
         bytes_of_mask = packed_bytes(width, 1)
         mask_ND = unpack(bytes_NM[:, :bytes_of_mask], 1, width).bool()
         if not mask_ND.sum(dim=1).eq(kept).all():
-            raise BadTensor(f"a row says of other than {kept} of its {width} values where they are")
+            raise BadTensor(f"a row's bit mask does not mark {kept} of its {width} values")
         rows_ND = torch.zeros(mask_ND.shape)
-        rows_ND[mask_ND] = _KEPT.decode_rows(bytes_NM[:, bytes_of_mask:], kept).flatten()
+        rows_ND[mask_ND] = _INT8.decode_rows(bytes_NM[:, bytes_of_mask:], kept).flatten()
         return rows_ND
 
-    def _chosen(self, rows_ND: Tensor) -> Tensor:
+    def _selected(self, rows_ND: Tensor) -> Tensor:
         sizes_ND = rows_ND.abs()
         kept = max(1, math.ceil(self.fraction * rows_ND.shape[1]))
         drawn = min(int(self.chance * kept), rows_ND.shape[1] - kept)
         largest_NK = sizes_ND.topk(kept - drawn, dim=1).indices
         if not drawn:
             return largest_NK
-        lots_ND = noise(rows_ND).scatter_(1, largest_NK, -1.0)
-        return torch.cat([largest_NK, lots_ND.topk(drawn, dim=1).indices], dim=1)
+        # Values that are kept anyway get a priority below all others.
+        priorities_ND = noise(rows_ND).scatter_(1, largest_NK, -1.0)
+        return torch.cat([largest_NK, priorities_ND.topk(drawn, dim=1).indices], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Huffman(Codec):
-    """Whole numbers of dithered steps, of which the frequent ones take fewer bits.
+    """Integers from dithered quantization, Huffman-coded: frequent integers take fewer bits.
 
-    A step is a part of its row's root mean square: at equal bytes the error is less than with one
-    that goes by the largest value. Of a difference it is one of the whole row, so its error is what
-    it always is, and it takes fewer bytes. Both ends make the same dither, which is added before
-    rounding and taken away after it. So an error is at most half a step, and nothing on average,
-    whatever the value: Ziv 1985, "On Universal Quantization", IEEE Transactions on Information
-    Theory 31(3).
+    The quantization step is a fraction of the row's root mean square; at equal bytes, the error is
+    smaller than with a fraction of the largest value. For a difference the step is that of the
+    whole row, so the error is the same and the bytes are fewer. Both sides generate the same
+    dither; it is added before rounding and subtracted after it. So the error is at most half a
+    step, and 0 in expectation for every value: Ziv 1985, "On Universal Quantization", IEEE
+    Transactions on Information Theory 31(3).
 
-    The bytes are the dither's seed and a raw deflate stream of Huffman codes alone: the high bytes
-    of all steps as bfloat16, the low ones, and a byte for each number; each in blocks of its own.
+    The bytes are the dither's seed and a raw deflate stream with Huffman codes only: the high bytes
+    of all steps as bfloat16, the low bytes, and a byte for each integer; each in separate blocks.
 
     Args:
-        step: In root mean squares of a row; one that is only to decode needs none.
+        step: The step in root mean squares of a row; decoding does not use it.
     """
 
     step: float = 1.0
@@ -229,8 +235,10 @@ class Huffman(Codec):
     def check(self, nbytes: int, num_rows: int, width: int) -> None:
         """See `Codec`."""
         symbols = num_rows * (_SCALE_BYTES + width)
-        if 8 * (nbytes - _SEED_BYTES) < symbols:  # of Huffman codes, none is shorter than a bit
-            raise BadTensor(f"{nbytes} bytes are no code of {symbols} symbols; they are too few")
+        if 8 * (nbytes - _SEED_BYTES) < symbols:  # a Huffman code has at least one bit
+            raise BadTensor(
+                f"{nbytes} bytes are too few for the Huffman codes of {symbols} symbols"
+            )
 
     def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
@@ -239,7 +247,8 @@ class Huffman(Codec):
         low_N, high_N = steps_N1.view(torch.uint8).unbind(dim=1)
         packed = bytearray(seed.to_bytes(_SEED_BYTES, "little"))
         deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
-        for symbols in (high_N, low_N, numbers_of(dithered_ND, _KEPT.most)):
+        # Z_BLOCK ends a block, so each kind of symbol gets Huffman codes of its own.
+        for symbols in (high_N, low_N, numbers_of(dithered_ND, _INT8.max_number)):
             packed += deflate.compress(symbols.cpu().contiguous().numpy().data)
             packed += deflate.flush(zlib.Z_BLOCK)
         return torch.frombuffer(packed + deflate.flush(), dtype=torch.uint8)
@@ -250,20 +259,20 @@ class Huffman(Codec):
         symbols = inflated(bytes_M[_SEED_BYTES:], num_rows * (_SCALE_BYTES + width))
         high_N, low_N, numbers = torch.split(symbols, [num_rows, num_rows, num_rows * width])
         steps_N1 = torch.stack([low_N, high_N], dim=1).view(torch.bfloat16).float()
-        rows_ND = numbers.view(num_rows, width).float().sub_(_KEPT.most)
+        rows_ND = numbers.view(num_rows, width).float().sub_(_INT8.max_number)
         return rows_ND.sub_(dither(rows_ND.shape, seed, rows_ND)).mul_(steps_N1)
 
     def _steps(self, rows_ND: Tensor, whole_ND: Tensor | None) -> Tensor:
-        """Long enough for the largest value to be a number."""
+        """The step of every row, large enough for its largest value to be an integer in range."""
         largest_N1 = largest(rows_ND)
         if whole_ND is None:
             rms_N1 = rms(rows_ND, largest_N1)
         else:
             rms_N1 = rms(whole_ND, largest(whole_ND))
-        return rounded_up(torch.maximum(self.step * rms_N1, largest_N1 / _KEPT.most))
+        return rounded_up(torch.maximum(self.step * rms_N1, largest_N1 / _INT8.max_number))
 
 
-_KEPT = Int(8)
+_INT8 = Int(8)
 
 READERS: dict[str, Codec] = {
     "bf16": Cast(torch.bfloat16),
@@ -273,7 +282,7 @@ READERS: dict[str, Codec] = {
     "topk": TopK(),
     "huffman": Huffman(),
 }
-"""What decodes a tensor, by the name that its header gives; how it was chosen does not matter."""
+"""The codec that decodes a tensor, by the name in its header; encoding options do not matter."""
 
 NUMBERS = {
     "none": 0,
@@ -284,11 +293,11 @@ NUMBERS = {
     "topk": 5,
     "huffman": 7,
 }
-"""How a header names a codec. A number is never used again: 6 was that of a codec now removed."""
+"""The number of a codec in a header. A number is not reused: 6 was that of a removed codec."""
 
 
 def writer(name: str) -> tuple[str, Codec]:
-    """The name that goes into a header, and the codec, of one such as `int8:stochastic`.
+    """The name for the header, and the codec, of a setting such as `int8:stochastic`.
 
     Raises:
         ConfigError: There is no such codec.

@@ -1,13 +1,13 @@
-"""Deltas in place of activations: the codec with state, at the client and at the trunk.
+"""The delta codec: encodes activations as deltas to references, at the client and at the trunk.
 
 Wang et al. 2022, "Fine-tuning Language Models over Slow Networks using Activation Quantization with
-Guarantees" (AQ-SGD), arXiv 2206.01299. The reference of an example is what the receivers made of it
-the last time: of the smashed data on its way up, and of the trunk's output on its way down. What
-travels is the delta to the reference, and what the receiver makes of that is the next reference.
+Guarantees" (AQ-SGD), arXiv 2206.01299. The reference of an example holds the values that
+the receivers decoded the last time: the smashed data at the trunk, and the trunk's output at the
+client. The sender sends the delta to the reference, and the decoded value is the next reference.
 
-A reference has a name that is made of its values, so one cannot be mistaken for another. The client
-decides which references a forward uses. A trunk that has lost one says so and gets it again. So a
-loss costs bytes and changes no number.
+The name of a reference is a digest of its values, so references cannot be confused. The client
+decides which references a forward uses. A trunk that has lost a reference answers `HistoryLost`,
+and the client sends it again. So a loss costs bytes and changes no number.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
@@ -28,17 +28,17 @@ from fedsplit.wire.codec import as_received
 from fedsplit.wire.messages import ForwardReply, ForwardRequest
 
 NEW = 0
-"""In place of a reference's name: there is none yet; keep what comes as the next one."""
+"""In place of a reference's name: there is none yet; keep the decoded value as the next one."""
 
 UNKEPT = -1
-"""In place of a reference's name: there is none, and none is to be kept."""
+"""In place of a reference's name: there is none, and none shall be kept."""
 
 _WAYS = ("up", "down")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reference:
-    """What the receivers last made of one example, up and down, as bfloat16; and its name."""
+    """The last decoded values of one example, up and down, as bfloat16; and their name."""
 
     up_TD: Tensor
     down_TD: Tensor
@@ -47,17 +47,19 @@ class Reference:
     @staticmethod
     def of(up_TD: Tensor, down_TD: Tensor) -> "Reference":
         """The reference that holds these values."""
+        # Cloned, since views of the rows would keep the memory of the whole batch.
         up_TD, down_TD = (each.detach().cpu().bfloat16().clone() for each in (up_TD, down_TD))
         digest = hashlib.blake2b(digest_size=8)
         for each in (up_TD, down_TD):
             digest.update(each.view(torch.uint8).numpy().data)
+        # At most 63 bits and never 0: a name fits into an int64 and is neither NEW nor UNKEPT.
         return Reference(
             up_TD=up_TD, down_TD=down_TD, name=1 + (int.from_bytes(digest.digest(), "little") >> 1)
         )
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """Bytes of its tensors."""
         return self.up_TD.nbytes + self.down_TD.nbytes
 
 
@@ -67,13 +69,13 @@ class Reference:
 class DeltaEncoder:
     """Encodes a client's training forwards, and decodes their replies.
 
-    A step may be repeated, so what crosses in it becomes a reference only by `commit`. References
-    are kept of the examples that come first, as many as `wire.history_bytes` hold; all others, and
-    all examples of a run without `wire.history_bytes`, travel whole.
+    A step may be repeated, so its values become references only with `commit`. References are kept
+    for the first examples, as many as `wire.history_bytes` hold. All other examples, and all
+    examples of a run without `wire.history_bytes`, are sent whole.
 
     Args:
         wire: The run's wire.
-        state: What `state` returned before.
+        state: The references to continue from, as `state` returned them before.
     """
 
     def __init__(self, wire: WireSpec, state: Mapping[str, Tensor]) -> None:
@@ -82,7 +84,7 @@ class DeltaEncoder:
         self._kept: dict[int, Reference] = {}
         self._named: dict[int, Reference] = {}
         self._admitted: set[int] = set()
-        self._here = threading.local()
+        self._thread = threading.local()
         self._next = {
             int(name): Reference.of(*(state[f"{name}/{way}"].view(torch.bfloat16) for way in _WAYS))
             for name in dict.fromkeys(name.split("/")[0] for name in state)
@@ -91,7 +93,7 @@ class DeltaEncoder:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The references, by name; bfloat16 is shown as int16, which every store can hold."""
+        """The references, by name; bfloat16 is viewed as int16, for stores without bfloat16."""
         return {
             f"{example}/{way}": tensor_TD.view(torch.int16)
             for example, reference in self._kept.items()
@@ -100,18 +102,18 @@ class DeltaEncoder:
 
     @contextmanager
     def of(self, examples_B: Tensor) -> Iterator[None]:
-        """A block whose forwards, in this thread, are of these examples, row by row."""
-        self._here.examples = examples_B.tolist()
+        """A context in which forwards of this thread are of these examples, row by row."""
+        self._thread.examples = examples_B.tolist()
         try:
             yield
         finally:
-            del self._here.examples
+            del self._thread.examples
 
     def encode(self, request: ForwardRequest) -> ForwardRequest:
         """A forward as the delta to the references of its examples.
 
         Raises:
-            ProtocolError: There are not as many examples as sequences.
+            ProtocolError: The numbers of examples and sequences differ.
             ConfigError: The budget does not hold a single reference.
         """
         whole_BTD, examples = request.smashed_BTD, self._examples
@@ -123,7 +125,7 @@ class DeltaEncoder:
             )
         references = [self._reference_of(example, whole_BTD) for example in examples]
         names = [
-            reference.name if reference else self._admitted_as(example, whole_BTD)
+            reference.name if reference else self._new_name(example, whole_BTD)
             for example, reference in zip(examples, references, strict=True)
         ]
         if set(names) == {UNKEPT}:
@@ -136,10 +138,11 @@ class DeltaEncoder:
         return replace(request, references=self._stacked_for(request))
 
     def decode(self, request: ForwardRequest, reply: ForwardReply) -> ForwardReply:
-        """The reply, whole; what went and came are the examples' next references."""
+        """The decoded reply; the decoded values become the next references with `commit`."""
         if request.bases_B is None:
             return reply
         up_BTD, down_BTD = self._stacked_for(request)
+        # The client computes what the trunk decoded, so that both have the same reference.
         up_BTD = as_restored(request.smashed_BTD, self._codec, up_BTD)
         down_BTD = _restored(reply.trunk_out_BTD, down_BTD)
         numbers = zip(self._examples, request.bases_B.tolist(), strict=True)
@@ -149,28 +152,28 @@ class DeltaEncoder:
         return replace(reply, trunk_out_BTD=down_BTD)
 
     def commit(self) -> None:
-        """Use what has crossed from now on: the step that it was for has been taken."""
+        """Make the values of the step that was taken the references from now on."""
         self._kept |= self._next
         self._named = {reference.name: reference for reference in self._kept.values()}
         self._num_bytes = sum(reference.num_bytes for reference in self._kept.values())
         self.rollback()
 
     def rollback(self) -> None:
-        """Forget what has crossed since the last step that was taken."""
+        """Drop the values since the last step that was taken."""
         self._next = {}
         self._admitted = set()
 
     @property
     def _examples(self) -> list[int]:
-        examples: list[int] = getattr(self._here, "examples", [])
+        examples: list[int] = getattr(self._thread, "examples", [])
         return examples
 
     def _reference_of(self, example: int, whole_BTD: Tensor) -> Reference | None:
         reference = self._kept.get(example)
         return reference if reference and reference.up_TD.shape == whole_BTD.shape[1:] else None
 
-    def _admitted_as(self, example: int, whole_BTD: Tensor) -> int:
-        """Whether there is room for one more example: what stands in place of a name."""
+    def _new_name(self, example: int, whole_BTD: Tensor) -> int:
+        """`NEW` if the budget has room for one more example, else `UNKEPT`."""
         size = 2 * torch.bfloat16.itemsize * whole_BTD[0].numel()
         if size > self._budget:
             raise ConfigError(
@@ -194,13 +197,13 @@ class DeltaEncoder:
 class DeltaDecoder:
     """Decodes the training forwards of all clients, and encodes their replies.
 
-    It may be used by several threads, and may forget any reference.
+    Several threads may use it. It may drop any reference, because clients send lost ones again.
 
     Args:
-        budget_bytes: What the references of one client may take. The first to go are those that
-            have a successor, then those that were used the longest ago.
-        max_clients: All clients together may take this many budgets. The first to lose theirs are
-            the clients whose last forward was the longest ago.
+        budget_bytes: Bytes for the references of one client. References that have a successor are
+            dropped first, then the least recently used.
+        max_clients: The number of budgets for all clients together. The client whose last forward
+            is the oldest loses its references first.
     """
 
     def __init__(self, budget_bytes: int, *, max_clients: int = 1) -> None:
@@ -215,11 +218,11 @@ class DeltaDecoder:
         return sum(references.num_bytes for references in self._clients.values())
 
     def decode(self, client: str, request: ForwardRequest) -> "DecodedForward":
-        """A forward of a client, whole, and what encodes its reply.
+        """The decoded forward of a client; it also encodes the reply.
 
         Raises:
-            HistoryLost: A reference is not there (any more).
-            BadTensor: A reference that came with the request is not the one it names.
+            HistoryLost: A reference is not here.
+            BadTensor: A reference that came with the request is not the one that it names.
         """
         if request.bases_B is None:
             return DecodedForward(request)
@@ -242,7 +245,7 @@ class DeltaDecoder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedForward:
-    """A forward, `whole`, and the references that its reply is encoded with, if there are any."""
+    """A decoded forward, `whole`, and the references that its reply is encoded with, if any."""
 
     whole: ForwardRequest
     kept: "_ClientReferences | None" = None
@@ -250,7 +253,7 @@ class DecodedForward:
     down_BTD: Tensor | None = None
 
     def encode(self, reply: ForwardReply) -> ForwardReply:
-        """The reply as it travels; what its client makes of it is kept as the next references."""
+        """The encoded reply; the values that its client will decode are kept as references."""
         if self.kept is None or self.down_BTD is None:
             return reply
         arrived_BTD = as_restored(reply.trunk_out_BTD, reply.codec, self.down_BTD)
@@ -263,7 +266,7 @@ class DecodedForward:
 
 @dataclass(slots=True)
 class _ClientReferences:
-    """The references of one client, the first to go first."""
+    """The references of one client, in the order in which they are dropped."""
 
     budget: int
     named: "OrderedDict[int, Reference]" = field(default_factory=OrderedDict)
@@ -271,7 +274,7 @@ class _ClientReferences:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def found(self, names: Sequence[int], sent: Sequence[Tensor]) -> list[Reference | None]:
-        """The references of these names, of which some may have been sent; None for no name."""
+        """The references of these names, kept or sent; None in place of `NEW` and `UNKEPT`."""
         known = {each.name: each for each in map(Reference.of, *sent)} if sent else {}
         with self.lock:
             known |= {name: self.named[name] for name in names if name in self.named}
@@ -279,17 +282,18 @@ class _ClientReferences:
             if sent:
                 raise BadTensor(
                     f"the activations that were sent again for {len(lost)} of {len(names)} "
-                    "sequences are not those that the forward names"
+                    "sequences are not those that the forward names; send the named ones"
                 )
             raise HistoryLost(
-                f"{len(lost)} of {len(names)} sequences are deltas to activations that are not "
-                "here (any more); send those again"
+                f"{len(lost)} of {len(names)} sequences are deltas to activations that this trunk "
+                "has lost; send those again"
             )
         return [known.get(name) for name in names]
 
     def keep(self, reference: Reference, before: int) -> None:
-        """Keep a reference in place of the one before it, which may be asked for once more."""
+        """Keep a reference as the successor of another one."""
         with self.lock:
+            # A repeated step still uses the old reference, so it is only the first to be dropped.
             if before in self.named:
                 self.named.move_to_end(before, last=False)
             self._drop(reference.name)
@@ -307,7 +311,7 @@ class _ClientReferences:
 
 
 def as_restored(tensor_BTD: Tensor, codec: str, base_BTD: Tensor) -> Tensor:
-    """What the receiver makes of a tensor that travels as its delta to `base_BTD`."""
+    """The value that the receiver decodes for a tensor sent as its delta to `base_BTD`."""
     return _restored(as_received(tensor_BTD, codec, base_BTD), base_BTD)
 
 

@@ -1,8 +1,8 @@
 """The frozen requests and replies that cross between a client and its trunk.
 
-Shapes: B sequences, T tokens, D hidden width. A request names the work it asks for by
-(session, call, kind), and a retry re-uses that name; sessions, calls and versions count up.
-Hidden states and their gradients travel as the `codec` of their message says.
+Shapes: B sequences, T tokens, D hidden width. The identity of a request is (session, call,
+kind), and a retry has the same identity. Calls and versions count up. Hidden states and their
+gradients are encoded with the `codec` of their message.
 """
 
 from dataclasses import dataclass, field
@@ -11,22 +11,22 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 PROTOCOL = 4
-"""Version of the messages in this file; the two sides must agree."""
+"""Version of the messages in this file; both sides must have the same."""
 
 STAYS = {"stays": True}
-"""Marks a field that is the sender's own: it says how the others travel."""
+"""Metadata of a field that is not sent: it tells the encoder how to encode the others."""
 
 R = TypeVar("R", bound="Reply")
 
 
 class Reply:
-    """What the trunk answers."""
+    """A reply of the trunk."""
 
     __slots__ = ()
 
 
 class Request(Generic[R]):
-    """What a client asks; `R` is the type of its reply."""
+    """A request of a client; `R` is the type of its reply."""
 
     __slots__ = ()
 
@@ -50,8 +50,8 @@ class Limits:
 class OpenReply(Reply):
     """A new session; `server_instance_id` is random per start of the server.
 
-    `autocast` is the precision of the trunk's matrix products, empty where it is the model's own:
-    where it is float16, the client has to scale its losses.
+    `autocast` is the precision of the trunk's matrix products, or empty for that of its weights.
+    If it is float16, the client has to scale its losses.
     """
 
     session: str
@@ -63,13 +63,13 @@ class OpenReply(Reply):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRequest(Request[OpenReply]):
-    """Asks for a session. `model` is the fingerprint of config and cut, `config` that of the run.
+    """Opens a session. `model` is the fingerprint of config and cut, `config` that of the run.
 
-    `round` names the part of the run that this session works on: with `client` and `call` it
-    seeds the trunk's dropout. A session that is not `training` never counts in a barrier. One
-    that is `generating` has a KV cache, with room for `cache_tokens` in every sequence if that is
-    not 0; it need not know the run, and then names no `config`. `served` is the name under which
-    the trunk is served, where a server has several; empty for its first.
+    `round` is the round of the run; with `client` and `call` it seeds the trunk's dropout. A
+    session that is not `training` never counts in a barrier. A `generating` session has a KV cache
+    with a capacity of `cache_tokens` in every sequence, or one that grows if that is 0; its
+    `config` may be empty, since it does not depend on the run. `served` is the trunk's name at a
+    server that has several, or empty for the first one.
     """
 
     protocol: int
@@ -86,9 +86,9 @@ class OpenRequest(Request[OpenReply]):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ForwardReply(Reply):
-    """The trunk's output and the parameter version it was made with.
+    """The trunk's output and the parameter version that computed it.
 
-    With a `base_BTD`, see the request, what arrives is the difference from it.
+    With a `base_BTD` (see the request), the output is sent as its difference from that.
     """
 
     trunk_out_BTD: Tensor
@@ -99,14 +99,14 @@ class ForwardReply(Reply):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ForwardRequest(Request[ForwardReply]):
-    """Smashed data on its way up; `training` keeps the graph for one backward.
+    """Smashed data for the trunk; with `training` the trunk keeps the graph for one backward.
 
-    The mask is absent where it is all ones, and positions where the family makes its own.
+    The mask is absent if it is all ones, and positions are absent if the family makes its own.
 
-    With `bases_B` what travels, both ways, are differences from what both sides have had of these
-    examples before (`fedsplit.wire.delta`): each is the name of a base, or says that there is
-    none. `references` are those bases, up and down, where the trunk has lost them. The sender's
-    `base_BTD` does not travel: with it, `smashed_BTD` arrives as the difference from it.
+    With `bases_B`, request and reply carry deltas to references (`fedsplit.wire.delta`): each
+    number is the name of a sequence's reference, or 0 or -1 if there is none. `references` holds
+    the values of these references, up and down, if the trunk has lost them. `base_BTD` is not sent:
+    it is the value from which `smashed_BTD` is sent as a difference.
     """
 
     session: str
@@ -128,10 +128,10 @@ class ForwardRequest(Request[ForwardReply]):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BackwardReply(Reply):
-    """The smashed data's gradient (absent if not wanted).
+    """The gradient of the smashed data, absent if it was not requested.
 
-    `trunk_sq_norm` is the squared norm of all that this session has accumulated since its last
-    step, scaled as the losses were: the one float that clipping by the global norm needs.
+    `trunk_sq_norm` is the squared norm of the gradient that this session has accumulated since its
+    last step, with the loss scale. Clipping by the global norm needs it.
     """
 
     grad_smashed_BTD: Tensor | None
@@ -152,7 +152,7 @@ class BackwardRequest(Request[BackwardReply]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReply(Reply):
-    """The contribution is taken; `version` is the one it will be, or was, part of."""
+    """The contribution is accepted; `version` is the parameter version that it is part of."""
 
     version: int
 
@@ -161,10 +161,10 @@ class StepReply(Reply):
 class StepRequest(Request[StepReply]):
     """Contributes the gradient accumulated since the last step.
 
-    `call` is the last backward's, `step` the client's own count of optimizer steps (it places
-    the learning rate), `num_tokens` the weight among clients and `client_sq_norm` the squared
-    gradient norm of bottom and top. All gradients that crossed since the last step are
-    `loss_scale` times what they should be; `client_sq_norm` is not.
+    `call` is that of the last backward, `step` the client's count of optimizer steps (for the
+    learning rate schedule), `num_tokens` the weight among clients and `client_sq_norm` the squared
+    gradient norm of bottom and top. All gradients since the last step are multiplied by
+    `loss_scale`; `client_sq_norm` is not.
     """
 
     session: str
@@ -188,7 +188,7 @@ class KVCacheEntry:
 class GenerateReply(Reply):
     """The trunk's output for the last `logits_to_keep` tokens of the request.
 
-    `entries` are the keys and values of the request's own tokens, if it brought its cache.
+    `entries` are the keys and values of the request's new tokens, if it was stateless.
     """
 
     trunk_out_BTD: Tensor
@@ -197,16 +197,16 @@ class GenerateReply(Reply):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerateRequest(Request[GenerateReply]):
-    """Hidden states of the next tokens, for the session's KV cache to grow by.
+    """Hidden states of the next tokens, which the session's KV cache is extended by.
 
-    Before it does, the cache is cut to its first `past` tokens, and its sequences become those
-    that `rows_B` names: that is all that beam search, cropping and starting over ask of it. The
-    mask is over the new tokens alone, and absent where it is all ones; positions are absent where
-    they count on from `past`. `record_past` keeps what a sliding window would forget, for the
-    next request to go back.
+    Before that, the cache is cut to its first `past` tokens, and its sequences are replaced by
+    those with the numbers `rows_B`. Beam search, cropping and starting over need no more. The mask
+    is over the new tokens only, and absent if it is all ones; positions are absent if they count on
+    from `past`. `record_past` keeps the entries that a sliding window would drop, so that the next
+    request can go back.
 
-    A `stateless` request brings the whole cache in `entries`, as it is to be, and the mask over
-    all of it; the trunk keeps nothing.
+    A `stateless` request carries the whole cache in `entries` and the mask over all tokens; the
+    trunk keeps nothing.
     """
 
     session: str
@@ -224,12 +224,12 @@ class GenerateRequest(Request[GenerateReply]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseReply(Reply):
-    """The session is gone."""
+    """The session is closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseRequest(Request[CloseReply]):
-    """Ends a session: nobody waits for it, nothing is kept for it."""
+    """Closes a session: no barrier waits for it any more, and its state is dropped."""
 
     session: str
 
@@ -245,7 +245,7 @@ class GradientsReply(Reply):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientsRequest(Request[GradientsReply]):
-    """Asks what the session has accumulated since its last step."""
+    """Reads the gradient that the session has accumulated since its last step."""
 
     session: str
     tensors: bool
@@ -253,7 +253,7 @@ class GradientsRequest(Request[GradientsReply]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStateReply(Reply):
-    """Where the trunk's training stands: `round` last opened, optimizer steps, learning rate."""
+    """The state of the trunk's training: `round` last opened, optimizer steps, learning rate."""
 
     round: int
     step: int
@@ -263,16 +263,17 @@ class TrainingStateReply(Reply):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStateRequest(Request[TrainingStateReply]):
-    """Asks where training stands."""
+    """Reads the state of the trunk's training."""
 
     session: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceInfoReply(Reply):
-    """What the server is: anyone may ask, so nothing here is secret.
+    """Description of the server. No token is needed for it, so it contains no secret.
 
-    All but `served`, the names of the trunks it serves, is about the one that was asked for.
+    `served` has the names of all trunks of the server; the other fields describe the trunk that
+    the request names.
     """
 
     protocol: int
@@ -288,6 +289,6 @@ class ServiceInfoReply(Reply):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceInfoRequest(Request[ServiceInfoReply]):
-    """Asks what the server is, about its trunk of the name `served`; needs no session."""
+    """Reads the description of the server and of its trunk `served`; needs no session."""
 
     served: str = ""

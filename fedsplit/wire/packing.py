@@ -1,6 +1,6 @@
-"""Rows of numbers as bytes: small numbers packed, scales rounded, and what is random about them.
+"""Helpers of the codecs: packs small integers in bytes, rounds scales, draws seeded noise.
 
-Shapes: N rows, D values a row, M bytes.
+Shapes: N rows, D values in a row, M bytes.
 """
 
 import zlib
@@ -15,70 +15,75 @@ from fedsplit.errors import BadTensor
 
 
 def packed_bytes(width: int, bits: int) -> int:
-    """How many bytes so many numbers of `bits` bits take."""
+    """The bytes of `width` integers of `bits` bits."""
     return -(-width * bits // 8)
 
 
-def numbers_of(steps_ND: Tensor, most: int) -> Tensor:
-    """The nearest whole numbers from -most to most, counted from 0 on, as bytes.
+def numbers_of(steps_ND: Tensor, max_number: int) -> Tensor:
+    """The nearest integers from -max_number to max_number, as bytes counted from 0.
 
-    0 / 0 of a row of zeros, and all of a row whose scale is Inf or NaN, becomes 0.
+    NaN becomes 0: it is 0 / 0 in a row of zeros, or the row's scale is Inf or NaN. Such a scale is
+    sent, and makes the decoded row NaN.
     """
-    whole_ND = steps_ND.round_().nan_to_num_(nan=0.0).clamp_(-most, most)
-    return whole_ND.add_(most).to(torch.uint8)
+    whole_ND = steps_ND.round_().nan_to_num_(nan=0.0).clamp_(-max_number, max_number)
+    return whole_ND.add_(max_number).to(torch.uint8)
 
 
 def inflated(bytes_M: Tensor, length: int) -> Tensor:
-    """The symbols that were deflated to these bytes; memory is taken for no more than them."""
+    """The symbols that were deflated to these bytes; allocates memory for `length` of them only."""
     inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
     try:
         symbols = bytearray(inflate.decompress(bytes_M.numpy().data, length))
+        # Reads the end of the stream; a byte that comes out here is one too many.
         more = inflate.decompress(inflate.unconsumed_tail, 1)
     except zlib.error as exc:
         raise BadTensor(f"{len(bytes_M)} bytes are no Huffman codes: {exc}") from exc
     if more or inflate.unused_data or not inflate.eof or len(symbols) != length:
-        raise BadTensor(f"{len(bytes_M)} bytes are not the code of {length} symbols and an end")
+        raise BadTensor(f"{len(bytes_M)} bytes are not the code of exactly {length} symbols")
     return torch.frombuffer(symbols, dtype=torch.uint8)
 
 
 def largest(rows_ND: Tensor) -> Tensor:
-    """How large the largest value of every row is."""
+    """The largest absolute value of every row."""
     return rows_ND.abs().amax(dim=1, keepdim=True)
 
 
 def rms(rows_ND: Tensor, largest_N1: Tensor) -> Tensor:
-    """Root mean square of every row, 0 where that is no number."""
+    """Root mean square of every row, 0 where it is NaN."""
+    # Divided by the largest value first, so that the squares do not overflow.
     squares_N1 = (rows_ND / largest_N1).square_().mean(dim=1, keepdim=True)
     return squares_N1.sqrt_().nan_to_num_(nan=0.0).mul_(largest_N1)
 
 
 def rounded_up(positive: Tensor) -> Tensor:
-    """As bfloat16, and never smaller: so no number is beyond the largest that its scale allows."""
+    """As bfloat16, rounded up: a smaller scale would move the largest value out of range."""
     nearest = positive.bfloat16()
+    # The bits of positive floats, read as integers, are in the order of the floats.
     following = (nearest.view(torch.int16) + 1).view(torch.bfloat16)
     return torch.where(nearest.float() < positive, following, nearest)
 
 
 def seed_of(rows_ND: Tensor) -> int:
-    """Of what is random about these rows: the same whenever they are encoded."""
+    """The seed of random numbers for these rows; the same whenever they are encoded."""
     return zlib.crc32(rows_ND.contiguous().cpu().view(torch.uint8).numpy().data)
 
 
 def noise(rows_ND: Tensor) -> Tensor:
     """Numbers in [0, 1) that are the same whenever these rows are encoded."""
+    # On the CPU, since generators of other devices give other numbers.
     generator = torch.Generator().manual_seed(seed_of(rows_ND))
     return torch.rand(rows_ND.shape, generator=generator).to(rows_ND.device)
 
 
 def dither(shape: torch.Size, seed: int, like: Tensor) -> Tensor:
-    """Numbers in (-1/2, 1/2); numpy promises the raw ones to be the same in all its versions."""
+    """Numbers in (-1/2, 1/2), from raw integers that numpy keeps the same in all its versions."""
     raw = np.random.PCG64(seed).random_raw(-(-shape.numel() // 4)).view(np.int16)
     numbers = torch.from_numpy(raw)[: shape.numel()].view(shape).to(like)
     return numbers.add_(0.5).div_(1 << 16)
 
 
 def pack(numbers_ND: Tensor, bits: int) -> Tensor:
-    """Several small numbers to a byte, the first one lowest."""
+    """Several small integers in a byte, the first one in the lowest bits."""
     padded = F.pad(numbers_ND, (0, -numbers_ND.shape[1] % (8 // bits)))
     places = range(8 // bits)
     shifted = [padded[:, place :: 8 // bits] << bits * place for place in places]
@@ -86,7 +91,7 @@ def pack(numbers_ND: Tensor, bits: int) -> Tensor:
 
 
 def unpack(bytes_NM: Tensor, bits: int, width: int) -> Tensor:
-    """The first `width` numbers of every row that `pack` made."""
+    """The inverse of `pack`, for `width` integers in a row."""
     places = range(0, 8, bits)
     spread = torch.stack([bytes_NM >> place & (1 << bits) - 1 for place in places], dim=2)
     return spread.flatten(1)[:, :width]

@@ -1,7 +1,7 @@
-"""What a training session may do next: one table of events, when each is legal, what it changes.
+"""The legal order of requests in a session: a table of events, their conditions and effects.
 
-Knows no role and no I/O. Both sides could hold one; a call that was answered before is replayed
-by the service and never reaches this table.
+The table has no I/O and is the same for both sides. The service answers a repeated call from its
+stored reply, so such a call does not reach this table.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from enum import Enum
 from fedsplit.errors import ProtocolError
 
 MAX_OUTSTANDING = 1024
-"""Forwards that may wait for their backward; an older one counts as skipped."""
+"""The most forwards that may wait for their backward; older ones are dropped."""
 
 
 class Event(Enum):
-    """What a client can do in a session."""
+    """An event in a session: a request of its client, or the loss of a graph."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -26,10 +26,10 @@ class Event(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionState:
-    """Where a session stands.
+    """The state of a session.
 
-    `last_call` is the highest call that had a forward, `outstanding` are those without their
-    backward, in order, and `backwards` counts the ones since the last step.
+    `last_call` is the highest call that had a forward, `outstanding` the calls whose backward is
+    missing, in order, and `backwards` the number of backwards since the last step.
     """
 
     last_call: int = -1
@@ -42,7 +42,7 @@ class SessionState:
 
 
 def advance(state: SessionState, event: Event, call: int = 0) -> SessionState:
-    """The state after `event`; `call` is the one that a forward or backward belongs to.
+    """The state after `event`; `call` is the number of the forward or backward.
 
     A training forward has a new call, or repeats one that still waits for its backward.
 
@@ -55,7 +55,9 @@ def advance(state: SessionState, event: Event, call: int = 0) -> SessionState:
     """
     rule = _TABLE[event]
     if not rule.legal(state, call):
-        raise ProtocolError(f"{event.value} (call {call}) needs {rule.needs}; session is {state}")
+        raise ProtocolError(
+            f"{event.value} (call {call}) needs {rule.needs}, but the session is {state}"
+        )
     return rule.after(state, call)
 
 
@@ -77,6 +79,7 @@ def _backward(state: SessionState, call: int) -> SessionState:
 
 
 def _expired(state: SessionState, call: int) -> SessionState:
+    # The service counts a backward when it begins; one whose graph has expired is taken back.
     waiting = tuple(sorted({*state.outstanding, call}))
     return replace(state, outstanding=waiting, backwards=state.backwards - 1)
 

@@ -1,4 +1,4 @@
-"""Checks of requests and replies against what client and trunk have agreed.
+"""The checks of requests and replies against the limits and shapes of a session.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
@@ -40,12 +40,12 @@ _LEAST = {
 
 
 def check_request(request: Request[Any], limits: Limits) -> None:
-    """Refuse a request whose ids, counts or shapes are not what was agreed.
+    """Check the ids, counts and shapes of a request.
 
     Raises:
-        ProtocolError: An id is no name, or a count is too small.
+        ProtocolError: An id is no legal name, or a count is too small.
         BadTensor: A tensor has the wrong rank, dtype or width, or does not fit the others.
-        TooLarge: A tensor has more sequences or tokens than agreed.
+        TooLarge: A tensor has more sequences or tokens than the limits allow.
     """
     for name in _IDS:
         _check_id(name, getattr(request, name, "-"))
@@ -53,6 +53,7 @@ def check_request(request: Request[Any], limits: Limits) -> None:
         _check_id(name, getattr(request, name, "-") or "-")
     for name, least in _LEAST.items():
         value = getattr(request, name, least)
+        # Written so that NaN fails.
         if not value >= least:
             raise ProtocolError(f"{name}={value} must be at least {least}")
     if check := _SHAPES.get(type(request)):
@@ -60,10 +61,10 @@ def check_request(request: Request[Any], limits: Limits) -> None:
 
 
 def check_reply(request: Request[Any], reply: Reply) -> None:
-    """Refuse a reply whose tensor is not of the shape and dtype of the request's.
+    """Check that the tensor of a reply has the shape and dtype of the request's.
 
     Raises:
-        BadTensor: It is not.
+        BadTensor: It has another shape or dtype.
     """
     if isinstance(request, ForwardRequest) and isinstance(reply, ForwardReply):
         _check_like("trunk_out", reply.trunk_out_BTD, request.smashed_BTD)
@@ -88,7 +89,7 @@ def _check_forward(request: ForwardRequest, limits: Limits) -> None:
         if tuple(mask_BT.shape) != (B, T):
             raise BadTensor(
                 f"attention_mask of shape {tuple(mask_BT.shape)} does not fit {B} sequences "
-                f"of {T} tokens; only a session that generates has some cached"
+                f"of {T} tokens; only a session that generates may have cached tokens"
             )
     if (positions_BT := request.position_ids_BT) is not None:
         _check_integers("position_ids", positions_BT)
@@ -105,20 +106,26 @@ def _check_bases(request: ForwardRequest) -> None:
     shape = request.smashed_BTD.shape
     if (bases_B := request.bases_B) is None:
         if request.references:
-            raise ProtocolError("bases were sent to a forward that goes by none")
+            raise ProtocolError(
+                "a forward without bases_B came with references; send both or neither"
+            )
         return
     if not request.training:
-        raise ProtocolError("a forward that trains nothing goes by no bases")
+        raise ProtocolError(
+            "a forward that does not train came with bases_B; send its hidden states whole"
+        )
     if bases_B.dtype != torch.int64 or tuple(bases_B.shape) != (shape[0],) or bases_B.min() < -1:
         raise BadTensor(
-            f"bases are {NAMES[bases_B.dtype]} of shape {tuple(bases_B.shape)}; the name of one, 0 "
-            f"or -1 for each of {shape[0]} sequences is needed, as int64"
+            f"bases_B is {NAMES[bases_B.dtype]} of shape {tuple(bases_B.shape)}; a name, 0 or -1 "
+            f"for each of {shape[0]} sequences is needed, as int64"
         )
     references = request.references
     if len(references) not in (0, 2) or any(
         each.dtype != torch.bfloat16 or each.shape != shape for each in references
     ):
-        raise BadTensor(f"bases that are sent are two tensors {tuple(shape)} in bfloat16")
+        raise BadTensor(
+            f"references must be two tensors of shape {tuple(shape)} in bfloat16, or none"
+        )
 
 
 def _check_backward(request: BackwardRequest, limits: Limits) -> None:
@@ -135,11 +142,13 @@ def _check_generate(request: GenerateRequest, limits: Limits) -> None:
             f"trunk holds at most {limits.session_tokens} (generation.session_tokens)"
         )
     if request.logits_to_keep > T:
-        raise ProtocolError(f"logits_to_keep={request.logits_to_keep} of {T} tokens")
+        raise ProtocolError(
+            f"logits_to_keep={request.logits_to_keep} must be at most {T}, the number of tokens"
+        )
     if (rows_B := request.rows_B) is not None:
         if rows_B.is_floating_point() or tuple(rows_B.shape) != (B,):
             raise BadTensor(
-                f"rows are {NAMES[rows_B.dtype]} of shape {tuple(rows_B.shape)}; one integer for "
+                f"rows_B is {NAMES[rows_B.dtype]} of shape {tuple(rows_B.shape)}; one integer for "
                 f"each of {B} sequences is needed"
             )
     masked = request.past + T if request.stateless else T
@@ -178,7 +187,7 @@ def _check_width(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
     shape = tuple(tensor_BTD.shape)
     if len(shape) != 3 or shape[2] != limits.hidden_size:
         raise BadTensor(
-            f"{name} of shape {shape} is not (sequences, tokens, {limits.hidden_size}), "
+            f"{name} has shape {shape}; (sequences, tokens, {limits.hidden_size}) is needed, since "
             f"the trunk's hidden size is {limits.hidden_size}"
         )
     if not tensor_BTD.is_floating_point():

@@ -159,15 +159,15 @@ META = {"dtype": "float32", "shape": (2, 16)}
 WRONG = {
     "cast": ("bf16", 62, {}, "a row of 16 values takes 32 bytes, not 31"),
     "int": ("int8", 34, {}, "a row of 16 values takes 18 bytes, not 17"),
-    "uneven": ("int4", 21, {}, "21 bytes were announced, which 2 rows cannot share"),
-    "nothing kept": ("topk", 8, {}, "rows of 4 bytes hold 0 of 16 values"),
+    "uneven": ("int4", 21, {}, "21 bytes were announced, which is no multiple of 2 rows"),
+    "nothing kept": ("topk", 8, {}, "a row of 4 bytes would hold 0 of 16 values"),
     "too short": ("topk", 2, {}, "hold -3 of 16"),
     "too many kept": ("topk", 42, {}, "hold 17 of 16 values"),
     "integers": ("int8", 36, {"dtype": "int64"}, "codec int8 is for floats, .* int64"),
     "a bomb": ("topk", 64, {"shape": (1 << 30, 1 << 30)}, "64 bytes were announced, which"),
-    "too few": ("huffman", 8, {}, "8 bytes are no code of 36 symbols; they are too few"),
-    "no seed": ("huffman", 0, {}, "0 bytes are no code of 36 symbols"),
-    "a bomb of codes": ("huffman", 64, {"shape": (1 << 30, 1 << 30)}, "they are too few"),
+    "too few": ("huffman", 8, {}, "8 bytes are too few for the Huffman codes of 36 symbols"),
+    "no seed": ("huffman", 0, {}, "0 bytes are too few for the Huffman codes of 36 symbols"),
+    "a bomb of codes": ("huffman", 64, {"shape": (1 << 30, 1 << 30)}, "are too few"),
     "another": ("zip", 64, {}, "'zip' is not one of: none, bf16, fp16, int8, int4, topk, huffman"),
 }
 
@@ -189,7 +189,7 @@ def test_any_bytes_are_a_tensor_or_refused(raw: bytes, codec: str) -> None:
         assert decode_tensor(meta, bytearray(raw)).shape == (2, width)
     except BadTensor as refusal:
         assert codec == "topk", refusal  # noqa: PT017
-        assert "says of other than 3 of its 8 values where they are" in str(refusal)
+        assert "does not mark 3 of its 8 values" in str(refusal)
 
 
 CODED = encode_tensor(torch.randn(6, 40, generator=torch.Generator().manual_seed(0)), "huffman:1")
@@ -202,14 +202,16 @@ def huffman(raw: bytes, **changes: object) -> Tensor:
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        pytest.param(lambda raw: raw[:-1], "not the code of 252 symbols and an end", id="cut"),
-        pytest.param(lambda raw: raw + b"x", "not the code of 252", id="trailing"),
+        pytest.param(lambda raw: raw[:-1], "not the code of exactly 252 symbols", id="cut"),
+        pytest.param(lambda raw: raw + b"x", "not the code of exactly 252", id="trailing"),
         pytest.param(lambda raw: raw[:4] + b"\xff" + raw[5:], "no Huffman codes", id="no stream"),
-        pytest.param(lambda raw: raw[:4] + deflated(251), "not the code of 252", id="short"),
-        pytest.param(lambda raw: raw[:4] + deflated(253), "not the code of 252", id="long"),
+        pytest.param(
+            lambda raw: raw[:4] + deflated(251), "not the code of exactly 252", id="short"
+        ),
+        pytest.param(lambda raw: raw[:4] + deflated(253), "not the code of exactly 252", id="long"),
         pytest.param(
             lambda raw: raw[:4] + deflated(10_000_000, zlib.Z_RLE),
-            "not the code of 252",
+            "not the code of exactly 252",
             id="blown up",
         ),
     ],

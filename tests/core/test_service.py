@@ -301,7 +301,7 @@ REFUSED_REQUESTS = [
             alice, smashed_BTD=torch.zeros(2, 6, 16), attention_mask_BT=torch.ones(2, 12).long()
         ),
         errors.BadTensor,
-        "only a session that generates has some cached",
+        "only a session that generates may have cached",
         id="mask of a cache",
     ),
     pytest.param(

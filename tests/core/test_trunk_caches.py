@@ -370,7 +370,7 @@ NONSENSE = {
     "more wanted than sent": (
         dict(logits_to_keep=4),
         ProtocolError,
-        "logits_to_keep=4 of 3 tokens",
+        "logits_to_keep=4 must be at most 3",
     ),
     "a mask that does not fit": (
         dict(attention_mask_BT=torch.ones(2, 4).long()),
