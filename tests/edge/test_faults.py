@@ -121,14 +121,21 @@ def test_connections_that_are_reset_change_no_number_of_micro_batches(
 class Forgetful(GrpcLink):
     """A link whose trunk drops the session before every seventh forward, up to the fifth one."""
 
-    count = 0
+    forwards = 0
 
-    def begin_on(self, stream: Any, request: Request[Any]) -> Any:
-        if isinstance(request, ForwardRequest):
-            self.count += 1
-            if self.count in (7, 14, 21, 28, 35):
-                super().begin_on(stream, CloseRequest(session=request.session))()
-        return super().begin_on(stream, request)
+    def stream(self) -> Any:
+        stream = super().stream()
+        begin = type(stream).begin
+
+        def forget(request: Request[Any]) -> Any:
+            if isinstance(request, ForwardRequest):
+                self.forwards += 1
+                if self.forwards in (7, 14, 21, 28, 35):
+                    begin(stream, CloseRequest(session=request.session))()
+            return begin(stream, request)
+
+        stream.begin = forget
+        return stream
 
 
 def test_sessions_that_are_lost_change_no_number_of_micro_batches(config: PretrainedConfig) -> None:
