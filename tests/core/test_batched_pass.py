@@ -1,7 +1,5 @@
 """Several clients in one training pass: everybody's numbers are those of passes of their own."""
 
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from fedsplit.trunk.versions import ParameterVersions
 from simulations.tiny import tiny_config
 from tests.core.families import FAMILIES
 from tests.core.requests import ask, backward_of, forward_of
-from tests.core.worlds import batch, same, small_run, world
+from tests.core.worlds import Clock, batch, same, small_run, wait_until, world
 
 NAMES = ("alice", "bob", "carol")
 NO_DROPOUT = {
@@ -46,6 +44,11 @@ def counted(trunk) -> Iterator[list[int]]:
     hook = trunk.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     yield rows
     hook.remove()
+
+
+def num_held(here):
+    """How many calls the trunk holds until others can share their pass."""
+    return sum(len(each.calls) for each in list(here.service.engine._scheduler._batches.values()))
 
 
 def trained(config, run):
@@ -138,8 +141,8 @@ def test_with_dropout_everybody_computes_alone(tiny_gpt2, caplog):
 def test_who_stays_away_costs_the_others_one_wait_and_no_number(tiny_llama):
     found = {}
     for clients in (1, 3):
-        run = joint_run(clients, max_queue_delay_s=1.5)
-        with world(tiny_llama(), run) as here:
+        run, clock = joint_run(clients), Clock()
+        with world(tiny_llama(), run, clock) as here:
             members = [here.add(name) for name in NAMES]
             for member in members:
                 member.trunk.open()
@@ -148,34 +151,26 @@ def test_who_stays_away_costs_the_others_one_wait_and_no_number(tiny_llama):
                 list(pool.map(lambda name, request: ask(here, name, request), NAMES, requests))
                 backwards = [backward_of(request) for request in requests[:2]]
                 replies = pool.map(lambda n, r: ask(here, n, r), NAMES, backwards)
+                if clients > 1:
+                    wait_until(lambda: num_held(here) == 2)
+                    clock.now += run.train.max_queue_delay_s
+                    here.service.close()  # a turn of the engine
                 found[clients] = [reply.grad_smashed_BTD for reply in replies]
-                began = time.monotonic()
-                ask(here, "carol", backward_of(requests[2]))  # waits for nobody any more
-                assert time.monotonic() - began < 1.0
+                ask(here, "carol", backward_of(requests[2]))  # though no time passes any more
     for apart, batched in zip(found[1], found[3], strict=True):
         torch.testing.assert_close(batched, apart, rtol=1e-5, atol=1e-7)
 
 
 def test_who_leaves_while_waiting_is_told(tiny_llama):
-    with world(tiny_llama(), joint_run()) as here:
+    with world(tiny_llama(), joint_run(), Clock()) as here, ThreadPoolExecutor(1) as pool:
         alice, bob = here.add("alice"), here.add("bob")
         alice.trunk.open(), bob.trunk.open()
-        failures = []
-
-        def wait():
-            with pytest.raises(SessionLost) as failure:
-                ask(here, "alice", forward_of(alice))
-            failures.append(failure)
-
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        time.sleep(0.1)
+        waiting = pool.submit(ask, here, "alice", forward_of(alice))
+        wait_until(lambda: num_held(here) == 1)
         alice.trunk.close()
-        waiting.join(timeout=5)
-        assert failures
-        began = time.monotonic()
-        ask(here, "bob", forward_of(bob))
-        assert time.monotonic() - began < 5  # who is alone waits for nobody
+        with pytest.raises(SessionLost):
+            waiting.result(10.0)
+        ask(here, "bob", forward_of(bob))  # one client waits for no other, as no time passes
 
 
 def test_a_module_that_mixes_rows_is_found_out(tiny_llama):

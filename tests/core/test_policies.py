@@ -1,6 +1,5 @@
 """Policies at work: what they do to the trunk's weights, to waiting clients and to dead ones."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,7 @@ from fedsplit import errors
 from fedsplit.client.trainer import FitStats
 from fedsplit.spec import PolicySpec
 from tests.core.requests import ask, backward_of, contribute, forward_of, prepare
-from tests.core.worlds import batch, same, small_run, world
+from tests.core.worlds import batch, same, small_run, wait_until, world
 
 SLOW = {"client-2": 3.0}
 VIRTUAL = {
@@ -23,14 +22,6 @@ VIRTUAL = {
     "strict async": PolicySpec(kind="async", max_staleness=1, sim_slowdown=SLOW),
 }
 LR = 0.1
-
-
-def until(condition) -> None:
-    """Wait until something is so; a test hangs no longer than this."""
-    end = time.monotonic() + 20.0
-    while not condition():
-        assert time.monotonic() < end, "it never came about"
-        time.sleep(0.005)
 
 
 # --- on the virtual clock --------------------------------------------------------------------
@@ -102,11 +93,11 @@ def test_time_stands_still_when_enough_have_left(tiny_llama):
             for i, name in enumerate(names[1:], 1)
         ]
         quick.result()
-        until(lambda: here.service.engine.num_waiting == 2)
+        wait_until(lambda: here.service.engine.num_waiting == 2)
         assert (here.service.now(), here.service.engine.version) == (1.0, 1)
         here.service.expect([], round=0, at_once=0, close_after=9, until=2.5)
         others[0].result()
-        until(lambda: here.service.now() == 2.5)
+        wait_until(lambda: here.service.now() == 2.5)
         assert not others[1].done()
         here.service.expect([], round=0, at_once=0, close_after=9)
         others[1].result()
@@ -241,7 +232,7 @@ def test_one_that_dies_leaves_no_session_and_no_stash(tiny_llama, policy, replic
         with ThreadPoolExecutor(2) as pool:
             stats = list(pool.map(lambda m: m.trainer.fit(groups(1, 2)), others))
         assert [each.steps for each in stats] == [2, 2]
-        until(lambda: here.service.num_sessions == 0)
+        wait_until(lambda: here.service.num_sessions == 0)
         engine = here.service.engine
         assert (engine.stashed_bytes, engine.num_waiting) == (0, 0)
         versions = engine.training._replica_of(names[0]).versions

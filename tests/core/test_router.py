@@ -17,19 +17,9 @@ from fedsplit.spec import DataSpec
 from fedsplit.trunk.router import TrunkRouter
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
-from tests.core.worlds import batch, fail, small_run
+from tests.core.worlds import Clock, batch, fail, small_run
 
 RUN = small_run()
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

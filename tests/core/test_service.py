@@ -1,8 +1,6 @@
 """The trunk service: exactly once, expiry, sessions, refusals, and who waits for whom."""
 
 import math
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,7 +12,7 @@ from fedsplit.link import LocalLink
 from fedsplit.spec import PolicySpec
 from fedsplit.wire import messages as m
 from tests.core.requests import ask, backward_of, forward_of, step, step_of
-from tests.core.worlds import batch, same, small_run, world
+from tests.core.worlds import Clock, batch, same, small_run, wait_until, world
 
 
 def after_one_step(config, times=1):
@@ -41,16 +39,6 @@ def test_a_request_repeated_while_it_is_worked_on_shares_its_reply(tiny_llama):
         request = forward_of(alice)
         replies = list(pool.map(lambda _: ask(here, "alice", request), range(8)))
         assert all(reply is replies[0] for reply in replies)
-
-
-class Clock:
-    """Time that passes only when it is told to."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 class SlowLink(LocalLink):
@@ -106,49 +94,56 @@ def test_dropout_depends_on_the_seed(tiny_gpt2):
 # --- who waits for whom ----------------------------------------------------------------------
 
 
+def wait_until_one_waits(here):
+    """Wait until a call waits at the barrier, and still does after a turn of the engine."""
+    wait_until(lambda: here.service.engine.num_waiting == 1)
+    here.service.close()
+    assert here.service.engine.num_waiting == 1
+
+
 def test_the_forward_after_a_step_waits_for_the_barrier(tiny_llama):
-    with world(tiny_llama()) as here:
+    with world(tiny_llama()) as here, ThreadPoolExecutor(1) as pool:
         alice, bob = here.add("alice"), here.add("bob")
         alice.trunk.open(), bob.trunk.open()
         step(alice, 0)
         assert here.service.engine.version == 0, "bob has not stepped"
-        waiting = threading.Thread(target=step, args=(alice, 1))
-        waiting.start()
-        waiting.join(0.2)
-        assert waiting.is_alive(), "alice is ahead of bob by one step and no more"
+        waiting = pool.submit(step, alice, 1)
+        wait_until_one_waits(here)
+        assert not waiting.done(), "alice is ahead of bob by one step and no more"
         step(bob, 2)
-        waiting.join(10.0)
-        assert not waiting.is_alive()
+        waiting.result(10.0)
     assert here.service.engine.version == 1
 
 
 def test_one_that_dies_holds_up_the_others_for_the_deadline_only(tiny_llama):
-    with world(tiny_llama(), small_run(policy=PolicySpec(deadline_s=0.3))) as here:
+    clock, run = Clock(), small_run(policy=PolicySpec(deadline_s=5.0))
+    with world(tiny_llama(), run, clock) as here, ThreadPoolExecutor(1) as pool:
         alice, bob = here.add("alice"), here.add("bob")
         alice.trunk.open(), bob.trunk.open()
-        for seed in range(3):  # bob never says another word
-            step(alice, seed)
+        step(alice, 0)
+        waiting = pool.submit(step, alice, 1)  # bob sends nothing
+        wait_until_one_waits(here)
+        clock.now += 5.0
+        here.service.close()  # a turn of the engine
+        waiting.result(10.0)
+        step(alice, 2)  # though no time passes: bob is not awaited again
         with alice.trunk.session():
             step(alice, 3)
-        assert here.service.engine.version >= 3
+    assert here.service.engine.version == 4
 
 
 def test_one_that_was_too_late_repeats_its_step_and_is_counted(tiny_llama):
-    with world(tiny_llama(), small_run(policy=PolicySpec(deadline_s=0.2))) as here:
+    clock, run = Clock(), small_run(policy=PolicySpec(deadline_s=5.0))
+    with world(tiny_llama(), run, clock) as here:
         alice, bob = here.add("alice"), here.add("bob")
         alice.trunk.open(), bob.trunk.open()
-        held_up = iter([batch(1)])
-
-        def slow_batches():
-            for each in held_up:
-                smashed = bob.model(each.inputs["input_ids"], labels=each.labels, use_cache=False)
-                step(alice, 0)
-                while here.service.engine.version == 0:
-                    time.sleep(0.01)
-                smashed.loss.backward()
-                yield [each]
-
-        next(slow_batches())
+        late = batch(1)
+        out = bob.model(late.inputs["input_ids"], labels=late.labels, use_cache=False)
+        step(alice, 0)
+        clock.now += 5.0
+        here.service.close()  # a turn of the engine
+        wait_until(lambda: here.service.engine.version == 1)
+        out.loss.backward()
         with pytest.raises(errors.StaleVersion, match="made with version 0.* trunk is at 1"):
             bob.trunk.step(step=0, num_tokens=1, client_sq_norm=0.0)
         alice.trunk.close()
@@ -157,30 +152,35 @@ def test_one_that_was_too_late_repeats_its_step_and_is_counted(tiny_llama):
 
 
 def test_a_broken_connection_leaves_nothing_behind(tiny_llama):
-    with world(tiny_llama(), small_run(policy=PolicySpec(deadline_s=0.2))) as here:
+    clock, run = Clock(), small_run(policy=PolicySpec(deadline_s=5.0))
+    with world(tiny_llama(), run, clock) as here:
         alice = here.add("alice")
         alice.trunk.open()
         ask(here, "alice", forward_of(alice))
         assert here.service.engine.stashed_bytes > 0
         here.service.disconnected(alice.trunk._session)
-        until = time.monotonic() + 10.0
-        while here.service.num_sessions and time.monotonic() < until:
-            time.sleep(0.01)
-        assert here.service.num_sessions == 0
+        clock.now += 4.9
+        here.service.expire_sessions()
+        assert here.service.engine.stashed_bytes > 0
+        clock.now += 0.2
+        here.service.expire_sessions()
+        wait_until(lambda: here.service.num_sessions == 0)
         assert here.service.engine.stashed_bytes == 0
         with pytest.raises(errors.SessionLost, match="no session .* open a new one"):
             ask(here, "alice", forward_of(alice, call=1))
 
 
 def test_a_client_that_comes_back_in_time_keeps_its_session(tiny_llama):
-    with world(tiny_llama(), small_run(policy=PolicySpec(deadline_s=0.2))) as here:
+    clock, run = Clock(), small_run(policy=PolicySpec(deadline_s=5.0))
+    with world(tiny_llama(), run, clock) as here:
         alice = here.add("alice")
         alice.trunk.open()
         request = forward_of(alice)
         ask(here, "alice", request)
         here.service.disconnected(alice.trunk._session)
         ask(here, "alice", backward_of(request))
-        time.sleep(0.5)
+        clock.now += 10.0
+        here.service.expire_sessions()
         ask(here, "alice", step_of(request))
 
 

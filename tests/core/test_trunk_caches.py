@@ -21,7 +21,7 @@ from fedsplit.link import LocalLink
 from fedsplit.model.kv_cache import capacity
 from fedsplit.wire import messages as m
 from tests.core.generating import prompt, scene
-from tests.core.worlds import batch, small_run, world
+from tests.core.worlds import Clock, batch, small_run, world
 
 MODES = {
     "greedy": {},
@@ -32,16 +32,6 @@ MODES = {
 
 
 _NO_STATIC = ("bloom", "static")  # nor has the unsplit one
-
-
-class Clock:
-    """Seconds that pass when they are told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 # --- what is done to them ---------------------------------------------------------------------

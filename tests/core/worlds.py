@@ -22,6 +22,24 @@ from strategies.mu_splitfed import UnbalancedUpdate
 from strategies.splitfed_v1 import ReplicaUpdate
 
 
+class Clock:
+    """Seconds that pass only when a test changes `now`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds that another thread brings about; fails after 20 seconds."""
+    end = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come to hold"
+        time.sleep(0.005)
+
+
 def small_run(**changes: object) -> RunSpec:
     """Two sequences of twelve tokens a batch, plain SGD, no clipping."""
     train = TrainSpec(
