@@ -1,7 +1,7 @@
 """Atomic writes: a file or a folder appears under its name complete and durable, or not at all.
 
-Content is written beside its place as `.unfinished-NAME`, synced to the disk, and then renamed. A
-folder that is replaced or removed is first renamed too, so no reader finds half of one.
+Content is written as `.unfinished-NAME` in the same folder, synced to the disk, and then renamed. A
+folder that is replaced or removed is renamed first too, so a reader never finds a part of it.
 """
 
 import os
@@ -25,9 +25,10 @@ def new_file(path: Path) -> Iterator[Path]:
     unfinished = _beside(path, _UNFINISHED)
     with _writing(path, unfinished):
         yield unfinished
+        # Content first: a rename that reaches the disk before it would leave an empty file.
         _sync(unfinished)
         unfinished.replace(path)
-        _sync(path.parent)
+        _sync(path.parent)  # the name is data of the folder, and is synced with it
 
 
 @contextmanager
@@ -39,13 +40,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     unfinished, replaced = _beside(path, _UNFINISHED), _beside(path, _REPLACED)
     with _writing(path, unfinished):
-        _discard(unfinished)
+        _discard(unfinished)  # a killed process may have left one
         unfinished.mkdir(parents=True)
         yield unfinished
-        for written in unfinished.rglob("*"):
-            _sync(written)
+        for entry in unfinished.rglob("*"):
+            _sync(entry)
         _sync(unfinished)
-        if path.exists():  # a folder that is not empty cannot be replaced in one operation
+        if path.exists():
+            # No call replaces a folder with content. `recover` undoes a kill between the renames.
             _discard(replaced)
             path.rename(replaced)
         unfinished.rename(path)
@@ -54,23 +56,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in place of what was there.
+    """Write a text file, and replace a file of this name.
 
     Raises:
-        StorageError: The file cannot be written; what was there is unchanged.
+        StorageError: The file cannot be written; a file of this name is unchanged.
     """
     with new_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def create(path: Path, text: str) -> bool:
-    """Create a text file; False if there is one already. A kill may leave it empty.
+    """Create a text file; return False if it exists already. A kill may leave it empty.
 
     Raises:
         StorageError: The file cannot be written.
     """
     with _writing(path):
         try:
+            # "x" makes the check and the creation one operation: of two processes one succeeds.
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
@@ -81,7 +84,7 @@ def create(path: Path, text: str) -> bool:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file; a reader has to ignore a last line that has no end.
+    """Add a line to a text file. A reader must ignore a last line without a line end.
 
     Raises:
         StorageError: The line cannot be written.
@@ -93,7 +96,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, if it is there; no reader finds it half empty under its name."""
+    """Remove a folder if it exists. A reader never finds a part of it under its name."""
     removed = _beside(folder, _REMOVED)
     _discard(removed)
     if folder.exists():
@@ -102,31 +105,37 @@ def remove(folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Undo what a killed process left unfinished in a folder that no other process writes to."""
+    """Restore replaced folders and remove temporary files that a killed process has left.
+
+    Args:
+        folder: No other process may write to it now.
+    """
     for replaced in folder.glob(f"{_REPLACED}*"):
-        place = folder / replaced.name.removeprefix(_REPLACED)
-        if not place.exists():
-            replaced.rename(place)
+        original = folder / replaced.name.removeprefix(_REPLACED)
+        # The process was killed after the first of two renames, so the old folder is the result.
+        if not original.exists():
+            replaced.rename(original)
     for prefix in (_UNFINISHED, _REPLACED, _REMOVED):
-        for left in folder.glob(f"{prefix}*"):
-            _discard(left)
+        for temporary in folder.glob(f"{prefix}*"):
+            _discard(temporary)
 
 
 @contextmanager
 def _writing(path: Path, unfinished: Path | None = None) -> Iterator[None]:
-    """A block that writes `path`; an exception in it removes `unfinished`."""
+    """Convert errors of the block, which writes `path`; an exception removes `unfinished`."""
     try:
         yield
+    # Also at an interrupt: Ctrl-C must not leave a temporary file.
     except BaseException as error:
         if unfinished:
             _discard(unfinished)
-        # Libraries in Rust raise types of their own, with the text of Rust's I/O errors in them.
+        # Libraries in Rust raise their own types, which contain the text of Rust's I/O errors.
         if isinstance(error, OSError) or "(os error " in str(error):
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             raise StorageError(
                 f"{path} cannot be written: {' '.join(reason.split())}; what was there is "
                 "unchanged. Make room or change the permissions, and start again (resume=auto "
-                "goes on with a run that has train.save_every)"
+                "continues a run that has train.save_every)"
             ) from error
         raise
 

@@ -1,7 +1,7 @@
 """The optimizer of one part, in the same arithmetic at every part and in the unsplit model.
 
-Clipping is by the global norm over all three parts, so it takes the squared norms of both sides.
-Each tensor's norm is torch's; their squares are summed exactly, so no order of summing shows.
+Clipping uses the global norm over all three parts, so it needs the squared norms of both sides.
+Each tensor's norm is torch's. The squares are summed exactly, so their order does not matter.
 """
 
 import logging
@@ -20,24 +20,26 @@ log = logging.getLogger(__name__)
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> float:
-    """Sum of squares of all entries of all tensors."""
+    """Return the sum of squares of all entries of all tensors; 0.0 if there is no tensor."""
     norms = [torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]
     if not norms:
         return 0.0
     # One transfer for all norms: `.item()` on each would wait for the GPU once per tensor.
-    together = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
-    return math.fsum(norm**2 for norm in together.tolist())
+    # The tensors may be on several devices, and `stack` takes those of one device.
+    stacked = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
+    # `fsum` is exact, so the sum does not depend on the order of the tensors.
+    return math.fsum(norm**2 for norm in stacked.tolist())
 
 
 def unscale(gradients: Iterable[Tensor], loss_scale: float) -> None:
-    """Make gradients of a scaled loss those of the loss; exact for powers of two."""
+    """Divide gradients by the factor of their loss, in place; exact for powers of two."""
     if loss_scale != 1.0:
         for gradient in gradients:
             gradient.mul_(1.0 / loss_scale)
 
 
 def block_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """The norm of each block's gradients; a block is a parameter's name up to the first number.
+    """Return the norm of each block's gradients; a block is a name up to its first number.
 
     >>> block_norms({"h.0.a": torch.tensor([3.0]), "h.0.b": torch.tensor([4.0])})
     {'h.0': 5.0}
@@ -49,31 +51,38 @@ def block_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _block_of(name: str) -> str:
-    pieces = name.split(".")
-    ends = [i for i, piece in enumerate(pieces) if piece.isdigit()]
-    return ".".join(pieces[: ends[0] + 1]) if ends else name
+    levels = name.split(".")
+    numbered = [i for i, level in enumerate(levels) if level.isdigit()]
+    return ".".join(levels[: numbered[0] + 1]) if numbered else name
 
 
 def clip_coefficient(sq_norm: float, clip_norm: float) -> float:
-    """What to scale gradients of squared norm `sq_norm` by; as `torch.nn.utils.clip_grad_norm_`.
+    """Return the factor for gradients of squared norm `sq_norm`, as `clip_grad_norm_` of torch.
+
+    A `clip_norm` of 0 means that gradients are not clipped.
 
     >>> clip_coefficient(4.0, 0.0), clip_coefficient(0.25, 1.0)
     (1.0, 1.0)
     """
     if clip_norm == 0.0:
         return 1.0
+    # torch adds the same 1e-6, so a clipped step equals that of the unsplit model.
     return min(1.0, clip_norm / (math.sqrt(sq_norm) + 1e-6))
 
 
 class PartOptimizer:
     """A torch optimizer over the trained parameters of one part, by name.
 
-    Weight decay is for matrices, embeddings among them, and not for vectors (biases, norms). Of
-    GPT-2, Llama and most families these are the parameters that the Hugging Face `Trainer` decays;
-    it goes by names, so it also decays vectors that are neither bias nor norm (state-space and
-    attention-sink scalars) and leaves out matrices that are named a bias (experts of gpt-oss).
-    Steps are torch's fused ones, as the `Trainer`'s are: one pass over memory, five times as fast.
-    Those with 8-bit moments are of bitsandbytes, again as the `Trainer`'s.
+    Weight decay applies to matrices, including embeddings, and not to vectors (biases, norms). In
+    GPT-2, Llama and most families, the Hugging Face `Trainer` decays the same parameters. It
+    selects them by name, so it also decays vectors that are neither bias nor norm (state-space and
+    attention-sink scalars), and does not decay matrices whose name is a bias (experts of gpt-oss).
+    Steps are torch's fused ones, as in the `Trainer`: one pass over memory, five times as fast.
+    Steps with 8-bit moments are those of bitsandbytes, also as in the `Trainer`.
+
+    Args:
+        parameters: The parameters to train, by name.
+        train: The optimizer, its constants and the schedule of the learning rate.
 
     Raises:
         ConfigError: bitsandbytes is needed, and is not installed or cannot use this device.
@@ -85,20 +94,20 @@ class PartOptimizer:
         self._torch = _torch_optimizer(list(self.parameters.values()), train)
 
     def sq_norm(self) -> float:
-        """Squared norm of the gradients that are there now."""
+        """Return the squared norm of the present gradients."""
         return squared_norm(self.gradients())
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that are there now."""
+        """Return the present gradients; a parameter without one is left out."""
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def step(self, step: int, coefficient: float = 1.0, lr_scale: float = 1.0) -> None:
-        """Scale the gradients, take optimizer step number `step` (from 0) and drop them.
+        """Scale the gradients, take an optimizer step with them, and drop them.
 
         Args:
-            step: Where the schedule of the learning rate stands.
-            coefficient: Of the gradients, as clipping wants it.
-            lr_scale: Of the learning rate, below 1 for gradients that are stale.
+            step: The position in the schedule of the learning rate, from 0.
+            coefficient: The factor on the gradients, from clipping.
+            lr_scale: The factor on the learning rate; it is below 1 for stale gradients.
         """
         if coefficient != 1.0:
             for gradient in self.gradients():
@@ -111,10 +120,11 @@ class PartOptimizer:
     def zero_grad(self) -> None:
         """Drop the gradients."""
         for parameter in self.parameters.values():
+            # None, not zeros: a parameter without a gradient must not be stepped, or decayed.
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, one tensor per `parameter name|moment`."""
+        """Return the moments, one tensor per `parameter name|moment`."""
         return {
             f"{name}|{key}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
@@ -123,7 +133,7 @@ class PartOptimizer:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over moments that `state` handed out; an empty mapping means none yet.
+        """Replace the moments by those that `state` returned; an empty mapping holds none yet.
 
         Raises:
             CheckpointError: A moment belongs to no parameter of this part.
@@ -132,16 +142,18 @@ class PartOptimizer:
             name, _, moment = key.partition("|")
             if name not in self.parameters:
                 raise CheckpointError(
-                    f"optimizer state {key!r} belongs to no trained parameter here"
+                    f"optimizer state {key!r} belongs to no trained parameter here; resume with "
+                    "the model, split and lora it was saved with"
                 )
             parameter = self.parameters[name]
             if self._train.optimizer in EIGHT_BIT:
                 _restore(self._torch, parameter, moment, value)
                 continue
-            # On its way it may have left the parameter's device and dtype; steps are float32.
+            # A checkpoint may change device and dtype. `step` stays float32 in every dtype.
             dtype = value.dtype if moment == "step" else parameter.dtype
-            kept = value.to(parameter.device, dtype)
-            self._torch.state[parameter][moment] = kept.clone()
+            restored = value.to(parameter.device, dtype)
+            # A copy, because steps change moments in place and the caller still holds `state`.
+            self._torch.state[parameter][moment] = restored.clone()
 
 
 def _torch_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.optim.Optimizer:
@@ -163,12 +175,15 @@ def _torch_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.
 
 
 def _eight_bit(groups: list[dict[str, Any]], train: TrainSpec) -> torch.optim.Optimizer:
-    """AdamW whose moments are blocks of 8-bit numbers with a scale; small tensors keep 32 bits.
+    """Return an AdamW whose moments are scaled blocks of 8-bit numbers.
+
+    Small tensors keep 32 bits.
 
     Dettmers, Lewis, Shleifer and Zettlemoyer 2022, "8-bit Optimizers via Block-wise Quantization",
     ICLR, arXiv 2110.02861.
     """
     name = f"train.optimizer={train.optimizer}"
+    # Imported here, because the library is an extra that only these optimizers need.
     try:
         import bitsandbytes
     except ImportError as exc:
@@ -177,9 +192,9 @@ def _eight_bit(groups: list[dict[str, Any]], train: TrainSpec) -> torch.optim.Op
             "'fedsplit[optimizers]' at every client and at the trunk, or use train.optimizer=adamw"
         ) from exc
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    if strange := sorted(devices - bitsandbytes.supported_torch_devices):
+    if unsupported := sorted(devices - bitsandbytes.supported_torch_devices):
         raise ConfigError(
-            f"{name} cannot run on {strange[0]}, which bitsandbytes {bitsandbytes.__version__} "
+            f"{name} cannot run on {unsupported[0]}, which bitsandbytes {bitsandbytes.__version__} "
             "does not support; use train.optimizer=adamw"
         )
     optimizers: Any = bitsandbytes.optim
@@ -189,29 +204,30 @@ def _eight_bit(groups: list[dict[str, Any]], train: TrainSpec) -> torch.optim.Op
             log.warning("%s pages nothing on a CPU; it is adamw_8bit here", name)
         else:
             kind = optimizers.PagedAdamW8bit
-    made: torch.optim.Optimizer = kind(
+    optimizer: torch.optim.Optimizer = kind(
         groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps
     )
-    return made
+    return optimizer
 
 
 def _restore(optimizer: Any, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-    """Put a moment where bitsandbytes itself would have it, in the type and memory it chose."""
-    kept = optimizer.state[parameter]
-    if not kept:
-        place, group, index = next(
-            (place, group, index)
-            for place, group in enumerate(optimizer.param_groups)
+    """Copy a moment into the tensor that bitsandbytes made for it, in its type and memory."""
+    state = optimizer.state[parameter]
+    # The library makes its tensors at the first step; a resumed optimizer has not taken one.
+    if not state:
+        number, group, index = next(
+            (number, group, index)
+            for number, group in enumerate(optimizer.param_groups)
             for index, each in enumerate(group["params"])
             if each is parameter
         )
-        optimizer.init_state(group, parameter, place, index)
-    if moment not in kept or value.shape != torch.as_tensor(kept[moment]).shape:
+        optimizer.init_state(group, parameter, number, index)
+    if moment not in state or value.shape != torch.as_tensor(state[moment]).shape:
         raise CheckpointError(
             f"a moment {moment!r} of shape {tuple(value.shape)} is none of an 8-bit optimizer "
             "here; resume with the train.optimizer and bitsandbytes it was saved with"
         )
     if moment == "step":
-        kept[moment] = int(value)
+        state[moment] = int(value)
     else:
-        kept[moment].copy_(value)
+        state[moment].copy_(value)

@@ -1,1 +1,1 @@
-"""The trunk's side: engine, parameter versions, aggregation, stash and the service over them."""
+"""The trunk's side: service, engine, parameter versions, aggregation, stash and KV caches."""

@@ -1,13 +1,15 @@
-"""When the trunk steps, and with which weights: pure decisions, no torch, no threads, no clock.
+"""The aggregator: decides when the trunk steps, and with which weight of each client.
 
-One machine for all policies. A barrier collects contributions and closes with a step once
-`policy.quorum_of` the clients that it awaits have contributed (all of them in `sync`, one in
-`async`), or `deadline_s` after the first contribution. Whoever is missing at the deadline is no
-longer awaited until it shows up again; whoever is late for a quorum is.
+It is a pure state machine, without torch, threads and clock, and serves all policies. A barrier
+collects contributions. It closes with a step as soon as `policy.quorum_of` the awaited clients have
+contributed (all of them in `sync`, one in `async`), or `deadline_s` after the first contribution. A
+client that has not contributed at the deadline is not awaited again until it contributes or joins.
+A client that is late for a quorum is still awaited.
 
-A contribution that was made some steps ago is discounted. Where it shares a step with others it
-weighs less than theirs. In `async` it is the whole step, and to scale a gradient means nothing to
-an optimizer that normalizes it, such as Adam; so there the learning rate is scaled.
+A contribution that was made some steps ago is discounted. In a step with other contributions, it
+has a lower weight than theirs. In `async` it is the only one of its step, and an optimizer that
+normalizes gradients, such as Adam, is not affected by their scale. So `async` scales the learning
+rate.
 """
 
 import math
@@ -18,7 +20,7 @@ from fedsplit.spec import PolicySpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """These clients were sent work; at most `at_once` of them will be at it at a time."""
+    """Work was sent to these clients; at most `at_once` of them work at a time."""
 
     clients: frozenset[str]
     at_once: int
@@ -26,21 +28,21 @@ class Expected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """A client has a training session."""
+    """A client has opened a training session."""
 
     client: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """A client's work is over, done or not; what it contributed stays."""
+    """A client's work has ended, complete or not; its contributions remain."""
 
     client: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contributed:
-    """A client's gradient, made when `version` barriers had closed; it weighs `num_tokens`."""
+    """A client's gradient over `num_tokens` tokens, made when `version` barriers had closed."""
 
     client: str
     version: int
@@ -57,21 +59,21 @@ Event = Expected | Joined | Left | Contributed | Ticked
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """Nothing to do yet."""
+    """The barrier stays open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refuse:
-    """The contribution is too old, or its client's second; `current` barriers have closed."""
+    """The contribution is too old, or the second of its client; `current` barriers have closed."""
 
     current: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Step now with these clients' gradients: weights that sum to one, in the order of names.
+    """Step now with the gradients of these clients.
 
-    `scale` is a factor on the learning rate.
+    `weights` sum to one and are sorted by client. `scale` is a factor on the learning rate.
     """
 
     weights: dict[str, float]
@@ -83,7 +85,7 @@ Decision = Wait | Refuse | Step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """A contribution that waits for its barrier; `discount` is for its age."""
+    """A contribution that waits for its barrier; `discount` is the factor for its age."""
 
     client: str
     num_tokens: int
@@ -94,9 +96,9 @@ class Contribution:
 class Barrier:
     """The state of the aggregator.
 
-    `version` barriers have closed before this one. `present` clients are at work, `expected` ones
-    have yet to join, and there is room for `room` of both at a time. `contributions` are those
-    so far, and `deadline` when waiting ends (seconds).
+    `version` barriers have closed before this one. `present` clients are at work, `expected`
+    clients have not joined yet, and at most `room` of both work at a time. `contributions` are
+    those of this barrier so far. `deadline` is the time at which waiting ends, in seconds.
     """
 
     version: int = 0
@@ -108,22 +110,24 @@ class Barrier:
 
     @property
     def contributors(self) -> frozenset[str]:
-        """Who has contributed, and so waits for the end of this barrier."""
+        """The clients that have contributed, and so wait until this barrier closes."""
         return frozenset(each.client for each in self.contributions)
 
     @property
     def about_to_join(self) -> int:
-        """How many of the expected clients there is room for now."""
+        """The number of expected clients that can join now."""
+        # Clients that run one after another are not all awaited: each joins when another leaves.
         return min(len(self.expected), max(0, self.room - len(self.present)))
 
     @property
     def num_awaited(self) -> int:
-        """Of how many clients this barrier is: contributed, at work, or about to join."""
+        """The number of clients of this barrier: contributed, at work, or about to join."""
+        # A contributor that has left still counts, or the barrier would close without the others.
         return len(self.present | self.contributors) + self.about_to_join
 
 
 def oldest(policy: PolicySpec) -> int:
-    """How many steps a contribution may be behind."""
+    """Return the number of steps that a contribution may be behind."""
     if policy.kind == "sync" or (policy.kind == "quorum" and policy.late == "refuse"):
         return 0
     return policy.max_staleness
@@ -132,19 +136,20 @@ def oldest(policy: PolicySpec) -> int:
 def advance(
     state: Barrier, event: Event, *, now: float, policy: PolicySpec
 ) -> tuple[Barrier, Decision]:
-    """Take one event in.
+    """Apply one event.
 
     Args:
         state: The barrier before the event.
-        event: What happened.
+        event: The event.
         now: The time of the event, in seconds of any clock that does not run backwards.
-        policy: What the run asks for.
+        policy: The run's policy.
 
     Returns:
-        The barrier after the event, and what to do.
+        The barrier after the event, and the decision.
     """
     match event:
         case Expected(clients=clients, at_once=at_once):
+            # The other clients of earlier work keep their room; these get `at_once` in addition.
             others = replace(
                 state, present=state.present - clients, expected=state.expected - clients
             )
@@ -154,24 +159,26 @@ def advance(
         case Joined(client=client):
             state = _with(state, client)
         case Left(client=client):
-            gone = {client}
-            state = replace(state, present=state.present - gone, expected=state.expected - gone)
+            left = {client}
+            state = replace(state, present=state.present - left, expected=state.expected - left)
         case Contributed(client=client, version=version, num_tokens=num_tokens):
             staleness = state.version - version
+            # One contribution per client and barrier, as a second one would count twice in the sum.
             if client in state.contributors or staleness > oldest(policy):
                 return state, Refuse(current=state.version)
             discount = policy.discount_of(staleness)
-            given = Contribution(client=client, num_tokens=num_tokens, discount=discount)
+            added = Contribution(client=client, num_tokens=num_tokens, discount=discount)
+            # The deadline counts from the first contribution: later ones do not extend it.
             deadline = min(state.deadline, now + policy.deadline_s)
             state = replace(
-                _with(state, client), contributions=(*state.contributions, given), deadline=deadline
+                _with(state, client), contributions=(*state.contributions, added), deadline=deadline
             )
     return _close_if_due(state, now, policy)
 
 
 def _with(state: Barrier, client: str) -> Barrier:
-    both = {client}
-    return replace(state, present=state.present | both, expected=state.expected - both)
+    joined = {client}
+    return replace(state, present=state.present | joined, expected=state.expected - joined)
 
 
 def _close_if_due(state: Barrier, now: float, policy: PolicySpec) -> tuple[Barrier, Decision]:
@@ -179,16 +186,19 @@ def _close_if_due(state: Barrier, now: float, policy: PolicySpec) -> tuple[Barri
     if not state.contributions or not (enough or now >= state.deadline):
         return state, Wait()
     following = replace(state, version=state.version + 1, contributions=(), deadline=math.inf)
+    # At the deadline, so that a client that has failed delays the others only once.
     if not enough:
         present = state.present & state.contributors
         following = replace(following, present=present, expected=frozenset())
     return following, _step(state.contributions, policy)
 
 
-def _step(given: tuple[Contribution, ...], policy: PolicySpec) -> Step:
-    weights = {each.client: each.num_tokens * each.discount for each in given}
+def _step(contributions: tuple[Contribution, ...], policy: PolicySpec) -> Step:
+    weights = {each.client: each.num_tokens * each.discount for each in contributions}
     total = sum(weights.values())
     return Step(
+        # Sorted, because the gradients are summed in this order and not in that of arrival.
         weights={client: weights[client] / total for client in sorted(weights)},
-        scale=given[0].discount if policy.kind == "async" else 1.0,
+        # A single weight is always 1, so in `async` the discount cannot act through the weights.
+        scale=contributions[0].discount if policy.kind == "async" else 1.0,
     )

@@ -1,10 +1,10 @@
-"""One training pass of the trunk for several clients, and what each of their gradients is alone.
+"""One training pass of the trunk for several clients, with the gradients of each client.
 
-Shapes: B sequences of all clients, T tokens, D hidden width. Rows of a batch do not see one
-another, so forward and backward of all go through the blocks at once. Only a parameter's gradient
-would be the sum over everybody; each client's own is had from what the parameter's module was
-given and what came back to it, row by row, as per-example gradients are in differential privacy
-(Rochette, Manoel and Tramel 2019, arXiv 1912.06015).
+Shapes: B sequences of all clients, T tokens, D hidden width, N rows times tokens, E output width.
+The rows of a batch are independent, so the forwards and the backwards of all clients run as one.
+Only the gradient of a parameter would be the sum over all clients. The gradient of each client is
+computed from the input and the output gradient of the parameter's module, row by row, like
+per-sample gradients in differential privacy (Rochette, Manoel and Tramel 2019, arXiv 1912.06015).
 """
 
 import logging
@@ -24,19 +24,20 @@ from fedsplit.trunk.versions import ParameterVersions
 
 log = logging.getLogger(__name__)
 
-Found = tuple[Mapping[str, Tensor | None], Tensor | None]
-"""Of one call's backward: its parameters' gradients by name, and its smashed data's."""
+BackwardResult = tuple[Mapping[str, Tensor | None], Tensor | None]
+"""The result of a backward: gradients of parameters by name, and that of the smashed data."""
 
+# The trial allows rounding: a batch and its rows are summed in different orders.
 _TOLERANCE = 1e-4
 
 
 class CannotShare(Exception):
-    """A module with parameters of its own that is no function of one tensor, row by row."""
+    """A module with parameters of its own is not a function of one tensor, row by row."""
 
 
 @dataclass(slots=True, eq=False)
-class _Seen:
-    """What a module was given in one call, and the gradient of what it made of that."""
+class _ModuleCall:
+    """The input of one call of a module, and the gradient of its output."""
 
     module: str
     input: Tensor
@@ -45,27 +46,28 @@ class _Seen:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class BatchedForward:
-    """A forward of several members; `rows` says how many sequences are whose.
+    """A forward of several members; `rows` is the number of sequences of each.
 
-    It is `broken` once a member's backward has run without the others': then none waits any more.
+    It is `broken` as soon as the backward of one member has run without the others. After that, no
+    member waits for the others.
     """
 
     smashed_BTD: Tensor
     trunk_out_BTD: Tensor
     num_bytes: int
     rows: tuple[int, ...]
-    seen: list[_Seen] = field(default_factory=list)
+    module_calls: list[_ModuleCall] = field(default_factory=list)
     broken: bool = False
 
 
 class BatchedPass:
-    """Forwards and backwards of several clients at once, where the trunk's family allows it.
+    """Runs forwards and backwards of several clients as one, if the trunk's family allows it.
 
-    Whether it does is tried on two made-up clients when it is first needed.
+    A trial with two random clients decides it, at the first use.
 
     Args:
         trunk: The trunk part.
-        compute: What runs it.
+        compute: Runs the trunk.
         trained: Names of the parameters that train.
     """
 
@@ -75,36 +77,37 @@ class BatchedPass:
         self._owners: dict[str, list[str]] = {}
         for name in trained:
             self._owners.setdefault(name.rpartition(".")[0], []).append(name)
-        self._can: bool | None = None
+        self._is_possible: bool | None = None
 
     def possible(self, versions: ParameterVersions) -> bool:
-        """Whether members come out of one pass as they do alone."""
-        if self._can is None:
-            self._can = not self._compute.draws and self._try(versions)
-            if not self._can:
-                why = "it has dropout" if self._compute.draws else "its rows cannot be told apart"
+        """Return whether members have the same results in one pass as alone."""
+        if self._is_possible is None:
+            # With dropout, each call draws from its own seed, which one pass cannot do.
+            self._is_possible = not self._compute.draws and self._passes_trial(versions)
+            if not self._is_possible:
+                why = "it has dropout" if self._compute.draws else "its rows cannot be separated"
                 log.warning("clients of %s take turns: %s", self._trunk.family.__name__, why)
-        return self._can
+        return self._is_possible
 
     def forward(
         self, members: Sequence[Inputs], versions: ParameterVersions, version: int
     ) -> BatchedForward:
-        """The trunk's output for all members, whose masks and positions are of one shape."""
+        """Run the forwards of all members, whose masks and positions have one shape."""
         inputs = Inputs(
             smashed_BTD=torch.cat([each.smashed_BTD.detach() for each in members]),
             attention_mask_BT=_cat([each.attention_mask_BT for each in members]),
             position_ids_BT=_cat([each.position_ids_BT for each in members]),
             dropout="",
         )
-        seen: list[_Seen] = []
-        with self._watched(seen):
+        module_calls: list[_ModuleCall] = []
+        with self._recording(module_calls):
             output = self._compute.forward(inputs, versions, version)
         return BatchedForward(
             smashed_BTD=inputs.smashed_BTD,
             trunk_out_BTD=output.trunk_out_BTD,
             num_bytes=output.num_bytes,
             rows=tuple(len(each.smashed_BTD) for each in members),
-            seen=seen,
+            module_calls=module_calls,
         )
 
     def backward(
@@ -113,34 +116,36 @@ class BatchedPass:
         grads: Sequence[Tensor],
         versions: ParameterVersions,
         version: int,
-    ) -> list[Found]:
-        """What every member finds, in their order."""
+    ) -> list[BackwardResult]:
+        """Return the result of each member's backward, in the order of the members."""
+        # Parameters are not wanted here: autograd would compute their sums over all members.
         wanted, out_BTD = [batched.smashed_BTD], batched.trunk_out_BTD
         (grad_smashed_BTD,) = self._compute.backward(
             out_BTD, wanted, torch.cat(list(grads)), versions, version
         )
         assert grad_smashed_BTD is not None, "the output depends on the smashed data"
+        # Some modules run again below, and must have the parameters of the forward.
         with versions.installed(version):
             own = self._own_gradients(batched)
         return list(zip(own, grad_smashed_BTD.split(batched.rows), strict=True))
 
     @contextmanager
-    def _watched(self, seen: list[_Seen]) -> Iterator[None]:
-        """Note what goes in and out of every module with a trained parameter of its own."""
+    def _recording(self, module_calls: list[_ModuleCall]) -> Iterator[None]:
+        """Record the input and the output gradient of every module with trained parameters."""
 
-        def watch(name: str) -> Any:
-            def see(module: nn.Module, given: tuple[Any, ...], kw: Any, output: Any) -> None:
-                is_simple = len(given) == 1 and not kw and isinstance(given[0], Tensor)
+        def recorder(name: str) -> Any:
+            def record(module: nn.Module, args: tuple[Any, ...], kw: Any, output: Any) -> None:
+                is_simple = len(args) == 1 and not kw and isinstance(args[0], Tensor)
                 if not is_simple or not isinstance(output, Tensor):
                     raise CannotShare(f"{name} of type {type(module).__name__}")
-                call = _Seen(module=name, input=given[0].detach())
-                seen.append(call)
+                call = _ModuleCall(module=name, input=args[0].detach())
+                module_calls.append(call)
                 output.register_hook(lambda grad: setattr(call, "grad_output", grad))
 
-            return see
+            return record
 
         handles = [
-            self._trunk.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
+            self._trunk.get_submodule(name).register_forward_hook(recorder(name), with_kwargs=True)
             for name in self._owners
         ]
         try:
@@ -151,28 +156,29 @@ class BatchedPass:
 
     def _own_gradients(self, batched: BatchedForward) -> list[dict[str, Tensor]]:
         own: list[dict[str, Tensor]] = [{} for _ in batched.rows]
-        for call in batched.seen:
-            if call.grad_output is None:  # nothing came back through it
+        for call in batched.module_calls:
+            if call.grad_output is None:  # the output does not depend on this call
                 continue
             module, names = self._trunk.get_submodule(call.module), self._owners[call.module]
-            inputs, grads = (_parted(t, batched.rows) for t in (call.input, call.grad_output))
-            for total, given, grad in zip(own, inputs, grads, strict=True):
+            inputs, grads = (_split_rows(t, batched.rows) for t in (call.input, call.grad_output))
+            for total, input_, grad in zip(own, inputs, grads, strict=True):
                 with self._compute.autocast():
-                    found = _gradients(module, names, given, grad)
-                for name, gradient in found.items():
+                    gradients = _gradients(module, names, input_, grad)
+                # Summed over calls: a module may run several times in one forward.
+                for name, gradient in gradients.items():
                     total[name] = total[name] + gradient if name in total else gradient
         return own
 
-    def _try(self, versions: ParameterVersions) -> bool:
+    def _passes_trial(self, versions: ParameterVersions) -> bool:
         version = versions.current
-        members = [self._made_up(rows, seed) for seed, rows in enumerate((1, 2))]
+        members = [self._random_inputs(rows, seed) for seed, rows in enumerate((1, 2))]
         try:
             batched = self.forward(members, versions, version)
             grads = [torch.ones_like(each.smashed_BTD) for each in members]
             together = self.backward(batched, grads, versions, version)
             alone = [self._alone(*each, versions) for each in zip(members, grads, strict=True)]
         except (CannotShare, *FAMILY_ERRORS) as exc:
-            log.info("a batched pass failed: %s", exc)
+            log.info("the trial of a batched pass failed: %s", exc)
             return False
         outs = batched.trunk_out_BTD.split(batched.rows)
         return all(
@@ -182,7 +188,7 @@ class BatchedPass:
 
     def _alone(
         self, inputs: Inputs, grad_BTD: Tensor, versions: ParameterVersions
-    ) -> tuple[Tensor, Found]:
+    ) -> tuple[Tensor, BackwardResult]:
         version, leaves = versions.current, versions.leaves(versions.current)
         out_BTD = self._compute.forward(inputs, versions, version).trunk_out_BTD
         *own, grad_smashed_BTD = self._compute.backward(
@@ -190,10 +196,11 @@ class BatchedPass:
         )
         return out_BTD, (dict(zip(leaves, own, strict=True)), grad_smashed_BTD)
 
-    def _made_up(self, rows: int, seed: int) -> Inputs:
+    def _random_inputs(self, rows: int, seed: int) -> Inputs:
         like = next(self._trunk.parameters())
-        chance = torch.Generator().manual_seed(seed)
-        smashed_BTD = torch.randn(rows, 5, self._trunk.config.hidden_size, generator=chance)
+        # A generator of its own, so that the trial does not change the process's random numbers.
+        generator = torch.Generator().manual_seed(seed)
+        smashed_BTD = torch.randn(rows, 5, self._trunk.config.hidden_size, generator=generator)
         return Inputs(
             smashed_BTD=smashed_BTD.to(like),
             attention_mask_BT=None,
@@ -203,18 +210,19 @@ class BatchedPass:
 
 
 def _gradients(
-    module: nn.Module, names: Sequence[str], given: Tensor, grad_output: Tensor
+    module: nn.Module, names: Sequence[str], input_: Tensor, grad_output: Tensor
 ) -> dict[str, Tensor]:
-    """Of a module's trained parameters, from one member's rows."""
+    """Return the gradients of a module's trained parameters from the rows of one member."""
     parameters = {name: module.get_parameter(name.rpartition(".")[2]) for name in names}
-    is_plain = len({given.dtype, grad_output.dtype, *(p.dtype for p in parameters.values())}) == 1
-    if is_plain and (rule := _RULES.get(type(module))):
-        x_ND, g_NE = given.flatten(0, -2), grad_output.flatten(0, -2)
+    # With several dtypes (autocast), the module itself decides in which one it computes.
+    dtypes = {input_.dtype, grad_output.dtype, *(p.dtype for p in parameters.values())}
+    if len(dtypes) == 1 and (rule := _RULES.get(type(module))):
+        x_ND, g_NE = input_.flatten(0, -2), grad_output.flatten(0, -2)
         return {name: rule(name.rpartition(".")[2], x_ND, g_NE) for name in names}
     with torch.enable_grad():
-        output = module(given)
-    found = torch.autograd.grad(output, list(parameters.values()), grad_output.to(output.dtype))
-    return dict(zip(parameters, found, strict=True))
+        output = module(input_)
+    gradients = torch.autograd.grad(output, list(parameters.values()), grad_output.to(output.dtype))
+    return dict(zip(parameters, gradients, strict=True))
 
 
 def _of_linear(parameter: str, x_ND: Tensor, g_NE: Tensor) -> Tensor:
@@ -226,22 +234,23 @@ def _of_conv1d(parameter: str, x_ND: Tensor, g_NE: Tensor) -> Tensor:
 
 
 _RULES = {nn.Linear: _of_linear, Conv1D: _of_conv1d}
-"""Without running the module once more."""
+"""Formulas of gradients, for modules that need not run a second time."""
 
 
-def _parted(tensor: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
-    """What is whose; some families put a sequence's tokens into the first dimension as well."""
+def _split_rows(tensor: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
+    """Split a tensor by the members' rows."""
+    # Some families merge rows and tokens into the first dimension.
     per_row = len(tensor) // sum(rows)
     parts: Sequence[Tensor] = tensor.split([per_row * each for each in rows])
     return parts
 
 
 def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    there = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(there) if there else None
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
 
 
-def _same(ours: Found, theirs: Found) -> bool:
+def _same(ours: BackwardResult, theirs: BackwardResult) -> bool:
     names = ours[0].keys() | theirs[0].keys()
     own = [(ours[0].get(name), theirs[0].get(name)) for name in names]
     return all(_close(mine, other) for mine, other in [(ours[1], theirs[1]), *own])

@@ -1,4 +1,4 @@
-"""A request at the trunk's engine: its kind, its client, its reply to be, and what it runs on.
+"""A call: one request on its way through the trunk's engine, with its kind and its future.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
@@ -15,13 +15,14 @@ from fedsplit.trunk.stash import Graph
 
 
 class Kind(Enum):
-    """What a call asks for; the value is its priority, lower first.
+    """The kind of a call; the value is its priority, lower first, and its name.
 
-    Backwards and steps free memory, so they go before forwards. A session joins and ends after
-    the forwards that it has in the queue, so that no forward leaves a graph behind a closed
-    session, and the end of an old session cannot undo the start of a new one.
+    Backwards and steps free memory, so they run before forwards. A session joins and ends after
+    its forwards in the queue, so that no forward leaves a graph of a closed session, and the end
+    of an old session cannot undo the start of a new one.
     """
 
+    # The name makes values differ: an Enum makes members of one value aliases of each other.
     BACKWARD = (0, "backward")
     STEP = (0, "step")
     CONTROL = (0, "control")
@@ -35,22 +36,22 @@ class Kind(Enum):
 
     @property
     def priority(self) -> int:
-        """0 for calls that run first."""
+        """The priority; 0 for calls that run first."""
         return self.value[0]
 
 
 ORDERED = frozenset({Kind.FORWARD, Kind.STEP, Kind.LEAVE})
-"""Kinds that other clients can notice: a barrier or a virtual clock decides when they run."""
+"""Kinds with an effect on other clients: a barrier or a virtual clock decides when they run."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Call:
     """One request on its way through the engine.
 
-    `request` is the message of a client, or what a control call runs. A call waits until the
-    scheduler takes it. A forward then gets its `inputs` and `work`, and a backward its `graph`;
-    from there on the call is `prepared` and may wait for others to share a pass with. It is
-    finished when `future` has a result.
+    `request` is the message of a client, or the function of a control call. A call waits until the
+    scheduler returns it. A forward then gets its `inputs` and `work`, and a backward its `graph`.
+    After that the call is `prepared`, and may wait for other calls of its pass. It is finished when
+    `future` has a result.
     """
 
     kind: Kind
@@ -66,21 +67,23 @@ class Call:
 
     @property
     def batch_key(self) -> Hashable:
-        """Equal for prepared calls that can run as one pass."""
+        """The key of a prepared call; calls of the same key can run as one pass."""
         if self.kind is Kind.BACKWARD:
             return id(self.graph.batched or self.graph)
         shape_TD = self.inputs.smashed_BTD.shape[1:]
-        given = self.inputs.attention_mask_BT is not None, self.inputs.position_ids_BT is not None
-        return id(self.work.replica), self.work.version, shape_TD, given
+        # The version is in the key, because a pass runs on one set of parameters.
+        present = self.inputs.attention_mask_BT is not None, self.inputs.position_ids_BT is not None
+        return id(self.work.replica), self.work.version, shape_TD, present
 
     @property
     def batch_order(self) -> Any:
-        """Where the call stands among those of its pass."""
+        """The position of the call among those of its pass, as a key for sorting."""
         if self.kind is Kind.BACKWARD:
+            # A batched backward needs the gradients in the row order of its forward.
             return self.graph.place
         return self.client, self.request.call
 
     def run(self) -> Any:
-        """Run a control call."""
+        """Run a control call and return its result."""
         work: Callable[[], Any] = self.request
         return work()

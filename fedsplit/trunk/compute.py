@@ -1,4 +1,4 @@
-"""Forward and backward of the trunk's module: on a parameter version, with a call's own dropout.
+"""Forward and backward of the trunk's module, on a parameter version and with a call's dropout.
 
 Shapes: B sequences, T tokens, D hidden width. Only the thread that owns the module may use it.
 """
@@ -22,7 +22,7 @@ from fedsplit.wire.messages import ForwardRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Inputs:
-    """What a forward is made of, on the trunk's device; `dropout` names its random numbers."""
+    """The tensors of a forward, on the trunk's device; `dropout` is the seed of its dropout."""
 
     smashed_BTD: Tensor
     attention_mask_BT: Tensor | None
@@ -32,23 +32,23 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Output:
-    """What came out of a forward, and the bytes of activations that it left behind."""
+    """The output of a forward, and the bytes of activations kept for its backward."""
 
     trunk_out_BTD: Tensor
     num_bytes: int
 
 
 class Compute:
-    """The module at work.
+    """Runs the trunk's module.
+
+    `draws` says whether a training forward draws random numbers, that is, has dropout.
 
     Args:
         trunk: The trunk part, on its device.
-        run: In which precision it computes, what it recomputes, and whether it is compiled.
-
-    `draws` says whether a training forward draws random numbers.
+        run: The run; its precision, recomputation and compilation are applied to the trunk.
 
     Raises:
-        ConfigError: The family cannot do what the run asks for.
+        ConfigError: The family does not support an option of the run.
     """
 
     def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
@@ -61,11 +61,12 @@ class Compute:
         self._backward_draws = self.draws and checkpoints(trunk, run.train)
 
     def inputs(self, request: ForwardRequest, dropout: str) -> Inputs:
-        """Take a request's tensors to the device.
+        """Return a request's tensors on the device.
 
         Raises:
             NonFinite: The smashed data holds NaN or Inf.
         """
+        # NaN from one client must not reach parameters that all clients share.
         require_finite(request.smashed_BTD, "smashed_BTD")
         mask_BT, positions_BT = request.attention_mask_BT, request.position_ids_BT
         return Inputs(
@@ -76,17 +77,18 @@ class Compute:
         )
 
     def evaluate(self, inputs: Inputs, versions: ParameterVersions) -> Tensor:
-        """The trunk's output on the current version, without dropout and graph."""
+        """Return the trunk's output on the current version, without dropout and graph."""
         self._set_mode(False)
         with versions.installed(versions.current), torch.no_grad():
             return self._run(inputs)
 
     def forward(self, inputs: Inputs, versions: ParameterVersions, version: int) -> Output:
-        """The trunk's output on a version, with a graph down to `inputs.smashed_BTD`."""
+        """Return the trunk's output on a version, with a graph down to `inputs.smashed_BTD`."""
         self._set_mode(True)
         inputs.smashed_BTD.requires_grad_()
         with versions.installed(version):
             count = ByteCount(self._trunk.parameters())
+            # Seeded per call, so that a repeated forward draws the same dropout.
             scope = rng_scope(inputs.dropout, needed=self.draws)
             with scope, torch.enable_grad(), count.counting():
                 trunk_out_BTD = self._run(inputs)
@@ -100,18 +102,27 @@ class Compute:
         versions: ParameterVersions,
         version: int,
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of `wanted`, one each; none where the output does not depend on it."""
+        """Return the gradient of each tensor in `wanted`; None if the output does not depend on it.
+
+        Args:
+            output_BTD: The output of a forward.
+            wanted: Tensors of the graph of the output.
+            grad_output_BTD: The gradient of the output, on any device.
+            versions: The parameters.
+            version: The version of the forward.
+        """
         if not wanted:
             return ()
         self._set_mode(True)
         scope = rng_scope("recomputation", needed=self._backward_draws)
+        # A recomputed block reads the module's parameters, which must be those of the forward.
         with versions.installed(version), scope:
             return torch.autograd.grad(
                 output_BTD, wanted, grad_output_BTD.to(self.device), allow_unused=True
             )
 
     def autocast(self) -> AbstractContextManager[None]:
-        """A block in the precision that forwards compute in."""
+        """Return a context in which operations have the precision of forwards."""
         return autocast(self._precision, self.device)
 
     def _run(self, inputs: Inputs) -> Tensor:
@@ -121,8 +132,10 @@ class Compute:
                 attention_mask_BT=inputs.attention_mask_BT,
                 position_ids_BT=inputs.position_ids_BT,
             )
-        return out_BTD.to(inputs.smashed_BTD.dtype)  # some families end a block in the smaller one
+        # Under autocast some families return the lower precision; the wire has the weights' dtype.
+        return out_BTD.to(inputs.smashed_BTD.dtype)
 
     def _set_mode(self, training: bool) -> None:
+        # `train` visits every module, so it is called only if the mode changes.
         if self._trunk.training != training:
             self._trunk.train(training)

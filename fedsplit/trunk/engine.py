@@ -1,7 +1,7 @@
-"""The thread that owns a trunk: it schedules calls, runs them, replies, and steps the optimizer.
+"""The engine: the thread that owns a trunk, schedules and runs calls, and steps the optimizer.
 
 All state below it (parameters, stash, accumulated gradients, barrier, KV caches) belongs to this
-thread, so none of it needs a lock. Transport threads submit calls and wait for their futures.
+thread, so this state needs no lock. Transport threads submit calls and wait for their futures.
 """
 
 import logging
@@ -29,24 +29,25 @@ from fedsplit.trunk.virtual_time import VirtualTimeScheduler
 log = logging.getLogger(__name__)
 
 _TIME = "time"
+# Sessions and graphs expire in the engine's loop, so it must not wait longer for calls.
 _IDLE_S = 1.0
 
 
 class TrunkEngine:
-    """Runs the calls of a trunk and steps its parameters as the policy says.
+    """Runs the calls of a trunk and steps its parameters by the policy.
 
     Args:
         trunk: The trunk part, on its device; the engine owns it from now on. The parameters that
             require a gradient train.
         run: The run's optimizer, policy, budgets and seed.
         clock: Seconds that do not run backwards.
-        update: How a step of the trunk is made from the clients' gradients.
+        update: Makes a step of the trunk from the clients' gradients.
         on_turn: Called by the engine's thread in every turn of its loop, at least once a second.
 
     Attributes:
         training: Parameters, graphs and contributions; for the engine's thread alone.
-        submit: Queues a call and returns its future; raises why the engine has ended if it has.
-        ended: Has a result once the engine was stopped, or the exception that it failed with.
+        submit: Queues a call and returns its future; raises the reason if the engine has ended.
+        ended: Has a result after the engine was stopped, or the exception that it failed with.
     """
 
     def __init__(
@@ -75,34 +76,34 @@ class TrunkEngine:
     # --- called from any thread ---------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the engine's thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what is being computed, refuse what waits, end the thread."""
+        """Finish the running call, refuse the waiting ones, and end the thread."""
         draining = Draining("the trunk is shutting down; no new work is taken")
-        with suppress(FedsplitError):  # it may have ended by itself
+        with suppress(FedsplitError):  # the engine may have failed before, and takes no calls
             self.run(lambda: self._scheduler.close(draining), late=True)
         if self._thread.is_alive():
             self._thread.join()
 
     def run(self, work: Callable[[], Any], *, late: bool = False) -> "Future[Any]":
-        """Have the engine's thread call `work`; `late`, after the forwards that are queued now."""
+        """Call `work` on the engine's thread; `late`: after the forwards that are queued now."""
         kind = Kind.LATE_CONTROL if late else Kind.CONTROL
         return self.submit(Call(kind=kind, request=work))
 
     def open_cache(self, client: str, session: str, cache_tokens: int) -> "Future[None]":
-        """Have the trunk keep a KV cache for a session."""
+        """Open a KV cache for a session; 0 `cache_tokens` let it grow."""
         return self.run(lambda: self._generation.open(client, session, cache_tokens))
 
     def join(self, client: str) -> "Future[int]":
-        """Count a training session's client in; the current version."""
+        """Add a training session's client to its barrier; the current version."""
         return self.run(lambda: self._join(client), late=True)
 
     def expect(
         self, clients: Collection[str], *, at_once: int, close_after: int, until: float
     ) -> "Future[None]":
-        """Have barriers await these clients, and virtual time go on; see `TrunkService`."""
+        """Make barriers await these clients, and let virtual time advance; see `TrunkService`."""
 
         def expect() -> None:
             self._scheduler.expect(clients, close_after=close_after, until=until)
@@ -112,20 +113,21 @@ class TrunkEngine:
         return self.run(expect)
 
     def pause(self) -> "Future[None]":
-        """Have virtual time stand still."""
+        """Stop virtual time."""
         return self.run(self._scheduler.pause)
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all that training goes on from, by name, while nobody is at work."""
+        """Return a copy of the state of training, by name; no client may be at work."""
         state: dict[str, Tensor] = self._on_thread(self.training.state)
-        now = self.now if self._is_virtual else 0.0  # a monotonic clock means nothing later
+        # A monotonic clock has another origin in the process that resumes, so 0 is saved.
+        now = self.now if self._is_virtual else 0.0
         return state | {_TIME: torch.tensor(now, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned.
+        """Continue from a state that `state` returned.
 
         Raises:
-            CheckpointError: It is not the state of such a trunk, or somebody is at work.
+            CheckpointError: It is not the state of such a trunk, or a client is at work.
         """
         self._on_thread(lambda: self.training.load_state(state))
         if isinstance(self._scheduler, VirtualTimeScheduler):
@@ -133,32 +135,32 @@ class TrunkEngine:
 
     @property
     def now(self) -> float:
-        """Seconds of the clock that policies use."""
+        """The time of the clock that policies use, in seconds."""
         return self._scheduler.now
 
     @property
     def version(self) -> int:
-        """The current parameter version: optimizer steps taken, with replicas those of all."""
+        """The current parameter version: optimizer steps taken, summed over replicas."""
         return self.training.version
 
     @property
     def steps(self) -> int:
-        """Where the learning rate schedule stands: the clients' own count of optimizer steps."""
+        """The position of the learning rate schedule: the largest step count of the clients."""
         return self.training.steps
 
     @property
     def stashed_bytes(self) -> int:
-        """Activations that are kept for outstanding backwards."""
+        """Bytes of activations that are kept for outstanding backwards."""
         return self.training.stashed_bytes
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of the sessions that generate."""
+        """Bytes of keys and values of the sessions that generate."""
         return self._generation.num_bytes
 
     @property
     def num_waiting(self) -> int:
-        """Calls that wait for a barrier, or for their time."""
+        """The number of calls that wait for a barrier, or for their time."""
         return self._scheduler.num_waiting
 
     # --- the engine's thread ------------------------------------------------------------------
@@ -170,8 +172,9 @@ class TrunkEngine:
         self._expire()
         if calls:
             self._answer(calls)
-        # After the reply, so that the client that completed the barrier need not wait for it.
+        # After the reply, so that the client that completed the barrier does not wait for the step.
         self.training.step_if_due()
+        # Calls in the queue first: backwards are more urgent, and requests can join this pass.
         if not self._generation.due_in() and not self._scheduler.has_arrivals(
             Kind.GENERATE.priority
         ):
@@ -181,6 +184,7 @@ class TrunkEngine:
         try:
             while not self._scheduler.closed:
                 self.step()
+        # A thread that ended silently would leave all clients waiting and health at SERVING.
         except Exception as failure:
             log.exception("the trunk failed at version %d and serves nothing more", self.version)
             self._scheduler.close(
@@ -206,7 +210,7 @@ class TrunkEngine:
         self._generation.refuse_all(self._scheduler.closed)
 
     def _answer(self, calls: list[Call]) -> None:
-        """Run calls and set their futures; a failure is the answer to the calls that it met."""
+        """Run calls and set their futures; an exception fails these calls and no others."""
         try:
             if not calls[0].prepared and (prepare := self._prepare.get(calls[0].kind)):
                 size = prepare(calls[0])
@@ -217,11 +221,12 @@ class TrunkEngine:
             for call in calls:
                 call.future.set_exception(failure)
             return
+        # Not strict: calls whose replies come later return none here.
         for call, reply in zip(calls, replies, strict=False):
             call.future.set_result(reply)
 
     def _replies(self, calls: list[Call]) -> list[Any]:
-        """Run calls of one kind; their replies, or nothing where replies come later."""
+        """Run calls of one kind; return their replies, or none if replies come later."""
         call = calls[0]
         match call.kind:
             case Kind.FORWARD:
@@ -249,21 +254,22 @@ class TrunkEngine:
         try:
             self.training.with_current(self._generation.run_pass)
         except Exception as failure:
-            log.exception("a pass of generation failed")
-            self._generation.broke(failure)
+            log.exception("a pass of generation failed; its caches are dropped")
+            self._generation.fail_pass(failure)
 
     def _join(self, client: str) -> int:
+        # The client is back before its LEAVE ran, so it has not left.
         for withdrawn in self._scheduler.join(client):
             withdrawn.future.set_result(None)
         return self.training.join(client, self.now)
 
     def _close_session(self, call: Call) -> None:
-        """Drop what is kept for a session; a client that leaves does so when it is its turn."""
+        """Drop the state of a session; the LEAVE of its client runs at its time."""
         self.training.forget(call.session)
         self._generation.forget(call.session)
-        gone = self._scheduler.withdraw(call.session)
-        self.training.release(gone)
-        for each in gone:
+        withdrawn = self._scheduler.withdraw(call.session)
+        self.training.release(withdrawn)
+        for each in withdrawn:
             each.future.set_exception(SessionLost(f"session {call.session} was closed"))
         if call.client:
             self._scheduler.admit(Call(kind=Kind.LEAVE, client=call.client, future=call.future))
@@ -271,6 +277,7 @@ class TrunkEngine:
             call.future.set_result(None)
 
     def _on_thread(self, work: Callable[[], Any]) -> Any:
+        # Before `start` and after `stop` no other thread uses the state, so the caller runs it.
         return self.run(work).result() if self._thread.is_alive() else work()
 
 

@@ -1,4 +1,4 @@
-"""What is refused before it can reach a parameter: NaN, Inf and counts that cannot be, by name."""
+"""Checks that refuse NaN, Inf, wrong dtypes and impossible counts before they reach a parameter."""
 
 import math
 
@@ -13,11 +13,11 @@ from fedsplit.wire.messages import StepRequest
 def require_finite(tensor: Tensor, name: str) -> None:
     """Refuse a tensor that holds NaN or Inf.
 
-    The sum is the cheap first look: it is finite for all but overflowing sums of finite entries.
-
     Raises:
-        NonFinite: Names the tensor and how many entries are not finite.
+        NonFinite: It does; the message has the name and the number of such entries.
     """
+    # A finite sum proves that all entries are finite, and is cheaper than a test of each entry. The
+    # sum of finite entries may overflow, so otherwise each entry is tested.
     if math.isfinite(tensor.sum().item()):
         return
     bad = int((~tensor.isfinite()).sum())
@@ -29,10 +29,10 @@ def require_finite(tensor: Tensor, name: str) -> None:
 
 
 def require_dtype(name: str, dtype: torch.dtype, ours: torch.dtype) -> None:
-    """Refuse a tensor of another dtype than the trunk computes in.
+    """Refuse a tensor whose dtype is not that of the trunk.
 
     Raises:
-        BadTensor: Names the tensor and both dtypes.
+        BadTensor: It is not; the message has the name and both dtypes.
     """
     if dtype != ours:
         raise BadTensor(
@@ -42,10 +42,10 @@ def require_dtype(name: str, dtype: torch.dtype, ours: torch.dtype) -> None:
 
 
 def require_same(what: str, theirs: object, ours: object) -> None:
-    """Refuse a client that was started from something else than the trunk.
+    """Refuse a client whose model, split or configuration is not that of the trunk.
 
     Raises:
-        ModelMismatch: Names both sides' values.
+        ModelMismatch: The values differ; the message has both.
     """
     if theirs != ours:
         raise ModelMismatch(
@@ -55,10 +55,10 @@ def require_same(what: str, theirs: object, ours: object) -> None:
 
 
 def require_like(grad_trunk_out_BTD: Tensor, trunk_out_BTD: Tensor) -> None:
-    """Refuse a gradient that is not of the output's shape.
+    """Refuse a gradient whose shape is not that of the output.
 
     Raises:
-        BadTensor: It is not.
+        BadTensor: It is not; the message has both shapes.
     """
     if grad_trunk_out_BTD.shape != trunk_out_BTD.shape:
         raise BadTensor(
@@ -68,12 +68,7 @@ def require_like(grad_trunk_out_BTD: Tensor, trunk_out_BTD: Tensor) -> None:
 
 
 def require_plausible(request: StepRequest, num_positions: int, run: RunSpec) -> None:
-    """Refuse a step whose counts or whose loss scale cannot be.
-
-    More tokens than were sent for it would be a weight over all others, and more steps than there
-    are a place in the schedule that pulls the others' after it. Where no client waits for another,
-    a fast one may take the steps of all. How many steps `train.local_epochs` are, only the data
-    tell. An infinite loss scale would make every gradient 0.
+    """Refuse a step whose counts or loss scale are impossible.
 
     Args:
         request: The step.
@@ -81,18 +76,23 @@ def require_plausible(request: StepRequest, num_positions: int, run: RunSpec) ->
         run: The run.
 
     Raises:
-        ProtocolError: Names the value, and what it may be.
+        ProtocolError: They are; the message has the value and its limit.
     """
+    # An infinite loss scale would make every gradient 0.
     if not math.isfinite(request.loss_scale):
         raise ProtocolError(
             f"loss_scale={request.loss_scale} must be finite; send what the loss was multiplied by"
         )
+    # Tokens are the client's weight: a larger count would outweigh all other clients.
     if request.num_tokens > num_positions:
         raise ProtocolError(
             f"num_tokens={request.num_tokens} for a step of {num_positions} positions; count the "
             "tokens of the batches that went through the trunk since the last step"
         )
+    # The largest step sets the schedule's position for all clients. Where no client waits for
+    # another, a fast client may take the steps of all.
     train, most = run.train, run.train.total_steps * run.clients
+    # With `local_epochs` the number of steps depends on the clients' data, so it has no limit here.
     if request.step > most and (train.max_steps or not train.local_epochs):
         raise ProtocolError(
             f"step={request.step}, but the {run.clients} clients of this run take at most {most} "

@@ -1,4 +1,4 @@
-"""What is done to a session's KV cache at the trunk: cut, select, fill, take from.
+"""Operations on a session's KV cache at the trunk: crop, select rows, fill, read, and check.
 
 Shapes: B sequences, H heads, T tokens, E width of a head. The cache itself is transformers' own.
 """
@@ -26,9 +26,10 @@ _ATTENTION = (GrowingLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidin
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class SequenceCache:
-    """The cache of a client's session: `tokens` of `rows` sequences, with the mask over them.
+    """The cache of a session: `tokens` tokens in each of `rows` sequences, and their mask.
 
-    `used` is the time of the last use, in seconds; `cache_tokens` is 0 for a cache that grows.
+    `used` is the time of the last use, in seconds. `cache_tokens` is the fixed number of tokens per
+    sequence, or 0 for a cache that grows.
     """
 
     cache: Any
@@ -41,86 +42,97 @@ class SequenceCache:
     num_bytes: int = 0
 
     def grow_mask(self, mask_BT: Tensor | None, tokens: int) -> None:
-        """Take in the mask of the next tokens; none means all ones."""
+        """Append the mask of the next tokens; None means all ones."""
+        # No mask is made if there is none, because attention can then omit it.
         if mask_BT is None and self.mask_BT is None:
             return
-        given = self.mask_BT if mask_BT is None else mask_BT
-        assert given is not None, "one of both was found to be there"
+        like = self.mask_BT if mask_BT is None else mask_BT
+        assert like is not None, "at least one of the two masks is present"
         before, new = self.mask_BT, mask_BT
         if before is None:
-            before = given.new_ones(self.rows, self.tokens)
+            before = like.new_ones(self.rows, self.tokens)
         if new is None:
-            new = given.new_ones(self.rows, tokens)
+            new = like.new_ones(self.rows, tokens)
         self.mask_BT = torch.cat((before, new), dim=1)
 
 
 def attends_only(cache: Any) -> bool:
-    """Whether every block's state is keys and values of tokens, so that it can be cut anywhere."""
-    return all(type(layer) in _ATTENTION for layer in _held(cache))
+    """Return whether all states are keys and values of tokens, so that the cache can be cropped."""
+    # By exact type: a subclass may keep further states.
+    return all(type(layer) in _ATTENTION for layer in _layers(cache))
 
 
-def cut_to(kept: SequenceCache, tokens: int) -> None:
-    """Forget all but the first `tokens` tokens; with a window, also what it no longer reaches.
+def crop(sequences: SequenceCache, tokens: int) -> None:
+    """Drop all but the first `tokens` tokens; with a window, also those outside of the window.
 
     Raises:
-        SessionLost: The cache has forgotten what it would have to go back to.
+        SessionLost: The cache no longer holds the earlier tokens of its window, or cannot crop.
     """
-    removed = kept.tokens - tokens
+    removed = sequences.tokens - tokens
     if not removed:
         return
     try:
-        for layer in _held(kept.cache):
+        for layer in _layers(sequences.cache):
+            # Negative: the number of tokens to remove. A positive number would be the new length.
             layer.crop(-removed)
     except FAMILY_ERRORS as exc:
-        raise SessionLost(f"this cache cannot go {removed} tokens back: {exc}") from exc
-    kept.tokens = tokens
-    if kept.mask_BT is not None:
-        kept.mask_BT = kept.mask_BT[:, :tokens]
+        raise SessionLost(
+            f"the last {removed} tokens cannot be removed from this cache ({exc}); send its tokens "
+            "again"
+        ) from exc
+    sequences.tokens = tokens
+    if sequences.mask_BT is not None:
+        sequences.mask_BT = sequences.mask_BT[:, :tokens]
 
 
-def select_rows(kept: SequenceCache, rows_B: Tensor) -> None:
-    """Have the sequences be those at these places; one may be named several times.
+def select_rows(sequences: SequenceCache, rows_B: Tensor) -> None:
+    """Replace the sequences by those at these indices; an index may occur several times.
 
     Raises:
-        ProtocolError: There is no such sequence.
+        ProtocolError: An index is out of range.
     """
-    if not 0 <= int(rows_B.min()) <= int(rows_B.max()) < kept.rows:
-        raise ProtocolError(f"rows {rows_B.tolist()[:8]} of {kept.rows} sequences")
-    kept.cache.reorder_cache(rows_B)
-    kept.rows = len(rows_B)
-    if kept.mask_BT is not None:
-        kept.mask_BT = kept.mask_BT[rows_B]
+    # A negative index would be accepted, and one too large makes the context of a GPU unusable.
+    if not 0 <= int(rows_B.min()) <= int(rows_B.max()) < sequences.rows:
+        raise ProtocolError(
+            f"rows {rows_B.tolist()[:8]} were asked for, but the cache holds {sequences.rows} "
+            f"sequences; send indices from 0 to {sequences.rows - 1}"
+        )
+    sequences.cache.reorder_cache(rows_B)
+    sequences.rows = len(rows_B)
+    if sequences.mask_BT is not None:
+        sequences.mask_BT = sequences.mask_BT[rows_B]
 
 
 def num_bytes(cache: Any) -> int:
-    """Bytes of all states in a cache."""
+    """Return the bytes of all states in a cache, with the memory reserved for further tokens."""
     return sum(
-        tensor.untyped_storage().nbytes()  # with the room that it has for more
-        for layer in _held(cache)
+        tensor.untyped_storage().nbytes()  # the tensor is a view of the reserved memory
+        for layer in _layers(cache)
         for tensor in (*_keys_and_values(layer), *_states(layer))
     )
 
 
 def num_bytes_of(probe: Any, tokens: int) -> int:
-    """Bytes of a sequence of so many tokens, by the cache of one; a window keeps what it sees."""
+    """Return the bytes of a sequence of `tokens` tokens, from a cache of one token."""
+    # A layer with a window never holds more tokens than its window.
     return sum(
         sum(tensor.nbytes for tensor in _keys_and_values(layer))
         * min(tokens, getattr(layer, "sliding_window", tokens))
         + sum(tensor.nbytes for tensor in _states(layer))
-        for layer in _held(probe)
+        for layer in _layers(probe)
     )
 
 
 def check_entries(entries: Sequence[KVCacheEntry], past: int, probe: Any) -> None:
-    """Refuse a client's keys and values unless a cache of `past` tokens would hold them.
+    """Refuse a client's keys and values if they are not those of a cache of `past` tokens.
 
     Args:
-        entries: What the client sent.
-        past: How many tokens it says they are of.
-        probe: A cache of the trunk with one token in it.
+        entries: The keys and values that the client sent.
+        past: The number of tokens, according to the client.
+        probe: A cache of the trunk with one token.
 
     Raises:
-        ProtocolError: They are not those of the trunk's blocks, or these blocks keep other states.
+        ProtocolError: They are of other blocks than the trunk's, or the blocks keep other states.
         BadTensor: Their shapes are not those of the blocks' keys and values.
     """
     if not attends_only(probe):
@@ -128,15 +140,16 @@ def check_entries(entries: Sequence[KVCacheEntry], past: int, probe: Any) -> Non
             "blocks of this trunk keep more than keys and values, which cannot travel; let the "
             "trunk keep them (kv=server)"
         )
-    held = dict(_with_keys(probe))
+    layers = dict(_attention_layers(probe))
     blocks = sorted(entry.block for entry in entries)
-    if blocks != (sorted(held) if past else []):
+    if blocks != (sorted(layers) if past else []):
         raise ProtocolError(
             f"a cache of {past} tokens came with blocks {blocks[:8]}, but the trunk's are "
-            f"{sorted(held)[:8]}"
+            f"{sorted(layers)[:8]}; send each block of the trunk once, and none for 0 tokens"
         )
     for entry in entries:
-        layer = held[entry.block]
+        layer = layers[entry.block]
+        # A window keeps one token less than its size, because the next token is part of it.
         least = min(past, getattr(layer, "sliding_window", past + 1) - 1)
         for name, ours in (("keys_BHTE", layer.keys), ("values_BHTE", layer.values)):
             _check_shape(f"{name} of block {entry.block}", getattr(entry, name), ours, least)
@@ -144,25 +157,26 @@ def check_entries(entries: Sequence[KVCacheEntry], past: int, probe: Any) -> Non
         require_finite(entry.values_BHTE, f"values_BHTE of block {entry.block}")
 
 
-def filled(cache: Any, entries: Sequence[KVCacheEntry], past: int, probe: Any) -> Any:
-    """A new cache with a client's keys and values in it, of `past` tokens; `probe` tells where."""
+def fill(cache: Any, entries: Sequence[KVCacheEntry], past: int, probe: Any) -> Any:
+    """Put a client's keys and values of `past` tokens into a new cache, on the probe's devices."""
     for entry in entries:
         layer, device = cache.layers[entry.block], probe.layers[entry.block].keys.device
         layer.update(entry.keys_BHTE.to(device), entry.values_BHTE.to(device))
+        # The layer has counted the tokens that it was given, but more came before its window.
         if getattr(layer, "is_sliding", False):
             layer.cumulative_length = past
     return cache
 
 
-def appended(cache: Any, tokens: int) -> tuple[KVCacheEntry, ...]:
-    """The keys and values of the last `tokens` tokens, as far as the cache still has them."""
+def last_entries(cache: Any, tokens: int) -> tuple[KVCacheEntry, ...]:
+    """Return the keys and values of the last `tokens` tokens, as far as the cache holds them."""
     return tuple(
         KVCacheEntry(
             block=index,
             keys_BHTE=layer.keys[:, :, -tokens:].contiguous().cpu(),
             values_BHTE=layer.values[:, :, -tokens:].contiguous().cpu(),
         )
-        for index, layer in _with_keys(cache)
+        for index, layer in _attention_layers(cache)
     )
 
 
@@ -170,29 +184,29 @@ def _check_shape(name: str, got_BHTE: Tensor, ours_BHTE: Tensor, least: int) -> 
     B, H, T, E = got_BHTE.shape
     if (H, E) != (ours_BHTE.shape[1], ours_BHTE.shape[3]) or T < least:
         raise BadTensor(
-            f"{name} has shape {tuple(got_BHTE.shape)}; {ours_BHTE.shape[1]} heads of width "
-            f"{ours_BHTE.shape[3]} and at least {least} tokens are needed"
+            f"{name} has shape {tuple(got_BHTE.shape)}, but the trunk needs {ours_BHTE.shape[1]} "
+            f"heads of width {ours_BHTE.shape[3]} and at least {least} tokens; send its own entries"
         )
 
 
-def _with_keys(cache: Any) -> Iterator[tuple[int, Any]]:
-    """The blocks that have keys and values of their own, with what they hold."""
+def _attention_layers(cache: Any) -> Iterator[tuple[int, Any]]:
+    """Yield the index and the cache layer of each block with keys and values of its own."""
     for index, layer in enumerate(cache.layers):
         if _keys_and_values(layer):
             yield index, layer
 
 
-def _held(cache: Any) -> list[Any]:
+def _layers(cache: Any) -> list[Any]:
     return [layer for layer in cache.layers if not isinstance(layer, EmptyCacheLayer)]
 
 
 def _keys_and_values(layer: Any) -> list[Tensor]:
-    both = (getattr(layer, name, None) for name in ("keys", "values"))
-    return [tensor for tensor in both if isinstance(tensor, Tensor)]
+    states = (getattr(layer, name, None) for name in ("keys", "values"))
+    return [tensor for tensor in states if isinstance(tensor, Tensor)]
 
 
 def _states(layer: Any) -> Iterator[Tensor]:
-    """What linear attention keeps in place of tokens."""
+    """Yield the states that linear attention keeps instead of keys and values of tokens."""
     for name in ("conv_states", "recurrent_states"):
         states = getattr(layer, name, None)
         for tensor in states.values() if isinstance(states, dict) else states or ():

@@ -1,4 +1,4 @@
-"""Who may come to a trunk: one token for each client."""
+"""The registry of a trunk's clients: one token for each client."""
 
 import secrets
 import threading
@@ -7,32 +7,34 @@ from fedsplit.errors import Unauthenticated
 
 
 class ClientRegistry:
-    """The tokens of a trunk's clients; may be asked by several threads."""
+    """The tokens of a trunk's clients; several threads may use it."""
 
     def __init__(self) -> None:
         self._clients: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def admit(self, client: str) -> str:
-        """The token of a client, made when it is first asked for."""
+        """Return the token of a client; the first call makes it."""
         with self._lock:
+            # A client is admitted in every round, and the table must not grow with the rounds.
             known = {name: token for token, name in self._clients.items()}
             token = known.get(client) or secrets.token_urlsafe(24)
             self._clients[token] = client
             return token
 
     def forget(self, client: str) -> None:
-        """Take a client's token back."""
+        """Remove a client's token."""
         with self._lock:
             for token in [t for t, name in self._clients.items() if name == client]:
                 del self._clients[token]
 
     def client_of(self, token: str) -> str:
-        """Whose token it is.
+        """Return the client that a token belongs to.
 
         Raises:
-            Unauthenticated: It is nobody's.
+            Unauthenticated: It belongs to no client.
         """
+        # Without the lock: one lookup in a dict is atomic, and every request passes here.
         client = self._clients.get(token)
         if client is None:
             raise Unauthenticated(

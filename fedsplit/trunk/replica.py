@@ -1,7 +1,7 @@
-"""One set of the trunk's parameters, and the barrier of those who train it.
+"""A replica: one set of the trunk's parameters, and the barrier of the clients that train it.
 
-What a session accumulates between two steps is its `Work`. A step request turns it into a
-`Contribution`, which waits until the aggregator decides with which weights to step.
+A session accumulates gradients in its `Work` between two steps. A step request turns the work into
+a `Contribution`, which waits until the aggregator decides to step.
 """
 
 from collections.abc import Mapping
@@ -32,11 +32,11 @@ from fedsplit.wire.messages import StepReply, StepRequest
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Work:
-    """What one session has done since its last step, all of it on one version.
+    """The gradients of one session since its last step, all of one version.
 
-    `barrier_version` counts the barriers that had closed when it began, `num_positions` the
-    sequences times tokens of its backwards, and `sq_norm` is the squared norm of its `gradients`.
-    Work that is `outdated` has lost its version and cannot go on.
+    `barrier_version` is the number of barriers that had closed when the work began,
+    `num_positions` the sequences times tokens of its backwards, and `sq_norm` the squared norm of
+    its `gradients`. Work that is `outdated` has lost its version and cannot continue.
     """
 
     replica: "Replica"
@@ -51,28 +51,29 @@ class Work:
     def __post_init__(self) -> None:
         self.replica.versions.pin(self.version)
 
-    def add(self, found: Mapping[str, Tensor | None], num_positions: int) -> None:
-        """Accumulate the gradients of a backward."""
+    def add(self, gradients: Mapping[str, Tensor | None], num_positions: int) -> None:
+        """Accumulate the gradients of a backward over `num_positions` sequences times tokens."""
         self.num_positions += num_positions
-        accumulate(self.gradients, found)
+        accumulate(self.gradients, gradients)
+        # Once for each backward: the reply reports it, and the step uses it again.
         self.sq_norm = squared_norm(self.gradients.values())
 
     def end(self) -> None:
-        """Let its version go."""
+        """Unpin the version."""
         if not self.outdated:
             self.replica.versions.unpin(self.version)
 
     def outdate(self) -> None:
-        """Let its version go, and have it fail if it goes on."""
+        """Unpin the version and drop the gradients; the next call of this work fails."""
         self.end()
         self.outdated = True
         self.gradients.clear()
 
     def require_current(self, client: str) -> None:
-        """Refuse to go on with outdated work.
+        """Refuse outdated work.
 
         Raises:
-            StaleVersion: It is.
+            StaleVersion: The work is outdated.
         """
         if self.outdated:
             raise StaleVersion(
@@ -82,16 +83,16 @@ class Work:
 
 
 class Replica:
-    """Parameters and their training.
+    """Trains one set of parameters.
 
-    `barrier` is the aggregator's state, `steps` counts the optimizer steps taken, and `position`
-    is where the learning rate schedule stands: the clients' own count of steps.
+    `barrier` is the aggregator's state, `steps` the number of optimizer steps taken, and `position`
+    the position of the learning rate schedule, which is the largest step count of the clients.
 
     Args:
         versions: The parameters.
         run: The run's optimizer and policy.
-        compute: The module that they are installed in.
-        update: How a step is made from contributions.
+        compute: The module that the parameters are installed in.
+        update: Makes a step from contributions.
     """
 
     def __init__(
@@ -108,29 +109,31 @@ class Replica:
         self._due: aggregator.Step | None = None
 
     def begin(self) -> Work:
-        """Begin a step of a session, on the current version."""
+        """Return new work for a step of a session, on the current version."""
         return Work(
             replica=self, version=self.versions.current, barrier_version=self.barrier.version
         )
 
     def notify(self, event: aggregator.Event, now: float) -> aggregator.Decision:
-        """Pass an event to the aggregator; a step that it decides on becomes due."""
+        """Pass an event to the aggregator and return its decision; a step becomes due."""
         self.barrier, decision = aggregator.advance(
             self.barrier, event, now=now, policy=self._run.policy
         )
         if isinstance(decision, aggregator.Step):
+            # The step is taken later, after the reply to the client that completed the barrier.
             self._due = decision
         return decision
 
     def contribute(self, client: str, work: Work, request: StepRequest, now: float) -> StepReply:
-        """Take over what a session accumulated, clipped; it ends the work.
+        """Add the clipped gradients of a session to the barrier, and end its work.
 
         Raises:
-            StaleVersion: It is too old, or the client's second to this barrier.
-            NonFinite: Its norm is NaN or Inf.
+            StaleVersion: They are too old, or the client's second ones for this barrier.
+            NonFinite: Their norm is NaN or Inf.
         """
         work.end()
         trunk_sq_norm = work.sq_norm
+        # Unscaled before they are clipped and summed: each client has a loss scale of its own.
         if request.loss_scale != 1.0:
             unscale(work.gradients.values(), request.loss_scale)
             trunk_sq_norm = squared_norm(work.gradients.values())
@@ -160,12 +163,13 @@ class Replica:
         return StepReply(version=self.versions.current + 1)
 
     def step_if_due(self) -> bool:
-        """Step if the aggregator has decided to; whether it had."""
+        """Step if a step is due; return whether it was."""
         if self._due is None:
             return False
         due, self._due = self._due, None
         contributions = [self._contributions.pop(client) for client in due.weights]
         self.position = max(self.position, *(each.step + 1 for each in contributions))
+        # `due.weights` is sorted by client, and so are the contributions.
         step = TrunkStep(
             contributions,
             due.weights,
@@ -180,12 +184,12 @@ class Replica:
         return True
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all that training goes on from, by name, while nobody is at work."""
+        """Return a copy of the state of training, by name; no client may be at work."""
         counts = {"barrier": self.barrier.version, "steps": self.steps, "position": self.position}
         return self.versions.state() | {k: torch.tensor(v) for k, v in counts.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` handed out.
+        """Continue from a state that `state` returned.
 
         Raises:
             CheckpointError: The state is not that of these parameters.

@@ -1,4 +1,4 @@
-"""Several trunks behind one door: each a service of its own, which a client chooses at Open."""
+"""Routes requests to one of several trunks, each a service of its own, which Open selects."""
 
 import hmac
 import time
@@ -17,7 +17,7 @@ from fedsplit.wire import messages as m
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Member:
-    """A client at one of the trunks: the token that this one knows it by, and its sessions."""
+    """A client of one trunk: its token at this trunk, and its sessions."""
 
     client: str
     service: TrunkService
@@ -27,17 +27,17 @@ class _Member:
 
 
 class TrunkRouter:
-    """Serves trunks by name, to all who hold one token; implements `fedsplit.link.Service`.
+    """Serves trunks by name to all clients with one token; implements `fedsplit.link.Service`.
 
-    Engine, optimizer and the parameters that train are each trunk's own. A client is who it says
-    it is when it opens a session: who holds the token is trusted that far, and takes a name that
-    nobody else has. From then on the session's name, which is a secret, says who asks.
+    Each trunk has its own engine, optimizer and trained parameters. A client names itself when it
+    opens a session. A client with the token is trusted not to take the name of another client.
+    After that, the session's name, which is a secret, identifies the client.
 
     Args:
-        services: The trunks by name; who names none gets the first.
-        token: What every client has to present; empty for a door that is open.
+        services: The trunks by name; a client that names no trunk gets the first.
+        token: The token that every client must present; empty to accept all clients.
         clock: Seconds that do not run backwards.
-        forget_after_s: A client that has no session and says nothing for so long is forgotten.
+        forget_after_s: Seconds of silence after which a client without a session is forgotten.
 
     Raises:
         ConfigError: There is no trunk.
@@ -63,6 +63,7 @@ class TrunkRouter:
         self._open_services = ExitStack()
 
     def __enter__(self) -> "TrunkRouter":
+        # If one service fails to start, the stack stops those that have started.
         with ExitStack() as opening:
             for service in self._services.values():
                 opening.enter_context(service)
@@ -74,14 +75,14 @@ class TrunkRouter:
 
     @property
     def limits(self) -> m.Limits:
-        """The largest of what any of the trunks takes."""
+        """The largest limit of all trunks; each trunk checks its own limits again."""
         each = [service.limits for service in self._services.values()]
         names = [limit.name for limit in fields(m.Limits)]
         return m.Limits(**{name: max(getattr(one, name) for one in each) for name in names})
 
     @property
     def num_clients(self) -> int:
-        """Clients that are remembered, each once for every trunk it came for."""
+        """The number of remembered clients; a client of two trunks counts twice."""
         return len(self._clients)
 
     # --- fedsplit.link.Service ----------------------------------------------------------------
@@ -92,7 +93,8 @@ class TrunkRouter:
         return {name: service.engine.ended for name, service in self._services.items()}
 
     def check_token(self, token: str) -> None:
-        """Let only holders of the token in; see `fedsplit.link.Service`."""
+        """Refuse clients without the token; see `fedsplit.link.Service`."""
+        # The time of a plain comparison tells how long the correct prefix of a guess is.
         if self._token and not hmac.compare_digest(token.encode(), self._token.encode()):
             raise Unauthenticated(
                 "the token is missing or not the one of this trunk server; present the one that "
@@ -102,8 +104,9 @@ class TrunkRouter:
     def handle(self, request: m.Request[m.R], token: str) -> m.R:
         """Answer one request; see `fedsplit.link.Service`."""
         if isinstance(request, m.ServiceInfoRequest):
-            told = self._services[self._name(request.served)].handle(request, "")
-            return replace(told, served=tuple(self._services))  # type: ignore[return-value]
+            # Before the token is checked: any client may ask which trunks are served.
+            info = self._services[self._name(request.served)].handle(request, "")
+            return replace(info, served=tuple(self._services))  # type: ignore[return-value]
         self.check_token(token)
         if isinstance(request, m.OpenRequest):
             return self._open(request)  # type: ignore[return-value]
@@ -119,16 +122,17 @@ class TrunkRouter:
         return reply
 
     def disconnected(self, session: str) -> None:
-        """Tell the session's trunk; see `fedsplit.link.Service`."""
+        """Report a lost connection to the session's trunk; see `fedsplit.link.Service`."""
         with self._lock:
             member = self._sessions.get(session)
         if member:
             member.service.disconnected(session)
 
-    # --- who is where -------------------------------------------------------------------------
+    # --- clients and sessions -----------------------------------------------------------------
 
     def _open(self, request: m.OpenRequest) -> m.OpenReply:
         member = self._admitted(self._name(request.served), request.client)
+        # Not under the lock: Open waits for the engine, and other trunks' clients must not.
         reply: Any = member.service.handle(request, member.token)
         with self._lock:
             member.sessions.add(reply.session)
@@ -172,7 +176,7 @@ class TrunkRouter:
                 member.sessions.discard(session)
 
     def _forget_absent(self) -> None:
-        # Not at once: a client that was cut off may ask again what became of its last step.
+        # Not at once: a client that was disconnected may repeat the request of its last step.
         oldest = self._clock() - self._forget_after_s
         for key, member in list(self._clients.items()):
             if member.heard_at < oldest and member.service.forget(member.client):

@@ -1,8 +1,8 @@
-"""The trunk as a service: who may ask what, in which order, and everything exactly once.
+"""The service: checks requests and their order, and applies each request exactly once.
 
-A request is named by (session, call, kind). A repeated request gets the first one's reply, also
-while that one is still being worked on; a forward runs again only when its graph is gone, and
-a step is known to have been taken even when its session is gone.
+The name of a request is (session, call, kind). A repeated request gets the reply of the first one,
+also while the first one still runs. A forward runs again only if its graph is gone. The reply of a
+step is remembered after its session has ended.
 """
 
 import math
@@ -46,9 +46,9 @@ class TrunkService:
 
     Args:
         trunk: The trunk part, on its device; the parameters that require a gradient train.
-        run: The run it serves.
+        run: The run that it serves.
         clock: Seconds that do not run backwards.
-        update: How a step of the trunk is made from the clients' gradients.
+        update: Makes a step of the trunk from the clients' gradients.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class TrunkService:
         self.engine.stop()
 
     def admit(self, client: str) -> str:
-        """The token that opens sessions for `client`, and for nobody else."""
+        """Return the token that opens sessions for `client`, and for no other client."""
         return self._clients.admit(client)
 
     def forget(self, client: str) -> bool:
-        """Forget a client that has no session, and drop its replica; whether it is forgotten."""
+        """Forget a client and drop its replica; return False if it still has a session."""
         with self._lock:
             if any(each.info.client == client for each in self._sessions.values()):
                 return False
@@ -116,7 +116,7 @@ class TrunkService:
         return True
 
     def expire_sessions(self) -> None:
-        """Drop the sessions whose clients have been silent for too long."""
+        """Drop the sessions that have expired."""
         now = self._clock()
         with self._lock:
             silent = [each for each in self._sessions.values() if each.expires_at <= now]
@@ -133,20 +133,20 @@ class TrunkService:
         close_after: int,
         until: float = math.inf,
     ) -> None:
-        """Count on clients that are about to be sent training work of a round.
+        """Expect clients, to which work of a round will be sent.
 
-        On a virtual clock (`policy.sim_slowdown`) nothing moves but between this and one of the
-        ends named below, so call it before the work is sent, and `release` a client before it is
-        expected again. To go on after an end without new work, expect nobody.
+        A virtual clock (`policy.sim_slowdown`) advances only between this call and one of the ends
+        below. So call this before the work is sent, and `release` a client before it is expected
+        again. To continue after an end without new work, expect no clients.
 
         Args:
-            clients: Their names. The trunk's next steps await them as the policy says.
+            clients: Their names. The trunk's next steps await them according to the policy.
             round: The round's number.
             at_once: How many of them work at a time.
-            close_after: Virtual time stands still once so many of the clients that were expected
-                since the last `close` have left since this call. Whose work ends without a
-                session has left when it is released.
-            until: Virtual time does not pass this.
+            close_after: Virtual time stops as soon as this number of the clients that were expected
+                since the last `close` have left after this call. A client without a session
+                leaves when it is released.
+            until: The virtual time, in seconds, that the clock does not pass.
         """
         self._round = round
         self._wait(
@@ -154,26 +154,26 @@ class TrunkService:
         )
 
     def close(self) -> None:
-        """End a round: virtual time stands still until somebody is expected again."""
+        """End a round: virtual time stands still until clients are expected again."""
         self._wait(self.engine.pause())
 
     def release(self, client: str) -> None:
-        """Wait no longer for a client: its work is over, or it is gone."""
+        """Stop waiting for a client, because its work has ended or its connection is lost."""
         self._wait(self.engine.submit(Call(kind=Kind.LEAVE, client=client)))
 
     def now(self) -> float:
-        """Seconds of the clock that policies go by: virtual with `policy.sim_slowdown`."""
+        """Return the time of the policies' clock in seconds, virtual with `policy.sim_slowdown`."""
         return self.engine.now
 
     def average(self, weights: Mapping[str, float]) -> None:
-        """Give every replica of the trunk the mean of these clients' replicas.
+        """Set every replica of the trunk to the mean of these clients' replicas.
 
         Thapa, Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
-        Learning", AAAI 36(8), arXiv 2004.12088, algorithm 1. Moments stay each client's own, and
-        a client that joins later begins with the mean.
+        Learning", AAAI 36(8), arXiv 2004.12088, algorithm 1. Moments are not averaged. A client
+        that joins later begins with the mean.
 
         Args:
-            weights: By client; they sum to one.
+            weights: The weight of each client; they sum to one.
 
         Raises:
             ConfigError: There are no replicas, or the weights do not sum to one.
@@ -182,7 +182,7 @@ class TrunkService:
 
     @property
     def num_sessions(self) -> int:
-        """Sessions that are open now."""
+        """The number of open sessions."""
         return len(self._sessions)
 
     # --- fedsplit.link.Service ----------------------------------------------------------------
@@ -193,7 +193,7 @@ class TrunkService:
         return {"": self.engine.ended}
 
     def check_token(self, token: str) -> None:
-        """Let only clients of the run in; see `fedsplit.link.Service`."""
+        """Refuse clients that are not of this run; see `fedsplit.link.Service`."""
         self._clients.client_of(token)
 
     def handle(self, request: m.Request[m.R], token: str) -> m.R:
@@ -211,10 +211,10 @@ class TrunkService:
         return reply
 
     def disconnected(self, session: str) -> None:
-        """Give a broken connection's client `policy.deadline_s` to come back to its session."""
+        """Let a session expire in `policy.deadline_s`, unless its client sends a request."""
         with self._lock:
-            if (found := self._sessions.get(session)) and found.expires_at == math.inf:
-                found.expires_at = self._clock() + self._run.policy.deadline_s
+            if (open_ := self._sessions.get(session)) and open_.expires_at == math.inf:
+                open_.expires_at = self._clock() + self._run.policy.deadline_s
 
     # --- one method a request -----------------------------------------------------------------
 
@@ -244,13 +244,13 @@ class TrunkService:
             generating=request.generating,
         )
         with self._lock:
-            same = [each for each in self._sessions.values() if each.info.is_like(info)]
+            replaced = [each for each in self._sessions.values() if each.info.is_like(info)]
             self._sessions[info.name] = Session(
                 info=info,
                 at_once=self._run.train.micro_batches,
                 expires_at=self._clock() + self._run.wire.stash_ttl_s,
             )
-        for old in same:
+        for old in replaced:
             self._drop(old, replaced=True)
         if info.generating:
             self._wait(self.engine.open_cache(client, info.name, request.cache_tokens))
@@ -266,7 +266,7 @@ class TrunkService:
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:
         require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
         if request.training and not session.info.training:
-            raise ProtocolError("a training forward in a session that was not opened for training")
+            raise ProtocolError("this session was not opened for training; open another session")
         if not request.training:
             call = Call(kind=Kind.EVALUATE, client=session.info.client, request=request)
             reply: m.ForwardReply = self._wait(self.engine.submit(call))
@@ -282,6 +282,7 @@ class TrunkService:
     def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
         require_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD.dtype, self._dtype)
         future: Future[m.BackwardReply] = session.once(Kind.BACKWARD, request, self.engine.submit)
+        # The client has this output, or it could not have sent the gradient.
         session.forget(m.ForwardRequest, request.call)
         try:
             return self._wait(future)
@@ -299,11 +300,11 @@ class TrunkService:
             require_dtype("keys_BHTE", entry.keys_BHTE.dtype, self._dtype)
             require_dtype("values_BHTE", entry.values_BHTE.dtype, self._dtype)
         if not session.info.generating:
-            raise ProtocolError("a session that was not opened to generate; open another one")
+            raise ProtocolError("this session was not opened to generate; open another session")
         future: Future[m.GenerateReply] = session.once(Kind.GENERATE, request, self.engine.submit)
         try:
             return self._wait(future)
-        except SessionLost:  # its cache is gone, and so is what it was for
+        except SessionLost:  # without its cache, the session has no purpose
             self._drop(session)
             raise
 
@@ -313,11 +314,11 @@ class TrunkService:
 
     def _gradients(self, session: Session, request: m.GradientsRequest) -> m.GradientsReply:
         name = session.info.name
-        found = self._wait(self.engine.run(lambda: self.engine.training.gradients(name)))
+        gradients = self._wait(self.engine.run(lambda: self.engine.training.gradients(name)))
         return m.GradientsReply(
-            norms=block_norms(found),
-            names=tuple(found) if request.tensors else (),
-            gradients=tuple(found.values()) if request.tensors else (),
+            norms=block_norms(gradients),
+            names=tuple(gradients) if request.tensors else (),
+            gradients=tuple(gradients.values()) if request.tensors else (),
         )
 
     def _training_state(
@@ -343,7 +344,7 @@ class TrunkService:
             limits=self.limits,
         )
 
-    # --- what they share ----------------------------------------------------------------------
+    # --- sessions -----------------------------------------------------------------------------
 
     def _session(self, name: str, client: str) -> Session:
         with self._lock:
@@ -356,7 +357,7 @@ class TrunkService:
             return session
 
     def _last_step(self, request: m.StepRequest, client: str) -> "Future[m.StepReply] | None":
-        """A step of the session that was dropped last: its reply may have been lost before."""
+        """Return a step of the client's last ended session, whose reply may have been lost."""
         return self._last_steps.get(client, {}).get((request.session, request.call))
 
     def _wait(self, future: "Future[T]") -> T:
@@ -364,18 +365,21 @@ class TrunkService:
         try:
             return future.result(timeout=bound)
         except FutureTimeout as exc:
-            raise DeadlineExceeded(f"the trunk did not answer inside {bound} s") from exc
+            raise DeadlineExceeded(
+                f"the trunk did not answer within {bound} s (wire.call_deadline_s); try again"
+            ) from exc
 
     def _drop(self, session: Session, *, replaced: bool = False) -> None:
-        """End a session and wait until nothing is kept for it."""
+        """End a session and wait until the engine has dropped its state."""
         is_leaving = session.leaving is not None
         leaving = self._end(session, replaced=replaced)
-        if not (is_leaving and replaced):  # a client that has come back need not wait for its turn
+        # A client that has returned does not wait for its own LEAVE, which may be at a later time.
+        if not (is_leaving and replaced):
             self._wait(leaving)
             self._gone(session)
 
     def _end(self, session: Session, *, replaced: bool = False) -> "Future[None]":
-        """Have the engine drop a session; a client that is not `replaced` leaves its barrier."""
+        """Let the engine drop a session; a client that is not `replaced` leaves its barrier."""
         with session.lock:
             if session.leaving is None:
                 info = session.info
@@ -390,5 +394,5 @@ class TrunkService:
         return session.leaving
 
     def _gone(self, session: Session) -> None:
-        with self._lock:  # only now is nothing kept for it any more
+        with self._lock:  # only now has the engine dropped its state
             self._sessions.pop(session.info.name, None)

@@ -1,4 +1,4 @@
-"""What the service keeps for one session: where it stands, and what became of its requests."""
+"""The state of one session at the service: its place in the protocol, and its recent replies."""
 
 import math
 import threading
@@ -14,6 +14,7 @@ from fedsplit.wire.messages import StepReply, StepRequest
 from fedsplit.wire.session import Event, SessionState, advance
 
 Steps = dict[tuple[str, int], "Future[StepReply]"]
+"""The remembered steps of a session, by session and call."""
 
 _EVENTS = {
     Kind.FORWARD: Event.FORWARD,
@@ -25,7 +26,7 @@ _EVENTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo:
-    """What a session is for: a client, in a round, to train, to evaluate or to generate."""
+    """The client, the round and the purpose of a session: to train, to evaluate or to generate."""
 
     client: str
     name: str
@@ -34,7 +35,8 @@ class SessionInfo:
     generating: bool = False
 
     def is_like(self, other: "SessionInfo") -> bool:
-        """Whether both are for the same client and purpose; a client may generate in several."""
+        """Return whether both have the same client and purpose, so that one replaces the other."""
+        # A client may have several conversations at a time, so generating replaces nothing.
         if self.generating or other.generating:
             return False
         return (self.client, self.training) == (other.client, other.training)
@@ -42,11 +44,10 @@ class SessionInfo:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Session:
-    """A session of a client; `lock` is held while a request is looked at.
+    """A session of a client; `lock` is held while a request is checked.
 
-    It is dropped at `expires_at` unless its client says something before; `leaving` is then the
-    future of its end. A client has at most `at_once` calls on their way, and may ask for each of
-    them again; their replies hold tensors, so no more are kept than these and as many to spare.
+    The session is dropped at `expires_at` unless a request arrives before. `leaving` is then the
+    future of its end. A client has at most `at_once` calls outstanding, and may repeat each.
     """
 
     info: SessionInfo
@@ -60,13 +61,14 @@ class Session:
     def once(
         self, kind: Kind, request: Any, submit: "Callable[[Call], Future[Any]]"
     ) -> "Future[Any]":
-        """The future of a request; only the first request of its name becomes a call.
+        """Return the future of a request; only the first request of its name becomes a call.
 
         Raises:
             ProtocolError: The request is not legal now.
             SessionLost: The session has ended.
         """
         name = type(request), request.call
+        # Two copies of one request may arrive at a time; the lock lets one of them submit.
         with self.lock:
             if self.leaving:
                 raise no_session(self.info.name)
@@ -82,24 +84,26 @@ class Session:
                     request=request,
                 )
                 future = self.replies[name] = submit(call)
+                # Replies hold tensors: those that may be repeated are kept, and as many to spare.
                 while len(self.replies) > 2 * self.at_once:
                     self.replies.popitem(last=False)
         return future
 
     def forget(self, kind: type, call: int) -> None:
-        """Free a reply that will not be asked for again."""
+        """Drop a reply whose request will not be repeated."""
         with self.lock:
             self.replies.pop((kind, call), None)
 
     def take_back(self, kind: type, call: int, future: "Future[Any]") -> None:
-        """Have a backward that found no graph count as not done."""
-        with self.lock:  # several may wait for it, and only the first takes it back
+        """Undo a backward whose graph was gone, so that the client can repeat the forward."""
+        # Several threads may wait for `future`, and only the first may undo it.
+        with self.lock:
             if self.replies.get((kind, call)) is future:
                 del self.replies[kind, call]
                 self.state = advance(self.state, Event.EXPIRED, call)
 
     def steps(self) -> Steps:
-        """What became of the steps that are remembered."""
+        """Return the futures of the remembered steps."""
         return {
             (self.info.name, call): future
             for (kind, call), future in self.replies.items()
@@ -108,5 +112,5 @@ class Session:
 
 
 def no_session(name: str) -> SessionLost:
-    """The error for a session that is not, or no longer, there."""
-    return SessionLost(f"no session {name} here (any more); open a new one")
+    """Return the error for a session that is unknown or has ended."""
+    return SessionLost(f"no session {name} here: it is unknown or has ended; open a new one")

@@ -1,4 +1,4 @@
-"""Outstanding forward graphs: kept for one backward each, for a time, within a byte budget."""
+"""The stash: outstanding forward graphs, kept for one backward each, within a byte budget."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -16,8 +16,8 @@ from fedsplit.trunk.replica import Replica
 class Graph:
     """One forward of the trunk, from its inputs to its output, on a version of a replica.
 
-    `barrier_version` counts the barriers that had closed when that version was chosen. Where
-    several clients shared a pass, this is member number `place` of the `batched` one.
+    `barrier_version` is the number of barriers that had closed when that version was chosen. If
+    several clients shared a pass, this is member number `place` of the pass `batched`.
     """
 
     inputs: Inputs
@@ -35,8 +35,9 @@ class Stash:
     """The graphs of all sessions, oldest first.
 
     Args:
-        budget_bytes: What all graphs together may hold; of the session that holds most, the oldest
-            make way for a new one, each with all others of its batched pass.
+        budget_bytes: The most that all graphs may hold together. To make room for a new graph, the
+            oldest graphs of the session that holds most are dropped, each with all others of its
+            batched pass.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -48,8 +49,10 @@ class Stash:
         return len(self._graphs)
 
     def put(self, session: str, call: int, graph: Graph) -> list[Graph]:
-        """Keep a graph; returns those that it replaced or that had to make way."""
+        """Keep a graph; return the graphs that it replaced or that were dropped for it."""
+        # A repeated forward has the same name, and its graph replaces that of the first.
         dropped = self.drop(session, call)
+        # The new graph is kept even if it alone is over the budget, or no step could be made.
         while self._graphs and _bytes_of([*self._graphs.values(), graph]) > self._budget:
             dropped += self._drop_pass(self._first_to_go())
         self._graphs[session, call] = graph
@@ -57,21 +60,21 @@ class Stash:
         return dropped
 
     def take(self, session: str, call: int) -> Graph:
-        """Hand out a graph for its backward.
+        """Remove and return a graph, for its backward.
 
         Raises:
-            ActivationExpired: It is not there (any more).
+            ActivationExpired: There is no such graph, or it was dropped.
         """
-        found = self.drop(session, call)
-        if not found:
+        graphs = self.drop(session, call)
+        if not graphs:
             raise ActivationExpired(
                 f"the graph of call {call} is gone (too old, or the trunk was short of memory); "
                 "repeat the forward"
             )
-        return found[0]
+        return graphs[0]
 
     def drop(self, session: str, call: int) -> list[Graph]:
-        """Forget one graph, if it is there."""
+        """Drop one graph, if it is here; return it as a list."""
         graph = self._graphs.pop((session, call), None)
         if graph is None:
             return []
@@ -79,17 +82,17 @@ class Stash:
         return [graph]
 
     def drop_session(self, session: str) -> list[Graph]:
-        """Forget all graphs of a session."""
+        """Drop and return all graphs of a session."""
         calls = [key for key in self._graphs if key[0] == session]
         return [graph for key in calls for graph in self.drop(*key)]
 
     def drop_expired(self, now: float) -> list[Graph]:
-        """Forget the graphs whose time is over."""
+        """Drop and return the graphs that have expired at `now`, in seconds."""
         old = [key for key, graph in self._graphs.items() if graph.expires_at <= now]
         return [graph for key in old for graph in self.drop(*key)]
 
     def drop_older(self, replica: Replica, barrier: int) -> list[Graph]:
-        """Forget the graphs on one replica that are older than `barrier`."""
+        """Drop and return the graphs of one replica that are older than `barrier`."""
         old = [
             key
             for key, graph in self._graphs.items()
@@ -98,7 +101,8 @@ class Stash:
         return [graph for key in old for graph in self.drop(*key)]
 
     def _drop_pass(self, key: tuple[str, int]) -> list[Graph]:
-        """Forget a graph and those that share its pass, as all of them are what is freed."""
+        """Drop a graph and the others of its pass."""
+        # The members of a pass share one graph, so only dropping all of them frees memory.
         batched = self._graphs[key].batched
         members = [
             each for each, graph in self._graphs.items() if batched and graph.batched is batched
@@ -106,7 +110,8 @@ class Stash:
         return [graph for each in members or [key] for graph in self.drop(*each)]
 
     def _first_to_go(self) -> tuple[str, int]:
-        """The oldest graph of the session that holds most, so that one cannot evict the others."""
+        """Return the key of the oldest graph of the session that holds most."""
+        # Not simply the oldest graph: then one client with many graphs could evict all others.
         held: Counter[str] = Counter()
         for (session, _), graph in self._graphs.items():
             held[session] += graph.num_bytes
@@ -115,6 +120,6 @@ class Stash:
 
 
 def _bytes_of(graphs: Collection[Graph]) -> int:
-    """What graphs hold; a batched pass is held as a whole while any member's graph is."""
-    joints = {id(graph.batched): graph.batched.num_bytes for graph in graphs if graph.batched}
-    return sum(joints.values()) + sum(graph.num_bytes for graph in graphs if not graph.batched)
+    """Return the bytes of graphs; a batched pass counts as a whole while any member is kept."""
+    passes = {id(graph.batched): graph.batched.num_bytes for graph in graphs if graph.batched}
+    return sum(passes.values()) + sum(graph.num_bytes for graph in graphs if not graph.batched)

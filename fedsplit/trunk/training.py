@@ -1,7 +1,7 @@
-"""What the engine's thread works on: parameters, graphs, and what sessions have accumulated.
+"""The state of a trunk in training: parameters, graphs, and the gradients of sessions.
 
-Shapes: B sequences, T tokens, D hidden width. Knows no thread and no queue; who calls decides
-when, and one thread alone calls.
+Shapes: B sequences, T tokens, D hidden width. There is no thread and no queue here; only the
+engine's thread calls it.
 """
 
 import math
@@ -14,7 +14,7 @@ from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
-from fedsplit.trunk.batched_pass import BatchedForward, BatchedPass, Found
+from fedsplit.trunk.batched_pass import BackwardResult, BatchedForward, BatchedPass
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.compute import Compute
 from fedsplit.trunk.guard import require_finite, require_like, require_plausible
@@ -34,9 +34,9 @@ _SHARED, _REPLICA = "trunk/", "replica/"
 class Training:
     """A trunk in training; see `fedsplit.trunk.engine.TrunkEngine` for the arguments.
 
-    Without replicas there is one set of parameters and one barrier, the shared one. With them
-    every client has a set and a barrier to itself, so that it waits for nobody, and the shared
-    set is the mean as of the last `average`.
+    Without replicas, all clients share one set of parameters and one barrier. With replicas, every
+    client has its own set and barrier, so that it waits for no other client. The shared set is then
+    the mean of the last `average`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Training:
         self._replicas: dict[str, Replica] = {}
         self._works: dict[str, Work] = {}
 
-    # --- how it stands ------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------
 
     @property
     def barrier(self) -> aggregator.Barrier:
@@ -63,45 +63,47 @@ class Training:
 
     @property
     def version(self) -> int:
-        """Optimizer steps taken, with replicas those of all."""
+        """The number of optimizer steps taken, summed over replicas."""
         return sum(replica.steps for replica in self._all())
 
     @property
     def steps(self) -> int:
-        """Where the learning rate schedule stands: the clients' own count of optimizer steps."""
+        """The position of the learning rate schedule: the largest step count of the clients."""
         return max(replica.position for replica in self._all())
 
     @property
     def stashed_bytes(self) -> int:
-        """Activations that are kept for outstanding backwards."""
+        """Bytes of activations that are kept for outstanding backwards."""
         return self._stash.num_bytes
 
     @property
     def clients_per_pass(self) -> int:
-        """How many clients' forwards run at once, if that many are at work."""
+        """The number of clients whose forwards run as one pass."""
+        # No more than are at work, because a pass would wait for others in vain.
         most = min(self._run.train.clients_per_pass, self.barrier.num_awaited)
         return most if most > 1 and self._batched.possible(self._shared.versions) else 1
 
     def gradients(self, session: str) -> dict[str, Tensor]:
-        """What a session has accumulated since its last step, by parameter name."""
+        """Return the gradients of a session since its last step, by parameter name."""
         work = self._works.get(session)
         return {k: v.cpu().clone() for k, v in work.gradients.items()} if work else {}
 
-    # --- who takes part -----------------------------------------------------------------------
+    # --- clients and sessions -----------------------------------------------------------------
 
     def notify(self, event: aggregator.Expected | aggregator.Ticked, now: float) -> None:
         """Notify the barrier at which clients wait for one another."""
+        # A client with a replica is the only one at its barrier, and waits for no event.
         if not self._update.replicas:
             self._shared.notify(event, now)
 
     def join(self, client: str, now: float) -> int:
-        """Count a client in; the version it begins with."""
+        """Add a client to its barrier; return the version that it begins with."""
         replica = self._replica_of(client)
         replica.notify(aggregator.Joined(client=client), now)
         return replica.versions.current
 
     def leave(self, client: str, now: float) -> None:
-        """Wait no longer for a client."""
+        """Remove a client from its barrier."""
         self._replica_of(client).notify(aggregator.Left(client=client), now)
 
     def with_current(self, work: Callable[[], None]) -> None:
@@ -110,26 +112,26 @@ class Training:
             work()
 
     def forget(self, session: str) -> None:
-        """Drop what is kept for a session; what it contributed stays."""
+        """Drop the graphs and gradients of a session; its contributions remain."""
         self._unpin(self._stash.drop_session(session))
         if work := self._works.pop(session, None):
             work.end()
 
     def forget_client(self, client: str) -> None:
-        """Drop the replica of a client that is gone; one that comes back begins with the mean."""
+        """Drop the replica of a client; a client that returns begins with the mean."""
         if replica := self._replicas.pop(client, None):
             # The version counts the steps of all replicas, and must not fall.
             self._shared.steps += replica.steps
             self._shared.position = max(self._shared.position, replica.position)
 
     def drop_expired(self) -> None:
-        """Drop graphs whose time is over."""
+        """Drop expired graphs."""
         self._unpin(self._stash.drop_expired(self._clock()))
 
     # --- forward, backward, step --------------------------------------------------------------
 
     def evaluate(self, call: Call) -> ForwardReply:
-        """Run smashed data through, as in evaluation."""
+        """Run smashed data through the trunk without dropout and graph."""
         versions = self._replicas.get(call.client, self._shared).versions
         out_BTD = self._compute.evaluate(self._compute.inputs(call.request, ""), versions)
         return ForwardReply(
@@ -137,12 +139,13 @@ class Training:
         )
 
     def prepare_forward(self, call: Call) -> int:
-        """Give a training forward what it runs on; how many calls are to share its pass.
+        """Set a training forward's inputs and work; return the number of calls of its pass.
 
         Raises:
-            StaleVersion: The trunk has moved on too far since the session's step began.
+            StaleVersion: The trunk has taken too many steps since the session's step began.
             NonFinite: The smashed data holds NaN or Inf.
         """
+        # The same seed for a repeated forward, so that it draws the same dropout.
         dropout = f"trunk/{self._run.seed}/{call.client}/{call.round}/{call.request.call}"
         call.inputs = self._compute.inputs(call.request, dropout)
         work = self._works.get(call.session)
@@ -153,7 +156,7 @@ class Training:
         return self.clients_per_pass
 
     def prepare_backward(self, call: Call) -> int:
-        """Give a backward the graph that it runs through; how many calls are to share its pass.
+        """Set a backward's graph; return the number of calls of its pass.
 
         Raises:
             ActivationExpired: The graph is gone.
@@ -171,7 +174,7 @@ class Training:
         return len(graph.batched.rows) if graph.batched and not graph.batched.broken else 1
 
     def forward(self, calls: Sequence[Call]) -> list[ForwardReply]:
-        """Run smashed data through and keep the graphs; several calls are of one kind."""
+        """Run smashed data through the trunk and keep the graphs; all calls have one batch key."""
         work = calls[0].work
         versions, version = work.replica.versions, work.version
         if len(calls) == 1:
@@ -185,9 +188,9 @@ class Training:
         ]
 
     def backward(self, calls: Sequence[Call]) -> list[BackwardReply]:
-        """Run gradients back and accumulate the parameters'; several calls are of one pass.
+        """Run gradients back and accumulate those of the parameters; all calls are of one pass.
 
-        Where the pass had further members, each call's forward is run again, alone.
+        If the pass had further members, each call's forward runs again, alone.
         """
         batched = calls[0].graph.batched
         try:
@@ -195,27 +198,29 @@ class Training:
                 graph = calls[0].graph
                 versions, version = graph.replica.versions, graph.version
                 grads = [call.request.grad_trunk_out_BTD for call in calls]
-                found: Sequence[Found] = self._batched.backward(batched, grads, versions, version)
+                results = self._batched.backward(batched, grads, versions, version)
             else:
-                found = [self._backward_alone(call) for call in calls]
-            return [self._accumulate(call, *each) for call, each in zip(calls, found, strict=True)]
+                results = [self._backward_alone(call) for call in calls]
+            return [self._accumulate(*each) for each in zip(calls, results, strict=True)]
         finally:
             self.release(calls)
 
     def release(self, calls: Iterable[Call]) -> None:
-        """Let the graphs of backwards go, which have run or will not."""
+        """Unpin the versions of backwards that have run or were withdrawn."""
         self._unpin([call.graph for call in calls if call.kind is Kind.BACKWARD and call.prepared])
 
     def contribute(self, call: Call, now: float) -> StepReply:
-        """Hand what a session accumulated to its barrier.
+        """Contribute the gradients of a session to its barrier.
 
         Raises:
-            StaleVersion: It is too old, or the client's second to this barrier.
-            ProtocolError: There is none, or its counts cannot be.
+            StaleVersion: They are too old, or the client's second ones for this barrier.
+            ProtocolError: There are none, or the counts of the request are impossible.
         """
         work = self._works.get(call.session)
         if work is None or not work.num_positions:
-            raise ProtocolError("there is nothing to step with: no backward since the last step")
+            raise ProtocolError(
+                "there is nothing to step with: no backward since the last step; send one before"
+            )
         require_plausible(call.request, work.num_positions, self._run)
         del self._works[call.session]
         return work.replica.contribute(call.client, work, call.request, now)
@@ -223,19 +228,19 @@ class Training:
     def step_if_due(self) -> None:
         """Take the steps that barriers have decided on."""
         for replica in self._all():
-            # On a virtual clock a slow client's backward may come, in real time, after steps that
-            # are long after it; what becomes of it is decided when its turn to step has come.
+            # On a virtual clock, a slow client's backward may arrive after steps of a later virtual
+            # time. Its staleness is decided at the virtual time of its own step.
             if replica.step_if_due() and not self._run.policy.sim_slowdown:
                 self._drop_outdated(replica)
 
-    # --- all of it ----------------------------------------------------------------------------
+    # --- replicas and checkpoints -------------------------------------------------------------
 
     def average(self, weights: Mapping[str, float]) -> None:
-        """Give every replica, and the shared set, the mean of these clients' parameters.
+        """Set every replica and the shared set to the mean of these clients' parameters.
 
         Args:
-            weights: By client; they sum to one. A client without a replica counts as the mean
-                before.
+            weights: The weight of each client; they sum to one. A client without a replica counts
+                with the previous mean.
 
         Raises:
             ConfigError: There are no replicas, or the weights do not sum to one.
@@ -245,6 +250,7 @@ class Training:
         if not math.isclose(math.fsum(weights.values()), 1.0, rel_tol=1e-6):
             raise ConfigError(f"the weights of an average sum to {sum(weights.values())}, not to 1")
         mean: dict[str, Tensor] = {}
+        # Sorted, because the order of a floating-point sum changes its result.
         for client, weight in sorted(weights.items()):
             for name, value in self._replicas.get(client, self._shared).versions.values().items():
                 part = value * weight
@@ -253,7 +259,7 @@ class Training:
             replica.versions.assign(mean)
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all that training goes on from, by name, while nobody is at work."""
+        """Return a copy of the state of training, by name; no client may be at work."""
         owners = {_SHARED: self._shared}
         owners |= {f"{_REPLICA}{client}/": each for client, each in self._replicas.items()}
         return {
@@ -263,18 +269,21 @@ class Training:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` handed out.
+        """Continue from a state that `state` returned.
 
         Raises:
-            CheckpointError: It is not the state of such a trunk, or somebody is at work.
+            CheckpointError: It is not the state of such a trunk, or a client is at work.
         """
         if self._works or len(self._stash):
-            raise CheckpointError("somebody is at work; load the trunk's state between rounds")
+            raise CheckpointError(
+                f"the trunk's state cannot be loaded while clients are at work ({len(self._works)} "
+                f"sessions, {len(self._stash)} graphs); load it between rounds"
+            )
         clients = {name.split("/")[1] for name in state if name.startswith(_REPLICA)}
         if clients and not self._update.replicas:
             raise CheckpointError(
-                f"this state has a replica of the trunk for {min(clients)} and others, but here "
-                "all share one; resume with the strategy it was saved with"
+                f"this state has a replica of the trunk for {min(clients)}, but the clients of "
+                "this trunk share its parameters; resume with the strategy it was saved with"
             )
         self._shared.load_state(_under(_SHARED, state))
         self._replicas.clear()
@@ -296,12 +305,13 @@ class Training:
         return Replica(versions, self._run, self._compute, self._update)
 
     def _work_for(self, session: str, graph: Graph) -> Work:
-        """The session's work; after a step since this graph, new work on the graph's version."""
+        """Return the session's work; after a step since this graph, new work on its version."""
         if session not in self._works:
             self._works[session] = Work(
                 replica=graph.replica, version=graph.version, barrier_version=graph.barrier_version
             )
         work = self._works[session]
+        # The oldest graph decides how stale the whole contribution is.
         work.barrier_version = min(work.barrier_version, graph.barrier_version)
         return work
 
@@ -313,7 +323,7 @@ class Training:
         batched: BatchedForward | None = None,
         place: int = 0,
     ) -> ForwardReply:
-        """Keep the graph of a forward for its backward; the reply."""
+        """Keep the graph of a forward for its backward; return the reply."""
         work = call.work
         graph = Graph(
             inputs=call.inputs,
@@ -326,6 +336,7 @@ class Training:
             batched=batched,
             place=place,
         )
+        # Pinned before others are dropped, which may be the last ones of this version.
         graph.replica.versions.pin(graph.version)
         self._unpin(self._stash.put(call.session, call.request.call, graph))
         return ForwardReply(
@@ -334,30 +345,31 @@ class Training:
             codec=self._run.wire.down,
         )
 
-    def _backward_alone(self, call: Call) -> Found:
+    def _backward_alone(self, call: Call) -> BackwardResult:
         graph = call.graph
         versions, version, out_BTD = graph.replica.versions, graph.version, graph.trunk_out_BTD
+        # The shared graph would give the gradients of all members, so the forward runs again.
         if graph.batched:
             graph.batched.broken = True
             out_BTD = self._compute.forward(graph.inputs, versions, version).trunk_out_BTD
         leaves = versions.leaves(version)
         smashed = [graph.inputs.smashed_BTD] if call.request.want_grad else []
-        found = self._compute.backward(
+        gradients = self._compute.backward(
             out_BTD,
             [*leaves.values(), *smashed],
             call.request.grad_trunk_out_BTD,
             versions,
             version,
         )
-        return dict(zip(leaves, found, strict=False)), found[-1] if smashed else None
+        # Not strict: the last gradient is that of the smashed data, if it is wanted.
+        return dict(zip(leaves, gradients, strict=False)), gradients[-1] if smashed else None
 
-    def _accumulate(
-        self, call: Call, found: Mapping[str, Tensor | None], grad_smashed_BTD: Tensor | None
-    ) -> BackwardReply:
-        """Accumulate the parameters' gradients of a backward; the reply."""
+    def _accumulate(self, call: Call, result: BackwardResult) -> BackwardReply:
+        """Accumulate the parameters' gradients of a backward; return the reply."""
+        gradients, grad_smashed_BTD = result
         graph, grad_BTD = call.graph, call.request.grad_trunk_out_BTD
         work = self._work_for(call.session, graph)
-        work.add(found, grad_BTD.shape[:2].numel())
+        work.add(gradients, grad_BTD.shape[:2].numel())
         if self._update.keeps_passes:
             work.passes.append(StoredPass(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD))
         if not call.request.want_grad:
@@ -369,8 +381,8 @@ class Training:
         )
 
     def _drop_outdated(self, replica: Replica) -> None:
-        """Let go of versions so old that nothing made with them would be taken."""
-        # One version more than is taken is kept, so that who comes just too late is told so.
+        """Unpin versions that are too old for any contribution."""
+        # One version more is kept, so that a step that is just too late gets StaleVersion.
         barrier = replica.barrier.version - max(1, aggregator.oldest(self._run.policy))
         self._unpin(self._stash.drop_older(replica, barrier))
         for work in self._works.values():

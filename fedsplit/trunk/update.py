@@ -1,4 +1,4 @@
-"""How one step of the trunk is made from the clients' gradients; a training method overrides it.
+"""The update: makes a step of the trunk from the clients' gradients; a method overrides it.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
@@ -90,6 +90,7 @@ class TrunkUpdate:
         for contribution in contributions:
             weight = weights[contribution.client]
             for name, gradient in contribution.gradients.items():
+                # In place: a contribution is used once, and a copy would take its memory again.
                 part = gradient if weight == 1.0 else gradient.mul_(weight)
                 mean[name] = mean[name].add_(part) if name in mean else part
         return mean
@@ -101,8 +102,8 @@ class TrunkUpdate:
 class TrunkStep:
     """A step of one set of parameters, which `TrunkUpdate.after_step` can continue.
 
-    `taken` counts the optimizer steps. Further steps use the weights, the place in the learning
-    rate schedule and the clipping of the first one.
+    `taken` is the number of optimizer steps. Further steps use the weights, the position in the
+    learning rate schedule and the clipping of the first one.
 
     Args:
         contributions: One per client, sorted by client.
@@ -110,7 +111,7 @@ class TrunkStep:
         scale: The factor on the learning rate.
         update: How gradients are combined.
         versions: The parameters.
-        compute: The module that runs on them.
+        compute: Runs the module on them.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class TrunkStep:
         self.contributions = contributions
         self.taken = 0
         self._weights = weights
-        self._place = max(each.step for each in contributions)
+        self._position = max(each.step for each in contributions)
         self._scale = scale
         self._update = update
         self._versions = versions
@@ -135,7 +136,7 @@ class TrunkStep:
     def take(self, contributions: Sequence[Contribution]) -> None:
         """Combine contributions and take an optimizer step with the result."""
         gradients = self._update.combine(contributions, self._weights)
-        self._versions.step(gradients, self._place, self._scale)
+        self._versions.step(gradients, self._position, self._scale)
         self.taken += 1
 
     def run_again(self, stored: StoredPass) -> dict[str, Tensor | None]:
@@ -143,10 +144,10 @@ class TrunkStep:
         versions, version = self._versions, self._versions.current
         leaves = versions.leaves(version)
         out_BTD = self._compute.forward(stored.inputs, versions, version).trunk_out_BTD
-        found = self._compute.backward(
+        gradients = self._compute.backward(
             out_BTD, list(leaves.values()), stored.grad_trunk_out_BTD, versions, version
         )
-        return dict(zip(leaves, found, strict=True))
+        return dict(zip(leaves, gradients, strict=True))
 
     def contribution_with(self, contribution: Contribution, gradients: Gradients) -> Contribution:
         """Return a client's contribution with other gradients, clipped as the first ones were."""

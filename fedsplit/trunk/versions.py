@@ -1,9 +1,9 @@
-"""The trunk's parameters over time: which tensors belong to which version, and the step between.
+"""The versions of the trunk's trained parameters: the tensors of each, and the optimizer step.
 
 An optimizer step in place would break every graph that is still outstanding. So the optimizer
 owns master tensors, and the model's parameters are leaves of the current version that share
-their memory. While no graph needs the current version, a step changes that memory in place and
-copies nothing; otherwise the masters move to fresh memory first and the old leaves live on until
+their memory. If no graph needs the current version, a step changes that memory in place and
+copies nothing. Otherwise the masters move to new memory first, and the old leaves are kept until
 their last graph is gone.
 """
 
@@ -29,9 +29,9 @@ class ParameterVersions:
     Args:
         trunk: The model.
         trained: Names of the parameters that train.
-        train: What the optimizer does.
+        train: The settings of the optimizer.
         resident: Whether the model itself holds the current version from now on. If not, these
-            are a copy of what it holds, and are in it while `installed` only.
+            are a copy of its parameters, and the model holds them only while `installed`.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class ParameterVersions:
         self._resident = resident
         self._places = [(trunk.get_submodule(name.rpartition(".")[0]), name) for name in trained]
         values = {name: trunk.get_parameter(name).data for name in trained}
+        # Replicas train apart, so each but the resident one needs memory of its own.
         if not resident:
             values = {name: value.clone() for name, value in values.items()}
         masters = {name: nn.Parameter(value) for name, value in values.items()}
@@ -50,15 +51,19 @@ class ParameterVersions:
         self._publish()
 
     def leaves(self, version: int) -> dict[str, nn.Parameter]:
-        """The trained parameters of a version that is current or pinned, by name."""
+        """Return the trained parameters of a version that is current or pinned, by name."""
         return self._leaves[version]
 
     @contextmanager
     def installed(self, version: int) -> Iterator[None]:
-        """Have the model compute with `version`, as recomputation inside a backward must."""
+        """Make the model compute with `version` inside the block.
+
+        A backward needs it as well, because recomputation reads the model's parameters.
+        """
         if self._resident and version == self.current:
             yield
             return
+        # Restored after the block, because the model may hold other replicas' or older leaves.
         before = {name: owner.get_parameter(_leaf(name)) for owner, name in self._places}
         self._install(self._leaves[version])
         try:
@@ -71,7 +76,7 @@ class ParameterVersions:
         self._pins[version] += 1
 
     def unpin(self, version: int) -> None:
-        """Let a version go that was pinned once."""
+        """Undo one `pin`; a version without pins is dropped unless it is current."""
         self._pins[version] -= 1
         if not self._pins[version]:
             del self._pins[version]
@@ -89,11 +94,11 @@ class ParameterVersions:
         self._publish()
 
     def values(self) -> dict[str, Tensor]:
-        """The current version's tensors, by name; they change in place with the next step."""
+        """Return the current version's tensors, by name; the next step may change them in place."""
         return {name: master.data for name, master in self._optimizer.parameters.items()}
 
     def assign(self, values: Mapping[str, Tensor]) -> None:
-        """Publish these values as the next version; the moments stay."""
+        """Publish these values as the next version; the moments do not change."""
         self._leave_current()
         for name, master in self._optimizer.parameters.items():
             master.data.copy_(values[name])
@@ -101,27 +106,30 @@ class ParameterVersions:
         self._publish()
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all that training goes on from, by name."""
-        kept = {
+        """Return a copy of the state of training, by name."""
+        state = {
             **{_PARAMETER + name: value for name, value in self.values().items()},
             **{_MOMENT + name: moment for name, moment in self._optimizer.state().items()},
             _VERSION: torch.tensor(self.current),
         }
-        return {name: tensor.cpu().clone() for name, tensor in kept.items()}
+        # `cpu` alone copies nothing on a CPU, and the next step would change the checkpoint.
+        return {name: tensor.cpu().clone() for name, tensor in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` handed out; no graph may be outstanding.
+        """Continue from a state that `state` returned; no graph may be outstanding.
 
         Raises:
             CheckpointError: The state is not that of these parameters.
         """
         names = {name.removeprefix(_PARAMETER) for name in state if name.startswith(_PARAMETER)}
         values = self.values()
-        if odd := sorted(names ^ values.keys()):
+        if unmatched := sorted(names ^ values.keys()):
             raise CheckpointError(
-                f"the trunk's state and this trunk do not train the same parameters ({odd[0]} is "
-                "in one of them only); resume with the model, split and lora it was saved with"
+                "the trunk's state and this trunk do not train the same parameters "
+                f"({unmatched[0]} is in one of them only); resume with the model, split and lora "
+                "it was saved with"
             )
+        # In place, because the leaves and the model share this memory.
         for name, value in values.items():
             value.copy_(state[_PARAMETER + name])
         moments = {k: v for k, v in state.items() if k.startswith(_MOMENT)}
@@ -130,7 +138,8 @@ class ParameterVersions:
         self.current = int(state[_VERSION])
 
     def _leave_current(self) -> None:
-        """Let the masters change: what a graph needs keeps the memory, nothing else does."""
+        """Prepare the masters for a change of their values."""
+        # A graph of this version still needs its memory, so the masters get new memory.
         if self._pins[self.current]:
             for master in self._optimizer.parameters.values():
                 master.data = master.data.clone()
@@ -146,7 +155,7 @@ class ParameterVersions:
 
     def _install(self, leaves: Mapping[str, nn.Parameter]) -> None:
         # Not by setattr: libraries that build models replace `register_parameter` of all modules
-        # for a while, and a client may be building its own in another thread of this process.
+        # meanwhile, and a client in another thread of this process may be building its model.
         for owner, name in self._places:
             owner._parameters[_leaf(name)] = leaves[name]
 

@@ -1,13 +1,13 @@
-"""Calls in the order of a virtual clock, for runs that simulate machines of different speed.
+"""The scheduler that orders calls by a virtual clock, to simulate machines of different speed.
 
 `VirtualTimeScheduler` is a conservative discrete-event simulation (Chandy and Misra 1979,
 "Distributed Simulation: A Case Study in Design and Verification of Distributed Programs", IEEE TSE
 SE-5(5)). A step of a client's machine takes a fixed virtual time, so the time of each client's next
-event is known. An event runs once no other client can have an earlier one, however long that one
-needs in real time. So the order of all events depends on the virtual times alone.
+event is known. An event runs as soon as no other client can have an earlier event. Real time has no
+effect, so the order of all events depends on the virtual times alone.
 
 The events are the first FORWARD of a step, the STEP, and the LEAVE. Backwards and the further
-forwards of a step change nothing for other clients and run at once.
+forwards of a step have no effect on other clients and run immediately.
 """
 
 import math
@@ -22,7 +22,7 @@ from fedsplit.trunk.scheduler import Scheduler
 
 @dataclass(slots=True, kw_only=True)
 class _Machine:
-    """A client's machine: when its next event is, and which calls it has made, in order."""
+    """A client's machine: the time of its next event in virtual seconds, and its calls in order."""
 
     at: float
     computing: bool = False
@@ -32,17 +32,17 @@ class _Machine:
 class VirtualTimeScheduler(Scheduler):
     """Runs calls in the order of (virtual time, client).
 
-    A client's FORWARD is at the time of its STEP before, its STEP `slowdown` seconds after its
-    FORWARD. A client that waits at a barrier goes on at the time at which that closes. A client
-    that is expected begins at the time at which it was expected, and no other client runs ahead of
-    it. Time stands still at the beginning, after `pause`, and when what `expect` named has come
-    about.
+    The time of a client's FORWARD is that of its previous STEP, and the time of its STEP is
+    `slowdown` seconds after its FORWARD. A client that waits at a barrier continues at the time at
+    which the barrier closes. An expected client begins at the time of `expect`, and no other client
+    runs ahead of it. Time stands still at the beginning, after `pause`, and after the ends that
+    `expect` names.
 
     Args:
-        slowdown: Virtual seconds of a step, by client; 1 for clients that are not named.
-        silence_s: Real seconds after which a client that holds up time counts as dead.
-        batch_wait_s: As in `Scheduler`.
-        clock: As in `Scheduler`.
+        slowdown: Virtual seconds of a step, by client; 1 for other clients.
+        silence_s: Real seconds of silence after which a client that blocks time counts as dead.
+        batch_wait_s: See `Scheduler`.
+        clock: See `Scheduler`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class VirtualTimeScheduler(Scheduler):
 
     @property
     def now(self) -> float:
-        """Seconds of the virtual clock."""
+        """The time of the virtual clock, in seconds."""
         return self._now
 
     @now.setter
@@ -75,11 +75,12 @@ class VirtualTimeScheduler(Scheduler):
 
     @property
     def num_waiting(self) -> int:
-        """Calls that wait for a barrier, or for their time."""
+        """The number of calls that wait for a barrier, or for their time."""
         return sum(1 for _ in self._ordered())
 
     def next_batch(self, barrier: Barrier, patience_s: float) -> list[Call]:
-        """As in `Scheduler`; after a long silence, the LEAVE of the client that holds up time."""
+        """See `Scheduler`; after a long silence, return a LEAVE of the client that blocks time."""
+        # A dead client makes no event, so without this all other clients would wait for it.
         batch = super().next_batch(barrier, patience_s)
         if batch or not self.num_waiting:
             self._heard_at = self._clock()
@@ -90,10 +91,11 @@ class VirtualTimeScheduler(Scheduler):
         return batch
 
     def expect(self, clients: Collection[str], *, close_after: int, until: float) -> None:
-        """Let time go on: clients were sent work.
+        """Let time advance, because work was sent to clients.
 
-        It stands still again once `close_after` of the clients that were expected since the last
-        `pause` have left, counted from now on and each once, and it does not pass `until`.
+        Time stands still again as soon as `close_after` of the clients that were expected since the
+        last `pause` have left after this call, each counted once. It does not pass `until`, in
+        virtual seconds.
         """
         self._members |= set(clients)
         self._departures_left, self._until = close_after, until
@@ -107,7 +109,7 @@ class VirtualTimeScheduler(Scheduler):
         self._stands_still = True
 
     def join(self, client: str) -> list[Call]:
-        """Take back the LEAVE calls of a client that has a session again."""
+        """Remove and return the LEAVE calls of a client that has a session again."""
         calls = self._machine(client).calls
         leaving = [call for call in calls if call.kind is Kind.LEAVE]
         for call in leaving:
@@ -115,10 +117,11 @@ class VirtualTimeScheduler(Scheduler):
         return leaving
 
     def admit(self, call: Call) -> None:
-        """Take a call in; a client's LEAVE goes before its other calls."""
+        """Admit a call; a client's LEAVE is before its other calls."""
         if call.kind not in ORDERED:
             super().admit(call)
             return
+        # A client without a machine holds back no other client, so its LEAVE needs no order.
         if call.kind is Kind.LEAVE and call.client not in self._machines:
             self._unordered.append(call)
             return
@@ -131,33 +134,35 @@ class VirtualTimeScheduler(Scheduler):
             machine.calls.append(call)
 
     def next_call(self, deadline: float, contributors: Collection[str]) -> Call | None:
-        """As in `Scheduler`, in the order of virtual time."""
+        """See `Scheduler`; the order is that of virtual time."""
         if self._unordered:
             return self._unordered.popleft()
         if self._stands_still:
             return None
         at, client = self._first(contributors)
+        # Time goes up to `until` and not past it, so that a round ends at its virtual deadline.
         if self._until < min(at, deadline) < math.inf:
             self._now = max(self._now, self._until)
             return None
         if deadline < at:
             self._now = max(self._now, deadline)
             return Call(kind=Kind.TICK)
+        # The earliest client has not made its call yet. A later one must not overtake it.
         if at == math.inf or not self._machines[client].calls:
             return None
         self._now = at
         return self._take(client)
 
     def withdraw(self, session: str) -> list[Call]:
-        """As in `Scheduler`."""
-        gone = super().withdraw(session)
+        """See `Scheduler`."""
+        withdrawn = super().withdraw(session)
         for calls in self._queues():
             for call in [call for call in calls if call.session == session]:
                 calls.remove(call)
-        return gone
+        return withdrawn
 
     def give_up(self, contributors: Collection[str]) -> str | None:
-        """Stop waiting for the client that holds up time, if there is one; its name."""
+        """Stop waiting for the client that blocks time, if there is one; return its name."""
         at, client = self._first(contributors)
         if self._stands_still or at > self._until or not client or self._machines[client].calls:
             return None
@@ -165,7 +170,7 @@ class VirtualTimeScheduler(Scheduler):
         return client
 
     def _deadline_in(self, barrier: Barrier) -> float:
-        return math.inf  # it is a time of the virtual clock
+        return math.inf  # the deadline is on the virtual clock, so no real time leads to it
 
     def _ordered(self) -> Iterator[Call]:
         for calls in self._queues():
@@ -185,7 +190,8 @@ class VirtualTimeScheduler(Scheduler):
         return self._machines.setdefault(client, _Machine(at=self._now))
 
     def _first(self, contributors: Collection[str]) -> tuple[float, str]:
-        """The earliest next event of a client that does not wait at a barrier: (time, client)."""
+        """Return the earliest event of a client that does not wait at a barrier: (time, client)."""
+        # Events at the same time are ordered by the client's name, so a run can be repeated.
         events = [
             (max(self._now, machine.at), client)
             for client, machine in self._machines.items()
@@ -206,12 +212,14 @@ class VirtualTimeScheduler(Scheduler):
         else:
             machine.computing = True
             machine.at += self._slowdown.get(client, 1.0)
+            # Further forwards of the step have arrived before the first one ran.
             while machine.calls and machine.calls[0].kind is Kind.FORWARD:
                 self._unordered.append(machine.calls.popleft())
         return call
 
     def _depart(self, client: str) -> None:
-        for call in self._machines.pop(client).calls:  # of a client that goes on all the same
+        # A client that counted as dead may still work. Its calls begin a new machine.
+        for call in self._machines.pop(client).calls:
             self.admit(call)
         if client in self._members:
             self._members.remove(client)

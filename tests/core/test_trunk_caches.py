@@ -333,22 +333,26 @@ def entries(blocks=(1, 2), heads=2, tokens=3, width=8, value=0.0, rows=2):
 
 BROUGHT = dict(stateless=True, past=3)
 NONSENSE = {
-    "beyond what it holds": (dict(past=9), SessionLost, "holds 3 tokens, not the 9"),
+    "beyond what it holds": (
+        dict(past=9),
+        SessionLost,
+        "holds 3 tokens, but this request continues 9",
+    ),
     "rows that are not there": (
         dict(past=3, rows_B=torch.tensor([0, 2])),
         ProtocolError,
-        r"rows \[0, 2\] of 2 sequences",
+        r"rows \[0, 2\] were asked for, but the cache holds 2 sequences",
     ),
     "rows below zero": (
         dict(past=3, rows_B=torch.tensor([-1, 0])),
         ProtocolError,
-        r"rows \[-1, 0\] of 2 sequences",
+        r"rows \[-1, 0\] were asked for, but the cache holds 2 sequences",
     ),
     "too few rows": (dict(past=3, rows_B=torch.tensor([0])), BadTensor, "for each of 2 sequences"),
     "other rows than it holds": (
         dict(past=3, smashed_BTD=torch.ones(3, 1, 32)),
         SessionLost,
-        "holds 2 sequences, and 3 came",
+        "holds 2 sequences, but this request has 3",
     ),
     "a wrong width": (dict(smashed_BTD=torch.ones(2, 3, 16)), BadTensor, "hidden size is 32"),
     "another dtype": (
@@ -417,7 +421,7 @@ def test_more_than_a_static_cache_has_room_for_is_refused():
     with scene("llama") as here:
         link, session = opened(here, cache_tokens=4)
         link.exchange(request_of(session))
-        with pytest.raises(ProtocolError, match="6 tokens for a cache .* with room for 4"):
+        with pytest.raises(ProtocolError, match="room for 6 tokens, .* with room for 4"):
             link.exchange(request_of(session, call=1, past=3))
 
 
