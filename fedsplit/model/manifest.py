@@ -94,7 +94,8 @@ def sha256_of(path: Path) -> str:
 def hashes_of(directory: Path) -> dict[str, str]:
     """sha256 in hex of every file in the directory but the manifest, by name."""
     listed: Iterable[Path] = sorted(directory.iterdir())
-    return {p.name: sha256_of(p) for p in listed if p.is_file() and not p.name.startswith(NAME)}
+    # A process that was killed while it wrote the manifest left `.unfinished-manifest.json`.
+    return {p.name: sha256_of(p) for p in listed if p.is_file() and not p.name.endswith(NAME)}
 
 
 def versions(fedsplit: str) -> dict[str, str]:

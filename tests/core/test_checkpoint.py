@@ -354,3 +354,10 @@ def test_a_fingerprint_survives_the_disk(model_type, tmp_path):
     made = split_checkpoint(str(tmp_path), SPLIT, tmp_path / "parts")
     told = {json.loads((d / "manifest.json").read_text())["fingerprint"] for d in made.values()}
     assert told == {model_fingerprint(whole.config, SPLIT)}
+
+
+def test_a_manifest_that_a_killed_process_left_is_not_listed(tmp_path):
+    (tmp_path / "part.safetensors").write_bytes(b"weights")
+    for name in ("manifest.json", ".unfinished-manifest.json"):
+        (tmp_path / name).write_text("{}")
+    assert list(hashes_of(tmp_path)) == ["part.safetensors"]
