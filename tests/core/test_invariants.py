@@ -107,7 +107,7 @@ def held() -> dict[str, int]:
     }
 
 
-def test_nothing_grows_over_a_thousand_sessions():
+def test_nothing_grows_over_hundreds_of_sessions():
     with world(CONFIG, run_of(PolicySpec())) as here:
         alice, bob = Client(here, "alice"), Client(here, "bob")
 
@@ -121,11 +121,11 @@ def test_nothing_grows_over_a_thousand_sessions():
 
         bob.open()
         bob.close()
-        before, after = sessions(50), sessions(1000)
-    assert here.service.engine.version == 1050
+        before, after = sessions(50), sessions(400)
+    assert here.service.engine.version == 450
     assert after["threads"] <= before["threads"]
     assert after["descriptors"] <= before["descriptors"]
-    assert after["memory blocks"] - before["memory blocks"] < MOST_BLOCKS * 1000
+    assert after["memory blocks"] - before["memory blocks"] < MOST_BLOCKS * 400
 
 
 def test_nothing_grows_over_the_steps_of_a_session():
@@ -135,14 +135,14 @@ def test_nothing_grows_over_the_steps_of_a_session():
         for _ in range(50):
             alice.step()
         before = held()
-        for _ in range(300):
+        for _ in range(200):
             alice.step()
         after = held()
         alice.close()
         assert (here.service.num_sessions, here.service.engine.stashed_bytes) == (0, 0)
     assert after["threads"] <= before["threads"]
     assert after["descriptors"] <= before["descriptors"]
-    assert after["memory blocks"] - before["memory blocks"] < MOST_BLOCKS * 300
+    assert after["memory blocks"] - before["memory blocks"] < MOST_BLOCKS * 200
 
 
 def test_clients_that_came_once_leave_nothing_when_they_are_forgotten():
@@ -157,9 +157,9 @@ def test_clients_that_came_once_leave_nothing_when_they_are_forgotten():
                 assert here.service.forget(guest.name)
             return held()
 
-        before, after = guests(range(50)), guests(range(50, 250))
+        before, after = guests(range(50)), guests(range(50, 200))
     assert after["threads"] <= before["threads"]
-    assert after["memory blocks"] - before["memory blocks"] < MOST_BLOCKS * 200
+    assert after["memory blocks"] - before["memory blocks"] < MOST_BLOCKS * 150
 
 
 # --- disorder ---------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_a_network_that_stands_still_changes_no_number(config: PretrainedConfig)
         expected = train(here)
     with federation(config, 3) as (here, proxy):
         threading.Timer(0.05, proxy.hold).start()
-        threading.Timer(1.05, proxy.heal).start()
+        threading.Timer(0.15, proxy.heal).start()
         got = train(here)
     assert got.equals(expected)
 

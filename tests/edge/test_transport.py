@@ -270,21 +270,21 @@ def test_a_late_reply_is_a_deadline_and_the_link_goes_on(
 
 def test_who_waits_behind_others_is_not_late(address: str, service: EchoService) -> None:
     def open_now_and_then() -> None:
-        for call in range(4):
+        for call in range(7):
             while len(service.handled) <= call:
                 time.sleep(0.01)
-            time.sleep(0.4)
+            time.sleep(0.1)
             service.gate.set()
             service.gate.clear()
 
     service.gate.clear()
-    with linked(address, deadline_s=1.0) as link, ThreadPoolExecutor(4) as pool:
+    with linked(address, deadline_s=0.5) as link, ThreadPoolExecutor(2) as pool:
         pool.submit(open_now_and_then)
         stream = link.stream()
-        answers = [stream.begin(forward(call=call)) for call in range(3)]
-        assert [pool.submit(answer).result(10).version for answer in answers] == [0, 1, 2]
-        answer = stream.begin(forward(call=3))
-        assert answer().version == 3
+        answers = [stream.begin(forward(call=call)) for call in range(6)]
+        assert [pool.submit(answer).result(10).version for answer in answers] == [*range(6)]
+        answer = stream.begin(forward(call=6))
+        assert answer().version == 6
 
 
 def test_a_late_reply_takes_those_behind_it_along(address: str, service: EchoService) -> None:
@@ -320,7 +320,7 @@ def test_a_reply_that_cannot_be_read_is_not_mistaken_for_the_next(address: str) 
 def test_a_link_may_idle_for_longer_than_its_deadline(address: str, service: EchoService) -> None:
     with linked(address, deadline_s=0.3) as link:
         link.exchange(forward())
-        time.sleep(0.7)
+        time.sleep(0.4)
         link.exchange(forward())
     assert service.gone(1) == ["s1"]
 
