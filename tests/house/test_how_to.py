@@ -47,7 +47,7 @@ def test_a_diff_applies_and_passes_the_test_that_it_adds(diff: str, tmp_path: Pa
     call(tmp_path, "git", "init", "--quiet")
     (tmp_path / "page.diff").write_text(diff, encoding="utf-8")
     call(tmp_path, "git", "apply", "page.diff")
-    tests = [name for name in changed_files(diff) if name.startswith("tests/")]
+    tests = [n for n in changed_files(diff) if n.startswith("tests/") and n.endswith(".py")]
     assert tests, "the diff adds no test"
     call(tmp_path, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
 
