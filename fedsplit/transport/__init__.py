@@ -1,1 +1,1 @@
-"""The only place that imports grpc: the wire's schema, its frames, and both of its ends."""
+"""The transport over gRPC: schema, frames, client and server; only this package imports grpc."""

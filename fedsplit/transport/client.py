@@ -1,7 +1,7 @@
-"""The client's end of the wire: a link to one trunk over gRPC.
+"""The client of the transport: a link to one trunk over gRPC.
 
-Tensors go over one Exchange stream, the rest over unary calls. A call is tried once: who wants
-another try asks again, and a link whose stream broke opens a new one for it.
+Tensors go over one Exchange stream, all else over unary calls. The link makes one attempt per
+request; retries are up to the caller. After a broken stream, the next request opens a new one.
 """
 
 import itertools
@@ -38,8 +38,10 @@ from fedsplit.wire.messages import GradientsRequest, R, Request
 from fedsplit.wire.validation import check_reply
 
 LONG_REPLY_BYTES = 4 << 30
-"""The longest payload of gradients, or of keys and values, that a client takes."""
+"""The longest payload of gradients, or of keys and values, that a client accepts."""
 
+# With the keepalive timeout alone, gRPC detects a frozen peer after more than a minute; with the
+# ping timeout as well, it does after keepalive time plus ping timeout.
 OPTIONS = (
     ("grpc.keepalive_time_ms", 10000),
     ("grpc.keepalive_timeout_ms", 5000),
@@ -50,7 +52,8 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5000),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.max_receive_message_length", FRAME_BYTES),
-    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every link
+    # Links to the same address would share one connection otherwise.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 )
 
@@ -58,15 +61,15 @@ OPTIONS = (
 class GrpcLink(Link):
     """A link to the trunk at `address` (host:port, or unix:path).
 
-    May be used by several threads; their requests go over the stream one after another, and the
-    replies come in the same order. The connection is made with the first request. `bytes_up` and
-    `bytes_down` count every byte of every frame.
+    Several threads may use it; their requests go over the stream one after another, and the
+    replies come in the same order. The first request makes the connection. `bytes_up` and
+    `bytes_down` count the bytes of all frames.
 
     Args:
-        address: Where the trunk server listens.
-        token: Presented with every call.
-        wire: Deadline and TLS.
-        ca: PEM of the authority to trust, in place of `wire.tls_ca`.
+        address: The address of the trunk server.
+        token: The token that is sent with every call.
+        wire: The deadline and TLS settings.
+        ca: The PEM certificate of the authority to trust, in place of `wire.tls_ca`.
 
     Raises:
         ConfigError: `wire.tls_ca` cannot be read.
@@ -79,8 +82,8 @@ class GrpcLink(Link):
         self.deadline_s = wire.call_deadline_s
         self._metadata = ((TOKEN_KEY, token),)
         self._process = os.getpid()
-        self._turn = threading.Lock()
-        self._counting = threading.Lock()
+        self._stream_lock = threading.Lock()
+        self._count_lock = threading.Lock()
         self._closed = False
         self._streams: list[_ExchangeStream] = []  # the one in use, if there is one
         if ca or wire.tls_ca or wire.tls_cert:
@@ -92,7 +95,7 @@ class GrpcLink(Link):
         """Send a request and wait for its reply, at most `wire.call_deadline_s`.
 
         Raises:
-            FedsplitError: What the trunk answered, or what became of the connection.
+            FedsplitError: The trunk's error, or the failure of the connection.
         """
         self._check_open()
         call = CALLS[type(request)]
@@ -101,8 +104,8 @@ class GrpcLink(Link):
         return self.stream().begin(request)()
 
     def stream(self) -> "_ExchangeStream":
-        """The stream that is open now; a new one if that is broken or there is none."""
-        with self._turn:
+        """The open stream; a new one if it is broken or there is none."""
+        with self._stream_lock:
             self._check_open()
             if self._streams and self._streams[0].broken:
                 self._streams.pop().end()
@@ -111,18 +114,19 @@ class GrpcLink(Link):
             return self._streams[0]
 
     def close(self) -> None:
-        """Let go of the connection; calls in work end with `ConnectionLost`."""
+        """Close the connection; calls in progress end with `ConnectionLost`."""
+        # After a fork, the channel belongs to the parent process.
         if self._closed or os.getpid() != self._process:
             return
         self._closed = True
         self._channel.close()
-        with self._turn:
+        with self._stream_lock:
             for stream in self._streams:
                 stream.end()
             self._streams.clear()
 
     def _check_open(self) -> None:
-        # Not a lost connection: no attempt after this one could succeed.
+        # Not `ConnectionLost`, because a retry could not succeed.
         if os.getpid() != self._process:
             raise ProtocolError(
                 f"the link to {self._address} was made before a fork; make a new one after it"
@@ -141,7 +145,7 @@ class GrpcLink(Link):
         return from_frame(answer, FRAME_BYTES)
 
     def checked(self, request: Request[R], body: Body) -> R:
-        """The reply in a body, if it is one to this request.
+        """The body as the reply to this request.
 
         Raises:
             FedsplitError: The body is an error, or no legal reply.
@@ -158,24 +162,25 @@ class GrpcLink(Link):
         return cast(R, body)
 
     def error_of(self, exc: grpc.RpcError, *, expired: bool) -> FedsplitError:
-        """The error that gRPC's own stands for; `expired` if the deadline ended the call."""
+        """Our error for one of gRPC; `expired` if the deadline ended the call."""
+        # The watch cancels a late call, so gRPC itself reports CANCELLED.
         if expired:
             return self.error("DEADLINE_EXCEEDED")
         return from_rpc_error(exc, self._address, self.deadline_s)
 
     def error(self, status: str, details: str = "") -> FedsplitError:
-        """The error that a status of gRPC's stands for."""
+        """Our error for a status of gRPC."""
         return from_status(status, details, self._address, self.deadline_s)
 
     def count(self, up: int, down: int) -> None:
-        """Count bytes of frames."""
-        with self._counting:
+        """Add to the counts of bytes of frames."""
+        with self._count_lock:
             self.bytes_up += up
             self.bytes_down += down
 
 
-def _longest_reply(request: Request[Any]) -> int:
-    """How many bytes of payload its reply may have: those of its own tensors, but for a few."""
+def _max_reply_bytes(request: Request[Any]) -> int:
+    """The most bytes of payload in its reply: a reply is about as large as its request."""
     if isinstance(request, GradientsRequest) or getattr(request, "stateless", False):
         return LONG_REPLY_BYTES
     values = (getattr(request, field.name) for field in traveling(request))
@@ -183,11 +188,11 @@ def _longest_reply(request: Request[Any]) -> int:
 
 
 class _ExchangeStream(Stream):
-    """One Exchange call: frames out, frames in, and a watch that ends it when it is late.
+    """One Exchange call: frames out, frames in, and a thread that cancels it at the deadline.
 
-    Several requests may be on their way; each has an event that is set when it is the next to be
-    answered. For that it may take the link's deadline from then on. The stream is `broken` once no
-    more replies can be read from it.
+    Several requests may be in progress; each has an event that is set when its reply is the next
+    one. The deadline of a request counts from then on. The stream is `broken` once no more replies
+    can be read from it.
     """
 
     def __init__(
@@ -202,58 +207,61 @@ class _ExchangeStream(Stream):
         self._frames: Any = open_stream(frames, metadata=metadata)
         self._due = math.inf
         self._unanswered: deque[threading.Event] = deque()
-        self._lock = threading.Lock()  # of the two above
+        self._lock = threading.Lock()  # guards `_due` and `_unanswered`
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._end_if_late, name="fedsplit-watch", daemon=True)
         self._watch.start()
 
     def begin(self, request: Request[R]) -> Callable[[], R]:
-        """Put a request's frames on their way; each is made when the one before it is gone.
+        """Send a request; return a function that waits for its reply.
 
-        So they never lie in memory together, and what makes one fails here if it is the first.
+        Frames are made one by one as gRPC sends them, so they are never in memory together. The
+        first one is made here, so that errors of encoding are raised here.
         """
-        frames, turn = to_frames(request), threading.Event()
+        frames, is_next = to_frames(request), threading.Event()
         first = next(frames)
+        # One lock for both queues: replies are read in the order in which requests are sent.
         with self._lock:
-            self._unanswered.append(turn)
+            self._unanswered.append(is_next)
             self._outbox.put(self._counted(itertools.chain((first,), frames)))
             if len(self._unanswered) == 1:
                 self._await_next()
-        return lambda: self._link.checked(request, self._answer(turn, request))
+        return lambda: self._link.checked(request, self._answer(is_next, request))
 
     def _counted(self, frames: Iterator[bytes]) -> Iterator[bytes]:
         for frame in frames:
             self._link.count(len(frame), 0)
             yield frame
 
-    def _answer(self, turn: threading.Event, request: Request[Any]) -> Body:
-        """Read the reply to a request, after those to the requests before it."""
+    def _answer(self, is_next: threading.Event, request: Request[Any]) -> Body:
+        """Read the reply to a request, after the replies to all requests before it."""
         body: Body | None = None
         try:
-            turn.wait()
+            is_next.wait()
             body = self._read(request)
         except grpc.RpcError as exc:
             raise self._link.error_of(exc, expired=self._expired) from exc
         finally:
             if body is None:  # it failed, or this thread was interrupted
                 self.broken = True
-                self._frames.cancel()  # or the rest of this reply would be read as the next one
+                # The rest of this reply would be read as the next one otherwise.
+                self._frames.cancel()
             with self._lock:
-                self._unanswered.remove(turn)
+                self._unanswered.remove(is_next)
                 self._await_next()
                 self.broken |= self._expired
         return body
 
     def _read(self, request: Request[Any]) -> Body:
-        reader = Reader(_longest_reply(request))
+        reader = Reader(_max_reply_bytes(request))
         for frame in self._frames:
             self._link.count(0, len(frame))
             if (body := reader.feed(frame)) is not None:
                 return body
-        raise self._link.error("UNAVAILABLE", "it ended the stream")
+        raise self._link.error("UNAVAILABLE", "the server ended the stream")
 
     def end(self) -> None:
-        """Cancel the call; its threads end."""
+        """Cancel the call and end its threads."""
         self._ended.set()
         self._outbox.put(None)
         self._frames.cancel()
@@ -266,7 +274,8 @@ class _ExchangeStream(Stream):
             self._unanswered[0].set()
 
     def _end_if_late(self) -> None:
-        wait_s = self._link.deadline_s  # whatever begins meanwhile is not due before
+        # A request that begins during the wait is not due before its end.
+        wait_s = self._link.deadline_s
         while not self._ended.wait(wait_s):
             with self._lock:
                 left_s = self._due - time.monotonic()

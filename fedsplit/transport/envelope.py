@@ -1,8 +1,8 @@
 """The bytes of one frame: its header as protobuf, then the payload as the last field.
 
-Building a protobuf object around a tensor costs more than sending it. So only the small header
-is serialized, and the payload is appended as the last field's tag, length and bytes: the same
-valid protobuf.
+A protobuf object with a tensor in it takes longer to build than to send. So protobuf serializes
+only the small header, and the payload is appended as the last field's tag, length and bytes. The
+result is the same valid protobuf.
 """
 
 from google.protobuf.message import DecodeError
@@ -14,6 +14,7 @@ from fedsplit.transport import fedsplit_pb2 as pb
 def write_frame(header: pb.Header, payload: list[memoryview]) -> bytes:
     """The frame of a header and the pieces of its payload, which are copied once."""
     head = header.SerializeToString()
+    # 0x0a and 0x12 are the tags of fields 1 (header) and 2 (payload), both length-delimited.
     start = b"\x0a" + _varint(len(head)) + head
     if not payload:
         return start
@@ -21,7 +22,7 @@ def write_frame(header: pb.Header, payload: list[memoryview]) -> bytes:
 
 
 def read_frame(frame: bytes) -> tuple[pb.Header, memoryview]:
-    """Header and payload; by hand if the frame is laid out as ours are, else by protobuf.
+    """Header and payload, without a copy if the frame has the layout of `write_frame`.
 
     Raises:
         ProtocolError: The bytes are not a frame.
@@ -32,6 +33,7 @@ def read_frame(frame: bytes) -> tuple[pb.Header, memoryview]:
     try:
         if start and stop == len(view):
             return pb.Header.FromString(frame[start:end]), view[begin:stop]
+        # Legal protobuf of another writer: fields in another order, or unknown ones.
         other = pb.Frame.FromString(frame)
         return other.header, memoryview(other.payload)
     except DecodeError as exc:
@@ -48,10 +50,11 @@ def _varint(value: int) -> bytes:
 
 
 def _span(view: memoryview, at: int, tag: int) -> tuple[int, int]:
-    """Where the length-delimited field at `at` begins and ends; (0, 0) if `tag` is not there."""
+    """Begin and end of the length-delimited field at `at`; (0, 0) if `tag` is not there."""
     if at >= len(view) or view[at] != tag:
         return 0, 0
     length = 0
+    # Five bytes of a varint hold 35 bits, more than any frame's length.
     for i, byte in enumerate(view[at + 1 : at + 6]):
         length |= (byte & 0x7F) << (7 * i)
         if byte < 0x80:

@@ -1,6 +1,6 @@
-"""Messages as the frames of `fedsplit.proto`, and back, with one copy of a tensor on each side.
+"""The conversion of messages to frames of `fedsplit.proto` and back; each side copies tensors once.
 
-Received payloads go to memory that is taken once, after the header was checked.
+The memory of a received payload is allocated once, after the header was checked.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,20 @@ from fedsplit.wire.compression import NUMBERS
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
 CHUNK_BYTES = 1 << 20
+"""The most payload in one frame of a stream. A longer payload is sent in several frames."""
+
 FRAME_BYTES = 4 << 20
-"""The longest frame that either side receives. A longer payload travels in several frames."""
+"""The longest frame that either side receives."""
 
 ALIGNMENT = 8
+"""Tensors begin at multiples of this, so that views of the buffer are aligned for any dtype."""
+
 SERVICE = "fedsplit.v1.ComputeService"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A method of the service; what streams carries tensors and goes over Exchange."""
+    """A method of the service; with `streams` it carries tensors and goes over Exchange."""
 
     method: str
     request: type[Request[Any]]
@@ -63,7 +67,7 @@ _BODIES = {name.title().replace("_", ""): name for name in pb.Header.DESCRIPTOR.
 
 
 class _Kind(Enum):
-    """How a field of a message stands in its protobuf."""
+    """The kind of a message's field, which decides its form in protobuf."""
 
     VALUE = "value"
     VALUES = "values"
@@ -98,10 +102,10 @@ _CODECS = {number: name for name, number in NUMBERS.items()}
 
 
 def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The frames of a message; `chunk_bytes` is the most payload that one frame carries.
+    """The frames of a message; `chunk_bytes` is the most payload in one frame.
 
     Raises:
-        BadTensor: A tensor's dtype or shape may not cross the wire.
+        BadTensor: A tensor's dtype or shape may not be sent.
     """
     header = pb.Header()
     if isinstance(message, FedsplitError):
@@ -111,6 +115,7 @@ def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
     parts: list[memoryview] = []
     name = _BODIES[type(message).__name__]
     body = getattr(header, name)
+    # A message without fields, such as CloseReply, would leave the oneof unset otherwise.
     body.SetInParent()
     _write_fields(body, message, parts)
     header.payload_bytes = sum(len(part) for part in parts)
@@ -125,10 +130,10 @@ def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
 
 
 def to_frame(message: Body) -> bytes:
-    """The one frame of a message in a unary call.
+    """The frame of a message in a unary call.
 
     Raises:
-        BadTensor: A tensor's dtype or shape may not cross the wire.
+        BadTensor: A tensor's dtype or shape may not be sent.
         TooLarge: The message does not fit into one frame.
     """
     frame = next(to_frames(message, chunk_bytes=FRAME_BYTES))
@@ -181,7 +186,7 @@ def _write_tensor(tensor: Tensor, parts: list[memoryview], *how: Any) -> pb.Tens
 
 
 def _cut(parts: list[memoryview], size: int) -> Iterator[list[memoryview]]:
-    """Groups of pieces of `parts`, in order, `size` bytes each but for the last."""
+    """Groups of pieces of `parts`, in order; each has `size` bytes, the last one may have fewer."""
     group: list[memoryview] = []
     room = size
     for part in parts:
@@ -200,10 +205,10 @@ def _cut(parts: list[memoryview], size: int) -> Iterator[list[memoryview]]:
 
 
 class Reader:
-    """Puts the frames of one stream, in order, together to messages.
+    """Assembles the frames of one stream, in order, to messages.
 
     Args:
-        max_bytes: The longest payload to take memory for, in bytes, as it comes and decoded.
+        max_bytes: The longest payload to allocate memory for, in bytes, encoded and decoded.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -211,20 +216,20 @@ class Reader:
         self._pending: _Pending | None = None
 
     def feed(self, frame: bytes) -> Body | None:
-        """Take in a frame; the message if it is complete now.
+        """Add a frame; return the message if it is complete.
 
         Raises:
-            ProtocolError: Not a frame, or not one that may come here.
+            ProtocolError: The bytes are not a frame, or not one that is legal here.
             BadTensor: The header's tensors and the payload do not agree.
             TooLarge: The payload is longer than `max_bytes`.
         """
         header, payload = read_frame(frame)
         if header.WhichOneof("body") == "chunk":
             if self._pending is None:
-                raise ProtocolError("a chunk came before the message that it belongs to")
+                raise ProtocolError("a chunk came without a message before it")
             self._pending.add(header.chunk.offset, payload)
         elif self._pending is not None:
-            raise ProtocolError(f"a new message came inside of another: {self._pending}")
+            raise ProtocolError(f"a new message came before the end of {self._pending}")
         elif header.WhichOneof("body") == "error":
             return _read_error(header.error)
         else:
@@ -236,26 +241,28 @@ class Reader:
 
 
 def from_frame(frame: bytes, max_bytes: int) -> Body:
-    """The message of a unary call's one frame.
+    """The message in the frame of a unary call.
 
     Raises:
-        ProtocolError: Not a frame, or only a part of a message.
+        ProtocolError: The bytes are not a frame, or only a part of a message.
         BadTensor: The header's tensors and the payload do not agree.
         TooLarge: The payload is longer than `max_bytes`.
     """
     message = Reader(max_bytes).feed(frame)
     if message is None:
-        raise ProtocolError("a unary call carries its whole payload in one frame; it is short")
+        raise ProtocolError(
+            "a unary call carries its whole payload in one frame; this one is too short"
+        )
     return message
 
 
 class _Pending:
-    """A message whose header was checked and whose payload is coming in."""
+    """A message whose header was checked and whose payload is incomplete."""
 
     def __init__(self, header: pb.Header, payload: memoryview, max_bytes: int) -> None:
         name = header.WhichOneof("body")
         if name is None:
-            raise ProtocolError("a frame without a message in its header")
+            raise ProtocolError("a frame came without a message in its header")
         self._body = getattr(header, name)
         self._cls = _CLASSES[self._body.DESCRIPTOR.name]
         self._metas = [_read_meta(meta) for meta in _metas(self._cls, self._body)]
@@ -265,15 +272,17 @@ class _Pending:
                 f"{self._cls.__name__} announces {header.payload_bytes} bytes of payload, but "
                 f"its tensors take {self._total}"
             )
+        # A codec may expand a few bytes to many, so both sizes count.
         memory = max(self._total, sum(meta.decoded_bytes for meta in self._metas))
         if memory > max_bytes:
             raise TooLarge(
-                f"{self._cls.__name__} carries {memory} bytes; at most {max_bytes} are taken"
+                f"{self._cls.__name__} carries {memory} bytes; at most {max_bytes} are allowed"
             )
         self._filled = 0
         self._buffer = self._first(payload)
 
     def _first(self, payload: memoryview) -> memoryview:
+        # A copy, because gRPC owns the bytes and tensors need writable memory.
         if len(payload) == self._total:
             self._filled = self._total
             return memoryview(bytearray(payload))
@@ -282,7 +291,7 @@ class _Pending:
         return self._buffer
 
     def add(self, offset: int, payload: memoryview) -> None:
-        """Take in the payload that begins at `offset`."""
+        """Add the payload that begins at `offset`."""
         end = offset + len(payload)
         if offset != self._filled or end > self._total or not payload:
             raise BadTensor(f"a chunk of bytes {offset} to {end} does not continue {self}")
@@ -291,7 +300,7 @@ class _Pending:
 
     @property
     def complete(self) -> bool:
-        """Whether every byte is there."""
+        """Whether all bytes were received."""
         return self._filled == self._total
 
     def message(self) -> Request[Any] | Reply:
@@ -308,7 +317,9 @@ class _Pending:
             offset += meta.nbytes + -meta.nbytes % ALIGNMENT
 
     def __str__(self) -> str:
-        return f"{self._cls.__name__}, of which {self._filled} of {self._total} bytes are there"
+        return (
+            f"a {self._cls.__name__} of which {self._filled} of {self._total} bytes were received"
+        )
 
 
 def _read_error(body: pb.Error) -> FedsplitError:
@@ -316,7 +327,7 @@ def _read_error(body: pb.Error) -> FedsplitError:
 
 
 def _metas(cls: type, body: Any) -> Iterator[pb.TensorMeta]:
-    """The tensors that a body announces, in the order of their bytes."""
+    """The descriptions of a body's tensors, in the order of their bytes."""
     for name, kind in _LAYOUTS[cls]:
         if kind is _Kind.TENSORS:
             yield from getattr(body, name)
@@ -333,7 +344,8 @@ def _read_meta(meta: pb.TensorMeta) -> TensorMeta:
     read = TensorMeta(
         dtype=_DTYPES.get(meta.dtype, str(meta.dtype)),
         codec=_CODECS.get(meta.codec, str(meta.codec)),
-        shape=tuple(meta.shape[:5]),  # five are enough to refuse it
+        # Five dimensions are enough for `check` to refuse the shape, however long it is.
+        shape=tuple(meta.shape[:5]),
         nbytes=meta.nbytes,
     )
     read.check()

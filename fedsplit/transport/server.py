@@ -1,4 +1,4 @@
-"""The server's end of the wire: takes calls in, hands them to a service, answers every one."""
+"""The server of the transport: passes calls to a service and sends its replies."""
 
 import logging
 import threading
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 OPTIONS = {
     "grpc.http2.min_recv_ping_interval_without_data_ms": 5000,
-    # Pings pile up while a busy machine is not reading; that must not cost a client its stream.
+    # Pings of a client queue up while a busy server does not read; no strikes for them.
     "grpc.http2.max_ping_strikes": 0,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.keepalive_time_ms": 10000,
@@ -46,19 +46,19 @@ OPTIONS = {
     "grpc.so_reuseport": 0,
 }
 HEADER_BYTES = 1 << 20
-"""Room for everything in a message but the largest tensor."""
+"""Bytes for all parts of a message but its tensors."""
 
 
 class GrpcServer:
     """Serves one trunk service over gRPC, next to the standard health service.
 
-    The health service reports on the server, and on every trunk of it under the trunk's name.
+    The health service reports the status of the server, and of each trunk under its name.
 
     Args:
-        service: The trunk.
-        wire: Where to listen, and TLS.
-        limits: The largest request; nothing longer is taken into memory.
-        max_clients: Streams at a time; one more is told `OVERLOADED`.
+        service: The trunk service.
+        wire: The address to listen on, and TLS.
+        limits: The largest request; memory is not allocated for a longer one.
+        max_clients: The most streams at a time; another one is refused with `OVERLOADED`.
     """
 
     def __init__(
@@ -68,22 +68,24 @@ class GrpcServer:
         self._trunks = service.trunks
         self._health = health.HealthServicer()
         max_bytes = largest_payload(limits, with_bases=bool(wire.history_bytes))
-        self._door = _Door(service, max_bytes=max_bytes, max_clients=max_clients)
-        workers = 2 * max_clients + 8  # streams whose client went away, and unary calls
+        self._calls = _Calls(service, max_bytes=max_bytes, max_clients=max_clients)
+        # A stream occupies a thread, also for a while after its client has gone, and unary calls
+        # need some more.
+        workers = 2 * max_clients + 8
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fedsplit-call")
         self._server = grpc.server(
             self._pool,
             maximum_concurrent_rpcs=workers,
             options=tuple(OPTIONS.items()),
         )
-        self._server.add_generic_rpc_handlers((self._door.handlers(),))
+        self._server.add_generic_rpc_handlers((self._calls.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def start(self) -> str:
-        """Listen, and say where: host:port as bound, or the unix: address.
+        """Listen; return the address, host:port as bound or unix:path.
 
         Raises:
-            ConfigError: The address cannot be listened on, or a TLS file not be used.
+            ConfigError: The address is not available, or a TLS file cannot be read.
         """
         bind = self._wire.bind
         try:
@@ -101,7 +103,7 @@ class GrpcServer:
         return bind if bind.startswith("unix:") else f"{bind.rpartition(':')[0]}:{port}"
 
     def _trunk_ended(self, name: str, ended: "Future[None]") -> None:
-        """Report a trunk that failed as not serving, and the server once none of them serves."""
+        """Report a trunk that failed as not serving, and the server once all trunks have failed."""
         if ended.exception() is None:
             return
         others = [other for other in self._trunks.values() if not other.done()]
@@ -109,19 +111,20 @@ class GrpcServer:
             self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def stop(self, grace_s: float = 5.0) -> None:
-        """Refuse new work, wait up to `grace_s` seconds for what is in work, and hang up."""
+        """Refuse new calls, wait up to `grace_s` seconds for calls in progress, and disconnect."""
         self._health.enter_graceful_shutdown()
-        self._door.drain(grace_s)
+        self._calls.drain(grace_s)
         self._server.stop(grace=0).wait()
-        self._pool.shutdown(wait=False)  # a call may still wait for the service to stop
+        # Not waited for: a call may block until the service stops, which happens after this.
+        self._pool.shutdown(wait=False)
 
 
 def largest_payload(limits: Limits, *, with_bases: bool = False) -> int:
-    """Bytes of the largest legal request, and a quarter on top.
+    """Bytes of the largest legal request, plus a quarter.
 
     Args:
-        limits: Of requests.
-        with_bases: Whether a forward may bring what it goes by, up and down in bfloat16.
+        limits: The limits of requests.
+        with_bases: Whether a forward may carry references, up and down in bfloat16.
     """
     per_token = 4 * limits.hidden_size + 2 * 8  # float32, and an int64 for mask and position
     in_training = per_token + (2 * 2 * limits.hidden_size if with_bases else 0)
@@ -130,8 +133,8 @@ def largest_payload(limits: Limits, *, with_bases: bool = False) -> int:
     return max(payload, limits.stateless_bytes) + HEADER_BYTES
 
 
-class _Door:
-    """What happens to a call between gRPC and the service."""
+class _Calls:
+    """The handlers of calls between gRPC and the service."""
 
     def __init__(self, service: Service, *, max_bytes: int, max_clients: int) -> None:
         self._max_bytes = max_bytes
@@ -142,7 +145,7 @@ class _Door:
         self._changed = threading.Condition()
 
     def handlers(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """Every method of the schema; messages stay bytes for gRPC."""
+        """The handlers of all methods; gRPC passes messages as bytes."""
         unary = {
             call.method: grpc.unary_unary_rpc_method_handler(self._unary(call))
             for call in CALLS.values()
@@ -151,7 +154,7 @@ class _Door:
         return grpc.method_handlers_generic_handler(SERVICE, {"Exchange": exchange, **unary})
 
     def drain(self, grace_s: float) -> None:
-        """Refuse what comes from now on, and wait for what came before."""
+        """Refuse calls from now on, and wait for calls in progress."""
         with self._changed:
             self._draining = True
             self._changed.wait_for(lambda: self._in_work == 0, timeout=grace_s)
@@ -173,11 +176,14 @@ class _Door:
     def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         stream, reader = object(), Reader(self._max_bytes)
         try:
+            # Before the first read, so that a stranger cannot make the server allocate memory.
             self._service.check_token(_token_of(context))
             self._streams.enter(stream)
+            # Runs when the client goes away, while this thread may wait in the service.
             context.add_callback(lambda: self._streams.leave(stream))
             for frame in frames:
                 if (message := reader.feed(frame)) is not None:
+                    # Until the reply is sent: a drain waits for that as well.
                     with self._working():
                         yield from to_frames(self._stream_answer(message, stream, context))
         except FedsplitError as error:
@@ -203,7 +209,7 @@ class _Door:
         except FedsplitError:
             raise
         except Exception as exc:
-            log.exception("%s failed", type(message).__name__)
+            log.exception("a %s failed", type(message).__name__)
             raise Internal("the trunk server failed; its log has the details") from exc
         if isinstance(message, CloseRequest):
             self._streams.close(message.session)

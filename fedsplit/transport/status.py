@@ -1,4 +1,4 @@
-"""Where our errors become gRPC's and gRPC's become ours; clients decide on our code alone."""
+"""The conversion of our errors to gRPC's and back; clients decide by our code only."""
 
 import re
 from typing import NoReturn
@@ -10,6 +10,7 @@ from fedsplit.errors import FedsplitError, error_from_code
 
 TOKEN_KEY = "fedsplit-token"
 MAX_METADATA_BYTES = 16384
+# Keeps the trailing metadata well below MAX_METADATA_BYTES.
 _MAX_DETAIL = 2000
 
 _TLS = "handshake failed|ssl_error|certificate|hostname verification"
@@ -55,11 +56,12 @@ _FALLBACKS: tuple[tuple[str, str, type[FedsplitError], str], ...] = (
     ),
     ("", "", errors.Internal, "a call to {address} ended with {status}: {details}"),
 )
-"""What gRPC's own failures are to us: status, part of its text, our class and our text."""
+"""Our errors for gRPC's own: status, pattern of its text, our class and our text; first match."""
 
 
 def abort(context: grpc.ServicerContext, error: FedsplitError) -> NoReturn:
     """End a call with the error's gRPC status, and its code in the trailing metadata."""
+    # Metadata values must be ASCII on one line.
     detail = str(error).encode("ascii", "backslashreplace").decode().replace("\n", " ")
     detail = detail[:_MAX_DETAIL]
     context.set_trailing_metadata(
@@ -74,17 +76,18 @@ def abort(context: grpc.ServicerContext, error: FedsplitError) -> NoReturn:
 
 
 def from_rpc_error(exc: grpc.RpcError, address: str, deadline_s: float) -> FedsplitError:
-    """What ended a call: the error that the trunk named, or what the status says if it did not."""
-    told = {item.key: str(item.value) for item in exc.trailing_metadata() or ()}
-    if code := told.get("fedsplit-code"):
-        wait_ms = told.get("fedsplit-retry-after-ms", "")
+    """The trunk's error if the metadata has its code, or else the error for gRPC's status."""
+    metadata = {item.key: str(item.value) for item in exc.trailing_metadata() or ()}
+    if code := metadata.get("fedsplit-code"):
+        wait_ms = metadata.get("fedsplit-retry-after-ms", "")
+        # The peer sent it, so it may be anything.
         wait_s = int(wait_ms) / 1000 if re.fullmatch(r"\d{1,9}", wait_ms) else 0.0
-        return error_from_code(code, told.get("fedsplit-detail", ""), wait_s)
+        return error_from_code(code, metadata.get("fedsplit-detail", ""), wait_s)
     return from_status(exc.code().name, exc.details() or "", address, deadline_s)
 
 
 def from_status(status: str, details: str, address: str, deadline_s: float) -> FedsplitError:
-    """The error that stands for a gRPC status which came without a code of ours."""
+    """The error for a gRPC status that came without a code of ours."""
     cls, text = next(
         (cls, text)
         for name, part, cls, text in _FALLBACKS

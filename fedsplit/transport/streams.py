@@ -1,4 +1,4 @@
-"""Which open stream carries which session; says when a session has lost its stream."""
+"""The open streams of a server and their sessions; reports sessions that lost their stream."""
 
 import threading
 from collections.abc import Callable
@@ -6,20 +6,20 @@ from collections.abc import Callable
 from fedsplit.errors import Overloaded
 
 SESSIONS = 1024
-"""How many sessions a stream carries at most."""
+"""The most sessions of one stream."""
 
 
 class Streams:
     """The open streams of a server, at most `limit` of them.
 
-    A session belongs to the stream that last carried a request of it that was answered well: a
-    stranger cannot claim it, and the end of a stream that was replaced already says nothing.
+    A session belongs to the stream of its last successful request. So another client cannot claim
+    it, and the end of a stream that was replaced before does not end the session.
 
-    The service may end a session by itself, of which a stream does not learn. So a stream carries
-    at most `SESSIONS` of them; beyond that, it loses the one that it carried least recently.
+    The service may end a session without a request, and streams are not notified. So a stream has
+    at most `SESSIONS` sessions; beyond that, its least recently used one is reported as lost.
 
     Args:
-        limit: Streams at a time.
+        limit: The most streams at a time.
         lost: Called with the name of each session that lost its stream; must not block.
     """
 
@@ -27,37 +27,39 @@ class Streams:
         self._limit = limit
         self._lost = lost
         self._lock = threading.Lock()
-        self._sessions: dict[object, dict[str, None]] = {}  # of open streams, in order of their use
+        # Of each open stream, the least recently used session first.
+        self._sessions: dict[object, dict[str, None]] = {}
         self._carrier: dict[str, object] = {}
 
     def enter(self, stream: object) -> None:
-        """Count a new stream.
+        """Add a new stream.
 
         Raises:
-            Overloaded: There are as many as may be.
+            Overloaded: There are `limit` streams already.
         """
         with self._lock:
             if len(self._sessions) >= self._limit:
                 raise Overloaded(
-                    f"{self._limit} clients are connected, and no more are taken; try again later",
+                    f"{self._limit} clients are connected, which is the most; try again later",
                     retry_after_s=1.0,
                 )
             self._sessions[stream] = {}
 
     def carry(self, session: str, stream: object) -> None:
-        """Note that `stream` carries `session`, and at once that it is lost if it has ended."""
+        """Note that `stream` carries `session`; report the session if the stream has ended."""
         with self._lock:
             lost = self._carry(session, stream)
+        # Outside of the lock, since the service has locks of its own.
         if lost:
             self._lost(lost)
 
     def close(self, session: str) -> None:
-        """Forget a session that has ended."""
+        """Remove a session that has ended."""
         with self._lock:
             self._forget(session)
 
     def leave(self, stream: object) -> None:
-        """Note the end of a stream; a second call does nothing."""
+        """Remove a stream and report its sessions; a second call does nothing."""
         with self._lock:
             lost = self._sessions.pop(stream, {})
             for session in lost:
@@ -66,7 +68,7 @@ class Streams:
             self._lost(session)
 
     def _carry(self, session: str, stream: object) -> str:
-        """The session that is lost by it; empty if none is."""
+        """The session that is lost by this; empty if none is."""
         if stream not in self._sessions:
             return "" if session in self._carrier else session
         self._forget(session)

@@ -1,4 +1,4 @@
-"""Credentials of both ends, from the files that `WireSpec` names."""
+"""The TLS credentials of client and server, read from the files that `WireSpec` names."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def server_credentials(wire: WireSpec) -> grpc.ServerCredentials:
 
 
 def channel_credentials(wire: WireSpec, ca: bytes = b"") -> grpc.ChannelCredentials:
-    """What a client trusts: `ca` (PEM), else `wire.tls_ca`, else the system's authorities.
+    """A client's trust: in `ca` (PEM), else in `wire.tls_ca`, else in the system's authorities.
 
     Raises:
         ConfigError: The file cannot be read.

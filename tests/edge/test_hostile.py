@@ -87,7 +87,7 @@ def unary(address: str, frame: bytes, method: str = "Compute", **options: Any) -
 
 
 FRAMES = {
-    "empty": (b"", "PROTOCOL", "a frame without a message"),
+    "empty": (b"", "PROTOCOL", "a frame came without a message"),
     "garbage": (b"\xff" * 100, "PROTOCOL", "100 bytes came that are not a frame"),
     "text": (b"GET / HTTP/1.1\r\n\r\n", "PROTOCOL", "not a frame"),
     "garbage in header": (b"\x0a\x03\xff\xff\xff", "PROTOCOL", "not a frame"),
@@ -114,7 +114,11 @@ FRAMES = {
         "BAD_TENSOR",
         "a row of 128 values takes 130 bytes, not 512",
     ),
-    "no places": (compressed(1, 4, 128, nbytes=4 * 31), "BAD_TENSOR", "other than 13 of its 128"),
+    "no places": (
+        compressed(1, 4, 128, nbytes=4 * 31),
+        "BAD_TENSOR",
+        "does not mark 13 of its 128",
+    ),
     "a bomb": (compressed(2, 1 << 20, nbytes=262150), "TOO_LARGE", "carries 8388608 bytes; at"),
     "codes that no stream is": (
         compressed(1, 4, 128, nbytes=256, codec=7),
@@ -169,13 +173,15 @@ def test_what_is_no_request_is_answered_and_the_stream_goes_on(body: Any, addres
 @pytest.mark.parametrize(
     ("frames", "text"),
     [
-        pytest.param([LONG[1]], "a chunk came before the message", id="chunk first"),
+        pytest.param([LONG[1]], "a chunk came without a message", id="chunk first"),
         pytest.param([LONG[0], LONG[2]], "bytes 2048 to 3072 does not continue", id="gap"),
-        pytest.param([*LONG[:2], LONG[1]], "of which 2048 of 4096 bytes are there", id="overlap"),
-        pytest.param([LONG[0], GOOD], "a new message came inside of another", id="interleaved"),
-        pytest.param([*LONG, LONG[3]], "a chunk came before the message", id="one too many"),
         pytest.param(
-            [LONG[0], to_frame(StaleVersion("no"))], "inside of another", id="error inside"
+            [*LONG[:2], LONG[1]], "of which 2048 of 4096 bytes were received", id="overlap"
+        ),
+        pytest.param([LONG[0], GOOD], "a new message came before the end of", id="interleaved"),
+        pytest.param([*LONG, LONG[3]], "a chunk came without a message", id="one too many"),
+        pytest.param(
+            [LONG[0], to_frame(StaleVersion("no"))], "before the end of", id="error inside"
         ),
         pytest.param(
             [LONG[0], pb.Frame(header={"chunk": {"offset": 1024}}).SerializeToString()],
@@ -258,7 +264,7 @@ def answering(*frames: bytes, **trailing: str) -> Iterator[str]:
     [
         pytest.param([b"\xff" * 9], "PROTOCOL", "9 bytes came that are not a frame", id="garbage"),
         pytest.param([GOOD], "PROTOCOL", "with a ForwardRequest", id="a request"),
-        pytest.param([LONG[1]], "PROTOCOL", "a chunk came before", id="a chunk"),
+        pytest.param([LONG[1]], "PROTOCOL", "a chunk came without", id="a chunk"),
         pytest.param([shaped(1 << 20, 1 << 20, nbytes=1 << 42)], "TOO_LARGE", "at most", id="size"),
         pytest.param(
             [to_frame(m.ForwardReply(trunk_out_BTD=torch.zeros(2, 2, 128), version=0))],
