@@ -1,4 +1,4 @@
-"""Trunks served without Flower, and the clients that use them."""
+"""The trunk server without Flower, and its clients."""
 
 from fedsplit.serve.client import Reached, reach, remote_model
 from fedsplit.serve.shared import ADDRESS

@@ -1,4 +1,4 @@
-"""Text out of a split model on a terminal: the rest of a prompt, or a conversation.
+"""Text generation with a split model on a terminal: completes a prompt, or holds a conversation.
 
 Shapes: B sequences (always one), T tokens.
 """
@@ -16,14 +16,14 @@ from fedsplit.errors import CheckpointError, ConfigError, FedsplitError
 from fedsplit.serve.client import Reached
 
 _LOOKUP_TOKENS = 10
-"""Draft tokens a pass when drafts come from the prompt."""
+"""Draft tokens in a pass if drafts come from the prompt."""
 
 
 def draft_options(draft: str) -> dict[str, Any]:
-    """What `generate` of transformers takes for drafts: `prompt`, or an assistant's directory.
+    """The options of `generate` in transformers for drafts: `prompt`, or an assistant's directory.
 
-    The draft's tokens are made here, and several of them verified in one pass of the trunk; they
-    change nothing in what comes out.
+    The client makes draft tokens, and the trunk verifies several of them in one pass. They do not
+    change the generated tokens.
 
     Raises:
         CheckpointError: The assistant cannot be loaded.
@@ -42,13 +42,13 @@ def draft_options(draft: str) -> dict[str, Any]:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Writer:
-    """Writes what a model generates to `out`, as the tokens come, and counts what it took.
+    """Writes generated text to `out`, token by token, and counts tokens and time.
 
     Attributes:
-        reached: The model, and the link to its trunk.
-        tokenizer: The model's.
-        options: For `generate` of transformers.
-        out: Where text goes.
+        reached: The model and the link to its trunk.
+        tokenizer: The model's tokenizer.
+        options: Options of `generate` in transformers.
+        out: The file for the text.
     """
 
     reached: Reached
@@ -59,15 +59,16 @@ class Writer:
     seconds: float = field(default=0.0, init=False)
 
     def write(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Go on from these tokens, of which the cache may know some; all tokens, new ones last.
+        """Continue from these tokens, of which the cache may hold some; return all tokens.
 
         Raises:
             ConfigError: transformers refuses the options, alone or together.
             FedsplitError: The trunk refused, or could not be reached.
         """
-        has_beams = self.options.get("num_beams", 1) > 1  # known only when all is over
+        # With beams, the text is known only at the end, so it cannot be streamed.
+        has_beams = self.options.get("num_beams", 1) > 1
         begin = time.monotonic()
-        out_BT = self._generate(ids_BT, cache, None if has_beams else _Screen(self))
+        out_BT = self._generate(ids_BT, cache, None if has_beams else _TokenPrinter(self))
         self.seconds += time.monotonic() - begin
         new_T = out_BT[0, ids_BT.shape[1] :]
         self.tokens += len(new_T)
@@ -75,18 +76,18 @@ class Writer:
             print(self.tokenizer.decode(new_T, skip_special_tokens=True), file=self.out)
         return out_BT
 
-    def _generate(self, ids_BT: Tensor, cache: Cache | None, screen: Any) -> Tensor:
+    def _generate(self, ids_BT: Tensor, cache: Cache | None, streamer: Any) -> Tensor:
         model: Any = self.reached.model
         if not model.can_generate():
             raise ConfigError(f"a {model.family.__name__} writes no text; it has no language head")
-        kept = {} if cache is None else {"past_key_values": cache}
+        cache_option = {} if cache is None else {"past_key_values": cache}
         try:
             out_BT: Tensor = model.generate(
                 ids_BT.to(model.device),
                 attention_mask=torch.ones_like(ids_BT),
                 pad_token_id=self.tokenizer.pad_token_id,
-                streamer=screen,
-                **kept,
+                streamer=streamer,
+                **cache_option,
                 **self.options,
             )
         except FedsplitError:
@@ -97,7 +98,7 @@ class Writer:
 
     @property
     def summary(self) -> str:
-        """Tokens, their rate, and bytes on the wire; a token's bytes include its prompt's."""
+        """Tokens, their rate, and bytes a token on the wire, with the bytes of the prompt."""
         link, tokens = self.reached.link, max(1, self.tokens)
         return (
             f"{self.tokens} tokens in {self.seconds:.2f} s "
@@ -106,23 +107,23 @@ class Writer:
         )
 
 
-class _Screen(TextStreamer):
-    """Shows text as soon as it is certain which characters the tokens are."""
+class _TokenPrinter(TextStreamer):
+    """Prints text as soon as its tokens make whole characters."""
 
     def __init__(self, writer: Writer) -> None:
         super().__init__(writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._out = writer.out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write it out at once."""
+        """Print the text without delay."""
         print(text, end="\n" if stream_end else "", file=self._out, flush=True)
 
 
 def complete(writer: Writer, prompt: str) -> None:
-    """Write how a text goes on.
+    """Write the continuation of a prompt.
 
     Raises:
-        ConfigError: The prompt is no token at all.
+        ConfigError: The prompt has no tokens.
         FedsplitError: As in `Writer.write`.
     """
     ids_BT = writer.tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -132,21 +133,21 @@ def complete(writer: Writer, prompt: str) -> None:
 
 
 class Conversation:
-    """Turns with one model, whose caches stay: each turn only its new tokens cross the wire.
+    """A conversation with one model and one KV cache: each turn sends its new tokens only.
 
-    With a chat template of the tokenizer's these are turns of user and assistant; without one the
-    text simply goes on, line by line. Where a template writes earlier turns in another way than
-    they were read, or said, before, everything is read once more.
+    With a chat template of the tokenizer, there are turns of user and assistant; without one, the
+    text continues line by line. If a template formats earlier turns in another way than before, the
+    cache is replaced and all tokens are sent again.
     """
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._turns: list[dict[str, Any]] = []
-        self._asked = self._said = ""
-        self._held_BT, self._cache = self._nothing()
+        self._prompt = self._reply = ""
+        self._tokens_BT, self._cache = self._empty()
 
     def answer(self, line: str) -> None:
-        """Write what the model says to a line.
+        """Write the model's reply to a line.
 
         Raises:
             FedsplitError: As in `Writer.write`.
@@ -155,45 +156,48 @@ class Conversation:
         self._turns.append({"role": "user", "content": line})
         text = self._text()
         ids_BT = self._tokens(text)
-        self._held_BT = self._writer.write(ids_BT, self._cache)
-        said_T = self._held_BT[0, ids_BT.shape[1] :]
-        self._asked, self._said = text, tokenizer.decode(said_T, skip_special_tokens=True)
-        self._turns.append({"role": "assistant", "content": self._said})
+        self._tokens_BT = self._writer.write(ids_BT, self._cache)
+        reply_T = self._tokens_BT[0, ids_BT.shape[1] :]
+        self._prompt, self._reply = text, tokenizer.decode(reply_T, skip_special_tokens=True)
+        self._turns.append({"role": "assistant", "content": self._reply})
 
-    def _nothing(self) -> tuple[Tensor, Cache]:
-        """No tokens, and a cache that holds none."""
+    def _empty(self) -> tuple[Tensor, Cache]:
+        """No tokens, and an empty cache."""
         return torch.zeros(1, 0, dtype=torch.long), self._writer.reached.model.new_cache()
 
     def _text(self) -> str:
-        """All that the model is to read, from the first turn on."""
+        """The text of all turns, for the model to continue."""
         tokenizer: Any = self._writer.tokenizer
         if not tokenizer.chat_template:
             line = self._turns[-1]["content"]
-            return f"{self._asked}{self._said}\n{line}\n" if self._asked else f"{line}\n"
+            return f"{self._prompt}{self._reply}\n{line}\n" if self._prompt else f"{line}\n"
         text: str = tokenizer.apply_chat_template(
             self._turns, add_generation_prompt=True, tokenize=False
         )
         return text
 
     def _tokens(self, text: str) -> Tensor:
-        """The text's tokens; those of what was said before stay as they were said."""
+        """The text's tokens; those of earlier turns stay as they were generated."""
         tokenizer = self._writer.tokenizer
-        known = [self._asked + said for said in (self._said, self._said.strip())]
+        # Decoding and encoding again may give other tokens, which the cache does not hold. A
+        # template may also strip spaces from a reply.
+        known = [self._prompt + reply for reply in (self._reply, self._reply.strip())]
         new = next((text[len(each) :] for each in known if text.startswith(each)), "")
         if not new:
-            self._held_BT, self._cache = self._nothing()
+            self._tokens_BT, self._cache = self._empty()
             new = text
-        has_own = bool(tokenizer.chat_template or self._held_BT.numel())
+        has_own = bool(tokenizer.chat_template or self._tokens_BT.numel())
         encoded = tokenizer(new, return_tensors="pt", add_special_tokens=not has_own)
         new_BT = encoded["input_ids"].long()
-        ends = new_BT[0, :1], self._held_BT[0, -1:]
+        ends = new_BT[0, :1], self._tokens_BT[0, -1:]
         if torch.equal(*ends) and int(ends[0]) in tokenizer.all_special_ids:
-            new_BT = new_BT[:, 1:]  # the model has ended its turn itself
-        return torch.cat((self._held_BT, new_BT), dim=1)
+            # The model has generated the end-of-turn token already.
+            new_BT = new_BT[:, 1:]
+        return torch.cat((self._tokens_BT, new_BT), dim=1)
 
 
 def converse(writer: Writer, lines: Iterable[str]) -> None:
-    """Answer line after line.
+    """Answer one line after another.
 
     Raises:
         FedsplitError: As in `Writer.write`.
@@ -205,7 +209,7 @@ def converse(writer: Writer, lines: Iterable[str]) -> None:
 
 
 def typed_lines(mark: str) -> Iterator[str]:
-    """What a person types after a `mark`, or a pipe brings, until its end."""
+    """The lines of standard input until its end, after a `mark` each on a terminal."""
     while True:
         try:
             yield input(mark)

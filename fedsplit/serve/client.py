@@ -1,4 +1,4 @@
-"""Connects a client's part of a model to a trunk that is served without Flower."""
+"""The client of `fedsplit serve`: builds the client's part and connects it to a trunk."""
 
 import secrets
 import weakref
@@ -24,10 +24,10 @@ from fedsplit.wire.messages import ServiceInfoRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reached:
-    """A client's model, connected to a trunk that is served: `model.generate`, or train it.
+    """A client's model, connected to a served trunk, to generate or to train.
 
-    `trunk` is what `ClientTrainer` takes beside the model, and `link` counts bytes. A context:
-    at its end the link is closed.
+    `trunk` is the argument of `ClientTrainer` beside the model, and `link` counts bytes. As a
+    context manager it closes the link at the end.
     """
 
     model: ClientPart
@@ -55,23 +55,24 @@ def reach(
     revision: str = "main",
     device: str = "cpu",
 ) -> Reached:
-    """Build the client's part of a model, cut where the server cut it, and connect the two.
+    """Build the client's part of a model, with the server's cut, and connect it to its trunk.
 
     Args:
         source: Directory or hub id of the whole model; only the client's tensors are read.
         trunk: The server's address.
-        served: The trunk's name there; the server's first by default.
+        served: The trunk's name at the server; by default the first one.
         adapter: Directory or hub id of the peft adapter that this trunk is served with.
-        token: The server's token, if it asks for one.
-        tls_ca: PEM of the authority to trust, where the server has TLS.
-        kv: Who keeps the trunk's keys and values: `server`, or `client`.
-        run: To train: the run that the server was configured with; its split is the server's.
-        revision: Of a hub id.
-        device: Of the client's part, as torch names it.
+        token: The server's token, if it requires one.
+        tls_ca: The PEM file of the authority to trust, if the server has TLS.
+        kv: The side that keeps the trunk's keys and values: `server` or `client`.
+        run: The run that the server was configured with, needed to train; its split is replaced
+            by the server's.
+        revision: The revision of a hub id.
+        device: The torch device of the client's part.
 
     Raises:
-        ModelMismatch: The server serves another model, or nothing of this name.
-        FedsplitError: The server cannot be reached, or the model not be read.
+        ModelMismatch: The server serves another model, or no trunk of this name.
+        FedsplitError: The server cannot be reached, or the model cannot be read.
     """
     run = run or RunSpec()
     wire = replace(run.wire, bind=WireSpec().bind, tls_cert="", tls_key="", tls_ca=tls_ca)
@@ -84,13 +85,14 @@ def reach(
         if not _is_of(info.model, config, run.split):
             raise ModelMismatch(
                 f"{source} is not the model of which {trunk} serves the trunk (a {info.family} cut "
-                f"{info.blocks}); name the same model at both sides, or another one of what it "
-                f"serves: {', '.join(info.served)}"
+                f"{info.blocks}); use the same model at both sides, or choose another trunk of "
+                f"the server: {', '.join(info.served)}"
             )
         client = client_of(pretrained_run(run, source, revision, adapter), config, device)
         if adapter:
             load_adapter(client, adapter)
         on_device(client, device).eval()  # type: ignore[no-untyped-call]
+        # Sessions belong to a client's name, and clients here have no configured ones.
         name = f"client-{secrets.token_hex(8)}"
         remote = RemoteTrunk(link, client, run, client=name, served=served, kv=kv)
         connect(client, remote)
@@ -101,17 +103,19 @@ def reach(
 def _is_of(fingerprint: str, config: PretrainedConfig, split: SplitSpec) -> bool:
     try:
         return model_fingerprint(config, split) == fingerprint
-    except ConfigError:  # it has not as many blocks as are cut there
+    except ConfigError:  # the model has fewer blocks than the cut needs
         return False
 
 
 def remote_model(source: str, trunk: str = ADDRESS, **options: Any) -> ClientPart:
-    """The model of `reach`, for `generate` and pipelines of transformers; lets go by itself.
+    """The model of `reach`, for `generate` and pipelines of transformers.
+
+    The link is closed when the model is garbage-collected.
 
     Args:
-        source: As in `reach`, and so are errors.
+        source: As in `reach`, also for errors.
         trunk: The server's address.
-        options: The others of `reach`, by name.
+        options: Other keyword arguments of `reach`.
     """
     reached = reach(source, trunk, **options)
     weakref.finalize(reached.model, reached.link.close)

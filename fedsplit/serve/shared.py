@@ -1,4 +1,4 @@
-"""What both sides of `fedsplit serve` agree on: where a trunk is, and the run it is built from."""
+"""The default address of `fedsplit serve`, and the run that both sides build their parts from."""
 
 from dataclasses import replace
 
@@ -6,14 +6,14 @@ from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec
 
 ADDRESS = "127.0.0.1:9500"
-"""Where a trunk is served, and looked for, by default."""
+"""The default address of a trunk, for server and client."""
 
 
 def pretrained_run(run: RunSpec, model: str, revision: str, adapter: str) -> RunSpec:
-    """A run that starts from this model, to build one of its parts.
+    """The run with this pretrained model, to build one of the model's parts.
 
     Raises:
-        ConfigError: `lora.enabled` would add new adapters where a trained one goes.
+        ConfigError: `lora.enabled` would add new adapters in place of the trained one.
     """
     if adapter and run.lora.enabled:
         raise ConfigError(

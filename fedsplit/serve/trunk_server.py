@@ -1,4 +1,4 @@
-"""A trunk server without Flower: serves models and adapters by name."""
+"""The trunk server without Flower: serves models and adapters by name."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,9 @@ from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.update import TrunkUpdate
 
 _MAX_CLIENTS = 64
-_NAMED = re.compile(r"([A-Za-z0-9_-]{1,64})=(.+)")
+"""The least limit on streams at a time; a run with many clients raises it."""
+
+_NAME_AND_VALUE = re.compile(r"([A-Za-z0-9_-]{1,64})=(.+)")
 
 
 # --- what is served ---------------------------------------------------------------------------
@@ -38,10 +40,10 @@ class Served:
 
 
 def plan(models: Sequence[str], adapters: Sequence[str], revision: str = "main") -> list[Served]:
-    """The trunks that `[NAME=]MODEL` and `[NAME=]ADAPTER` ask for.
+    """The trunks to serve for arguments `[NAME=]MODEL` and `[NAME=]ADAPTER`.
 
-    A model without a name has that of its directory. A named adapter is one more trunk: the first
-    model's with that adapter. One without a name goes on the first model itself.
+    A model without a name gets the name of its directory. A named adapter adds a trunk: that of the
+    first model with this adapter. An adapter without a name is added to the first model itself.
 
     >>> [each.name for each in plan(["base=gpt2"], ["medical=lora/medical"])]
     ['base', 'medical']
@@ -55,8 +57,8 @@ def plan(models: Sequence[str], adapters: Sequence[str], revision: str = "main")
         raise ConfigError("nothing to serve; give --model DIR, or the folder of a finished run")
     served = [_served(text, revision) for text in models]
     for text in adapters:
-        if found := _NAMED.fullmatch(text):
-            served.append(replace(served[0], name=found[1], adapter=found[2]))
+        if match := _NAME_AND_VALUE.fullmatch(text):
+            served.append(replace(served[0], name=match[1], adapter=match[2]))
         elif served[0].adapter:
             raise ConfigError(
                 f"--adapter {text} would be the second on {served[0].name}; name it, NAME={text}, "
@@ -65,19 +67,19 @@ def plan(models: Sequence[str], adapters: Sequence[str], revision: str = "main")
         else:
             served[0] = replace(served[0], adapter=text)
     names = [each.name for each in served]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"two trunks would be served as {twice[0]}; name them, NAME=DIR")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two trunks would be served as {duplicates[0]}; name them, NAME=DIR")
     return served
 
 
 def _served(text: str, revision: str) -> Served:
-    found = _NAMED.fullmatch(text)
-    name, model = found.groups() if found else (plain_name(text), text)
+    match = _NAME_AND_VALUE.fullmatch(text)
+    name, model = match.groups() if match else (plain_name(text), text)
     return Served(name=name, model=model, revision=revision)
 
 
 def plain_name(model: str) -> str:
-    """A name to serve a model under: that of its directory, in letters that a name may have."""
+    """The name of a model's directory, with all characters replaced that names cannot have."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", Path(model).resolve().name)[:64] or "model"
 
 
@@ -95,20 +97,20 @@ def hosted(
     update: type[TrunkUpdate] = TrunkUpdate,
     on_failure: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
-    """Serve trunks for generation and training while the block lasts; gives the address.
+    """A context that serves trunks for generation and training; gives the server's address.
 
-    At its end new work is refused, what is in work is finished, and the server hangs up.
+    At its end the server refuses new calls, finishes calls in progress, and disconnects.
 
     Args:
-        served: Of each only the trunk's own tensors are read.
-        run: The split, budgets, and what the trunks train with, each by itself. Clients that
-            train must be configured with an equal run.
-        wire: Where to listen, and TLS.
-        token: What clients have to present; may be empty where only this machine can connect.
-        device: Of the trunks, as torch names it; several, `cuda:0,cuda:1`, or `auto` for all GPUs.
+        served: The trunks; only the trunk's tensors of each model are read.
+        run: The split, the budgets and the training options; each trunk trains separately. Clients
+            that train must be configured with an equal run.
+        wire: The address to listen on, and TLS.
+        token: The token that clients must send; may be empty if only this machine can connect.
+        device: The torch device of the trunks; several as `cuda:0,cuda:1`, or `auto` for all GPUs.
         update: How a step of a trunk is made from the clients' gradients; the `update` of the run's
             method.
-        on_failure: Called once every trunk has failed, so that the server can serve nothing more.
+        on_failure: Called once all trunks have failed.
 
     Raises:
         ConfigError: Other machines could connect without a token, or the address is taken.
@@ -127,13 +129,13 @@ def hosted(
     clients = max(_MAX_CLIENTS, 2 * run.clients)
     server = GrpcServer(router, wire=wire, limits=router.limits, max_clients=clients)
 
-    def note(_: "Future[None]") -> None:
+    def check_failed(_: "Future[None]") -> None:
         trunks = router.trunks.values()
         if all(ended.done() and ended.exception() for ended in trunks):
             on_failure()
 
     for ended in router.trunks.values():
-        ended.add_done_callback(note)
+        ended.add_done_callback(check_failed)
     with ExitStack() as opened:
         opened.enter_context(router)
         opened.callback(server.stop)
@@ -144,12 +146,12 @@ def hosted(
 def trunks_of(
     served: Sequence[Served], run: RunSpec, device: str = "cpu"
 ) -> Iterator[tuple[Served, TrunkPart]]:
-    """What is served, each with its trunk; all adapters of a model are on the same weights.
+    """Each entry of `served` with its trunk; all adapters of a model share its weights.
 
     Args:
-        served: Names the models and adapters.
-        run: The split.
-        device: Of the trunks, as torch names it.
+        served: The models and adapters.
+        run: The run, of which the split is used.
+        device: The torch device of the trunks.
 
     Raises:
         FedsplitError: A model or an adapter cannot be read, or cannot be cut.
@@ -157,7 +159,8 @@ def trunks_of(
     adapted: dict[tuple[str, str], TrunkPart] = {}
     for each in served:
         trunk = placed(_trunk(each, run, device), device)
-        if each.adapter:  # a model without one trains in full, and so by itself
+        # A model without an adapter trains its own weights, so it cannot share them.
+        if each.adapter:
             share_frozen(trunk, adapted.setdefault((each.model, each.revision), trunk))
         yield each, trunk
 
