@@ -66,6 +66,7 @@ class TrunkEngine:
         self._scheduler = _scheduler_for(run, clock)
         self.submit = self._scheduler.submit
         self._on_turn = on_turn
+        self._in_hand: list[Call] = []
         self._thread = threading.Thread(target=self._loop, name="trunk-engine", daemon=True)
 
         self._prepare = {
@@ -168,10 +169,10 @@ class TrunkEngine:
     def step(self) -> None:
         """One turn of the loop: schedule, run, reply, update."""
         patience_s = min(_IDLE_S, self._generation.due_in())
-        calls = self._scheduler.next_batch(self.training.barrier, patience_s)
+        self._in_hand = self._scheduler.next_batch(self.training.barrier, patience_s)
         self._expire()
-        if calls:
-            self._answer(calls)
+        if self._in_hand:
+            self._answer(self._in_hand)
         # After the reply, so that the client that completed the barrier does not wait for the step.
         self.training.step_if_due()
         # Calls in the queue first: backwards are more urgent, and requests can join this pass.
@@ -206,8 +207,13 @@ class TrunkEngine:
         self._on_turn()
 
     def _end(self) -> None:
-        assert self._scheduler.closed
-        self._generation.refuse_all(self._scheduler.closed)
+        reason = self._scheduler.closed
+        assert reason
+        self._generation.refuse_all(reason)
+        # The turn may have failed before it answered these.
+        for call in self._in_hand:
+            if not call.future.done():
+                call.future.set_exception(reason)
 
     def _answer(self, calls: list[Call]) -> None:
         """Run calls and set their futures; an exception fails these calls and no others."""

@@ -85,6 +85,19 @@ def test_a_step_that_fails_fails_its_barrier_and_the_trunk(tiny_llama, caplog):
     assert logged.exc_info and "at version 0" in logged.message
 
 
+def test_a_turn_that_fails_before_it_answers_fails_its_call(tiny_llama):
+    with world(tiny_llama()) as here:
+        alice = here.add("alice")
+        alice.trunk.open()
+
+        def divide():
+            raise ZeroDivisionError("no clock")
+
+        here.service.engine.training.drop_expired = divide
+        with pytest.raises(errors.Internal, match="the trunk failed at version 0"):
+            ask(here, "alice", forward_of(alice))
+
+
 def test_a_trunk_that_is_stopped_has_not_failed(tiny_llama):
     with world(tiny_llama()) as here:
         ended = here.service.trunks[""]
