@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from fedsplit.link import Link, LocalLink
 from fedsplit.spec import WireSpec
-from fedsplit.transport.client import GrpcLink, _longest_reply
+from fedsplit.transport.client import GrpcLink, _max_reply_bytes
 from fedsplit.transport.server import GrpcServer
 from fedsplit.wire import messages as m
 from tests.core.worlds import World, batch, small_run, world
@@ -98,7 +98,7 @@ def test_a_reply_may_be_longer_than_its_request() -> None:
 def test_what_a_forward_goes_by_does_not_lengthen_its_reply() -> None:
     smashed_BTD = torch.zeros(1, 4, 128)
     plain = m.ForwardRequest(session="s", call=0, training=True, smashed_BTD=smashed_BTD)
-    assert _longest_reply(replace(plain, base_BTD=smashed_BTD)) == _longest_reply(plain)
+    assert _max_reply_bytes(replace(plain, base_BTD=smashed_BTD)) == _max_reply_bytes(plain)
 
 
 def test_a_repeated_step_gives_the_same_numbers(expected: Numbers) -> None:
