@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -18,6 +19,10 @@ from fedsplit.spec import RunSpec
 
 # Hydra keeps its state in a singleton, so only one thread may compose at a time.
 _HYDRA = threading.Lock()
+
+# Each message of a run has the same text, and a client takes about as long to parse it as to train
+# a small model for a step.
+_parsed = lru_cache(maxsize=4)(from_yaml)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunSpec:
@@ -80,7 +85,7 @@ def from_run_config(run_config: RunConfig) -> RunSpec:
     # Flower requires a default for every key, and pyproject.toml has empty ones.
     keys = {key: value for key, value in run_config.items() if value != ""}
     text, run_dir = keys.pop("config", None), keys.pop("run-dir", None)
-    spec = compose(from_keys(keys)) if text is None else from_yaml(str(text))
+    spec = compose(from_keys(keys)) if text is None else _parsed(str(text))
     if run_dir is None:
         return spec
     return replace(spec, launch=replace(spec.launch, run_dir=str(run_dir)))
