@@ -70,10 +70,17 @@ def experiment_of(words: list[str]) -> str:
     return next((w.partition("=")[2] for w in words if w.startswith("experiment=")), "")
 
 
+def two_of(words: list[str]) -> list[str]:
+    """A command's words, in which only the first setting that is swept has two values."""
+    swept = [word for word in words if re.fullmatch(r"[\w.]+=\w+(,\w+)+", word)]
+    short = {word: word.split(",")[0] for word in swept[1:]}
+    return [short.get(word, word) for word in words]
+
+
 def toy(words: list[str]) -> list[str]:
     """A command that runs a module, made quick."""
     if words[2] == "simulations.run":
-        words = [word for word in words if not word.startswith("experiment=")]
+        words = two_of([word for word in words if not word.startswith("experiment=")])
     return [*words[2:], *shlex.split(TOY[words[2]])]
 
 
