@@ -27,7 +27,6 @@ PACKAGES = ("fedsplit", "strategies", "simulations")
 OPTIONS = (
     "autocast",
     "clients_per_pass",
-    "feedback",
     "history_bytes",
     "kv",
     "label_smoothing",
