@@ -1,5 +1,6 @@
 """Every page in docs/how-to has a diff that applies, is small, and passes the test that it adds."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -26,32 +27,40 @@ def changed_files(diff: str) -> list[str]:
     return re.findall(r"^diff --git a/\S+ b/(\S+)$", diff, re.M)
 
 
-@pytest.fixture(params=PAGES, ids=lambda page: page.stem)
-def diff(request: pytest.FixtureRequest) -> str:
-    return diff_of(request.param)
-
-
-def test_a_diff_touches_at_most_three_product_files(diff: str) -> None:
-    product = [name for name in changed_files(diff) if not name.startswith(NOT_COUNTED)]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_diff_touches_at_most_three_product_files(page: Path) -> None:
+    changed = changed_files(diff_of(page))
+    product = [name for name in changed if not name.startswith(NOT_COUNTED)]
     assert 1 <= len(product) <= MAX_PRODUCT_FILES, product
 
 
 @pytest.mark.slow
-def test_a_diff_applies_and_passes_the_test_that_it_adds(diff: str, tmp_path: Path) -> None:
+def test_every_diff_applies_and_passes_the_test_that_it_adds(tmp_path: Path) -> None:
+    tests_of = {tmp_path / page.stem: changed_by(page, tmp_path / page.stem) for page in PAGES}
+    asked = json.dumps({str(folder): tests for folder, tests in tests_of.items()})
+    done = call(ROOT, sys.executable, str(Path(__file__).with_name("pages.py")), asked)
+    printed = (f"{each.stem}:\n{(each / 'pytest.out').read_text()[-3000:]}" for each in tests_of)
+    assert done.returncode == 0, done.stderr[-3000:] or "\n".join(printed)
+
+
+def changed_by(page: Path, folder: Path) -> list[str]:
+    """Copy the tree to a folder and apply a page's diff; return the tests that the diff adds."""
+    folder.mkdir()
     for source in (ROOT / name for name in COPIED):
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, tmp_path / source.name, ignore=ignored)
+            shutil.copytree(source, folder / source.name, ignore=ignored)
         else:
-            shutil.copy(source, tmp_path)
-    call(tmp_path, "git", "init", "--quiet")
-    (tmp_path / "page.diff").write_text(diff, encoding="utf-8")
-    call(tmp_path, "git", "apply", "page.diff")
+            shutil.copy(source, folder)
+    diff = diff_of(page)
+    (folder / "page.diff").write_text(diff, encoding="utf-8")
+    call(folder, "git", "init", "--quiet")
+    applied = call(folder, "git", "apply", "page.diff")
+    assert applied.returncode == 0, f"{page.name}: {applied.stderr}"
     tests = [n for n in changed_files(diff) if n.startswith("tests/") and n.endswith(".py")]
-    assert tests, "the diff adds no test"
-    call(tmp_path, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    assert tests, f"the diff of {page.name} adds no test"
+    return tests
 
 
-def call(folder: Path, *words: str) -> None:
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{words[:3]}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
