@@ -242,8 +242,9 @@ def partitions_of(
 ) -> tuple[tuple[Corpus, ...], tuple[Corpus, ...]]:
     """Return the training shards and the held-out shards of all clients."""
     whole, rest = hold_out(load_corpus(data, task), data.held_out, seed)
-    held_out = shard_held_out(rest, sharding, clients, seed)
-    return shard(whole, sharding, clients, seed), held_out
+    # The training corpus first: an error about it says more to the user.
+    training = shard(whole, sharding, clients, seed)
+    return training, shard_held_out(rest, sharding, clients, seed)
 
 
 @lru_cache(maxsize=1)
