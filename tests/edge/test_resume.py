@@ -28,6 +28,7 @@ from tests.edge.federation import (
 from tests.edge.resuming import folder_of, interrupted, resumed
 
 KEPT = ("train.rounds=4", "train.local_steps=2", "train.save_every=1")
+SHORT = ("train.rounds=3", "train.local_steps=2", "train.save_every=1")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
 def test_going_on_gives_the_numbers_of_not_stopping(tmp_path, words):
-    whole = federate(spec_for(tmp_path / "whole", *KEPT, *words))
-    run = spec_for(tmp_path / "whole", *KEPT, *words, f"launch.run_dir={tmp_path / 'cut' / 'runs'}")
+    whole = federate(spec_for(tmp_path / "whole", *SHORT, *words))
+    run = spec_for(
+        tmp_path / "whole", *SHORT, *words, f"launch.run_dir={tmp_path / 'cut' / 'runs'}"
+    )
     interrupted(run, 3)
     folder = resumed(run)
     assert folder.path == Path(run.launch.run_dir) / run.name
