@@ -113,6 +113,12 @@ class TrunkEngine:
 
         return self.run(expect)
 
+    def release(self, client: str) -> "Future[None]":
+        """Have a client leave when it is its turn; the future does not wait for that."""
+        # Virtual time can stand still until other clients are released as well.
+        leave = Call(kind=Kind.LEAVE, client=client)
+        return self.run(lambda: self._scheduler.admit(leave), late=True)
+
     def pause(self) -> "Future[None]":
         """Stop virtual time."""
         return self.run(self._scheduler.pause)

@@ -159,7 +159,7 @@ class TrunkService:
 
     def release(self, client: str) -> None:
         """Stop waiting for a client, because its work has ended or its connection is lost."""
-        self._wait(self.engine.submit(Call(kind=Kind.LEAVE, client=client)))
+        self._wait(self.engine.release(client))
 
     def now(self) -> float:
         """Return the time of the policies' clock in seconds, virtual with `policy.sim_slowdown`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsplit import errors
 from fedsplit.client.trainer import FitStats
-from fedsplit.spec import PolicySpec
+from fedsplit.spec import PolicySpec, WireSpec
 from tests.core.requests import ask, backward_of, contribute, forward_of, prepare
 from tests.core.worlds import batch, same, small_run, wait_until, world
 
@@ -237,3 +237,14 @@ def test_one_that_dies_leaves_no_session_and_no_stash(tiny_llama, policy, replic
         assert (engine.stashed_bytes, engine.num_waiting) == (0, 0)
         versions = engine.training._replica_of(names[0]).versions
         assert not versions._pins, "and no version of the parameters"
+
+
+def test_a_client_is_released_while_virtual_time_stands_still(tiny_gpt2):
+    policy = PolicySpec(kind="async", sim_slowdown={"client-0": 2.0})
+    with world(tiny_gpt2(), small_run(policy=policy, wire=WireSpec(call_deadline_s=5.0))) as here:
+        here.service.expect(["client-0", "client-1"], round=0, at_once=2, close_after=1)
+        here.service.release("client-0")  # and with that one departure time stands still
+        here.service.release("client-1")
+        assert here.service.engine.num_waiting == 1
+        here.service.expect([], round=0, at_once=0, close_after=1)
+        wait_until(lambda: here.service.engine.num_waiting == 0)
