@@ -21,7 +21,7 @@ DOORS = (
     "flower",
     "__main__",
     "cli",
-    "serving",
+    "serve",
     "runs",
     "console",
 )
