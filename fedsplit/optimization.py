@@ -28,7 +28,7 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
     # The tensors may be on several devices, and `stack` takes those of one device.
     stacked = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
     # `fsum` is exact, so the sum does not depend on the order of the tensors.
-    return math.fsum(norm**2 for norm in stacked.tolist())
+    return math.fsum(norm**2 for norm in stacked.cpu().tolist())
 
 
 def unscale(gradients: Iterable[Tensor], loss_scale: float) -> None:

@@ -37,7 +37,7 @@ def moved(trunk, device):
 
 def started(service):
     """A service whose engine can compute there."""
-    service.engine._submit(0, Pretending().__enter__).result()
+    service.engine.run(Pretending().__enter__).result()
     return service
 
 
