@@ -196,7 +196,7 @@ def test_a_killed_process_goes_on(tmp_path):
     process.wait()
     assert not (runs / "tiny" / "model").exists(), "it was done before it could be killed"
     done = subprocess.run([*killed, "resume=auto"], check=True, capture_output=True, text=True)
-    assert "goes on" in done.stdout
+    assert "resumes after round" in done.stdout
     other = RunFolder(runs / "tiny")
     assert without_seconds(one.rounds()) == without_seconds(other.rounds())
     assert [json.loads(line)["round"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
