@@ -221,11 +221,9 @@ def test_a_pipeline_takes_the_remote_model(place):
 def test_a_run_is_served_and_found_with_nothing_else_said(place, capfd):
     said = f'try: fedsplit generate --run {place.folder}/run "Once upon a time"'
     assert "serving run (cut 1/*/1) at" in place.run_ready and said in place.run_ready
-    # Random weights turn a difference in rounding into other tokens before long.
-    given = ["--run", place.folder / "run", "--max-new-tokens", 8]
-    out, _ = asked(capfd, "generate", *given, PROMPT)
+    out, _ = asked(capfd, "generate", "--run", place.folder / "run", PROMPT)
     model = AutoModelForCausalLM.from_pretrained(place.folder / "run" / "model").eval()
-    assert out == text_of(model, place, 8) + "\n"
+    assert out == text_of(model, place, 128) + "\n"
 
 
 # --- chat -------------------------------------------------------------------------------------
