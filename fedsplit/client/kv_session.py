@@ -81,7 +81,7 @@ class TrunkCache:
             self._must_replay = True
         if positions_BT is None:
             positions_BT = torch.arange(past, past + T).expand(B, T)
-        # Copies on the CPU: they are kept for a replay, and the wire needs them there.
+        # On the CPU, where the wire needs them; they are kept for a replay and must not change.
         out_BTD = self._exchange(
             hidden_BTD.detach().cpu(),
             None if mask_BT is None else mask_BT.cpu(),
