@@ -12,6 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from fedsplit.errors import BadTensor, ModelMismatch
+from fedsplit.flower.npy import tensor_of, values_of
 from fedsplit.wire.compression import writer
 
 Shape = tuple[int, ...]
@@ -53,7 +54,7 @@ def shapes_of(arrays: ArrayRecord) -> dict[str, Shape]:
 
 def _compressed(array: Array, codec: str) -> Array:
     # A codec works on rows, so a scalar is a row of one value.
-    values = np.atleast_1d(array.numpy())
+    values = np.atleast_1d(values_of(array))
     rows_ND = torch.from_numpy(values.reshape(-1, values.shape[-1])).float()
     bytes_NM = writer(codec)[1].encode(rows_ND)
     return Array(bytes_NM.numpy().reshape(*values.shape[:-1], -1))
@@ -67,7 +68,7 @@ def _restored(name: str, array: Array, codec: str, shape: Shape) -> Array:
             f"{codec} encoding of shape {shape}; start both sides from the same model and config"
         )
     kind, num_rows = writer(codec)[1], math.prod(outer)
-    bytes_M = torch.from_numpy(array.numpy().reshape(-1))
+    bytes_M = tensor_of(array).view(-1)
     # The bytes are a peer's: check their number before the codec reads them.
     kind.check(bytes_M.numel(), num_rows, width)
     return Array(kind.decode(bytes_M, num_rows, width).numpy().reshape(shape))

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsplit import atomic
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.errors import CheckpointError, ModelMismatch
+from fedsplit.flower.npy import tensor_of
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune
 from fedsplit.spec import RunSpec
 
@@ -103,7 +104,8 @@ class Memory:
             return None
         counts: dict[str, Any] = dict(state.metric_records[_COUNTS])
         groups: dict[str, Any] = {
-            name: dict(state.array_records[name].to_torch_state_dict()) for name in _KEPT
+            name: {key: tensor_of(array) for key, array in state.array_records[name].items()}
+            for name in _KEPT
         }
         return Memory._of(groups, counts)
 
@@ -171,8 +173,9 @@ def load_arrays(into: Mapping[str, Tensor], arrays: ArrayRecord) -> None:
 
     Raises:
         ModelMismatch: The names or shapes differ.
+        BadTensor: An array's bytes are not its values.
     """
-    state = arrays.to_torch_state_dict()
+    state = {name: tensor_of(array) for name, array in arrays.items()}
     if state.keys() != into.keys():
         odd = sorted(state.keys() ^ into.keys())
         raise ModelMismatch(

@@ -114,7 +114,8 @@ class GrpcServer:
         """Refuse new calls, wait up to `grace_s` seconds for calls in progress, and disconnect."""
         self._health.enter_graceful_shutdown()
         self._calls.drain(grace_s)
-        self._server.stop(grace=0).wait()
+        # With a grace of 0 gRPC would start a thread, which a process without memory cannot.
+        self._server.stop(grace=None)
         # Not waited for: a call may block until the service stops, which happens after this.
         self._pool.shutdown(wait=False)
 

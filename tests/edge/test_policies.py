@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
 
 from fedsplit.errors import ConfigError, Diverged
@@ -174,15 +175,18 @@ def test_one_that_hangs_is_given_up_and_its_late_reply_is_not_used(
     assert rounds[0].clients == 2
 
 
-def test_halves_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["not finite", "no file of NumPy"])
+def test_halves_that_are_no_numbers_are_refused(tmp_path: Path, case: str) -> None:
     def train(message: Message, context: Context, go_on: GoOn) -> Message:
         reply = go_on()
         if name_of(context) == "client-1":
             arrays = reply.content.array_records["arrays"]
-            state = arrays.to_torch_state_dict()
-            name = next(iter(state))
-            state[name] = state[name] * math.nan
-            reply.content["arrays"] = type(arrays)(state)
+            name, array = next(iter(arrays.items()))
+            if case == "not finite":
+                array = Array(array.numpy() * np.float32(math.nan))
+            else:
+                array.data = array.data[:-1]
+            arrays[name] = array
         return reply
 
     (stats,) = federate(spec_for(tmp_path), client_that(train=train)).rounds()

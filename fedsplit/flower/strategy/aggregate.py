@@ -6,6 +6,7 @@ from copy import copy
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
+from fedsplit.flower.npy import values_of
 from fedsplit.flower.records import METRICS, WEIGHT
 
 
@@ -34,7 +35,7 @@ def fedasync(
     # One after the other, in the given order: each rate applies to the weights so far.
     for _, returned, rate in changes:
         new = {
-            name: (1 - rate) * array.numpy() + rate * returned[name].numpy()
+            name: (1 - rate) * values_of(array) + rate * values_of(returned[name])
             for name, array in current.items()
         }
         current = _record(new, current)
@@ -50,17 +51,16 @@ def fedbuff(
         current: The current client weights.
         changes: As in `fedasync`.
     """
-    # A copy, because the sum is in place and the array may share the record's memory.
-    sums = {name: array.numpy().copy() for name, array in current.items()}
+    sums = {name: values_of(array) for name, array in current.items()}
     for started, returned, rate in changes:
         for name, total in sums.items():
-            total += rate / len(changes) * (returned[name].numpy() - started[name].numpy())
+            total += rate / len(changes) * (values_of(returned[name]) - values_of(started[name]))
     return _record(sums, current)
 
 
 def with_dtypes_of(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
     """Return the arrays in the dtypes of `like`; some of Flower's strategies widen them."""
-    return _record({name: array.numpy() for name, array in arrays.items()}, like)
+    return _record({name: values_of(array) for name, array in arrays.items()}, like)
 
 
 def _record(arrays: dict[str, np.ndarray], like: ArrayRecord) -> ArrayRecord:

@@ -10,8 +10,9 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedsplit.errors import Diverged, FedsplitError
+from fedsplit.errors import BadTensor, Diverged, FedsplitError
 from fedsplit.flower.client_arrays import packed, shapes_of, unpacked
+from fedsplit.flower.npy import values_of
 from fedsplit.flower.records import ARRAYS, WEIGHT
 from fedsplit.flower.strategy.nodes import NodeRegistry
 from fedsplit.flower.strategy.round_metrics import RoundMetrics, numbers_of
@@ -361,6 +362,9 @@ def _problem_with(reply: Message, started: ArrayRecord) -> str:
     returned = reply.content.array_records.get(ARRAYS, ArrayRecord())
     if shapes_of(returned) != shapes_of(started):
         return f"its reply has {len(returned)} arrays, not the {len(started)} that were sent"
-    if not all(np.isfinite(array.numpy()).all() for array in returned.values()):
-        return "its weights hold NaN or Inf"
+    try:
+        if not all(np.isfinite(values_of(array)).all() for array in returned.values()):
+            return "its weights hold NaN or Inf"
+    except BadTensor as refusal:
+        return str(refusal)
     return ""

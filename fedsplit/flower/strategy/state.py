@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from fedsplit.errors import CheckpointError
+from fedsplit.flower.npy import values_of
 
 _WITHIN = "/"
 """Separates an attribute that is a strategy from the names of its own state."""
@@ -77,7 +78,7 @@ def _require(strategy: Strategy, attribute: str) -> None:
 
 def _entries(value: object) -> Iterator[tuple[str, int, str, Any]]:
     if isinstance(value, ArrayRecord):
-        arrays = {name: array.numpy() for name, array in value.items()}
+        arrays = {name: values_of(array) for name, array in value.items()}
         yield from _numbered("arrays", arrays.items())
     elif isinstance(value, dict) and _all_arrays(value.values()):
         yield from _numbered("dict", value.items())
