@@ -5,6 +5,7 @@ waits use full jitter with a growing bound (Brooker 2015, "Exponential backoff a
 a time budget.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from fedsplit.wire import messages as m
 from fedsplit.wire.delta import DeltaEncoder
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _REFORWARDS = 6
 """How often a forward is repeated because its graph has expired, before the backward fails."""
@@ -155,6 +158,7 @@ class Retry:
                 may_pass = failure.retryable or (is_fault and faults == 1)
                 if not may_pass or self._clock() + wait - begin > self._budget_s:
                     raise
+                log.warning("%s: %s; trying again in %.1f s", failure.code, failure, wait)
             self._sleep(wait)
             tries += 1
 

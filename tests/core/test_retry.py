@@ -41,11 +41,18 @@ def test_a_peer_that_names_a_time_is_heeded():
     assert attempts.waits == [7.0]
 
 
-def test_what_cannot_pass_is_raised_at_once():
+def test_every_repetition_is_logged_with_its_reason(caplog):
+    Attempts(errors.Overloaded("full", retry_after_s=7.0), errors.ConnectionLost("gone")).run()
+    first, second = caplog.messages
+    assert first == "OVERLOADED: full; trying again in 7.0 s"
+    assert second.startswith("CONN_LOST: gone; trying again in ")
+
+
+def test_what_cannot_pass_is_raised_at_once(caplog):
     attempts = Attempts(errors.ModelMismatch("other model"))
     with pytest.raises(errors.ModelMismatch):
         attempts.run()
-    assert attempts.waits == []
+    assert attempts.waits == caplog.messages == []
 
 
 def test_a_fault_of_the_other_side_is_given_one_more_chance():
