@@ -1,17 +1,15 @@
 """A server that is killed at any point of a step goes on to the very same weights."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.edge.federation import federate, joined
+from tests.edge.forked import Program
 from tests.edge.killed import POINTS, run_in
 from tests.edge.resuming import folder_of, resumed
-from tests.house.source import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +27,8 @@ def undisturbed(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_server_killed_at_a_point_goes_on_to_the_same_weights(point, folder, undisturbed):
-    command = [sys.executable, "-m", "tests.edge.killed", str(folder), point]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, _, errors = Program("tests.edge.killed", folder, point).end()
+    assert code == -signal.SIGKILL, errors
     run = run_in(folder, point)
     saved = [path.name for path in folder_of(run).checkpoints.glob("round-*")]
     assert saved == ["round-0001"], "it was to be killed in its second round"

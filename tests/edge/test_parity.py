@@ -3,20 +3,20 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.errors import ConfigError
 from simulations.parity import Parity, compare
+from tests.edge.forked import Program
+from tests.house.source import ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning"),
 ]
-ROOT = Path(__file__).parents[2]
 FAMILIES = (
     "gpt2 llama qwen2 qwen3 mistral gemma2 gemma3_text opt gpt_neox phi3 bloom falcon olmoe granite"
 )
@@ -74,21 +74,21 @@ def test_a_wrong_setting_is_refused(word: str, message: str) -> None:
         compare(Parity.parse([word]))
 
 
-def program(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "simulations.parity", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def program(*words: str) -> tuple[int, str, str]:
+    return Program("simulations.parity", *words).end()
 
 
 def test_the_program_s_last_line() -> None:
-    done = program("family=llama", "steps=2", "link=grpc")
+    command = [sys.executable, "-m", "simulations.parity", "family=llama", "steps=2", "link=grpc"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     line = "parity: llama steps=2 link=grpc max_loss_diff=0.0 max_weight_diff=0.0"
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, line, "")
 
 
 def test_the_program_as_json() -> None:
-    done = program("family=gpt2", "steps=1", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == {
+    code, stdout, stderr = program("family=gpt2", "steps=1", "--json")
+    assert (code, stderr) == (0, "")
+    assert json.loads(stdout) == {
         "family": "gpt2",
         "steps": 1,
         "link": "local",
@@ -98,6 +98,6 @@ def test_the_program_as_json() -> None:
 
 
 def test_the_program_refuses_in_a_line() -> None:
-    done = program("family=nope", "steps=1")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("parity: ")
+    code, stdout, stderr = program("family=nope", "steps=1")
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith("parity: ")

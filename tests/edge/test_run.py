@@ -24,24 +24,8 @@ from fedsplit.data import (
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from tests.edge.federation import federate, metrics_lines, overrides_for, spec_for
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(*words: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "simulations.run", *words],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    stdout, stderr = process.communicate(timeout=120)
-    return process.returncode, stdout, stderr
-
+from tests.edge.forked import Program
+from tests.house.source import ROOT
 
 # --- the folder ---------------------------------------------------------------------------------
 
@@ -143,9 +127,13 @@ def test_nothing_listens_when_a_run_is_over(folder: RunFolder) -> None:
 # --- the program --------------------------------------------------------------------------------
 
 
+def start(*words: str) -> Program:
+    return Program("simulations.run", *words)
+
+
 def test_two_runs_at_once_print_and_leave_their_own(tmp_path: Path) -> None:
     words = overrides_for(tmp_path, "train.rounds=2")
-    results = [end(process) for process in [start(*words), start(*words)]]
+    results = [program.end() for program in [start(*words), start(*words)]]
     assert [(code, stderr) for code, _, stderr in results] == [(0, ""), (0, "")]
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2"}
     for _, stdout, _ in results:
@@ -162,7 +150,7 @@ def test_two_runs_at_once_print_and_leave_their_own(tmp_path: Path) -> None:
 
 def test_a_sweep_leaves_a_folder_for_each_job(tmp_path: Path) -> None:
     words = overrides_for(tmp_path, "sharding=natural,iid")
-    code, stdout, stderr = end(start("-m", *words))
+    code, stdout, stderr = start("-m", *words).end()
     assert (code, stderr) == (0, "")
     specs = [
         from_yaml((tmp_path / "runs" / name / "config.yaml").read_text(encoding="utf-8"))
@@ -184,14 +172,14 @@ def test_a_sweep_leaves_a_folder_for_each_job(tmp_path: Path) -> None:
     ids=["a value", "a split"],
 )
 def test_a_wrong_value_is_refused_in_a_line(tmp_path: Path, words: list[str], message: str) -> None:
-    code, _, stderr = end(start(*overrides_for(tmp_path, *words)))
+    code, _, stderr = start(*overrides_for(tmp_path, *words)).end()
     assert code == 1
     assert stderr.startswith("error: ") and message in stderr and stderr.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["corpus.txt"]
 
 
 def test_a_run_in_which_all_clients_fail_ends_with_the_reason(tmp_path: Path) -> None:
-    code, _, stderr = end(start(*overrides_for(tmp_path, "wire.tls_ca=/nowhere/ca.pem")))
+    code, _, stderr = start(*overrides_for(tmp_path, "wire.tls_ca=/nowhere/ca.pem")).end()
     assert code == 1
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert "round 1, training: none of 3 clients finished; the first said: ConfigError" in line
@@ -201,24 +189,24 @@ def test_a_run_in_which_all_clients_fail_ends_with_the_reason(tmp_path: Path) ->
 
 def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
     """Its clients would wait for their trunk for wire.budget_s, which is minutes."""
-    process = start(*overrides_for(tmp_path, "train.rounds=5000"))
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("round   3/"):
-        pass
-    process.send_signal(signal.SIGINT)
-    code, _, stderr = end(process)
-    assert code == 130
-    assert "interrupted" in stderr and "Traceback" not in stderr
+    words = overrides_for(tmp_path, "train.rounds=5000")
+    command = [sys.executable, "-m", "simulations.run", *words]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        while not process.stdout.readline().startswith("round   3/"):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (130, "interrupted\n")
 
 
 def test_a_run_ends_quietly_and_whole_when_nobody_reads_it_any_more(tmp_path: Path) -> None:
     words = overrides_for(tmp_path, "train.rounds=5000", "train.save_every=1")
-    process = start(*words)
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("round   3/"):
+    program = start(*words)
+    while not program.stdout.readline().startswith("round   3/"):
         pass
-    process.stdout.close()  # as `head -4` does
-    code, _, stderr = end(process)
+    program.stdout.close()  # as `head -4` does
+    code, _, stderr = program.end()
     assert (code, stderr) == (141, "")
     folder = RunFolder(tmp_path / "runs" / "tiny")
     rounds = len(folder.rounds())  # and each of its lines is a whole one
@@ -226,7 +214,7 @@ def test_a_run_ends_quietly_and_whole_when_nobody_reads_it_any_more(tmp_path: Pa
 
 
 def test_help_lists_the_groups_with_examples() -> None:
-    code, stdout, stderr = end(start("--help"))
+    code, stdout, stderr = start("--help").end()
     assert (code, stderr) == (0, "")
     for (
         group
