@@ -55,6 +55,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     _discard(replaced)
 
 
+def make_folder(path: Path) -> bool:
+    """Make a folder and those above it; return False if there is something of this name.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    with _writing(path):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            return False
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, and replace a file of this name.
 

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from fedsplit import atomic
 from fedsplit.cli.command import Command
 from fedsplit.errors import ConfigError
 from fedsplit.spec import SplitSpec
@@ -92,7 +93,7 @@ def _filled_whole(out: Path) -> Iterator[Path]:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already; give a new or an empty directory")
-    out.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(out)
     # Inside of `out`, since a rename works only within one file system.
     with TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
         yield Path(folder)

@@ -92,7 +92,7 @@ class Shards(Command):
         if not self.out:
             return
         out = Path(self.out)
-        out.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(out)
         atomic.write_text(out / "shards.json", partitions.json)
         partitions.plot(out / "shards.png", title)
         print(f"\n{out / 'shards.png'}\n{out / 'shards.json'}")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from fedsplit import atomic
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.build import build_client, build_trunk, join_model
 from fedsplit.model.manifest import FORMAT, PARTS, Manifest, hashes_of, versions
@@ -83,7 +84,7 @@ def split_checkpoint(
     directories = {}
     for name, build in _BUILD.items():
         directory = Path(out_dir) / name
-        directory.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(directory)
         # Before the manifest, which holds the hashes of all files.
         if name == "bottom-top":
             origin.copy_texts(directory)

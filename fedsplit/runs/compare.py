@@ -97,7 +97,7 @@ class Table:
         Returns:
             The file.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(folder)
         file = folder / "table.json"
         content = {"figures": _plain(self.figures), "rows": _plain(self.rows)}
         atomic.write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -254,7 +254,7 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
     Returns:
         The file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(folder)
     runs = [run for group in groups for run in group.runs]
     axes = [name for name in _AXES if all(run.curve(name) for run in runs)]
     figure = Figure(figsize=(6 * len(axes), 4.5), layout="constrained")

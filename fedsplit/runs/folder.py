@@ -51,9 +51,8 @@ class RunFolder:
     def claim(parent: Path, name: str) -> "RunFolder":
         """Make a new folder `name` in `parent`, or `name-2`, `name-3`, ..., for a run to begin."""
         for folder in _candidates(parent, name):
-            # mkdir is atomic: of two processes, one gets the folder.
-            with suppress(FileExistsError):
-                folder.mkdir(parents=True)
+            # Of two processes, one makes the folder.
+            if atomic.make_folder(folder):
                 return RunFolder(folder.resolve())
         raise AssertionError("the candidates do not end")
 
@@ -65,7 +64,7 @@ class RunFolder:
             The folder, which now has a run id and a config.
         """
         for path in _candidates(parent, name):
-            path.mkdir(parents=True, exist_ok=True)
+            atomic.make_folder(path)
             # Folders of earlier versions have a config, but no run.json.
             has_config = (path / _CONFIG).exists()
             # Of two processes with one name, only one can create the file.

@@ -55,6 +55,14 @@ def test_another_error_is_passed_on(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_folder_is_made_once_and_not_below_a_file(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    assert [atomic.make_folder(folder) for _ in range(2)] == [True, False]
+    atomic.write_text(folder / "file", "text")
+    with pytest.raises(StorageError, match="file/two cannot be written: Not a directory"):
+        atomic.make_folder(folder / "file" / "two")
+
+
 def test_what_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "lines").mkdir()
     with pytest.raises(StorageError, match="lines cannot be written: Is a directory"):
