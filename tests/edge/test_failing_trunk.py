@@ -2,8 +2,6 @@
 
 import re
 import resource
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.router import TrunkRouter
 from fedsplit.trunk.service import TrunkService
 from tests.core.worlds import fail, small_run
+from tests.edge.forked import Program
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -57,19 +56,14 @@ def test_a_server_whose_only_trunk_runs_out_of_memory_in_a_step_ends_with_an_err
     heads = dict(num_attention_heads=8, num_key_value_heads=8, vocab_size=64)
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "model")
     settings = ["split=1/3/1", "train.optimizer=adamw", "data.sequence_length=8", "wire.budget_s=5"]
-    command = [sys.executable, "-m", "fedsplit", "serve", "--model", f"base={tmp_path}/model"]
+    command = ["serve", "--model", f"base={tmp_path}/model"]
     bound = ["--bind", "127.0.0.1:0", "--split", "1/3/1"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([*command, *bound, *settings[1:]], **pipes) as server:
-        try:
-            ready = server.stdout.readline()
-            address = re.search(r"at (127\.0\.0\.1:\d+);", ready)[1]
-            with reach(str(tmp_path / "model"), address, run=compose(settings)) as reached:
-                _step_without_memory(reached, server.pid)
-            assert server.wait(30.0) == 1
-            told = server.stderr.read()
-        finally:
-            server.kill()
+    with Program("fedsplit", *command, *bound, *settings[1:]) as server:
+        address = re.search(r"at (127\.0\.0\.1:\d+);", server.stdout.readline())[1]
+        with reach(str(tmp_path / "model"), address, run=compose(settings)) as reached:
+            _step_without_memory(reached, server.pid)
+        code, _, told = server.end(timeout_s=30.0)
+    assert code == 1
     assert "the trunk failed at version 0 and serves nothing more" in told
     assert "Traceback" in told and "memory" in told
     assert "\nerror: all trunks of this server have failed;" in told

@@ -1,9 +1,5 @@
 """Generation over real gRPC: whatever breaks on the way, the tokens are the same."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from contextlib import closing, contextmanager
 
@@ -15,6 +11,7 @@ from fedsplit.spec import WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.wire import messages as m
 from tests.core.generating import Scene, prompt, scene
+from tests.edge.forked import Program
 from tests.edge.proxy import proxied
 from tests.edge.trunkserver import TOKEN, served, wire_spec
 
@@ -111,25 +108,22 @@ class Server:
     """A trunk in a process of its own, always at the same port."""
 
     def __init__(self, model_type: str) -> None:
-        command = [sys.executable, "-m", "tests.edge.trunkserver", model_type]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._starter = subprocess.Popen(command, text=True, bufsize=1, **pipes)
+        self._model_type = model_type
         self._begin("127.0.0.1:0")
-        self._pid, self.address = self._starter.stdout.readline().split()
+        self.address = self._program.stdout.readline().strip()
 
     def restart(self) -> None:
-        """Kill it in a way that nobody can catch, and begin another one; waits for none."""
-        os.kill(int(self._pid or self._starter.stdout.readline().split()[0]), signal.SIGKILL)
-        self._pid = ""
+        """Kill it in a way that nobody can catch, and begin another one; does not wait for it."""
+        self.end()
         self._begin(self.address)
 
     def end(self) -> None:
-        """End the one that runs, and the starter."""
-        os.kill(int(self._pid or self._starter.stdout.readline().split()[0]), signal.SIGKILL)
-        self._starter.communicate()
+        """Kill the one that runs."""
+        self._program.kill()
+        self._program.end()
 
     def _begin(self, address: str) -> None:
-        self._starter.stdin.write(f"{address}\n")
+        self._program = Program("tests.edge.trunkserver", self._model_type, address)
 
 
 def test_a_server_that_is_killed_and_started_again_changes_no_token():

@@ -2,13 +2,13 @@
 
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,6 +50,7 @@ from fedsplit.wire.messages import ServiceInfoRequest
 from simulations.bench.certificate import self_signed
 from tests.core.worlds import batch, small_run
 from tests.edge.commands import COMMAND
+from tests.edge.forked import Program
 from tests.house.source import ROOT
 
 PROMPT = "Once upon a time"
@@ -91,16 +92,21 @@ def make_adapter(model: Path, folder: Path) -> None:
     save_adapter(parts.client, parts.trunk, folder)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Place:
-    """A folder with models, an adapter and a run, and two servers: of those, and of the run."""
+    """A folder with models, an adapter and a run; the first lines of their two servers.
+
+    The tests only read what is here. A test that trains or stops a server starts its own.
+    """
 
     folder: Path
-    server: subprocess.Popen[str]
-    run_server: subprocess.Popen[str]
-    address: str = ""
-    ready: str = ""
-    run_ready: str = ""
+    ready: str
+    run_ready: str
+
+    @property
+    def address(self) -> str:
+        """The address of the models' server."""
+        return address_in(self.ready)
 
 
 @pytest.fixture(scope="module")
@@ -115,26 +121,32 @@ def place(tmp_path_factory) -> Iterator[Place]:
     (folder / "begun").mkdir()
     (folder / "begun" / "config.yaml").write_text(to_yaml(RUN))
     (folder / "empty").write_text("")
-    models = ["--model", f"base={folder}/model", "--model", f"trained={folder}/model"]
-    adapter = ["--adapter", f"medical={folder}/adapter", "--split", "1/2/1"]
+    adapter = ["--adapter", f"medical={folder}/adapter"]
     with (
-        started("serve", *models, "--bind", "127.0.0.1:0", *adapter, *SGD) as server,
-        started("serve", f"{folder}/run") as run_server,
+        Program("fedsplit", "serve", *models_of(folder), *adapter, *SGD) as server,
+        Program("fedsplit", "serve", folder / "run") as run_server,
     ):
-        here = Place(folder=folder, server=server, run_server=run_server)
-        here.ready, here.run_ready = server.stdout.readline(), run_server.stdout.readline()
-        here.address = re.search(r"at (127\.0\.0\.1:\d+);", here.ready)[1]
-        yield here
+        yield Place(folder, server.stdout.readline(), run_server.stdout.readline())
 
 
-@contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, **pipes) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def models_of(folder: Path) -> list[str]:
+    """The words that serve one model as two trunks."""
+    models = ["--model", f"base={folder}/model", "--model", f"trained={folder}/model"]
+    return [*models, "--split", "1/2/1", "--bind", "127.0.0.1:0"]
+
+
+def address_in(ready: str) -> str:
+    """The address in a server's first line."""
+    return re.search(r"at (127\.0\.0\.1:\d+);", ready)[1]
+
+
+@pytest.fixture
+def run_server(place, tmp_path) -> Iterator[tuple[Path, Program]]:
+    """A copy of the run's folder and a server of it, which a test may train and stop."""
+    folder = shutil.copytree(place.folder / "run", tmp_path / "run")
+    with Program("fedsplit", "serve", folder) as server:
+        assert server.stdout.readline().startswith("serving run ")
+        yield folder, server
 
 
 def whole(place: Place) -> PreTrainedModel:
@@ -291,22 +303,25 @@ def test_a_trunk_is_trained_by_itself(place):
     model(**example.inputs, labels=example.labels).loss.backward()
     optimizer.step()
     source = str(place.folder / "model")
-    with reach(source, place.address, served="trained", run=run) as reached:
-        trainer = ClientTrainer(reached.model, reached.trunk, run)
-        with reached.trunk.session():
-            trainer.step([example])
-        reached.model.eval()
-        ids_BT = example.inputs["input_ids"]
-        with reached.trunk.session(training=False), torch.no_grad():
-            torch.testing.assert_close(reached.model(ids_BT).logits, model.eval()(ids_BT).logits)
-        assert reached.trunk.service_info().version == 1
-    with reach(source, place.address, served="base") as reached:
-        assert reached.trunk.service_info().version == 0
+    with Program("fedsplit", "serve", *models_of(place.folder), *SGD) as server:
+        address = address_in(server.stdout.readline())
+        with reach(source, address, served="trained", run=run) as reached:
+            trainer = ClientTrainer(reached.model, reached.trunk, run)
+            with reached.trunk.session():
+                trainer.step([example])
+            reached.model.eval()
+            ids_BT = example.inputs["input_ids"]
+            with reached.trunk.session(training=False), torch.no_grad():
+                got_BTV = reached.model(ids_BT).logits
+            torch.testing.assert_close(got_BTV, model.eval()(ids_BT).logits)
+            assert reached.trunk.service_info().version == 1
+        with reach(source, address, served="base") as reached:
+            assert reached.trunk.service_info().version == 0
 
 
-def test_a_run_is_trained_with_the_steps_of_its_method(place):
-    address = re.search(r"at (127\.0\.0\.1:\d+);", place.run_ready)[1]
-    with reach(str(place.folder / "run" / "model"), address, run=RUN) as reached:
+def test_a_run_is_trained_with_the_steps_of_its_method(run_server):
+    finished = RunFolder.finished(run_server[0])
+    with reach(str(finished.model), finished.address, run=RUN) as reached:
         with reached.trunk.session():
             ClientTrainer(reached.model, reached.trunk, RUN).step([batch(1)])
         with reached.trunk.session(training=False):
@@ -470,8 +485,9 @@ def test_a_prompt_needs_a_model_or_a_run(source, error, capfd):
 # --- the end ------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_told_to_stop_finishes_what_is_in_work(place):
-    finished = RunFolder.finished(place.folder / "run")
+def test_a_server_that_is_told_to_stop_finishes_what_is_in_work(run_server):
+    folder, server = run_server
+    finished = RunFolder.finished(folder)
     source, address, run = str(finished.model), finished.address, finished.run
     example = batch(1)
     with (
@@ -492,20 +508,24 @@ def test_a_server_that_is_told_to_stop_finishes_what_is_in_work(place):
         waiting = threading.Thread(target=go_on)
         waiting.start()
         time.sleep(BARRIER_S / 3)  # for it to be at the server
-        place.run_server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         with pytest.raises(Draining, match="the trunk server is shutting down"):
             while True:
                 late.link.exchange(ServiceInfoRequest())
         assert not losses
         waiting.join(timeout=20)
-        assert losses and place.run_server.wait(timeout=20) == 0
-    assert place.run_server.stderr.read() == ""
-    assert not (place.folder / "run" / "trunk.address").exists()
+        assert losses
+        assert server.end(timeout_s=20) == (0, "", "")
+    assert not (folder / "trunk.address").exists()
 
 
 def test_ctrl_c_is_a_good_end_too(place):
-    place.server.send_signal(signal.SIGINT)
-    assert (place.server.wait(timeout=20), place.server.stderr.read()) == (0, "")
+    command = [*COMMAND, "serve", *models_of(place.folder)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as server:
+        server.stdout.readline()
+        server.send_signal(signal.SIGINT)
+        assert (server.communicate(timeout=20), server.returncode) == (("", ""), 0)
 
 
 def test_adapters_of_a_model_are_served_on_the_same_weights(tmp_path):

@@ -1,7 +1,5 @@
-"""A trunk that generates, over gRPC: in this process or, run as a script, in others."""
+"""A trunk that generates, over gRPC: in this process or, run as a script, in another."""
 
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -63,15 +61,12 @@ def wire_spec() -> WireSpec:
 
 
 def serve(model_type: str, bind: str) -> None:
-    """Serve until killed; says its process and address."""
+    """Serve until killed; says its address."""
     with served(model_type, bind) as (_, where):
-        print(os.getpid(), where, flush=True)
+        print(where, flush=True)
         threading.Event().wait()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    for line in sys.stdin:  # each begins a server, in a process of its own
-        if os.fork() == 0:
-            serve(sys.argv[1], line.strip())
+    serve(*sys.argv[1:])
