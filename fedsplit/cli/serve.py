@@ -217,14 +217,14 @@ class Info(Command):
 
     def run(self) -> None:
         """Print a line for each property of the server."""
+        if ":" not in self.address:
+            raise ConfigError(f"ADDRESS={self.address!r} is neither host:port nor unix:path")
         # gRPC would log a failed connection beside our error line.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from fedsplit.console import table_text
         from fedsplit.transport.client import GrpcLink
         from fedsplit.wire.messages import ServiceInfoRequest
 
-        if ":" not in self.address:
-            raise ConfigError(f"ADDRESS={self.address!r} is neither host:port nor unix:path")
         wire = WireSpec(tls_ca=self.tls_ca, call_deadline_s=_INFO_DEADLINE_S)
         with closing(GrpcLink(self.address, wire=wire)) as link:
             info = link.exchange(ServiceInfoRequest())

@@ -289,7 +289,7 @@ REFUSED = {
     ),
     "a place below a file": (
         "join parts/bottom-top parts/trunk --out whole/config.json/new",
-        r"Not a directory: 'whole/config.json/new'",
+        r"whole/config.json/new cannot be written: Not a directory",
     ),
     "no part": (
         "join whole parts/trunk --out new",
@@ -402,16 +402,12 @@ def test_ctrl_c_is_quiet():
     assert (process.returncode, told) == (130, (b"", b""))
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[*COMMAND, "plot", "run"], [sys.executable, "-m", "simulations.parity", "steps=1"]],
-    ids=["fedsplit", "parity"],
-)
-def test_output_that_nobody_reads_ends_a_program_quietly(command, here):
+def test_output_that_nobody_reads_ends_the_command_quietly(here):
     reader, writer = os.pipe()
     os.close(reader)  # as `head -0` does
     pipes = dict(stdout=writer, stderr=subprocess.PIPE)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*COMMAND, "plot", "run"]
     with subprocess.Popen(command, cwd=here, env=environment, **pipes) as process:
         os.close(writer)
         told = process.communicate(timeout=120)[1]

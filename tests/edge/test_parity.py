@@ -1,6 +1,7 @@
 """Split training and unsplit training, side by side: no digit of loss or weight differs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -101,3 +102,11 @@ def test_the_program_refuses_in_a_line() -> None:
     code, stdout, stderr = program("family=nope", "steps=1")
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert stderr.startswith("parity: ")
+
+
+def test_output_that_nobody_reads_ends_the_program_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head -0` does
+    ended = Program("simulations.parity", "steps=1", output=writer)
+    os.close(writer)
+    assert ended.end() == (141, "", "")
