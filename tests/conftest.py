@@ -4,6 +4,7 @@ The environment is set before torch, transformers and flwr are imported anywhere
 processes (Ray workers, SuperLink, SuperNodes) inherit it.
 """
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -23,6 +24,8 @@ os.environ.update(
     MPLBACKEND="agg",
 )
 
+gc.disable()  # while libraries and tests are imported: it would take a fifth of that time
+
 import pytest
 import torch
 from hypothesis import settings
@@ -36,6 +39,12 @@ settings.load_profile("house")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, but not among all that was imported, which takes long."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
