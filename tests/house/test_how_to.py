@@ -48,8 +48,7 @@ def changed_by(page: Path, folder: Path) -> list[str]:
     folder.mkdir()
     for source in (ROOT / name for name in COPIED):
         if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, folder / source.name, ignore=ignored)
+            shutil.copytree(source, folder / source.name)  # with what is compiled already
         else:
             shutil.copy(source, folder)
     diff = diff_of(page)
