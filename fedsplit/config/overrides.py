@@ -39,7 +39,7 @@ RUN_CONFIG_KEYS = {
     "lr": "train.lr",
     "policy": "policy",
     "wire": "wire",
-    "halves": "halves",
+    "client-weights": "client_weights",
     "strategy": "strategy",
     "task": "task",
     "baseline": "baseline",

@@ -11,21 +11,26 @@ from fedsplit.errors import ConfigError
 log = logging.getLogger(__name__)
 
 RENAMED = {
+    "wire.halves": "wire.client_weights",
     "train.pass_wait_s": "train.max_queue_delay_s",
     "generation.gather_s": "generation.max_queue_delay_s",
 }
 """The new names of fields by their old names."""
+
+RENAMED_GROUPS = {"halves": "client_weights"}
+"""The new names of groups by their old names."""
 
 _REMOVED = {"wire.feedback": (False, "error feedback was removed: it saved no bytes")}
 """Removed fields: the one value that is accepted and has no effect, and the reason."""
 
 
 def current_name(field: str) -> str:
-    """Return the present name of a field; log a warning if `field` is an old name."""
-    if field not in RENAMED:
-        return field
-    log.warning("%s is called %s now; the next release does not know it", field, RENAMED[field])
-    return RENAMED[field]
+    """Return the present name of a field or a group; log a warning if `field` is an old name."""
+    group, dot, rest = field.partition(".")
+    new = RENAMED.get(field, RENAMED_GROUPS.get(group, group) + dot + rest)
+    if new != field:
+        log.warning("%s is called %s now; the next release does not know it", field, new)
+    return new
 
 
 def with_current_names(run: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +40,9 @@ def with_current_names(run: dict[str, Any]) -> dict[str, Any]:
         ConfigError: A removed field has a value that had an effect.
     """
     # Copied, so that the caller's mapping does not change.
-    groups = {name: dict(node) for name, node in run.items() if isinstance(node, dict)}
+    groups = {
+        current_name(name): dict(node) for name, node in run.items() if isinstance(node, dict)
+    }
     for field, (value, reason) in _REMOVED.items():
         group, name = field.split(".")
         # Runs of the last release have the field in their config.yaml.
@@ -45,4 +52,4 @@ def with_current_names(run: dict[str, Any]) -> dict[str, Any]:
         group, name = field.split(".")
         if name in groups.get(group, {}):
             groups[group][current_name(field).split(".")[1]] = groups[group].pop(name)
-    return run | groups
+    return {name: node for name, node in run.items() if name not in RENAMED_GROUPS} | groups

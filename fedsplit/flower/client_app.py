@@ -108,9 +108,9 @@ def train(message: Message, context: Context) -> Message:
     if run.train.save_every:
         memory.save(session.node.checkpoints_of(run, session.join.run_id), session.join.round, run)
     content = RecordDict({METRICS: MetricRecord(session.numbers_of(stats, memory, begin))})
-    # With halves.personal=both all client weights stay at the client.
+    # With client_weights.personal=both all client weights stay at the client.
     if session.shared:
-        content[ARRAYS] = packed(to_arrays(session.shared), run.wire.halves)
+        content[ARRAYS] = packed(to_arrays(session.shared), run.wire.client_weights)
     return Message(content, reply_to=message)
 
 
@@ -205,7 +205,7 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
         weights = shared(model, run)
         shapes = {name: tuple(parameter.shape) for name, parameter in weights.items()}
         received = message.content.array_records[ARRAYS]
-        load_arrays(weights, unpacked(received, run.wire.halves, shapes))
+        load_arrays(weights, unpacked(received, run.wire.client_weights, shapes))
     with torch.no_grad():
         for name, parameter in personal(model, run).items():
             # A client's first message finds no personal part yet: it starts from the model's own.

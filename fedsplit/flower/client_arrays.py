@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 def packed(arrays: ArrayRecord, codec: str) -> ArrayRecord:
-    """Return client weights compressed by a codec of `wire.halves`."""
+    """Return client weights compressed by a codec of `wire.client_weights`."""
     if codec == "none":
         return arrays
     return ArrayRecord({name: _compressed(array, codec) for name, array in arrays.items()})

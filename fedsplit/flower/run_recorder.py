@@ -149,14 +149,14 @@ class RunRecorder:
             settings=self._run.settings,
             facts={"corpus": self._corpus.sha256},
             tensors={
-                "halves": weights,
+                "client_weights": weights,
                 "trunk": self._method.trunk_server.service.engine.state(),
                 "strategy": self._method.state(),
             },
         ).write(parent)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        load_arrays(shared(self._model, self._run), to_arrays(checkpoint.tensors["halves"]))
+        load_arrays(shared(self._model, self._run), to_arrays(checkpoint.tensors["client_weights"]))
         self._method.trunk_server.service.engine.load_state(checkpoint.tensors["trunk"])
         self._method.load_state(checkpoint.tensors["strategy"])
 

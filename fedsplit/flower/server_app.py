@@ -80,6 +80,6 @@ def _client_strategy(run: RunSpec) -> Strategy:
     # A run starts with all clients. Flower waits without end for a minimum of nodes, so a client
     # that never returns would block every later round.
     minimums = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
-    options = {"weighted_by_key": WEIGHT, **minimums, **run.halves.options}
-    strategy: Strategy = build(run.halves.strategy, **options)
+    options = {"weighted_by_key": WEIGHT, **minimums, **run.client_weights.options}
+    strategy: Strategy = build(run.client_weights.strategy, **options)
     return strategy

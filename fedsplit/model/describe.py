@@ -127,7 +127,7 @@ def _personal_names(model: PreTrainedModel, run: RunSpec) -> Iterator[str]:
         if run.baseline == "local":
             yield name
         elif isinstance(model, ClientPart):
-            if run.halves.is_personal(model.place_of(name.rpartition(".")[0])):
+            if run.client_weights.is_personal(model.place_of(name.rpartition(".")[0])):
                 yield name
 
 

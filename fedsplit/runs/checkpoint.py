@@ -18,7 +18,7 @@ from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.manifest import sha256_of
 from fedsplit.spec import RunSpec
 
-FORMAT = 2
+FORMAT = 3
 """Version of a checkpoint's layout; checkpoints of format 1 have no number in their label."""
 
 _LABEL = "checkpoint.json"

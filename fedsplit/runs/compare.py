@@ -190,7 +190,7 @@ _TOTALS = (
     "tokens",
     "bytes_up",
     "bytes_down",
-    "halves_bytes",
+    "client_weights_bytes",
     "seconds",
     "virtual_seconds",
 )
@@ -220,7 +220,7 @@ COLUMNS: Columns = {
     "tokens": lambda row: f"{row['tokens']:,.0f}",
     "up": lambda row: in_mib(row["bytes_up"]),
     "down": lambda row: in_mib(row["bytes_down"]),
-    "halves": lambda row: in_mib(row["halves_bytes"]),
+    "weights": lambda row: in_mib(row["client_weights_bytes"]),
     "seconds": lambda row: number(row["seconds"], ".1f"),
     "virtual s": lambda row: number(row["virtual_seconds"], ".0f"),
     "client memory": lambda row: in_mib(row["client_bytes"]) if row["client_bytes"] else "",
@@ -237,7 +237,7 @@ def _aligned(columns: Sequence[Sequence[str]]) -> str:
 _AXES: dict[str, Callable[[RoundStats], float]] = {
     "round": lambda stats: 1,
     "MiB between clients and server": lambda stats: (
-        (stats.bytes_up + stats.bytes_down + stats.halves_bytes) / 2**20
+        (stats.bytes_up + stats.bytes_down + stats.client_weights_bytes) / 2**20
     ),
     "optimizer steps of all clients": lambda stats: stats.steps,
     "seconds": lambda stats: stats.seconds,

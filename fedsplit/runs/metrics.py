@@ -23,7 +23,7 @@ class RoundStats:
         seconds: The duration of the round.
         bytes_up: Bytes of the stream from the clients to the trunk.
         bytes_down: Bytes of the stream from the trunk to the clients.
-        halves_bytes: Bytes of client weights that Flower carried, in both directions.
+        client_weights_bytes: Bytes of client weights that Flower carried, in both directions.
         clients: The number of clients that replied.
         late: The number of these clients with steps that were late and repeated.
         failed: The number of clients that did not reply.
@@ -45,7 +45,7 @@ class RoundStats:
     seconds: float
     bytes_up: int
     bytes_down: int
-    halves_bytes: int
+    client_weights_bytes: int
     clients: int
     late: int
     failed: int
@@ -118,6 +118,9 @@ def parse(lines: Iterable[str]) -> list[RoundStats]:
     """Return the rounds of lines that `line_of` wrote."""
     rounds: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
     for values in rounds:
+        # The name in runs of the last release.
+        if "halves_bytes" in values:
+            values["client_weights_bytes"] = values.pop("halves_bytes")
         values.update({key: math.nan for key, value in values.items() if value is None})
     return [RoundStats(**values) for values in rounds]
 
@@ -129,6 +132,7 @@ def closing_table(rounds: Sequence[RoundStats]) -> str:
     seconds = sum(stats.seconds for stats in rounds)
     virtual = sum(stats.virtual_seconds for stats in rounds)
     tokens = sum(stats.tokens for stats in rounds)
+    through_flower = sum(stats.client_weights_bytes for stats in rounds)
     rows = [
         ("rounds", f"{len(rounds)} of {last.rounds}, {last.version} trunk steps"),
         (f"round {measured[0].round}", measured[0].held_out),
@@ -138,7 +142,7 @@ def closing_table(rounds: Sequence[RoundStats]) -> str:
         *([] if math.isnan(virtual) else [("virtual time", f"{virtual:.1f} s")]),
         ("activations and gradients up", in_mib(sum(stats.bytes_up for stats in rounds))),
         ("activations and gradients down", in_mib(sum(stats.bytes_down for stats in rounds))),
-        ("client weights through Flower", in_mib(sum(stats.halves_bytes for stats in rounds))),
+        ("client weights through Flower", in_mib(through_flower)),
         ("memory of a client", in_mib(max(stats.client_bytes for stats in rounds))),
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
     ]

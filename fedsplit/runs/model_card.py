@@ -23,12 +23,12 @@ tags: [split-learning, federated-learning, fedsplit]
 | corpus | {corpus}, {corpus_bytes:,} bytes |
 | corpus sha256 | `{sha256}` |
 | sharding | {sharding} over {clients} clients, {held_out:.0%} held out |
-| policy | {policy}, strategy {strategy} with {halves} for the client weights |
+| policy | {policy}, strategy {strategy} with {client_strategy} for the client weights |
 | attention at the trunk | {attention} |
 | rounds | {rounds} of {local_steps} steps per client, {version} trunk steps, {tokens:,} {unit} |
 | held out | {first} in round {first_round}, {last} in round {last_round} |
 | activations and gradients on the wire | {up} up, {down} down |
-| client weights through Flower | {halves_bytes} |
+| client weights through Flower | {client_weights_bytes} |
 | configuration fingerprint | `{fingerprint}` |
 
 ## What split learning does not protect
@@ -69,7 +69,7 @@ def model_card(
         held_out=run.data.held_out,
         policy=run.policy.kind,
         strategy=run.strategy.target,
-        halves=run.halves.strategy,
+        client_strategy=run.client_weights.strategy,
         rounds=len(rounds),
         local_steps=run.train.local_steps,
         version=rounds[-1].version,
@@ -81,7 +81,7 @@ def model_card(
         last_round=measured[-1].round,
         up=in_mib(sum(stats.bytes_up for stats in rounds)),
         down=in_mib(sum(stats.bytes_down for stats in rounds)),
-        halves_bytes=in_mib(sum(stats.halves_bytes for stats in rounds)),
+        client_weights_bytes=in_mib(sum(stats.client_weights_bytes for stats in rounds)),
         fingerprint=run.fingerprint,
     )
 
@@ -97,7 +97,8 @@ def _how(run: RunSpec) -> str:
         f"{run.clients} clients had the bottom and the top, and a server had the trunk. This "
         "checkpoint joins the parts."
     )
-    if run.halves.personal == "none":
+    personal = run.client_weights.personal
+    if personal == "none":
         return text
-    parts = "bottom and top" if run.halves.personal == "both" else run.halves.personal
+    parts = "bottom and top" if personal == "both" else personal
     return f"{text} Each client kept its own {parts}; this checkpoint has the untrained {parts}."

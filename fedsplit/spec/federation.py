@@ -95,7 +95,7 @@ class PolicySpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HalvesSpec:
+class ClientWeightsSpec:
     """The treatment of client weights: aggregated by a Flower strategy, or personal.
 
     `strategy` is the import path of any Flower strategy, and `options` are its arguments.
@@ -107,7 +107,7 @@ class HalvesSpec:
     personal: str = "none"
 
     def __post_init__(self) -> None:
-        one_of("halves.personal", self.personal, ("none", "bottom", "top", "both"))
+        one_of("client_weights.personal", self.personal, ("none", "bottom", "top", "both"))
 
     def is_personal(self, place: str) -> bool:
         """Return whether the part `place`, bottom or top, never leaves its client."""

@@ -11,7 +11,7 @@ from typing import Any
 from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import at_least, duration, one_of, parsed_codec, positive
 from fedsplit.spec.data import TASKS, DataSpec, ShardingSpec
-from fedsplit.spec.federation import HalvesSpec, PolicySpec, StrategySpec
+from fedsplit.spec.federation import ClientWeightsSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
@@ -39,8 +39,8 @@ class WireSpec:
     gradients: none, bf16, fp16, int8 or int4 (both with an optional `:stochastic`), topk:FRACTION,
     randtopk:FRACTION or huffman:STEP. With `history_bytes` above 0, each side stores so many bytes
     of the last hidden states of a client's examples, and the wire carries the difference to them.
-    `halves` is the codec of the client weights that Flower carries, in both directions: none,
-    fp16 or int8. All of these decide numbers; addresses, TLS, times and the stash do not.
+    `client_weights` is the codec of the client weights that Flower carries, in both directions:
+    none, fp16 or int8. All of these decide numbers; addresses, TLS, times and the stash do not.
     """
 
     bind: str = "127.0.0.1:0"
@@ -54,7 +54,7 @@ class WireSpec:
     history_bytes: int = 0
     grad_up: str = "none"
     grad_down: str = "none"
-    halves: str = "none"
+    client_weights: str = "none"
     call_deadline_s: float = 120.0
     budget_s: float = 300.0
     stash_ttl_s: float = 300.0
@@ -63,7 +63,7 @@ class WireSpec:
     def __post_init__(self) -> None:
         for name in ("up", "down", "grad_up", "grad_down"):
             parsed_codec(f"wire.{name}", getattr(self, name))
-        one_of("wire.halves", self.halves, ("none", "fp16", "int8"))
+        one_of("wire.client_weights", self.client_weights, ("none", "fp16", "int8"))
         at_least("wire.history_bytes", self.history_bytes, 0)
         if self.history_bytes and "none" in (self.up, self.down):
             raise ConfigError(
@@ -194,11 +194,11 @@ _CONFLICTS = (
         why=_NO_TRUNK,
     ),
     _Conflict(
-        setting="wire.halves",
-        other="shares_halves",
+        setting="wire.client_weights",
+        other="shares_client_weights",
         when=lambda codec, shares: codec != "none" and not shares,
-        why="wire.halves={run.wire.halves} has nothing to compress: no client gives anything of "
-        "its halves away; set wire.halves=none",
+        why="wire.client_weights={run.wire.client_weights} has nothing to compress: no client "
+        "sends client weights; set wire.client_weights=none",
     ),
     _Conflict(
         setting="wire.history_bytes",
@@ -256,7 +256,7 @@ class RunSpec:
     sharding: ShardingSpec = field(default_factory=ShardingSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
     policy: PolicySpec = field(default_factory=PolicySpec)
-    halves: HalvesSpec = field(default_factory=HalvesSpec)
+    client_weights: ClientWeightsSpec = field(default_factory=ClientWeightsSpec)
     wire: WireSpec = field(default_factory=WireSpec)
     generation: GenerationSpec = field(default_factory=GenerationSpec)
     strategy: StrategySpec = field(default_factory=StrategySpec)
@@ -294,9 +294,9 @@ class RunSpec:
         return 1 if self.baseline == "central" else self.clients
 
     @property
-    def shares_halves(self) -> bool:
+    def shares_client_weights(self) -> bool:
         """Whether clients send any of their weights to the server."""
-        return self.baseline != "local" and self.halves.personal != "both"
+        return self.baseline != "local" and self.client_weights.personal != "both"
 
     @property
     def settings(self) -> dict[str, Any]:

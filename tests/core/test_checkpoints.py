@@ -19,7 +19,7 @@ def checkpoint(round: int = 3, run: RunSpec = RUN) -> Checkpoint:
         round=round,
         settings=run.settings,
         facts={"corpus": "abc"},
-        tensors={"halves": weights, "nothing": {}},
+        tensors={"client_weights": weights, "nothing": {}},
     )
 
 
@@ -27,9 +27,9 @@ def test_what_was_written_is_read(tmp_path):
     path = checkpoint().write(tmp_path)
     found = Checkpoint.read(path, RUN)
     assert (found.round, found.facts) == (3, {"corpus": "abc"})
-    assert found.tensors.keys() == {"halves", "nothing"}
-    assert torch.equal(found.tensors["halves"]["a.weight"], torch.arange(6.0).reshape(2, 3))
-    assert found.tensors["halves"]["a.steps"] == 7
+    assert found.tensors.keys() == {"client_weights", "nothing"}
+    assert torch.equal(found.tensors["client_weights"]["a.weight"], torch.arange(6.0).reshape(2, 3))
+    assert found.tensors["client_weights"]["a.steps"] == 7
     assert not found.tensors["nothing"]
 
 
@@ -56,11 +56,11 @@ def test_other_settings_are_named(tmp_path):
 
 def test_a_damaged_file_is_refused(tmp_path):
     path = checkpoint().write(tmp_path)
-    file = path / "halves.safetensors"
+    file = path / "client_weights.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match="halves.safetensors is missing or damaged"):
+    with pytest.raises(CheckpointError, match="client_weights.safetensors is missing or damaged"):
         Checkpoint.read(path, RUN)
     file.unlink()
     with pytest.raises(CheckpointError, match="missing or damaged"):
@@ -98,5 +98,5 @@ def test_a_snapshot_of_another_format_is_refused_by_its_number(tmp_path):
     label = json.loads((path / "checkpoint.json").read_text())
     del label["format"]  # as the first format had none
     (path / "checkpoint.json").write_text(json.dumps(label))
-    with pytest.raises(CheckpointError, match="a checkpoint of format 1, and this version reads 2"):
+    with pytest.raises(CheckpointError, match="a checkpoint of format 1, and this version reads 3"):
         Checkpoint.read(path, RUN)

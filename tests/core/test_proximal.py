@@ -34,7 +34,10 @@ def test_the_gradient_is_that_of_the_term():
     torch.testing.assert_close(weights["b"].grad, wanted[1])
 
 
-SHARED = [pytest.param(None, id="both halves"), pytest.param("layers.0.", id="the bottom's block")]
+SHARED = [
+    pytest.param(None, id="bottom and top"),
+    pytest.param("layers.0.", id="the bottom's block"),
+]
 
 
 @pytest.mark.parametrize("shared", SHARED)

@@ -7,8 +7,8 @@ import pytest
 
 from fedsplit.errors import ConfigError
 from fedsplit.spec import (
+    ClientWeightsSpec,
     DataSpec,
-    HalvesSpec,
     LaunchSpec,
     LoraSpec,
     ModelSpec,
@@ -87,9 +87,15 @@ REFUSED = [
     (lambda: PolicySpec(buffer=0), "policy.buffer=0 is too small"),
     (lambda: PolicySpec(discount="log"), "policy.discount='log' is not one of: constant"),
     (lambda: PolicySpec(sim_slowdown={"client-0": 0.5}), "sim_slowdown of client-0=0.5 is too sm"),
-    (lambda: HalvesSpec(personal="head"), "halves.personal='head' is not one of: none, bottom"),
+    (
+        lambda: ClientWeightsSpec(personal="head"),
+        "client_weights.personal='head' is not one of: none, bottom",
+    ),
     (lambda: WireSpec(up="zip"), "wire.up='zip' is not one of: none, bf16, fp16"),
-    (lambda: WireSpec(halves="int4"), "wire.halves='int4' is not one of: none, fp16, int8"),
+    (
+        lambda: WireSpec(client_weights="int4"),
+        "wire.client_weights='int4' is not one of: none, fp16, int8",
+    ),
     (lambda: WireSpec(grad_down="topk:2"), "wire.grad_down=topk:2 must say which fraction"),
     (
         lambda: RunSpec(
@@ -186,7 +192,7 @@ def test_a_spec_is_frozen():
         (dict(wire=WireSpec(down="int8")), False),
         (dict(sweep=SweepSpec(variants={"a": "seed=1"}, seeds=[0])), True),
         (dict(seed=1), False),
-        (dict(halves=HalvesSpec(personal="top")), False),
+        (dict(client_weights=ClientWeightsSpec(personal="top")), False),
         (dict(clients=5), False),
         (dict(split=SplitSpec(bottom=2)), False),
         (dict(model=ModelSpec(config={"n_layer": 3})), False),

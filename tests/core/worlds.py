@@ -93,7 +93,7 @@ class World:
     def add(
         self, name: str, link: Link | None = None, encoder_state: Mapping[str, Tensor] | None = None
     ) -> Member:
-        """A client with the initial halves, on a local link by default."""
+        """A client with the initial weights, on a local link by default."""
         model = _initial_parts(self.config, self.run).client
         link = link or LocalLink(self.service, self.service.admit(name))
         trunk = RemoteTrunk(link, model, self.run, client=name, encoder_state=encoder_state or {})

@@ -17,7 +17,7 @@ def round_stats(number: int, loss: float, **changes: float) -> RoundStats:
         seconds=2.0,
         bytes_up=3 << 20,
         bytes_down=1 << 20,
-        halves_bytes=1 << 20,
+        client_weights_bytes=1 << 20,
         clients=2,
         late=0,
         failed=0,

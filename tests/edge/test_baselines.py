@@ -65,7 +65,7 @@ def test_fedavg_carries_whole_models_and_no_activations(tmp_path):
     split = federate(spec_for(tmp_path / "data", "name=split")).rounds()[0]
     fedavg = federate(spec_for(tmp_path / "data", "name=whole", "baseline=fedavg")).rounds()[0]
     assert (fedavg.bytes_up, fedavg.bytes_down, fedavg.clients) == (0, 0, 3)
-    assert fedavg.halves_bytes > 1.1 * split.halves_bytes
+    assert fedavg.client_weights_bytes > 1.1 * split.client_weights_bytes
     assert fedavg.client_bytes > 1.1 * split.client_bytes
     assert fedavg.tokens == split.tokens
 
@@ -73,7 +73,7 @@ def test_fedavg_carries_whole_models_and_no_activations(tmp_path):
 def test_clients_alone_share_nothing(tmp_path):
     run = spec_for(tmp_path, "baseline=local", "train.rounds=2", "train.save_every=1")
     folder = federate(run)
-    assert [stats.halves_bytes for stats in folder.rounds()] == [0, 0]
+    assert [stats.client_weights_bytes for stats in folder.rounds()] == [0, 0]
     assert folder.rounds()[1].eval_loss < folder.rounds()[0].eval_loss
     kept = [
         load_file(

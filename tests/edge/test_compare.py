@@ -48,7 +48,7 @@ def test_seeds_are_one_row_with_mean_and_spread(leave: Leave) -> None:
     assert row["loss_spread"] == pytest.approx(math.sqrt(0.02))
     assert row["bits_per_byte"] == pytest.approx(1.15)
     assert (row["rounds"], row["tokens"], row["steps"], row["seconds"]) == (2, 250, 25, 5.0)
-    assert (row["bytes_up"], row["halves_bytes"]) == (2.5 * (3 << 20), 2.5 * (1 << 20))
+    assert (row["bytes_up"], row["client_weights_bytes"]) == (2.5 * (3 << 20), 2.5 * (1 << 20))
     assert row["client_bytes"] == 5 << 20
     assert math.isnan(row["virtual_seconds"]) and math.isnan(row["accuracy"])
     assert (other["name"], other["accuracy"], other["virtual_seconds"]) == (

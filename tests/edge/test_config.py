@@ -25,7 +25,7 @@ from fedsplit.config import (
 )
 from fedsplit.config.overrides import RUN_CONFIG_KEYS
 from fedsplit.errors import ConfigError, DataError
-from fedsplit.spec import DataSpec, HalvesSpec, ModelSpec, RunSpec, SplitSpec
+from fedsplit.spec import ClientWeightsSpec, DataSpec, ModelSpec, RunSpec, SplitSpec
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = sorted((ROOT / "conf").glob("*/*.yaml"))
@@ -76,8 +76,8 @@ def test_the_default_is_the_spec_s_own_but_for_the_tiny_model():
         (["split=1/2/1"], {"split": SplitSpec(bottom=1, trunk=2, top=1)}),
         (["split='2/*/1'"], {"split": SplitSpec(bottom=2, trunk=0, top=1)}),
         (["model=pretrained", "model.pretrained=x"], {"model.pretrained": "x", "model.config": {}}),
-        (["+halves.options.eta=0.1"], {"halves.options": {"eta": 0.1}}),
-        (["halves.options.eta=0.1"], {"halves.options": {"eta": 0.1}}),
+        (["+client_weights.options.eta=0.1"], {"client_weights.options": {"eta": 0.1}}),
+        (["client_weights.options.eta=0.1"], {"client_weights.options": {"eta": 0.1}}),
         (["data.path='a, b=c'"], {"data.path": "a, b=c"}),
         (["++train.lr=1e-4"], {"train.lr": 1e-4}),
         (["experiment=toy"], {"name": "toy", "train.rounds": 2, "data.sequence_length": 32}),
@@ -156,7 +156,7 @@ def test_run_config_and_overrides_give_the_same_fingerprint():
             "lr": 1e-05,
             "lora": "on",
             "data-path": "",
-            "overrides": "lora.rank=4 train.schedule=constant halves.options={eta:0.1}",
+            "overrides": "lora.rank=4 train.schedule=constant client_weights.options={eta:0.1}",
         }
     )
     by_overrides = compose(
@@ -168,7 +168,7 @@ def test_run_config_and_overrides_give_the_same_fingerprint():
             "lora=on",
             "lora.rank=4",
             "train.schedule=constant",
-            "halves.options.eta=0.1",
+            "client_weights.options.eta=0.1",
         ]
     )
     by_driver = from_run_config({"config": to_yaml(by_overrides), "run-dir": "/somewhere"})
@@ -222,7 +222,7 @@ def test_yaml_gives_an_equal_run_back(path, lr, config):
     spec = RunSpec(
         data=DataSpec(path=path),
         model=ModelSpec(config=config),
-        halves=HalvesSpec(options={"nested": {"list": [1, "two", None]}}),
+        client_weights=ClientWeightsSpec(options={"nested": {"list": [1, "two", None]}}),
     )
     again = from_yaml(to_yaml(spec))
     assert again == spec
@@ -359,6 +359,10 @@ def test_help_lists_every_group_and_option_and_three_examples(tmp_path):
 
 def test_an_old_name_is_read_with_a_warning_that_gives_the_new_one(caplog):
     assert compose(["train.pass_wait_s=0.5"]).train.max_queue_delay_s == 0.5
+    assert compose(["halves=personal"]) == compose(["client_weights=personal"])
+    assert compose(["halves.personal=top", "wire.halves=int8"]) == compose(
+        ["client_weights.personal=top", "wire.client_weights=int8"]
+    )
     old = to_yaml(RunSpec()).replace("max_queue_delay_s: 0.01", "gather_s: 0.25")
     assert from_yaml(old).generation.max_queue_delay_s == 0.25
     told = [record.getMessage() for record in caplog.records]

@@ -157,7 +157,7 @@ def test_the_default_experiment_keeps_its_losses(
         assert ours == pytest.approx(theirs, abs=2e-4)
 
 
-# --- any Flower strategy for the halves ------------------------------------------------------
+# --- any Flower strategy for the client weights -----------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +177,11 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> float:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_strategy_for_the_halves(
+def test_another_strategy_for_the_client_weights(
     tmp_path: Path, averaged: float, name: str, options: list[str]
 ) -> None:
-    words = [f"halves.strategy=flwr.serverapp.strategy.{name}", "train.rounds=2"]
-    words += [f"halves.options.{option}" for option in options]
+    words = [f"client_weights.strategy=flwr.serverapp.strategy.{name}", "train.rounds=2"]
+    words += [f"client_weights.options.{option}" for option in options]
     rounds = federate(spec_for(tmp_path, *words)).rounds()
     assert [stats.clients for stats in rounds] == [3, 3]
     assert abs(rounds[1].eval_loss - averaged) > 1e-4
@@ -189,7 +189,7 @@ def test_another_strategy_for_the_halves(
 
 
 def test_a_strategy_may_leave_evaluation_out(tmp_path: Path) -> None:
-    run = spec_for(tmp_path, "halves.options.fraction_evaluate=0.0")
+    run = spec_for(tmp_path, "client_weights.options.fraction_evaluate=0.0")
     (stats,) = federate(run).rounds()
     assert stats.clients == 3
     assert stats.eval_loss != stats.eval_loss  # not a number: nothing was measured
@@ -198,10 +198,10 @@ def test_a_strategy_may_leave_evaluation_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("halves.strategy=nowhere.FedAvg", "'nowhere.FedAvg' cannot be imported"),
+        ("client_weights.strategy=nowhere.FedAvg", "'nowhere.FedAvg' cannot be imported"),
         ("strategy.target=strategies.Nothing", "'strategies.Nothing' cannot be imported"),
-        ("halves.strategy=fractions.Fraction", "fractions.Fraction refuses the options"),
-        ("halves.options.alpha=1", "FedAvg refuses the options .*alpha"),
+        ("client_weights.strategy=fractions.Fraction", "fractions.Fraction refuses the options"),
+        ("client_weights.options.alpha=1", "FedAvg refuses the options .*alpha"),
     ],
     ids=str,
 )

@@ -30,7 +30,7 @@ def name_of(context: Context) -> str:
     return f"client-{context.node_config['partition-id']}"
 
 
-def halves_of(message: Message) -> dict[str, torch.Tensor]:
+def arrays_of(message: Message) -> dict[str, torch.Tensor]:
     return dict(message.content.array_records["arrays"].to_torch_state_dict())
 
 
@@ -95,14 +95,14 @@ def test_in_v1_nobody_waits_within_a_round(tmp_path: Path) -> None:
     assert [stats.virtual_seconds for stats in rounds] == [10.0]
 
 
-def test_sequential_hands_the_halves_from_client_to_client(tmp_path: Path) -> None:
+def test_sequential_hands_the_client_weights_from_client_to_client(tmp_path: Path) -> None:
     began: list[tuple[str, dict[str, torch.Tensor]]] = []
     ended: list[dict[str, torch.Tensor]] = []
 
     def train(message: Message, context: Context, go_on: GoOn) -> Message:
-        began.append((name_of(context), halves_of(message)))
+        began.append((name_of(context), arrays_of(message)))
         reply = go_on()
-        ended.append(halves_of(reply))
+        ended.append(arrays_of(reply))
         return reply
 
     run = spec_for(tmp_path, "strategy=sequential", "train.rounds=2", "seed=3")
@@ -136,16 +136,19 @@ def test_sequential_goes_on_without_a_client_that_fails(tmp_path: Path) -> None:
         (["strategy=mu_splitfed", "train.trunk_steps=1"], "set train.trunk_steps to 2 or more"),
         (["strategy=local_loss", "train.mode=joint"], "LocalLoss with train.mode=joint"),
         (["train.mode=isolated"], "trains the bottom on a loss at the client, but ClientObjective"),
-        (["strategy=sequential", "FedMedian"], "hands the halves from client to client, so halves"),
-        (["policy=async", "FedMedian"], "policy=async mixes halves in by itself"),
-        (["halves=personal", "FedMedian"], "personal=both leaves nothing to aggregate"),
+        (
+            ["strategy=sequential", "FedMedian"],
+            "hands the client weights from client to client, so ",
+        ),
+        (["policy=async", "FedMedian"], "policy=async mixes client weights by itself"),
+        (["client_weights=personal", "FedMedian"], "personal=both leaves nothing to aggregate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_method_refuses_a_run_that_does_not_fit(
     tmp_path: Path, words: list[str], message: str
 ) -> None:
-    short = "halves.strategy=flwr.serverapp.strategy."
+    short = "client_weights.strategy=flwr.serverapp.strategy."
     words = [word if "=" in word else short + word for word in words]
     with pytest.raises(ConfigError, match=message):
         federate(spec_for(tmp_path, *words))
@@ -172,7 +175,7 @@ def test_clients_minimize_the_objective_of_the_strategy(tmp_path: Path) -> None:
     assert changes == pytest.approx([0.0] * 3, abs=1e-7)  # the mean of equal weights is rounded
 
 
-# --- the halves -------------------------------------------------------------------------------
+# --- the client weights -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["both", "bottom"])
@@ -185,11 +188,11 @@ def test_personal_parts_do_not_travel(tmp_path: Path, place: str) -> None:
         sent.append(len(reply.content.array_records.get("arrays", {})))
         return reply
 
-    run = spec_for(tmp_path, f"halves.personal={place}", "train.rounds=2", "train.lr=0.01")
+    run = spec_for(tmp_path, f"client_weights.personal={place}", "train.rounds=2", "train.lr=0.01")
     first, last = federate(run, client_that(train=train)).rounds()
     assert last.eval_loss < first.eval_loss
     assert (set(sent) == {0}) == (place == "both")
-    assert (first.halves_bytes == 0) == (place == "both")
+    assert (first.client_weights_bytes == 0) == (place == "both")
 
 
 def test_the_proximal_term_of_fedprox_reaches_the_clients(tmp_path: Path) -> None:
@@ -199,7 +202,10 @@ def test_the_proximal_term_of_fedprox_reaches_the_clients(tmp_path: Path) -> Non
         told.append(message.content.config_records["config"]["proximal-mu"])
         return go_on()
 
-    words = ["halves.strategy=flwr.serverapp.strategy.FedProx", "halves.options.proximal_mu=0.5"]
+    words = [
+        "client_weights.strategy=flwr.serverapp.strategy.FedProx",
+        "client_weights.options.proximal_mu=0.5",
+    ]
     federate(spec_for(tmp_path, *words, "policy=async"), client_that(train=train))
     assert set(told) == {0.5}
 
@@ -213,7 +219,7 @@ def sampled(folder: Path) -> tuple[list[RoundStats], list[tuple[int, str]]]:
         return go_on()
 
     words = ["clients=20", "sharding=iid", "train.rounds=2", "data.held_out=0.5"]
-    options = "halves.options={fraction_train: 0.25, fraction_evaluate: 0.1}"
+    options = "client_weights.options={fraction_train: 0.25, fraction_evaluate: 0.1}"
     run = spec_for(folder, *words, options)
     rounds = federate(run, client_that(train=train)).rounds()
     return rounds, sorted(seen)

@@ -176,7 +176,7 @@ def test_one_that_hangs_is_given_up_and_its_late_reply_is_not_used(
 
 
 @pytest.mark.parametrize("case", ["not finite", "no file of NumPy"])
-def test_halves_that_are_no_numbers_are_refused(tmp_path: Path, case: str) -> None:
+def test_client_weights_that_are_no_numbers_are_refused(tmp_path: Path, case: str) -> None:
     def train(message: Message, context: Context, go_on: GoOn) -> Message:
         reply = go_on()
         if name_of(context) == "client-1":
@@ -213,7 +213,11 @@ def test_it_is_evaluated_every_n_rounds_and_in_the_last(tmp_path: Path) -> None:
 
 def test_training_stops_when_held_out_loss_does_not_improve(tmp_path: Path) -> None:
     words = ["train.rounds=9", "train.patience=2", "train.lr=1e-9", "train.schedule=constant"]
-    words += ["halves.options.fraction_evaluate=1.0", "train.optimizer=sgd", "train.warmup_steps=0"]
+    words += [
+        "client_weights.options.fraction_evaluate=1.0",
+        "train.optimizer=sgd",
+        "train.warmup_steps=0",
+    ]
     rounds = federate(spec_for(tmp_path, *words)).rounds()
     losses = [stats.eval_loss for stats in rounds]
     best = losses.index(min(losses))
@@ -228,7 +232,7 @@ def test_training_stops_when_all_clients_have_taken_their_steps(tmp_path: Path) 
 
 
 def test_a_strategy_that_wants_more_nodes_than_there_are_is_named(tmp_path: Path) -> None:
-    words = ["halves.options.min_available_nodes=4", "launch.start_timeout_s=1"]
+    words = ["client_weights.options.min_available_nodes=4", "launch.start_timeout_s=1"]
     with pytest.raises(ConfigError, match="there are 3 nodes to choose from, and the strategy"):
         federate(spec_for(tmp_path, *words))
 

@@ -50,25 +50,25 @@ def run(broken, tmp_path):
 VARIANTS = {
     "full": (),
     "personal-lora-dropout": (
-        "halves=personal_bottom",
+        "client_weights=personal_bottom",
         "lora=on",
         "lora.rank=2",
         "lora.dropout=0.5",
     ),
     "fedadam-sampled": (
-        "halves.strategy=flwr.serverapp.strategy.FedAdam",
-        "halves.options={fraction_train: 0.5}",
+        "client_weights.strategy=flwr.serverapp.strategy.FedAdam",
+        "client_weights.options={fraction_train: 0.5}",
     ),
     "strong": ("wire=strong", "train.accumulation=2"),
     "float16": ("model.autocast=float16",),
-    "v1": ("strategy=splitfed_v1", "wire.halves=int8"),
+    "v1": ("strategy=splitfed_v1", "wire.client_weights=int8"),
     "sequential": ("strategy=sequential",),
     "async": ("policy=async", "policy.sim_slowdown={client-2: 3}"),
     "fedbuff": (
         "policy=async",
         "policy.buffer=2",
         "policy.sim_slowdown={client-2: 3}",
-        "wire.halves=fp16",
+        "wire.client_weights=fp16",
     ),
     "quorum": ("policy=quorum", "policy.sim_slowdown={client-2: 3}", "policy.quorum=2"),
 }
@@ -167,7 +167,10 @@ def test_a_folder_that_cannot_be_resumed_is_refused(tmp_path):
 
 def test_the_best_round_is_what_is_left(tmp_path):
     # Server steps this large make the later rounds worse.
-    adam = ("halves.strategy=flwr.serverapp.strategy.FedAdam", "halves.options={eta: 0.3}")
+    adam = (
+        "client_weights.strategy=flwr.serverapp.strategy.FedAdam",
+        "client_weights.options={eta: 0.3}",
+    )
     words = [*SGD, *adam, "train.rounds=3", "train.local_steps=3", "name=best"]
     best = federate(spec_for(tmp_path, *words, "train.load_best=true"))
     losses = [stats.eval_loss for stats in best.rounds()]

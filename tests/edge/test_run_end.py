@@ -21,7 +21,11 @@ from tests.edge.federation import SGD, federate, joined, spec_for, without_secon
 from tests.edge.resuming import folder_of, interrupted, resumed
 
 # Server steps this large make the later rounds worse.
-WORSE = (*SGD, "halves.strategy=flwr.serverapp.strategy.FedAdam", "halves.options={eta: 0.3}")
+WORSE = (
+    *SGD,
+    "client_weights.strategy=flwr.serverapp.strategy.FedAdam",
+    "client_weights.options={eta: 0.3}",
+)
 WORDS = ("clients=1", "train.rounds=2", "train.save_every=1", "train.load_best=true", *WORSE)
 WORDS += ("train.local_steps=3",)
 _watchers: list[Callable[[str], None]] = []

@@ -39,7 +39,7 @@ from fedsplit.spec.federation import POLICIES
 from fedsplit.trunk.update import TrunkUpdate
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-_CLIENT_STRATEGY = "halves/"
+_CLIENT_STRATEGY = "client_weights/"
 """The prefix of the wrapped strategy's state in a checkpoint."""
 
 
@@ -109,14 +109,14 @@ class SplitStrategy(Strategy):
             )
         why = ""
         if policy.kind == "async":
-            why = "policy=async mixes halves in by itself (policy.mixing, policy.buffer)"
+            why = "policy=async mixes client weights by itself (policy.mixing, policy.buffer)"
         elif not self.averages_clients:
-            why = f"{name} hands the halves from client to client"
-        elif self.run.halves.personal == "both":
-            why = "halves.personal=both leaves nothing to aggregate"
+            why = f"{name} hands the client weights from client to client"
+        elif self.run.client_weights.personal == "both":
+            why = "client_weights.personal=both leaves nothing to aggregate"
         if why and not only_averages(self.client_strategy):
             raise ConfigError(
-                f"{why}, so halves.strategy={strategy} would have no effect; use "
+                f"{why}, so client_weights.strategy={strategy} would have no effect; use "
                 "flwr.serverapp.strategy.FedAvg"
             )
 
@@ -232,7 +232,7 @@ class SplitStrategy(Strategy):
         """Log the run's settings."""
         run = self.run
         log(INFO, "\tmodel %s, split %s, policy %s", run.model, run.split, run.policy.kind)
-        log(INFO, "\tClient weights (personal: %s):", run.halves.personal)
+        log(INFO, "\tClient weights (personal: %s):", run.client_weights.personal)
         self.client_strategy.summary()
 
     # --- state --------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ class SplitStrategy(Strategy):
         shares, policy = [share for share, _, _ in replies], self.run.policy
         records = [reply.content.metric_records[METRICS] for _, _, reply in replies]
         self._metrics += [RecordDict({METRICS: record}) for record in records]
-        if not self.run.shares_halves:
+        if not self.run.shares_client_weights:
             pass
         elif policy.kind == "async":
             changes = [

@@ -289,7 +289,7 @@ class RoundCoordinator:
             The weights as the client decodes them.
         """
         arrays = message.content.array_records.get(ARRAYS, ArrayRecord())
-        codec = self._run.wire.halves
+        codec = self._run.wire.client_weights
         if codec == "none":
             return arrays
         carried = packed(arrays, codec)
@@ -341,10 +341,10 @@ class RoundCoordinator:
         """
         if reply.has_error():
             return f"{reply.error.reason}"
-        if self._run.wire.halves != "none" and ARRAYS in reply.content:
+        if self._run.wire.client_weights != "none" and ARRAYS in reply.content:
             carried = reply.content.array_records[ARRAYS]
             try:
-                whole = unpacked(carried, self._run.wire.halves, shapes_of(started))
+                whole = unpacked(carried, self._run.wire.client_weights, shapes_of(started))
             except FedsplitError as refusal:
                 return str(refusal)
             reply.content = RecordDict({**reply.content, ARRAYS: whole})

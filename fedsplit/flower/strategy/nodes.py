@@ -166,8 +166,9 @@ class GridView(Grid):
         if time.monotonic() > self._until:
             raise ConfigError(
                 f"after {self._patience_s:.0f} s there are {len(nodes)} nodes to choose from, and "
-                "the strategy for the halves still waits for more; lower its min_available_nodes, "
-                "min_train_nodes and min_evaluate_nodes in halves.options"
+                "the strategy for the client weights still waits for more; lower its "
+                "min_available_nodes, min_train_nodes and min_evaluate_nodes in "
+                "client_weights.options"
             )
         return nodes
 

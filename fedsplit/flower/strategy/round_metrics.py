@@ -56,7 +56,7 @@ class RoundMetrics:
             virtual_seconds=virtual_seconds,
             bytes_up=int(_sum(trained, "bytes-up") + _sum(evaluated, "bytes-up")),
             bytes_down=int(_sum(trained, "bytes-down") + _sum(evaluated, "bytes-down")),
-            halves_bytes=self.arrays_bytes,
+            client_weights_bytes=self.arrays_bytes,
             clients=len(trained),
             late=sum(numbers["repeated"] > 0 for numbers in trained),
             failed=len(self.reasons),

@@ -72,7 +72,7 @@ def _require(strategy: Strategy, attribute: str) -> None:
     if attribute not in vars(strategy):
         raise CheckpointError(
             f"the checkpoint has a strategy with {attribute!r}, which {type(strategy).__name__} "
-            "does not have; resume with the same halves.strategy and version of Flower"
+            "does not have; resume with the same client_weights.strategy and version of Flower"
         )
 
 
