@@ -58,7 +58,7 @@ def made(tmp_path_factory) -> Path:
 def _run_folder(folder: Path) -> None:
     folder.mkdir()
     (folder / "config.yaml").write_text("name: run\n")
-    counts = dict.fromkeys(["tokens", "bytes_up", "bytes_down", "halves_bytes"], 100)
+    counts = dict.fromkeys(["tokens", "bytes_up", "bytes_down", "client_weights_bytes"], 100)
     numbers = dict(loss=2.0, eval_loss=2.0, bits_per_byte=3.0, seconds=1.0, version=5)
     for number in (1, 2):
         told = dict(round=number, rounds=2, clients=4, late=0, failed=0)

@@ -28,7 +28,7 @@ CODECS = ("fp16", "int8")
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.sampled_from(CODECS), st.integers(0, 9))
-def test_halves_lose_what_the_wires_codec_loses(shape, codec, seed):
+def test_client_weights_lose_what_the_wires_codec_loses(shape, codec, seed):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     arrays = to_arrays({"weight": tensor})
     came = unpacked(packed(arrays, codec), codec, {"weight": tuple(shape)})
@@ -78,14 +78,14 @@ def test_what_cannot_be_is_refused(arrays, error, text):
         unpacked(ArrayRecord(arrays), "int8", {"w": (3, 5)})
 
 
-@pytest.mark.parametrize("words", [("halves=personal",), ("baseline=local",)], ids=str)
-def test_halves_that_do_not_travel_cannot_be_compressed(words):
-    with pytest.raises(ConfigError, match="wire.halves=int8 has nothing to compress"):
-        compose([*words, "wire.halves=int8"])
+@pytest.mark.parametrize("words", [("client_weights=personal",), ("baseline=local",)], ids=str)
+def test_client_weights_that_do_not_travel_cannot_be_compressed(words):
+    with pytest.raises(ConfigError, match="wire.client_weights=int8 has nothing to compress"):
+        compose([*words, "wire.client_weights=int8"])
 
 
 def test_how_they_travel_decides_numbers():
-    prints = {compose([f"wire.halves={codec}"]).fingerprint for codec in ("none", *CODECS)}
+    prints = {compose([f"wire.client_weights={codec}"]).fingerprint for codec in ("none", *CODECS)}
     assert len(prints) == 3
 
 
@@ -93,7 +93,7 @@ def test_how_they_travel_decides_numbers():
 
 
 def noted(run, **options):
-    """The run's folder, and the halves as they went out and came back in each client's round."""
+    """The run's folder, and the client weights that went out and came back in each round."""
     seen = []
 
     def train(message, context, go_on):
@@ -108,9 +108,9 @@ def noted(run, **options):
 @pytest.mark.parametrize("words", [(), ("lora=on", "lora.rank=2")], ids=["full", "lora"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_is_averaged_is_what_was_received(tmp_path, codec, words):
-    run = spec_for(tmp_path, *SGD, *words, "train.save_every=1", f"wire.halves={codec}")
+    run = spec_for(tmp_path, *SGD, *words, "train.save_every=1", f"wire.client_weights={codec}")
     folder, seen = noted(run)
-    after = Checkpoint.read(checkpoints_in(folder.checkpoints)[1], run).tensors["halves"]
+    after = Checkpoint.read(checkpoints_in(folder.checkpoints)[1], run).tensors["client_weights"]
     shapes = {name: tuple(tensor.shape) for name, tensor in after.items()}
     total = sum(weight for _, _, weight in seen)
     for _, came, weight in seen:
@@ -122,7 +122,7 @@ def test_what_is_averaged_is_what_was_received(tmp_path, codec, words):
 
 
 def test_a_personal_part_stays_exact(tmp_path):
-    run = spec_for(tmp_path, "halves=personal_bottom", "wire.halves=int8")
+    run = spec_for(tmp_path, "client_weights=personal_bottom", "wire.client_weights=int8")
     _, seen = noted(run)
     names = set(seen[0][0].keys())
     assert names and not any("wte" in name or ".h.0." in name for name in names)
@@ -137,17 +137,19 @@ def test_a_client_whose_bytes_are_wrong_has_failed(tmp_path):
         reply.content = RecordDict({**reply.content, ARRAYS: ArrayRecord(arrays)})
         return reply
 
-    run = spec_for(tmp_path, "wire.halves=int8")
+    run = spec_for(tmp_path, "wire.client_weights=int8")
     with pytest.raises(Diverged, match="none of 3 clients finished; the first said: a row of"):
         federate(run, client_that(train=train))
 
 
-def test_fewer_bytes_travel_and_the_model_is_near_the_one_of_exact_halves(tmp_path):
+def test_fewer_bytes_travel_and_the_model_is_near_that_of_exact_weights(tmp_path):
     folders = {
-        codec: federate(spec_for(tmp_path / codec, *SGD, f"wire.halves={codec}"))
+        codec: federate(spec_for(tmp_path / codec, *SGD, f"wire.client_weights={codec}"))
         for codec in ("none", *CODECS)
     }
-    carried = {codec: metrics_lines(each)[0]["halves_bytes"] for codec, each in folders.items()}
+    carried = {
+        codec: metrics_lines(each)[0]["client_weights_bytes"] for codec, each in folders.items()
+    }
     plain = carried["none"]
     assert 0.25 * plain < carried["int8"] < 0.5 * plain < carried["fp16"] < 0.7 * plain
     exact = joined(folders["none"])
