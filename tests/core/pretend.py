@@ -5,12 +5,12 @@ An operation on tensors of both is refused as torch refuses it for two GPUs, in 
 backwards; otherwise it is what it is on the CPU.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -47,7 +47,14 @@ class MixedDevices(RuntimeError):
 
 def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """Compute on the CPU; what comes out is where the operation was asked to be or its inputs."""
-    given = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
+    given: list[Tensor] = []
+
+    def held(tensor: Tensor) -> Tensor:
+        given.append(tensor)
+        return tensor.held if isinstance(tensor, There) else tensor
+
+    args = _with_tensors(held, args)
+    kwargs = {name: _with_tensors(held, value) for name, value in kwargs.items()}
     # Numbers without a dimension may come from the CPU, as for GPUs.
     places = {each.device for each in given if each.ndim or each.device.type != "cpu"}
     if operation in _COPIES:
@@ -56,23 +63,24 @@ def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
         raise MixedDevices(f"{operation} on {' and '.join(sorted(map(str, places)))}")
     if kwargs.get("device") is not None:
         places = {torch.device(kwargs["device"])}
-        kwargs |= {"device": "cpu"}
-    out = operation(*tree_map(_held, args), **tree_map(_held, kwargs))
+        kwargs["device"] = "cpu"
+    out = operation(*args, **kwargs)
     place = next(iter(places), torch.device("cpu"))
     if place.type != NAME:
         return out
     changed = {id(each.held): each for each in given if isinstance(each, There)}
-
-    def at_its_place(found: Any) -> Any:
-        if not isinstance(found, Tensor):
-            return found
-        return changed[id(found)] if id(found) in changed else There(found, place)
-
-    return tree_map(at_its_place, out)
+    return _with_tensors(
+        lambda found: changed[id(found)] if id(found) in changed else There(found, place), out
+    )
 
 
-def _held(value: Any) -> Any:
-    return value.held if isinstance(value, There) else value
+def _with_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a value of an operation's, with another tensor for each in it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_tensors(change, each) for each in value)
+    return value
 
 
 class _Module:
