@@ -73,7 +73,7 @@ class _Prompting(Command):
     model: Model = ""
     run_dir: Run = ""
     trunk: Trunk = ""
-    served: ServedName = ""
+    served_model_name: ServedName = ""
     adapter: Adapter = ""
     tls_ca: TlsCa = ""
     draft: Draft = ""
@@ -121,7 +121,7 @@ class _Prompting(Command):
             self.trunk or (finished.address if finished else ADDRESS),
             run=finished.run if finished else RunSpec(model=model_spec),
             token=read_token(self.token_file),
-            served=self.served,
+            served_model_name=self.served_model_name,
             adapter=self.adapter,
             tls_ca=self.tls_ca,
             kv=self.kv,

@@ -240,7 +240,7 @@ class Info(Command):
             "wire protocol": info.protocol,
             "server_instance_id of the server": info.server_instance_id,
         }
-        if info.served:
-            rows["trunks here, by name"] = ", ".join(info.served)
+        if info.served_model_names:
+            rows["trunks here, by name"] = ", ".join(info.served_model_names)
         # The server's texts may have control characters of terminals.
         print(table_text([(name, one_line(str(value))) for name, value in rows.items()]))

@@ -46,7 +46,7 @@ class RemoteTrunk:
         model: The client's model; its config and the run's split must be the trunk's.
         run: The run that both sides were configured with.
         client: This client's name, for which its token was issued.
-        served: The trunk's name at a server that has several; by default the first one.
+        served_model_name: The trunk's name at a server that has several; by default the first one.
         kv: The side that keeps the trunk's keys and values in generation: `server`, or `client`,
             in which case they travel with every token and the server keeps nothing.
         encoder_state: The references of the delta codec, as `encoder_state` returned them before.
@@ -65,7 +65,7 @@ class RemoteTrunk:
         run: RunSpec,
         *,
         client: str,
-        served: str = "",
+        served_model_name: str = "",
         kv: str = "server",
         encoder_state: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
@@ -77,7 +77,7 @@ class RemoteTrunk:
             "client": client,
             "model": model_fingerprint(model.config, run.split),
             "config": run.fingerprint,
-            "served": served,
+            "served_model_name": served_model_name,
         }
         self._stateless = kv == "client"
         self._abandoned: list[str] = []
@@ -324,7 +324,9 @@ class RemoteTrunk:
 
     def service_info(self) -> m.ServiceInfoReply:
         """Description of the server; needs no session."""
-        return self.exchange(m.ServiceInfoRequest(served=self._identity["served"]))
+        return self.exchange(
+            m.ServiceInfoRequest(served_model_name=self._identity["served_model_name"])
+        )
 
     def _backward(
         self, request: m.ForwardRequest, version: int, grad_trunk_out_BTD: Tensor, want_grad: bool

@@ -46,7 +46,7 @@ def reach(
     source: str,
     trunk: str = ADDRESS,
     *,
-    served: str = "",
+    served_model_name: str = "",
     adapter: str = "",
     token: str = "",
     tls_ca: str = "",
@@ -60,7 +60,7 @@ def reach(
     Args:
         source: Directory or hub id of the whole model; only the client's tensors are read.
         trunk: The server's address.
-        served: The trunk's name at the server; by default the first one.
+        served_model_name: The trunk's name at the server; by default the first one.
         adapter: Directory or hub id of the peft adapter that this trunk is served with.
         token: The server's token, if it requires one.
         tls_ca: The PEM file of the authority to trust, if the server has TLS.
@@ -79,14 +79,14 @@ def reach(
     link = GrpcLink(trunk, token=token, wire=wire)
     with ExitStack() as on_failure:
         on_failure.callback(link.close)
-        info = link.exchange(ServiceInfoRequest(served=served))
+        info = link.exchange(ServiceInfoRequest(served_model_name=served_model_name))
         run = replace(run, split=SplitSpec.parse(info.blocks))
         config = Source(name=source, revision=revision).config()
         if not _is_of(info.model, config, run.split):
             raise ModelMismatch(
                 f"{source} is not the model of which {trunk} serves the trunk (a {info.family} cut "
                 f"{info.blocks}); use the same model at both sides, or choose another trunk of "
-                f"the server: {', '.join(info.served)}"
+                f"the server: {', '.join(info.served_model_names)}"
             )
         client = client_of(pretrained_run(run, source, revision, adapter), config, device)
         if adapter:
@@ -94,7 +94,9 @@ def reach(
         on_device(client, device).eval()  # type: ignore[no-untyped-call]
         # Sessions belong to a client's name, and clients here have no configured ones.
         name = f"client-{secrets.token_hex(8)}"
-        remote = RemoteTrunk(link, client, run, client=name, served=served, kv=kv)
+        remote = RemoteTrunk(
+            link, client, run, client=name, served_model_name=served_model_name, kv=kv
+        )
         connect(client, remote)
         on_failure.pop_all()
     return Reached(model=client, trunk=remote, link=link)

@@ -122,7 +122,7 @@ class Limits(_message.Message):
     def __init__(self, max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., session_tokens: _Optional[int] = ..., stateless_bytes: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training", "generating", "cache_tokens", "served")
+    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training", "generating", "cache_tokens", "served_model_name")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -132,7 +132,7 @@ class OpenRequest(_message.Message):
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     GENERATING_FIELD_NUMBER: _ClassVar[int]
     CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    SERVED_FIELD_NUMBER: _ClassVar[int]
+    SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client: str
     model: str
@@ -142,8 +142,8 @@ class OpenRequest(_message.Message):
     training: bool
     generating: bool
     cache_tokens: int
-    served: str
-    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served: _Optional[str] = ...) -> None: ...
+    served_model_name: str
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served_model_name: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("session", "server_instance_id", "version", "limits", "autocast")
@@ -335,13 +335,13 @@ class TrainingStateReply(_message.Message):
     def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ..., lr: _Optional[float] = ..., version: _Optional[int] = ...) -> None: ...
 
 class ServiceInfoRequest(_message.Message):
-    __slots__ = ("served",)
-    SERVED_FIELD_NUMBER: _ClassVar[int]
-    served: str
-    def __init__(self, served: _Optional[str] = ...) -> None: ...
+    __slots__ = ("served_model_name",)
+    SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    served_model_name: str
+    def __init__(self, served_model_name: _Optional[str] = ...) -> None: ...
 
 class ServiceInfoReply(_message.Message):
-    __slots__ = ("protocol", "server_instance_id", "model", "family", "blocks", "version", "sessions", "limits", "served")
+    __slots__ = ("protocol", "server_instance_id", "model", "family", "blocks", "version", "sessions", "limits", "served_model_names")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -350,7 +350,7 @@ class ServiceInfoReply(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
-    SERVED_FIELD_NUMBER: _ClassVar[int]
+    SERVED_MODEL_NAMES_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server_instance_id: str
     model: str
@@ -359,5 +359,5 @@ class ServiceInfoReply(_message.Message):
     version: int
     sessions: int
     limits: Limits
-    served: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served: _Optional[_Iterable[str]] = ...) -> None: ...
+    served_model_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served_model_names: _Optional[_Iterable[str]] = ...) -> None: ...

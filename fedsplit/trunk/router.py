@@ -105,8 +105,8 @@ class TrunkRouter:
         """Answer one request; see `fedsplit.link.Service`."""
         if isinstance(request, m.ServiceInfoRequest):
             # Before the token is checked: any client may ask which trunks are served.
-            info = self._services[self._name(request.served)].handle(request, "")
-            return replace(info, served=tuple(self._services))  # type: ignore[return-value]
+            info = self._services[self._name(request.served_model_name)].handle(request, "")
+            return replace(info, served_model_names=tuple(self._services))  # type: ignore[return-value]
         self.check_token(token)
         if isinstance(request, m.OpenRequest):
             return self._open(request)  # type: ignore[return-value]
@@ -131,7 +131,7 @@ class TrunkRouter:
     # --- clients and sessions -----------------------------------------------------------------
 
     def _open(self, request: m.OpenRequest) -> m.OpenReply:
-        member = self._admitted(self._name(request.served), request.client)
+        member = self._admitted(self._name(request.served_model_name), request.client)
         # Not under the lock: Open waits for the engine, and other trunks' clients must not.
         reply: Any = member.service.handle(request, member.token)
         with self._lock:
@@ -139,8 +139,8 @@ class TrunkRouter:
             self._sessions[reply.session] = member
         return reply  # type: ignore[no-any-return]
 
-    def _name(self, served: str) -> str:
-        name = served or next(iter(self._services))
+    def _name(self, served_model_name: str) -> str:
+        name = served_model_name or next(iter(self._services))
         if name not in self._services:
             raise ModelMismatch(
                 f"no trunk is served as {name!r} here; there is {', '.join(self._services)}"

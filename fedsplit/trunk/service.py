@@ -340,7 +340,7 @@ class TrunkService:
             blocks=str(self._run.split),
             version=self.engine.version,
             sessions=self.num_sessions,
-            served=(),
+            served_model_names=(),
             limits=self.limits,
         )
 

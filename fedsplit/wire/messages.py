@@ -68,8 +68,8 @@ class OpenRequest(Request[OpenReply]):
     `round` is the round of the run; with `client` and `call` it seeds the trunk's dropout. A
     session that is not `training` never counts in a barrier. A `generating` session has a KV cache
     with a capacity of `cache_tokens` in every sequence, or one that grows if that is 0; its
-    `config` may be empty, since it does not depend on the run. `served` is the trunk's name at a
-    server that has several, or empty for the first one.
+    `config` may be empty, since it does not depend on the run. `served_model_name` is the trunk's
+    name at a server that has several, or empty for the first one.
     """
 
     protocol: int
@@ -81,7 +81,7 @@ class OpenRequest(Request[OpenReply]):
     training: bool
     generating: bool = False
     cache_tokens: int = 0
-    served: str = ""
+    served_model_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -272,8 +272,8 @@ class TrainingStateRequest(Request[TrainingStateReply]):
 class ServiceInfoReply(Reply):
     """Description of the server. No token is needed for it, so it contains no secret.
 
-    `served` has the names of all trunks of the server; the other fields describe the trunk that
-    the request names.
+    `served_model_names` has the names of all trunks of the server; the other fields describe the
+    trunk that the request names.
     """
 
     protocol: int
@@ -284,11 +284,11 @@ class ServiceInfoReply(Reply):
     version: int
     sessions: int
     limits: Limits
-    served: tuple[str, ...]
+    served_model_names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceInfoRequest(Request[ServiceInfoReply]):
-    """Reads the description of the server and of its trunk `served`; needs no session."""
+    """Reads the description of the server and of the named trunk; needs no session."""
 
-    served: str = ""
+    served_model_name: str = ""

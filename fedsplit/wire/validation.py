@@ -25,7 +25,7 @@ from fedsplit.wire.messages import (
 )
 
 _IDS = ("session", "client", "model")
-_NAMES_OR_NONE = ("config", "served")
+_NAMES_OR_NONE = ("config", "served_model_name")
 _LEAST = {
     "call": 0,
     "step": 0,

@@ -36,7 +36,9 @@ def here(tiny_llama) -> Iterator[SimpleNamespace]:
 
 def arrive(here: SimpleNamespace, client: str, served: str = "", token: str = "") -> RemoteTrunk:
     model = initial_parts(here.config, RUN.split, RUN.seed).client
-    trunk = RemoteTrunk(LocalLink(here.router, token), model, RUN, client=client, served=served)
+    trunk = RemoteTrunk(
+        LocalLink(here.router, token), model, RUN, client=client, served_model_name=served
+    )
     connect(model, trunk)
     trunk.model = model
     return trunk
@@ -52,7 +54,7 @@ def test_a_client_gets_to_the_trunk_it_names(served, name, here):
     expected = initial_parts(here.config, RUN.split, {"one": 1, "two": 2}[name]).trunk
     assert torch.equal(out_BTD, expected.run(hidden_BTD).detach())
     assert trunk.service_info().sessions == here.services[name].num_sessions == 1
-    assert trunk.service_info().served == ("one", "two")
+    assert trunk.service_info().served_model_names == ("one", "two")
 
 
 @pytest.mark.parametrize("ask", ["open", "service_info"])
@@ -162,7 +164,7 @@ def test_a_door_with_a_token_opens_to_no_other(token, here):
     here.router = guarded
     with refused:
         arrive(here, "ann", token=token).open()
-    assert arrive(here, "ann", token=token).service_info().served == ("one", "two")
+    assert arrive(here, "ann", token=token).service_info().served_model_names == ("one", "two")
     arrive(here, "ann", token="secret").open()
 
 

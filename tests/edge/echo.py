@@ -92,7 +92,9 @@ class EchoService:
 
     def ServiceInfoRequest(self, request: m.ServiceInfoRequest) -> m.ServiceInfoReply:
         told = dict(server_instance_id="i1", model="f", family="echo", blocks="1-2", version=3)
-        return m.ServiceInfoReply(protocol=1, sessions=0, limits=self.limits, served=(), **told)
+        return m.ServiceInfoReply(
+            protocol=1, sessions=0, limits=self.limits, served_model_names=(), **told
+        )
 
 
 @contextmanager

@@ -55,7 +55,7 @@ MESSAGES: dict[str, Body] = {
         training=True,
         generating=True,
         cache_tokens=512,
-        served="gpt2",
+        served_model_name="gpt2",
     ),
     "open_request with defaults": m.OpenRequest(
         protocol=0, client="", model="", config="", hidden_size=0, round=0, training=False
@@ -135,7 +135,7 @@ MESSAGES: dict[str, Body] = {
     "training_state_request with defaults": m.TrainingStateRequest(session=""),
     "training_state_reply": m.TrainingStateReply(round=MANY, step=3, lr=0.1, version=MANY),
     "training_state_reply with defaults": m.TrainingStateReply(round=0, step=0, lr=0.0, version=0),
-    "service_info_request": m.ServiceInfoRequest(served="gpt2"),
+    "service_info_request": m.ServiceInfoRequest(served_model_name="gpt2"),
     "service_info_request with defaults": m.ServiceInfoRequest(),
     "service_info_reply": m.ServiceInfoReply(
         protocol=4,
@@ -146,7 +146,7 @@ MESSAGES: dict[str, Body] = {
         version=MANY,
         sessions=3,
         limits=LIMITS,
-        served=("gpt2", "llama"),
+        served_model_names=("gpt2", "llama"),
     ),
     "service_info_reply with defaults": m.ServiceInfoReply(
         protocol=0,
@@ -157,7 +157,7 @@ MESSAGES: dict[str, Body] = {
         version=0,
         sessions=0,
         limits=NO_LIMITS,
-        served=(),
+        served_model_names=(),
     ),
     "error": errors.StaleVersion("moved on", retry_after_s=0.25),
     "error with defaults": errors.Internal(""),

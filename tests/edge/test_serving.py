@@ -182,7 +182,14 @@ def test_a_server_says_what_it_serves_and_what_to_try(place):
 
 @pytest.mark.parametrize(
     "options",
-    ["", "--kv client", "--draft prompt", "--draft {model}", "--sample --top-k 1", "--served base"],
+    [
+        "",
+        "--kv client",
+        "--draft prompt",
+        "--draft {model}",
+        "--sample --top-k 1",
+        "--served-model-name base",
+    ],
 )
 def test_text_is_that_of_the_unsplit_model(options, place, capfd):
     options = options.format(model=place.folder / "model").split()
@@ -214,7 +221,14 @@ def test_sampling_goes_by_its_seed(place, capfd):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_is_served_beside_its_model(place, capfd):
-    source = ["--trunk", place.address, "--model", place.folder / "model", "--served", "medical"]
+    source = [
+        "--trunk",
+        place.address,
+        "--model",
+        place.folder / "model",
+        "--served-model-name",
+        "medical",
+    ]
     given = [*source, "--adapter", place.folder / "adapter", "--max-new-tokens", 16]
     out, _ = asked(capfd, "generate", *given, PROMPT)
     adapted = PeftModel.from_pretrained(whole(place), str(place.folder / "adapter")).eval()
@@ -305,7 +319,7 @@ def test_a_trunk_is_trained_by_itself(place):
     source = str(place.folder / "model")
     with Program("fedsplit", "serve", *models_of(place.folder), *SGD) as server:
         address = address_in(server.stdout.readline())
-        with reach(source, address, served="trained", run=run) as reached:
+        with reach(source, address, served_model_name="trained", run=run) as reached:
             trainer = ClientTrainer(reached.model, reached.trunk, run)
             with reached.trunk.session():
                 trainer.step([example])
@@ -315,7 +329,7 @@ def test_a_trunk_is_trained_by_itself(place):
                 got_BTV = reached.model(ids_BT).logits
             torch.testing.assert_close(got_BTV, model.eval()(ids_BT).logits)
             assert reached.trunk.service_info().version == 1
-        with reach(source, address, served="base") as reached:
+        with reach(source, address, served_model_name="base") as reached:
             assert reached.trunk.service_info().version == 0
 
 
@@ -367,7 +381,7 @@ def test_a_token_and_tls_let_in_only_who_has_both(place, tmp_path):
 
 REFUSED = {
     "an unknown name": (
-        "generate --trunk {at} --model model --served nope x",
+        "generate --trunk {at} --model model --served-model-name nope x",
         r"no trunk is served as 'nope' here; there is base, trained, medical",
     ),
     "another model": (
