@@ -28,6 +28,7 @@ from fedsplit.wire import messages as m
 from simulations.bench.certificate import self_signed
 from tests.edge.commands import COMMAND
 from tests.edge.echo import EchoService, serving
+from tests.edge.forked import Program
 from tests.house.source import ROOT
 
 SPLIT = SplitSpec.parse("1/2/1")
@@ -391,15 +392,12 @@ def test_an_error_in_a_process_of_its_own(here, tiny_gpt2):
 
 def test_ctrl_c_is_quiet():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        command = [*COMMAND, "info", f"127.0.0.1:{silent.getsockname()[1]}"]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        with Program("fedsplit", "info", f"127.0.0.1:{silent.getsockname()[1]}") as info:
             silent.settimeout(60)
             connection, _ = silent.accept()  # so it waits for an answer
-            process.send_signal(signal.SIGINT)
-            told = process.communicate(timeout=60)
+            info.send_signal(signal.SIGINT)
+            assert info.end(timeout_s=60) == (130, "", "")
             connection.close()
-    assert (process.returncode, told) == (130, (b"", b""))
 
 
 def test_output_that_nobody_reads_ends_the_command_quietly(here):

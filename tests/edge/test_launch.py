@@ -30,7 +30,6 @@ clientapp = "tinyapp.apps:client"
 
 [tool.flwr.app.config]
 config = ""
-mode = ""
 folder = ""
 """
 
@@ -48,8 +47,6 @@ client = ClientApp()
 def main(grid, context):
     given = context.run_config
     print("SESSION", os.getsid(0), flush=True)
-    if given["mode"] == "fail":
-        raise ValueError("the app was asked to fail")
     while len(nodes := list(grid.get_node_ids())) < 3:
         time.sleep(0.05)
     for call in (1, 2):
@@ -59,6 +56,7 @@ def main(grid, context):
         Path(given["folder"], f"pids-{call}").write_text(" ".join(str(r["pid"]) for r in replies))
     Path(given["folder"], "config").write_text(given["config"], encoding="utf-8")
     print("DONE", Path.cwd().name, flush=True)
+    raise ValueError("the app was asked to fail")
 
 @client.query()
 def query(message, context):
@@ -114,21 +112,18 @@ def run(app: Path, lines: list[str], **options: object) -> None:
     run_flwr(app, **{"on_output": lines.append} | defaults | options)
 
 
-def test_a_run_gets_its_config_and_all_clients_at_once(app: Path, mark: str) -> None:
+def test_a_run_gets_its_config_and_all_clients_and_its_failure_is_an_error(
+    app: Path, mark: str
+) -> None:
+    """The run of the default app completes in test_deployed.py."""
     config = "".join(f'key{i}: "it\'s" # \t\\ {{}} = [é]\n' for i in range(300))
     lines: list[str] = []
-    run(app, lines, run_config={"config": config, "folder": str(app)})
+    with pytest.raises(Internal, match="did not complete: finished:failed") as caught:
+        run(app, lines, run_config={"config": config, "folder": str(app)})
     assert "DONE start" in lines  # neither the checkout nor the app's folder
     assert (app / "config").read_text(encoding="utf-8") == config
     assert len(set((app / "pids-1").read_text().split())) == 3
     assert "Created run" in (app / "superlink.log").read_text(encoding="utf-8")
-    assert left_behind(mark, lines) == []
-
-
-def test_a_failing_app_is_an_error_with_its_last_lines(app: Path, mark: str) -> None:
-    lines: list[str] = []
-    with pytest.raises(Internal, match="did not complete: finished:failed") as caught:
-        run(app, lines, run_config={"mode": "fail"})
     assert "ValueError: the app was asked to fail" in str(caught.value)
     assert str(app / "superlink.log") in str(caught.value)
     assert left_behind(mark, lines) == []
@@ -144,7 +139,8 @@ def test_a_stopped_driver_stops_everything(app: Path, mark: str) -> None:
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit):
-        run(app, lines, run_config={"folder": str(app)}, on_output=stop_when_running)
+        config = {"folder": str(app)}
+        run(app, lines, run_config=config, num_clients=1, on_output=stop_when_running)
     assert left_behind(mark, lines) == []
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -11,7 +9,6 @@ from fedsplit.client.remote import RemoteTrunk
 from fedsplit.errors import ConfigError
 from simulations.parity import Parity, compare
 from tests.edge.forked import Program
-from tests.house.source import ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -80,10 +77,10 @@ def program(*words: str) -> tuple[int, str, str]:
 
 
 def test_the_program_s_last_line() -> None:
-    command = [sys.executable, "-m", "simulations.parity", "family=llama", "steps=2", "link=grpc"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    code, stdout, stderr = program("family=llama", "steps=2", "link=grpc")
     line = "parity: llama steps=2 link=grpc max_loss_diff=0.0 max_weight_diff=0.0"
-    assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, line, "")
+    assert (code, stderr) == (0, "")
+    assert stdout.splitlines()[-1] == line
 
 
 def test_the_program_as_json() -> None:
