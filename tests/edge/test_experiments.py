@@ -274,11 +274,14 @@ def test_activations_grow_with_the_batch_and_with_blocks() -> None:
 
 def test_memory_is_told_of_a_client_and_of_the_whole(tmp_path: Path, call: Call) -> None:
     """The large shapes take no memory; the small one is really trained, in processes of its own."""
-    shape = "model.config.n_embd=64 train.batch_size=2 data.sequence_length=64"
-    words = [
-        "experiment=memory",
-        f"sweep.variants={{gpt2: '{shape}', gpt2_lora: '{shape} lora=on'}}",
-    ]
+    small = "model.config.n_embd=64 train.batch_size=2 data.sequence_length=64"
+    shapes = {
+        "gpt2": small,
+        "gpt2_lora": f"{small} lora=on",
+        "7b_lora": "model=llama_7b lora=on model.config.num_hidden_layers=8",
+    }
+    variants = ", ".join(f"{name}: '{words}'" for name, words in shapes.items())
+    words = ["experiment=memory", f"sweep.variants={{{variants}}}"]
     stdout = call(*words, f"launch.run_dir={tmp_path}")
     figures, rows = table_in(tmp_path / "memory")
     assert figures.keys() == {
