@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -89,12 +89,36 @@ def config(tiny_gpt2) -> PretrainedConfig:
     return tiny_gpt2(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 
 
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[int, int], Outcome]:
+    """Outcomes without faults, by the number of clients and of micro-batches."""
+    return {}
+
+
+@pytest.fixture
+def undisturbed(
+    config: PretrainedConfig, outcomes: dict[tuple[int, int], Outcome]
+) -> Callable[..., Outcome]:
+    """Gives the outcome without faults, which is computed once."""
+
+    def outcome(clients: int, micro_batches: int = 1) -> Outcome:
+        key = clients, micro_batches
+        if key not in outcomes:
+            with federation(config, clients, micro_batches=micro_batches) as (here, _):
+                outcomes[key] = train(here)
+        return outcomes[key]
+
+    return outcome
+
+
 @pytest.mark.parametrize(("clients", "reset_every"), [(1, 50), (1, 17), (3, 50)])
 def test_connections_that_are_reset_change_no_number(
-    config: PretrainedConfig, clients: int, reset_every: int
+    config: PretrainedConfig,
+    undisturbed: Callable[..., Outcome],
+    clients: int,
+    reset_every: int,
 ) -> None:
-    with federation(config, clients) as (here, _):
-        expected = train(here)
+    expected = undisturbed(clients)
     with federation(config, clients, reset_every=reset_every) as (here, proxy):
         got = train(here)
     assert proxy.resets > 0
@@ -106,10 +130,13 @@ def test_connections_that_are_reset_change_no_number(
     ("micro_batches", "clients", "reset_every"), [(2, 1, 17), (2, 1, 50), (4, 1, 13), (2, 3, 50)]
 )
 def test_connections_that_are_reset_change_no_number_of_micro_batches(
-    config: PretrainedConfig, micro_batches: int, clients: int, reset_every: int
+    config: PretrainedConfig,
+    undisturbed: Callable[..., Outcome],
+    micro_batches: int,
+    clients: int,
+    reset_every: int,
 ) -> None:
-    with federation(config, clients, micro_batches=micro_batches) as (here, _):
-        expected = train(here)
+    expected = undisturbed(clients, micro_batches)
     broken = federation(config, clients, micro_batches=micro_batches, reset_every=reset_every)
     with broken as (here, proxy):
         got = train(here)
@@ -138,9 +165,10 @@ class Forgetful(GrpcLink):
         return stream
 
 
-def test_sessions_that_are_lost_change_no_number_of_micro_batches(config: PretrainedConfig) -> None:
-    with federation(config, 1, micro_batches=2) as (here, _):
-        expected = train(here)
+def test_sessions_that_are_lost_change_no_number_of_micro_batches(
+    config: PretrainedConfig, undisturbed: Callable[..., Outcome]
+) -> None:
+    expected = undisturbed(1, 2)
     with federation(config, 1, micro_batches=2, link_class=Forgetful) as (here, _):
         got = train(here)
     assert got.stats[0].repeated > 0
@@ -148,9 +176,10 @@ def test_sessions_that_are_lost_change_no_number_of_micro_batches(config: Pretra
     assert got.stats[0].loss == expected.stats[0].loss
 
 
-def test_a_network_that_stands_still_changes_no_number(config: PretrainedConfig) -> None:
-    with federation(config, 3) as (here, _):
-        expected = train(here)
+def test_a_network_that_stands_still_changes_no_number(
+    config: PretrainedConfig, undisturbed: Callable[..., Outcome]
+) -> None:
+    expected = undisturbed(3)
     with federation(config, 3) as (here, proxy):
         threading.Timer(0.05, proxy.hold).start()
         threading.Timer(0.15, proxy.heal).start()
