@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.initialization import no_init_weights
 
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.kv_cache import RemoteCache, RemoteSlot, part_cache
@@ -54,8 +55,10 @@ class Part(PreTrainedModel):
     trunk_blocks: ClassVar[range]
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        # The loader builds the unsplit model here on the meta device, so it takes no memory.
-        super().__init__(config, *args, **kwargs)
+        # The loader builds the unsplit model here on the meta device, so it takes no memory and has
+        # no values. torch would take a third of the time to initialize what has no values.
+        with no_init_weights():
+            super().__init__(config, *args, **kwargs)
         # Read before modules are removed, to find ties between the parts.
         ties = dict(self.all_tied_weights_keys)
         self._remove_foreign(cast(nn.ModuleList, self.get_submodule(self.plan.blocks)))

@@ -24,7 +24,9 @@ def plot_losses(folder: RunFolder) -> Path:
     """
     rounds = folder.measured_rounds()
     numbers = [stats.round for stats in rounds]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
+    # Margins for the labels; to have them computed takes longer than to draw.
+    figure.subplots_adjust(left=0.11, right=0.89, bottom=0.13, top=0.91)
     # pyplot would keep the figure in a global list, and choose a display.
     FigureCanvasAgg(figure)
     loss = figure.add_subplot()

@@ -28,7 +28,7 @@ from tests.edge.federation import (
 from tests.edge.resuming import folder_of, interrupted, resumed
 
 KEPT = ("train.rounds=4", "train.local_steps=2", "train.save_every=1")
-SHORT = ("train.rounds=3", "train.local_steps=2", "train.save_every=1")
+SHORT = ("train.rounds=3", "train.local_steps=2", "train.save_every=1", "train.evaluate_every=3")
 
 
 @pytest.fixture(scope="module")
