@@ -29,13 +29,13 @@ BIN = Path(sys.executable).parent
 PATIENCE_S = 480.0
 
 
-@pytest.fixture
-def mark(tmp_path: Path) -> Iterator[str]:
-    """A mark in the environment that every process of a test inherits; none may be left."""
-    os.environ["FEDSPLIT_TEST_MARK"] = value = str(tmp_path)
-    yield value
+@contextmanager
+def marking(mark: str) -> Iterator[None]:
+    """A mark in the environment that every process of the block inherits; none may be left."""
+    os.environ["FEDSPLIT_TEST_MARK"] = mark
+    yield
     del os.environ["FEDSPLIT_TEST_MARK"]
-    assert marked(value) == []
+    assert marked(mark) == []
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -70,36 +70,55 @@ def output(process: "subprocess.Popen[str]") -> str:
 # --- simulated -----------------------------------------------------------------------------------
 
 
-def test_flwr_run_gives_the_numbers_of_the_inline_run(tmp_path: Path, mark: str) -> None:
-    words = overrides_for(tmp_path, "train.rounds=2", "sharding=iid")
-    inline = federate(spec_for(tmp_path, "train.rounds=2", "sharding=iid"))
-    with driver(*words) as process:
-        text = output(process)
-    assert process.returncode == 0, text
-    simulated = RunFolder(tmp_path / "runs" / "tiny-2")
-    assert without_seconds(simulated.rounds()) == without_seconds(inline.rounds())
-    specs = [from_yaml((f.path / "config.yaml").read_text()) for f in (inline, simulated)]
-    assert [spec.launch.kind for spec in specs] == ["inline", "flwr"]
-    assert len({spec.fingerprint for spec in specs}) == 1
-    weights = [(f.path / "model" / "model.safetensors").read_bytes() for f in (inline, simulated)]
-    assert weights[0] == weights[1]
+STEPS = 50
+"""Steps of a round: they take a second or more, so that a client can be killed in the middle."""
+ROUNDS = (
+    "train.rounds=3",
+    f"train.local_steps={STEPS}",
+    "train.save_every=1",
+    "policy.deadline_s=5",
+    "sharding=iid",
+)
 
 
-def test_a_client_that_is_killed_in_a_step_leaves_the_others_to_finish(
-    tmp_path: Path, mark: str
-) -> None:
-    steps = ["train.rounds=2", "train.local_steps=150", "policy.deadline_s=2", "sharding=iid"]
-    folder = RunFolder(tmp_path / "runs" / "tiny")
-    with driver(*overrides_for(tmp_path, *steps)) as process:
-        await_that(lambda: folder.rounds() or process.poll() is not None)
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run under `flwr run`, of which a client was killed in the third round."""
+    here = tmp_path_factory.mktemp("simulated")
+    folder, mark = RunFolder(here / "runs" / "tiny"), str(here)
+    with marking(mark), driver(*overrides_for(here, *ROUNDS)) as process:
+        await_that(lambda: len(folder.rounds()) == 2 or process.poll() is not None)
         log = (folder.path / "flower.log").read_text(encoding="utf-8")
         port = int(re.findall(r"Trunk is served at 127\.0\.0\.1:(\d+)", log)[0])
         await_that(lambda: connected(mark, port) or process.poll() is not None)
-        connected(mark, port)[0].kill()  # its steps take seconds, and none is done yet
+        connected(mark, port)[0].kill()
         text = output(process)
     assert process.returncode == 0, text
-    assert [(s.clients, s.failed) for s in folder.rounds()] == [(3, 0), (2, 1)]
-    assert folder.rounds()[1].version == 300
+    return folder
+
+
+def test_flwr_run_gives_the_numbers_of_the_inline_run(simulated: RunFolder) -> None:
+    inline = federate(spec_for(simulated.path.parents[1], *ROUNDS))
+    undisturbed = [without_seconds(f.rounds()[:2]) for f in (inline, simulated)]
+    assert undisturbed[0] == undisturbed[1]
+    specs = [from_yaml((f.path / "config.yaml").read_text()) for f in (inline, simulated)]
+    assert [spec.launch.kind for spec in specs] == ["inline", "flwr"]
+    assert len({spec.fingerprint for spec in specs}) == 1
+    saved = [weights_of(f.checkpoints / "round-0002") for f in (inline, simulated)]
+    assert saved[0] and saved[0] == saved[1]
+
+
+def weights_of(checkpoint: Path) -> dict[str, bytes]:
+    """All tensors of a checkpoint: the parts and the trunk's moments."""
+    return {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
+
+
+def test_a_client_that_is_killed_in_a_step_leaves_the_others_to_finish(
+    simulated: RunFolder,
+) -> None:
+    rounds = simulated.rounds()
+    assert [(stats.clients, stats.failed) for stats in rounds] == [(3, 0), (3, 0), (2, 1)]
+    assert rounds[-1].version == 3 * STEPS
 
 
 def connected(mark: str, port: int) -> list[psutil.Process]:
@@ -159,10 +178,10 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path, mark: str) -> None:
+def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
     wire = self_signed(tmp_path, "trunk")
     # A process for every message: moments, the place in the data and the bottom have to last.
-    same = ["clients=2", "train.rounds=2", "halves=personal_bottom", "train.save_every=1"]
+    same = ["clients=2", "train.rounds=2", "client_weights=personal_bottom", "train.save_every=1"]
     same.append("train.evaluate_every=2")
     words = overrides_for(tmp_path, *same, f"wire.tls_cert={wire.tls_cert}")
     words += [f"wire.tls_key={wire.tls_key}"]
@@ -184,7 +203,7 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path, mark: str
     (home / "run.toml").write_text(
         tomli_w.dumps({"overrides": " ".join(words), "run-dir": str(results)})
     )
-    with ExitStack() as deployment:
+    with ExitStack() as deployment, marking(str(tmp_path)):
         superlink = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link)]
         deployment.enter_context(background(*superlink, env=env, cwd=place))
         await_that(lambda: answers(f"http://127.0.0.1:{link}/health"))
