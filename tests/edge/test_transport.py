@@ -317,12 +317,20 @@ def test_a_reply_that_cannot_be_read_is_not_mistaken_for_the_next(address: str) 
         assert link.exchange(forward(tokens=4, call=2)).version == 2
 
 
-def test_a_link_may_idle_for_longer_than_its_deadline(address: str, service: EchoService) -> None:
-    with linked(address, deadline_s=0.3) as link:
-        link.exchange(forward())
-        time.sleep(0.4)
-        link.exchange(forward())
-    assert service.gone(1) == ["s1"]
+def test_a_link_may_idle_for_longer_than_its_deadline() -> None:
+    for _ in range(100):
+        service = EchoService()
+        with serving(service) as address, linked(address, deadline_s=0.05) as link:
+            try:
+                link.exchange(forward())
+                time.sleep(0.1)
+                link.exchange(forward())
+            except errors.DeadlineExceeded:  # on a busy machine an exchange itself may be late
+                continue
+            assert service.gone(0) == [], "the stream of the first is that of the second"
+        assert service.gone(1) == ["s1"]
+        return
+    pytest.fail("no link could be used after it had idled")
 
 
 def test_a_server_killed_in_a_call_is_a_lost_connection() -> None:
