@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -76,23 +78,28 @@ class RunRecorder:
         """The current client weights, without personal ones."""
         return to_arrays(shared(self._model, self._run))
 
-    def begin(self, method: Method) -> None:
-        """Create the run's folder, or restore the last checkpoint of the run that is resumed.
+    @contextmanager
+    def recording(self, method: Method) -> Iterator[None]:
+        """A context for the rounds, in a new folder or from the last checkpoint of a resumed run.
+
+        Its end writes the result, unless an exception ends it.
 
         Raises:
-            ConfigError: There is no run to resume, or its settings or data differ.
+            ConfigError: There is no run to resume, its settings or data differ, or another process
+                still trains it.
             CheckpointError: The checkpoint is damaged.
         """
         self._method = method
         run = self._run
         resumed = RunFolder.to_resume(run)
-        if resumed:
-            self._folder = resumed
-            self._resume(resumed)
-        else:
-            self._folder = RunFolder.begin(Path(run.launch.run_dir), run.name, to_yaml(run))
-        self._best = _best(self._folder.rounds())
-        log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
+        self._folder = resumed or RunFolder.begin(Path(run.launch.run_dir), run.name, to_yaml(run))
+        with self._folder.held():
+            if resumed:
+                self._resume(resumed)
+            self._best = _best(self._folder.rounds())
+            log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
+            yield
+            self._finish()
 
     def on_round(self, stats: RoundStats, arrays: ArrayRecord) -> None:
         """Record a round: its numbers, its checkpoint if one is due, and the best round."""
@@ -113,7 +120,7 @@ class RunRecorder:
             self._write(self._folder.checkpoints, stats.round)
             prune(self._folder.checkpoints, stats.round - train.save_every)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Write the result: the weights of the last round, or with `load_best` of the best one."""
         best = checkpoints_in(self._folder.best)
         if self._run.train.load_best and best:

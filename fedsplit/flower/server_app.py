@@ -53,15 +53,14 @@ def main(grid: Grid, context: Context) -> None:
         on_round=recorder.on_round,
     )
     # A run that is refused until here leaves no folder.
-    recorder.begin(method)
-    method.start(
-        grid,
-        recorder.arrays,
-        num_rounds=run.train.rounds,
-        first_round=recorder.first_round,
-        run_id=recorder.run_id,
-    )
-    recorder.finish()
+    with recorder.recording(method):
+        method.start(
+            grid,
+            recorder.arrays,
+            num_rounds=run.train.rounds,
+            first_round=recorder.first_round,
+            run_id=recorder.run_id,
+        )
 
 
 def _tokenizer(run: RunSpec, corpus: Corpus) -> TokenizersBackend | None:

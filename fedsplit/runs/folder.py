@@ -5,6 +5,7 @@
 atomically: a run is finished if and only if it has this folder.
 """
 
+import fcntl
 import itertools
 import json
 import re
@@ -116,6 +117,23 @@ class RunFolder:
         if not folder.is_finished:
             raise DataError(f"{path} has no model yet; serve it when the run is over")
         return folder
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A context in which this process alone writes the run; the end of the process ends it.
+
+        Raises:
+            ConfigError: Another process writes the run.
+        """
+        with self._config.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise ConfigError(
+                    f"{self.path} is still trained by another process; stop that one, or wait for "
+                    "its end, before the run is resumed"
+                ) from exc
+            yield
 
     def give_back(self) -> None:
         """Remove the folder if it is empty."""

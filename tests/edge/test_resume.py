@@ -140,6 +140,14 @@ def test_other_settings_are_refused_by_name(run, resume):
         resumed(other, "auto" if resume == "auto" else str(folder_of(run).path))
 
 
+def test_a_run_that_is_still_trained_is_not_resumed(run):
+    folder = folder_of(run)
+    with folder.held(), pytest.raises(ConfigError, match="tiny is still trained by another proc"):
+        resumed(run)
+    assert [stats.round for stats in folder.rounds()] == [1, 2]
+    assert [stats.round for stats in resumed(run).rounds()] == [1, 2, 3, 4]
+
+
 def test_other_data_is_refused(tmp_path):
     run = spec_for(tmp_path, *KEPT)
     interrupted(run, 3)
