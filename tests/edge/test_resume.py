@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from tests.edge.federation import (
     spec_for,
     without_seconds,
 )
+from tests.edge.forked import Program
 from tests.edge.resuming import folder_of, interrupted, resumed
 
 KEPT = ("train.rounds=4", "train.local_steps=2", "train.save_every=1")
@@ -195,19 +194,17 @@ def test_the_best_round_is_what_is_left(tmp_path):
 def test_a_killed_process_goes_on(tmp_path):
     words = [*overrides_for(tmp_path / "a", *KEPT), "train.schedule=constant"]
     one = federate(compose(words))
-    command = [sys.executable, "-m", "simulations.run", *words]
     runs = tmp_path / "b" / "runs"
-    killed = [*command, f"launch.run_dir={runs}"]
-    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = ["simulations.run", *words, f"launch.run_dir={runs}"]
     metrics = runs / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not (runs / "tiny/checkpoints/round-0001").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with Program(*killed) as process:
+        while not (runs / "tiny/checkpoints/round-0001").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
     assert not (runs / "tiny" / "model").exists(), "it was done before it could be killed"
-    done = subprocess.run([*killed, "resume=auto"], check=True, capture_output=True, text=True)
-    assert "resumes after round" in done.stdout
+    code, told, _ = Program(*killed, "resume=auto").end()
+    assert code == 0 and "resumes after round" in told
     other = RunFolder(runs / "tiny")
     assert without_seconds(one.rounds()) == without_seconds(other.rounds())
     assert [json.loads(line)["round"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
