@@ -1,7 +1,7 @@
 # What one does with a checkout. `make` alone lists it.
 
 PYTHON ?= python3
-JOBS ?= 3
+JOBS ?= 4
 
 VENV := .venv
 BIN := $(VENV)/bin
