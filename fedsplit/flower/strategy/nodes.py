@@ -112,7 +112,7 @@ class NodeRegistry:
         if silent := [node for node in nodes if node not in self._names]:
             raise DeadlineExceeded(
                 f"{len(silent)} of {len(nodes)} nodes did not answer within {patience:.0f} s; look "
-                "at their logs"
+                "at their logs, or raise launch.start_timeout_s on a slow machine"
             )
 
 
