@@ -22,6 +22,10 @@ def claim(run: RunSpec) -> tuple[RunSpec, RunFolder]:
         The run under the folder's name, and the folder.
     """
     resumed = RunFolder.to_resume(run)
+    if resumed:
+        # Refused here, before this process writes its log into the folder of a run in progress.
+        with resumed.held():
+            pass
     folder = resumed or RunFolder.claim(Path(run.launch.run_dir), run.name)
     launch = replace(run.launch, run_dir=str(folder.path.parent))
     resume = str(folder.path) if resumed else ""

@@ -158,7 +158,10 @@ class Retry:
                 may_pass = failure.retryable or (is_fault and faults == 1)
                 if not may_pass or self._clock() + wait - begin > self._budget_s:
                     raise
-                log.warning("%s: %s; trying again in %.1f s", failure.code, failure, wait)
+                # Ever more rarely, since a long outage has many attempts. Quoted: a peer wrote it.
+                if tries & (tries + 1) == 0:
+                    text = str(failure)
+                    log.warning("%s: %r; trying again in %.1f s", failure.code, text, wait)
             self._sleep(wait)
             tries += 1
 

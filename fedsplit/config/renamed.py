@@ -37,12 +37,16 @@ def with_current_names(run: dict[str, Any]) -> dict[str, Any]:
     """Return the nested fields of a run under their present names.
 
     Raises:
-        ConfigError: A removed field has a value that had an effect.
+        ConfigError: A removed field has a value that had an effect, or a field is set under both
+            of its names.
     """
-    # Copied, so that the caller's mapping does not change.
-    groups = {
-        current_name(name): dict(node) for name, node in run.items() if isinstance(node, dict)
-    }
+    renamed: dict[str, Any] = {}
+    for name, node in run.items():
+        new = current_name(name) if isinstance(name, str) else name
+        _require_one(name, new, run)
+        # Copied, so that the caller's mapping does not change.
+        renamed[new] = dict(node) if isinstance(node, dict) else node
+    groups = {name: node for name, node in renamed.items() if isinstance(node, dict)}
     for field, (value, reason) in _REMOVED.items():
         group, name = field.split(".")
         # Runs of the last release have the field in their config.yaml.
@@ -51,5 +55,12 @@ def with_current_names(run: dict[str, Any]) -> dict[str, Any]:
     for field in RENAMED:
         group, name = field.split(".")
         if name in groups.get(group, {}):
-            groups[group][current_name(field).split(".")[1]] = groups[group].pop(name)
-    return {name: node for name, node in run.items() if name not in RENAMED_GROUPS} | groups
+            new = current_name(field).split(".")[1]
+            _require_one(name, new, groups[group])
+            groups[group][new] = groups[group].pop(name)
+    return renamed
+
+
+def _require_one(old: str, new: str, names: dict[str, Any]) -> None:
+    if old != new and new in names:
+        raise ConfigError(f"{old} is the old name of {new}, and both are set; remove {old}")

@@ -16,25 +16,28 @@ from torch import Tensor
 
 from fedsplit.errors import BadTensor
 
+_DTYPES = {
+    name: np.dtype(name)
+    for name in ("bool", "float16", "float32", "float64")
+    + ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+}
+_MAX_RANK = 32
+
 
 def values_of(array: Array) -> np.ndarray:
     """Return a copy of an array's values, in its announced dtype and shape.
 
     Raises:
-        BadTensor: The bytes are not those of a `.npy` file with this dtype and shape.
+        BadTensor: The bytes are not those of a `.npy` file with this dtype and shape, or the dtype
+            is not a plain one.
     """
-    shape = tuple(array.shape)
-    try:
-        dtype = np.dtype(array.dtype)
-    except TypeError:
-        dtype = np.dtype(object)
-    if not dtype.hasobject:
+    shape, dtype = tuple(array.shape), _DTYPES.get(array.dtype)
+    if dtype and len(shape) <= _MAX_RANK and min(shape, default=0) >= 0:
         # NumPy writes an array with transposed strides in Fortran order.
         for order in ("C", "F"):
             header = _header(dtype, shape, is_fortran=order == "F")
-            if array.data.startswith(header) and len(array.data) == len(header) + (
-                math.prod(shape) * dtype.itemsize
-            ):
+            nbytes = len(header) + math.prod(shape) * dtype.itemsize
+            if len(array.data) == nbytes and array.data.startswith(header):
                 flat = np.frombuffer(array.data, dtype, offset=len(header))
                 return flat.reshape(shape, order=order).copy()
     raise BadTensor(

@@ -95,6 +95,8 @@ class RunRecorder:
         self._folder = resumed or RunFolder.begin(Path(run.launch.run_dir), run.name, to_yaml(run))
         with self._folder.held():
             if resumed:
+                # Again, since another process may have finished the run before it was locked here.
+                resumed.require_resumable()
                 self._resume(resumed)
             self._best = _best(self._folder.rounds())
             log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)

@@ -8,6 +8,7 @@ atomically: a run is finished if and only if it has this folder.
 import fcntl
 import itertools
 import json
+import logging
 import re
 import secrets
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from fedsplit.errors import CheckpointError, ConfigError, DataError
 from fedsplit.runs import metrics
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 _ID, _CONFIG = "run.json", "config.yaml"
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -95,15 +98,24 @@ class RunFolder:
             resumable = [folder for folder in folders if folder._is_resumable]
             return resumable[-1] if resumable else None
         folder = RunFolder(Path(run.resume).resolve())
-        if not folder._is_resumable:
-            found = "is finished" if folder.is_finished else "has no checkpoint"
-            if (folder.path / "snapshots").is_dir():
-                found = "has checkpoints of format 1 (snapshots/), which this version does not read"
-            raise ConfigError(
-                f"resume={run.resume}: {folder.path} {found}; name the folder of a run with "
-                "train.save_every that was interrupted, or leave resume out to begin anew"
-            )
+        folder.require_resumable()
         return folder
+
+    def require_resumable(self) -> None:
+        """Refuse to resume a run that has no checkpoint or is finished.
+
+        Raises:
+            ConfigError: It is such a run.
+        """
+        if self._is_resumable:
+            return
+        found = "is finished" if self.is_finished else "has no checkpoint"
+        if (self.path / "snapshots").is_dir():
+            found = "has checkpoints of format 1 (snapshots/), which this version does not read"
+        raise ConfigError(
+            f"{self.path} {found}, so it cannot be resumed; name the folder of a run with "
+            "train.save_every that was interrupted, or leave resume out to begin anew"
+        )
 
     @staticmethod
     def finished(path: str | Path) -> "RunFolder":
@@ -124,8 +136,11 @@ class RunFolder:
 
         Raises:
             ConfigError: Another process writes the run.
+            DataError: The folder is not a run's folder.
         """
-        with self._config.open(encoding="utf-8") as file:
+        self._require_config()
+        # For writing, since NFS grants an exclusive lock for no other file.
+        with self._config.open("r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
@@ -133,6 +148,9 @@ class RunFolder:
                     f"{self.path} is still trained by another process; stop that one, or wait for "
                     "its end, before the run is resumed"
                 ) from exc
+            except OSError as exc:
+                # Some file systems have no locks, and a run must be possible there.
+                log.warning("%s cannot be locked (%s); resume it once at a time", self.path, exc)
             yield
 
     def give_back(self) -> None:

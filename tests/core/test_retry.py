@@ -41,11 +41,17 @@ def test_a_peer_that_names_a_time_is_heeded():
     assert attempts.waits == [7.0]
 
 
-def test_every_repetition_is_logged_with_its_reason(caplog):
+def test_a_repetition_is_logged_with_its_reason(caplog):
     Attempts(errors.Overloaded("full", retry_after_s=7.0), errors.ConnectionLost("gone")).run()
     first, second = caplog.messages
-    assert first == "OVERLOADED: full; trying again in 7.0 s"
-    assert second.startswith("CONN_LOST: gone; trying again in ")
+    assert first == "OVERLOADED: 'full'; trying again in 7.0 s"
+    assert second.startswith("CONN_LOST: 'gone'; trying again in ")
+
+
+def test_a_long_outage_is_logged_ever_more_rarely(caplog):
+    Attempts(*(errors.Overloaded("full\n", retry_after_s=0.1) for _ in range(70))).run()
+    assert len(caplog.messages) == 7
+    assert all("\n" not in line for line in caplog.messages)
 
 
 def test_what_cannot_pass_is_raised_at_once(caplog):

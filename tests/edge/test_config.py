@@ -370,6 +370,23 @@ def test_an_old_name_is_read_with_a_warning_that_gives_the_new_one(caplog):
     assert any("generation.gather_s is called" in line for line in told)
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            "halves: {personal: top}\nclient_weights: {personal: top}",
+            "halves is the old name of cl",
+        ),
+        ("wire: {client_weights: int8, halves: none}", "halves is the old name of client_weights"),
+        ("halves: 5", "ClientWeightsSpec"),
+        ("1: {a: 2}", "1"),
+    ],
+)
+def test_old_names_do_not_hide_what_is_wrong(text, error):
+    with pytest.raises(ConfigError, match=error):
+        from_yaml(text)
+
+
 @pytest.mark.parametrize("value, refused", [("false", False), ("true", True)])
 def test_a_field_that_is_gone_may_only_say_what_it_said_by_default(value, refused):
     old = to_yaml(RunSpec()).replace("wire:\n", f"wire:\n  feedback: {value}\n")

@@ -16,7 +16,6 @@ ARRAYS = {
     "scalar": np.array(3.0, dtype=np.float16),
     "empty": np.zeros((0, 3), dtype=np.float32),
     "bools": np.array([True, False]),
-    "big-endian": np.array([1.0, 2.0], dtype=">f8"),
 }
 
 
@@ -51,6 +50,13 @@ WRONG = {
     "another shape": Array("float32", (3, 2), "numpy.ndarray", GOOD.data),
     "another dtype": Array("int32", (2, 3), "numpy.ndarray", GOOD.data),
     "no dtype": Array("float33", (2, 3), "numpy.ndarray", GOOD.data),
+    "big-endian": Array(np.array([1.0, 2.0], dtype=">f8")),
+    "complex": Array(np.array([1j])),
+    "text": Array(np.array(["abcd"])),
+    "dates": Array(np.array([0], dtype="M8[s]")),
+    "a structure": Array(np.zeros(2, dtype="f4,i4")),
+    "a dtype beyond memory": Array("(2**60,)f4", (1,), "numpy.ndarray", GOOD.data),
+    "too many dimensions": Array("float32", (1,) * 70, "numpy.ndarray", GOOD.data),
     "objects": Array("object", (1,), "numpy.ndarray", GOOD.data),
     "no file": Array("float32", (2, 3), "numpy.ndarray", b"nonsense"),
     "nothing": Array("float32", (2, 3), "numpy.ndarray", b""),

@@ -175,7 +175,7 @@ def test_one_that_hangs_is_given_up_and_its_late_reply_is_not_used(
     assert rounds[0].clients == 2
 
 
-@pytest.mark.parametrize("case", ["not finite", "no file of NumPy"])
+@pytest.mark.parametrize("case", ["not finite", "no file of NumPy", "wider"])
 def test_client_weights_that_are_no_numbers_are_refused(tmp_path: Path, case: str) -> None:
     def train(message: Message, context: Context, go_on: GoOn) -> Message:
         reply = go_on()
@@ -184,6 +184,8 @@ def test_client_weights_that_are_no_numbers_are_refused(tmp_path: Path, case: st
             name, array = next(iter(arrays.items()))
             if case == "not finite":
                 array = Array(array.numpy() * np.float32(math.nan))
+            elif case == "wider":
+                array = Array(np.full(array.shape, 1e300))
             else:
                 array.data = array.data[:-1]
             arrays[name] = array
