@@ -21,7 +21,7 @@ _DTYPES = {
     for name in ("bool", "float16", "float32", "float64")
     + ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 }
-_MAX_RANK = 32
+_MAX_RANK = 32  # the most dimensions of an array in NumPy 1
 
 
 def values_of(array: Array) -> np.ndarray:

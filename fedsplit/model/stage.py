@@ -56,7 +56,7 @@ class Part(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         # The loader builds the unsplit model here on the meta device, so it takes no memory and has
-        # no values. torch would take a third of the time to initialize what has no values.
+        # no values. torch initializes tensors of that device in Python, which is slow.
         with no_init_weights():
             super().__init__(config, *args, **kwargs)
         # Read before modules are removed, to find ties between the parts.

@@ -87,12 +87,14 @@ class Program:
         """
         timer = threading.Timer(timeout_s, self.kill)
         timer.start()
-        with self:
-            output = "" if self.stdout.closed else self.stdout.read()
-            self._process.join()
+        try:
+            with self:
+                output = "" if self.stdout.closed else self.stdout.read()
+                self._process.join()
+                self._errors.seek(0)
+                return self._process.exitcode, output, self._errors.read()
+        finally:
             timer.cancel()
-            self._errors.seek(0)
-            return self._process.exitcode, output, self._errors.read()
 
 
 def _run(
