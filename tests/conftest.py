@@ -8,6 +8,7 @@ import gc
 import json
 import os
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 os.environ.update(
@@ -39,6 +40,25 @@ settings.load_profile("house")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let every worker begin with slow modules: the others would wait for those begun at the end.
+
+    pytest-xdist gives each worker an equal stretch of the list.
+    """
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    modules = [list(tests) for _, tests in groupby(slow, lambda item: item.path)]
+    quick = [item for item in items if item not in set(slow)]
+    stretches = [sum(modules[number::num_workers], []) for number in range(num_workers)]
+    bounds = [len(items) * number // num_workers for number in range(num_workers + 1)]
+    items.clear()
+    for stretch, start, end in zip(stretches, bounds, bounds[1:], strict=False):
+        missing = max(0, end - start - len(stretch))
+        items += stretch + quick[:missing]
+        del quick[:missing]
+    items += quick
 
 
 def pytest_collection_finish() -> None:
