@@ -60,7 +60,9 @@ def load_tokenizer(pretrained: str, revision: str = "main") -> PreTrainedTokeniz
         DataError: There is no tokenizer, it has no JSON form, or it has no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(pretrained, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            pretrained, revision=revision, trust_remote_code=False
+        )
     # transformers raises any of these for a tokenizer that is missing or damaged.
     except (OSError, ValueError, KeyError, ImportError) as exc:
         raise DataError(f"model.pretrained={pretrained} has no tokenizer to load: {exc}") from exc

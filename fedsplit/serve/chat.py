@@ -33,11 +33,13 @@ def draft_options(draft: str) -> dict[str, Any]:
     if draft == "prompt":
         return {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
     try:
-        return {"assistant_model": AutoModelForCausalLM.from_pretrained(draft)}
-    except (OSError, ValueError) as exc:
+        assistant = AutoModelForCausalLM.from_pretrained(draft, trust_remote_code=False)
+    # transformers raises ImportError for weights of a quantization that is not installed.
+    except (OSError, ValueError, ImportError) as exc:
         raise CheckpointError(
             f"--draft {draft} is neither `prompt` nor a model: {str(exc).splitlines()[0]}"
         ) from exc
+    return {"assistant_model": assistant}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -11,6 +11,7 @@ from tests.house.source import FILES, require_none, text, tree
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "compile", "__import__"}
+NO_CODE = {"GenerationConfig", "PeftModel", "cls"}  # read a file without code of the checkpoint's
 UNPICKLES = {("simulations/bench/naive.py", "pickle")}  # what ours is measured against
 MAX_FILE, MAX_FUNCTION = 400, 60
 DOORS = {  # they answer a caller who is somewhere else
@@ -90,6 +91,37 @@ def test_nothing_is_unpickled_or_evaluated():
     )
     unused = UNPICKLES - {(file, name) for file, _, name in found}
     require_none((f"{file}: {name}" for file, name in unused), "remove it from UNPICKLES")
+
+
+def asks(code: ast.AST) -> bool:
+    """Whether a node reads a checkpoint and may ask if it should run the checkpoint's own code."""
+    match code:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=method)):
+            reads = method == "from_pretrained" or (method, owner[:4]) == ("from_config", "Auto")
+            kept = any(each.arg == "trust_remote_code" for each in code.keywords)
+            return reads and not kept and owner not in NO_CODE
+    return False
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("AutoTokenizer.from_pretrained(x, revision=y)", True),
+        ("AutoModel.from_config(x)", True),
+        ("LlamaForCausalLM.from_pretrained(x)", True),
+        ("AutoModel.from_pretrained(x, trust_remote_code=False)", False),
+        ("GenerationConfig.from_pretrained(x)", False),
+    ],
+)
+def test_the_search_finds_what_asks(code, found):
+    assert any(map(asks, ast.walk(ast.parse(code)))) is found
+
+
+def test_nobody_is_asked_to_run_a_checkpoint_s_code():
+    require_none(
+        (f"{file}:{node.lineno}" for file, node in nodes() if asks(node)),
+        "pass trust_remote_code=False, or transformers asks on the terminal",
+    )
 
 
 def test_what_unpickles_is_for_a_bench_only():
