@@ -48,6 +48,12 @@ class Plan:
     head: tuple[str, ...]
 
 
+QUANTIZED = (
+    "its weights are quantized ({method}), and fedsplit reads plain weights only; load the model "
+    "with dequantized weights, save it, and use that"
+)
+"""Why a quantized model is refused."""
+
 # Config fields that connect blocks in a way that a cut would sever, with the reason.
 _REFUSED_FIELDS = {
     "is_encoder_decoder": "encoder-decoder",
@@ -157,10 +163,7 @@ def _refuse_by_config(family: type[PreTrainedModel], config: PretrainedConfig) -
         if value:
             raise UnsupportedModel(reason.format(value=value))
     if method := quantization_of(config):
-        raise UnsupportedModel(
-            f"its weights are quantized ({method}), and a part holds plain weights only; load the "
-            "model with dequantized weights, save it, and split that"
-        )
+        raise UnsupportedModel(QUANTIZED.format(method=method))
     # A stateful model is fine if its state is in an ordinary KV cache.
     if (
         family._is_stateful

@@ -6,8 +6,11 @@ shards that hold them.
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,11 +23,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
-from fedsplit.errors import CheckpointError
+from fedsplit.errors import CheckpointError, UnsupportedModel
+from fedsplit.model.plan import QUANTIZED, quantization_of
 from fedsplit.randomness import process_state
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,6 +42,11 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+# Endings of files with weights, and beginnings of the dtypes of quantized weights.
+_OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
+_QUANTIZED = ("F8", "F6", "F4", "I8", "U8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +98,20 @@ class Source:
 
         Raises:
             CheckpointError: There are no safetensors weights, or a file is damaged.
+            UnsupportedModel: The weights are quantized, or an adapter is beside them.
         """
-        files = self._files_by_tensor()
+        self._require_plain(part.config)
+        files = self._files_by_tensor(part.config)
         names = _names_needed(part, list(files))
+        by_file = {
+            self._shard(file): [name for name in names if files[name] == file]
+            for file in sorted({files[name] for name in names})
+        }
+        for path, in_file in by_file.items():
+            _require_floats(path, in_file)
         tensors: dict[str, Tensor] = {}
-        for file in sorted({files[name] for name in names}):
-            in_file = [name for name in names if files[name] == file]
-            tensors.update(read_tensors(self._shard(file), in_file))
+        for path, in_file in by_file.items():
+            tensors.update(read_tensors(path, in_file))
         return tensors
 
     def commit(self) -> str:
@@ -122,22 +139,47 @@ class Source:
             raise CheckpointError(f"{self.name}: there is no {name}")
         return path
 
-    def _files_by_tensor(self) -> dict[str, str]:
-        """The name of each tensor's file, by the tensor's name."""
-        index = self._file(INDEX)
-        if index is not None:
-            try:
-                files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as exc:
-                raise CheckpointError(f"{index}: not an index of tensors ({exc!r})") from exc
-            return files
-        single = self._file(SINGLE)
-        if single is None:
-            raise CheckpointError(
-                f"{self.name}: no {SINGLE}; fedsplit reads safetensors only and never pickled "
-                "weights; save the model again with save_pretrained"
+    def _require_plain(self, config: PretrainedConfig) -> None:
+        """Refuse what transformers would apply to the weights beyond reading them."""
+        if method := quantization_of(config):
+            raise UnsupportedModel(f"{self.name}: {QUANTIZED.format(method=method)}")
+        if self._file(ADAPTER) is not None:
+            raise UnsupportedModel(
+                f"{self.name}: there is an adapter beside the model ({ADAPTER}), which "
+                "transformers would add to it; move the adapter's files to a directory of their "
+                "own and give that to load_adapter or --adapter, or merge the adapter"
             )
-        return dict.fromkeys(tensor_names(single), SINGLE)
+
+    def _files_by_tensor(self, config: PretrainedConfig) -> dict[str, str]:
+        """The name of each tensor's file, by the tensor's name.
+
+        The order is that of transformers: an index beside a single file is left from an earlier
+        checkpoint.
+        """
+        named = getattr(config, "transformers_weights", None)
+        for file in (named,) if named else (SINGLE, INDEX):
+            path = self._file(file)
+            if path is not None and file.endswith(".index.json"):
+                return self._in_shards(_listed(path))
+            if path is not None:
+                return dict.fromkeys(tensor_names(path), file)
+        raise CheckpointError(
+            f"{self.name}: no {named or SINGLE}{self._instead()}; fedsplit reads safetensors only "
+            "and never pickled weights; save the model again with save_pretrained"
+        )
+
+    def _in_shards(self, listed: dict[str, str]) -> dict[str, str]:
+        """What an index lists, with the tensors that a directory's shards really hold."""
+        folder = Path(self.name)
+        shards = [file for file in sorted(set(listed.values())) if (folder / file).is_file()]
+        held = {name: file for file in shards for name in tensor_names(folder / file)}
+        return {**listed, **held}
+
+    def _instead(self) -> str:
+        """The names of other files with weights in a directory, for an error."""
+        folder = Path(self.name)
+        found = sorted(p.name for p in folder.glob("*") if p.suffix in _OTHER_WEIGHTS)
+        return f", but {', '.join(found)}" if found else ""
 
     def _shard(self, file: str) -> Path:
         path = self._file(file)
@@ -158,17 +200,35 @@ class Source:
         return None if path is None else Path(path)
 
 
+def _listed(index: Path) -> dict[str, str]:
+    """The name of each tensor's file, by the tensor's name, as an index lists them."""
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise CheckpointError(f"{index}: not an index of tensors ({exc!r})") from exc
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise CheckpointError(f"{index}: not an index of tensors (weight_map maps no names)")
+    return files
+
+
+def _require_floats(path: Path, names: list[str]) -> None:
+    """Refuse tensors in the formats of quantized weights, also where the config has no method."""
+    with _opened(path) as file:
+        for name in names:
+            dtype: str = file.get_slice(name).get_dtype()
+            if dtype.startswith(_QUANTIZED):
+                refusal = QUANTIZED.format(method=dtype)
+                raise UnsupportedModel(f"{path}: '{name}': {refusal}")
+
+
 def tensor_names(path: Path) -> list[str]:
     """The names of the tensors in a safetensors file, from its header.
 
     Raises:
         CheckpointError: The file cannot be read.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({exc})") from exc
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
@@ -177,12 +237,19 @@ def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is damaged or lacks a tensor.
     """
+    with _opened(path) as file:
+        # Tensors of the mapped file may be unaligned, which changes the rounding of kernels.
+        return {name: file.get_tensor(name).clone() for name in names}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; errors are converted to ours."""
     try:
         with safe_open(path, framework="pt") as file:
-            # Tensors of the mapped file may be unaligned, which changes the rounding of kernels.
-            return {name: file.get_tensor(name).clone() for name in names}
+            yield file
     except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"{path}: cannot be read ({exc})") from exc
+        raise CheckpointError(f"{path}: not a readable safetensors file ({exc})") from exc
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:

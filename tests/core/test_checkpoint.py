@@ -320,7 +320,9 @@ def test_a_damaged_source_is_one_clear_line(damage, text, tmp_path):
 def test_pickled_weights_are_not_read(tmp_path):
     whole = _saved(tmp_path, shard="1GB")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="no model.safetensors; fedsplit reads safetensors"):
+    with pytest.raises(
+        CheckpointError, match="no model.safetensors, but pytorch_model.bin; fedsplit"
+    ):
         build_client(whole.config, SPLIT, source=str(tmp_path))
 
 
