@@ -7,6 +7,7 @@ processes (Ray workers, SuperLink, SuperNodes) inherit it.
 import gc
 import json
 import os
+import signal
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,10 @@ os.environ.update(
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
     MPLBACKEND="agg",
 )
+
+# A shell starts a background command with this signal ignored, and so would be the runs that tests
+# interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.disable()  # while libraries and tests are imported: it would take a fifth of that time
 

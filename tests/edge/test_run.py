@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -187,14 +188,18 @@ def test_a_run_in_which_all_clients_fail_ends_with_the_reason(tmp_path: Path) ->
     assert "Traceback" not in stderr
 
 
+def wait_for_round_3(output: IO[str]) -> None:
+    """Read a run's output up to its third round; at the end of the output, the run has failed."""
+    assert any(line.startswith("round   3/") for line in iter(output.readline, ""))
+
+
 def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
     """Its clients would wait for their trunk for wire.budget_s, which is minutes."""
     words = overrides_for(tmp_path, "train.rounds=5000")
     command = [sys.executable, "-m", "simulations.run", *words]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
-        while not process.stdout.readline().startswith("round   3/"):
-            pass
+        wait_for_round_3(process.stdout)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (130, "interrupted\n")
@@ -203,8 +208,7 @@ def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
 def test_a_run_ends_quietly_and_whole_when_nobody_reads_it_any_more(tmp_path: Path) -> None:
     words = overrides_for(tmp_path, "train.rounds=5000", "train.save_every=1")
     program = start(*words)
-    while not program.stdout.readline().startswith("round   3/"):
-        pass
+    wait_for_round_3(program.stdout)
     program.stdout.close()  # as `head -4` does
     code, _, stderr = program.end()
     assert (code, stderr) == (141, "")
