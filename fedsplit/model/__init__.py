@@ -5,9 +5,9 @@ from fedsplit.model.build import (
     build_client,
     build_trunk,
     initial_parts,
-    join_model,
     split_model,
 )
+from fedsplit.model.join import join_model
 from fedsplit.model.plan import Plan, model_class_for, plan_for
 from fedsplit.model.stage import ClientPart, TrunkPart, connect
 

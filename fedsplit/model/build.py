@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
-from fedsplit.model.lora import folded_state
 from fedsplit.model.plan import model_class_for, plan_for, quantization_of
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart, connect, part_class
@@ -283,44 +282,6 @@ def _plain_config(model: PreTrainedModel) -> PretrainedConfig:
     return config
 
 
-def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
-    """The unsplit model of two parts, with copies of their tensors; adapters are merged.
-
-    Raises:
-        ConfigError: The parts are not from the same model or the same cut.
-
-    >>> import torch
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> config = GPT2Config(n_layer=4, n_embd=8, n_head=2, vocab_size=32, n_positions=16)
-    >>> whole = GPT2LMHeadModel(config).eval()
-    >>> parts = split_model(whole, "1/2/1")
-    >>> again = join_model(parts.client, parts.trunk)
-    >>> again_state = again.state_dict()
-    >>> all(torch.equal(tensor, again_state[k]) for k, tensor in whole.state_dict().items())
-    True
-    """
-    same = (client.family, client.plan, client.trunk_blocks)
-    if same != (trunk.family, trunk.plan, trunk.trunk_blocks):
-        raise ConfigError(
-            f"these parts do not fit: the client is {client.family.__name__} with blocks "
-            f"{client.trunk_blocks} elsewhere, the trunk {trunk.family.__name__} with blocks "
-            f"{trunk.trunk_blocks}"
-        )
-    # Names are those of the unsplit model in both parts, so the union of the two is its state.
-    tensors = {k: t.clone() for part in (trunk, client) for k, t in folded_state(part).items()}
-    whole: PreTrainedModel = load_tensors(
-        client.family,
-        client.config,
-        tensors,
-        "the parts",
-        dtype=client.dtype,
-        attn_implementation=_attention(client.config),
-    )
-    if hasattr(client, "generation_config"):
-        whole.generation_config = copy.deepcopy(client.generation_config)
-    return whole
-
-
 def load_whole(
     config: PretrainedConfig,
     source: str,
@@ -342,22 +303,6 @@ def load_whole(
     tensors = origin.tensors_of(on_meta(model_class, copy.deepcopy(config)))
     whole, _ = _loaded(model_class, config, tensors, source, seed, options)
     return _with_generation_config(whole, origin)
-
-
-def folded_model(whole: PreTrainedModel) -> PreTrainedModel:
-    """An unsplit model with its adapters merged into its weights; `whole` itself if it has none."""
-    state = folded_state(whole)
-    if state.keys() == whole.state_dict().keys():
-        return whole
-    attention = _attention(whole.config)
-    return load_tensors(
-        type(whole),
-        whole.config,
-        state,
-        "the trained model",
-        dtype=whole.dtype,
-        attn_implementation=attention,
-    )
 
 
 def initial_parts(

@@ -18,7 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit import atomic
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.model.build import build_client, build_trunk, join_model
+from fedsplit.model.build import build_client, build_trunk
+from fedsplit.model.join import join_model
 from fedsplit.model.manifest import FORMAT, PARTS, Manifest, hashes_of, versions
 from fedsplit.model.source import Source, read_tensors, tensor_names
 from fedsplit.model.stage import ClientPart, TrunkPart

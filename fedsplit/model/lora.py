@@ -6,26 +6,33 @@ ordinary peft adapter of that model. A classifier's head trains in full, as with
 """
 
 import copy
-import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import (
+    DUMMY_TARGET_MODULES,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.model.adapter_config import (
+    active_adapter,
+    config_of,
+    joined_config,
+    saved_config,
+)
 from fedsplit.model.plan import plan_for
 from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
-from fedsplit.model.stage import AUXILIARY, ClientPart, Part, TrunkPart
+from fedsplit.model.stage import ClientPart, Part, TrunkPart
 from fedsplit.randomness import process_state, rng_scope
 from fedsplit.spec import LoraSpec
 
@@ -33,7 +40,7 @@ from fedsplit.spec import LoraSpec
 _ADAPTER = "default"
 _BASE = ".base_layer"
 _SAVED_PREFIX = "base_model.model."
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapters(part: PreTrainedModel, lora: LoraSpec, seed: int = 0) -> None:
@@ -49,11 +56,27 @@ def add_adapters(part: PreTrainedModel, lora: LoraSpec, seed: int = 0) -> None:
         seed: The seed of the adapters' initial values.
 
     Raises:
-        ConfigError: The targets match no module that can have an adapter.
+        ConfigError: A target matches no module that can have an adapter, or nothing would train.
     """
     if not lora.enabled:
         return
-    _inject(part, _config_for_whole(part, lora), lora, seed)
+    config = _config_for_whole(part, lora)
+    _require_a_place(part, config, lora)
+    _inject(part, config, lora, seed)
+
+
+def _require_a_place(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec) -> None:
+    """Raise ConfigError if `lora` enables no place of a target, in this part or the other."""
+    has_head = bool(plan_for(_family_of(part), part.config).head)
+    if has_head or not isinstance(part, Part):
+        return
+    names = [*config.target_modules, *config.target_parameters]
+    places = sorted({part.place_of(name) for name in names})
+    if not any(_places(lora)[place] for place in places):
+        raise ConfigError(
+            f"lora.targets={lora.targets}: all are in the {' and the '.join(places)}, but "
+            f"{' and '.join(f'lora.{place}=false' for place in places)}, so nothing would train"
+        )
 
 
 def load_adapter(part: PreTrainedModel, source: str, revision: str = "main") -> None:
@@ -66,54 +89,55 @@ def load_adapter(part: PreTrainedModel, source: str, revision: str = "main") -> 
         revision: The branch, tag or commit of a hub id.
 
     Raises:
-        CheckpointError: The source is not a LoRA adapter of this model, or it holds tensors other
-            than adapters and a classifier's head.
+        CheckpointError: The source is not an adapter of this model, or not of a kind that parts
+            take (`fedsplit.model.adapter_config`).
     """
     origin = Source(name=source, revision=revision)
-    config = _saved_config(origin)
+    config = saved_config(origin)
+    # A saved adapter is in inference mode, in which peft freezes it.
+    config.inference_mode = False
     try:
-        _inject(part, _resolved_config(part, config), LoraSpec(), seed=0)
+        _resolve(part, config, _adapted_whole(part, config))
+        _inject(part, config, LoraSpec(), seed=0)
     except (ValueError, TypeError) as exc:
         raise CheckpointError(
             f"{source}: not an adapter of {_family_of(part).__name__} ({_first_line(exc)})"
         ) from exc
-    own = _adapter_state(part)
-    file = origin.file(_WEIGHTS)
+    _copy_saved(part, origin.file(_WEIGHTS), source)
+
+
+def _copy_saved(part: PreTrainedModel, file: Path, source: str) -> None:
+    """Copy the part's share of a saved adapter into its adapters and head."""
+    own, base = _adapter_state(part), part.state_dict()
     saved = {n.removeprefix(_SAVED_PREFIX): n for n in tensor_names(file) if _is_of(part, n)}
-    if unmatched := sorted(own.keys() ^ saved.keys()):
+    # peft saves the frozen weight of an embedding or a head that has an adapter, too.
+    frozen = (saved.keys() & base.keys()) - own.keys()
+    if unmatched := sorted(own.keys() ^ (saved.keys() - frozen)):
         problem = "is missing" if unmatched[0] in own else "does not exist in this model"
         raise CheckpointError(f"{source}: tensor '{unmatched[0]}' {problem}")
     for name, tensor in read_tensors(file, list(saved.values())).items():
-        target = own[name.removeprefix(_SAVED_PREFIX)]
+        plain = name.removeprefix(_SAVED_PREFIX)
+        target = base[plain] if plain in frozen else own[plain]
         if target.shape != tensor.shape:
             raise CheckpointError(
                 f"{source}: tensor '{name}' has shape {tuple(tensor.shape)}, but this model takes "
                 f"{tuple(target.shape)}"
             )
+        if plain in frozen and not torch.equal(target, tensor.to(target)):
+            raise CheckpointError(
+                f"{source}: tensor '{name}' differs from this model's, so the adapter is of "
+                "another model; load the one that it was trained with"
+            )
         target.copy_(tensor)
-
-
-def _saved_config(origin: Source) -> LoraConfig:
-    try:
-        config = LoraConfig(**json.loads(origin.file(_CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as exc:
-        raise CheckpointError(
-            f"{origin.name}: {_CONFIG} does not describe a LoRA adapter ({_first_line(exc)})"
-        ) from exc
-    # A saved adapter is in inference mode, in which peft freezes it.
-    config.inference_mode = False
-    # peft would wrap these modules; a part trains its own head.
-    config.modules_to_save = None
-    return config
 
 
 def _adapter_state(part: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of the part's adapters and head, by name in a saved adapter; not copied."""
     adapters: dict[str, Tensor] = {}
-    if _adapted(part):
+    if adapter := active_adapter(part):
         # "auto" would look up the base model on the hub to compare vocabulary sizes.
         adapters = get_peft_model_state_dict(
-            part, adapter_name=_ADAPTER, save_embedding_layers=False
+            part, adapter_name=adapter, save_embedding_layers=False
         )
     heads = {
         f"{head}.{name}": tensor
@@ -131,10 +155,17 @@ def _is_of(part: PreTrainedModel, saved: str) -> bool:
 def _inject(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec, seed: int) -> None:
     """Freeze the part; add adapters to the targets that the part holds and `lora` enables."""
     part.requires_grad_(False)
-    for field in ("target_modules", "target_parameters"):
-        setattr(config, field, [n for n in getattr(config, field) if _gets_adapter(part, n, lora)])
-    if config.target_modules or config.target_parameters:
-        with rng_scope(seed), _quiet_about_experts():
+    for field in ("target_modules", "target_parameters", "modules_to_save"):
+        setattr(config, field, _enabled(part, getattr(config, field), lora))
+    tokens = config.trainable_token_indices
+    config.trainable_token_indices = {n: tokens[n] for n in _enabled(part, tokens, lora)} or None
+    has_targets = bool(config.target_modules or config.target_parameters)
+    trains_more = config.modules_to_save or config.trainable_token_indices or config.bias == "all"
+    if not has_targets and trains_more:
+        # peft refuses a config without targets otherwise.
+        config.target_modules = DUMMY_TARGET_MODULES
+    if has_targets or trains_more:
+        with rng_scope(seed), _quiet():
             inject_adapter_in_model(config, part, _ADAPTER)
         # New modules are in training mode, even if the part is not.
         part.train(part.training)
@@ -142,11 +173,16 @@ def _inject(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec, seed: int
         part.get_submodule(name).requires_grad_(True)
 
 
-def _gets_adapter(part: PreTrainedModel, module: str, lora: LoraSpec) -> bool:
+def _enabled(part: PreTrainedModel, modules: Iterable[str], lora: LoraSpec) -> list[str]:
+    """Those of the modules that the part holds and that `lora` enables."""
     if not isinstance(part, Part):
-        return True
-    is_enabled = {"bottom": lora.bottom, "trunk": lora.trunk, "top": lora.top}
-    return part.holds(module) and is_enabled[part.place_of(module)]
+        return list(modules)
+    enabled = _places(lora)
+    return [name for name in modules if part.holds(name) and enabled[part.place_of(name)]]
+
+
+def _places(lora: LoraSpec) -> dict[str, bool]:
+    return {"bottom": lora.bottom, "trunk": lora.trunk, "top": lora.top}
 
 
 def _family_of(part: PreTrainedModel) -> type[PreTrainedModel]:
@@ -190,51 +226,24 @@ def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) ->
         directory: Where adapter_config.json and adapter_model.safetensors are written.
 
     Raises:
-        ConfigError: Neither part has adapters.
+        ConfigError: Neither part has adapters, a part has several active ones, or those of the two
+            parts differ.
+        CheckpointError: The adapters are not of a kind that parts take.
     """
     tensors: dict[str, Tensor] = {}
-    configs: list[LoraConfig] = []
-    for part in (client, trunk):
-        if not _adapted(part):
-            continue
-        configs.append(cast(LoraConfig, part.peft_config[_ADAPTER]))
-        for name, tensor in get_peft_model_state_dict(part, adapter_name=_ADAPTER).items():
+    configs: dict[str, LoraConfig] = {}
+    for label, part in (("client", client), ("trunk", trunk)):
+        if adapter := active_adapter(part):
+            configs[label] = config_of(part, adapter, f"the {label}")
+        for name, tensor in _adapter_state(part).items():
             tensors[_SAVED_PREFIX + name] = tensor.detach().contiguous()
-    if not configs:
-        raise ConfigError("neither client nor trunk has adapters to save; set lora.enabled=true")
-    # The configs differ in their targets only, since both parts have the same LoRA settings.
-    joined = copy.deepcopy(configs[0])
-    joined.target_modules = sorted(n for c in configs for n in c.target_modules or ())
-    joined.target_parameters = sorted(n for c in configs for n in c.target_parameters or ())
-    for head in client.plan.head:
-        for name, tensor in client.get_submodule(head).state_dict(prefix=f"{head}.").items():
-            tensors[_SAVED_PREFIX + name] = tensor.detach().contiguous()
-    joined.modules_to_save = list(client.plan.head) or None
-    joined.inference_mode = True
+    joined = joined_config(configs.get("client"), configs.get("trunk"))
+    # A part trains the head without a wrapper of peft.
+    joined.modules_to_save = [*joined.modules_to_save, *client.plan.head] or None
+    joined.trainable_token_indices = joined.trainable_token_indices or None
     joined.base_model_name_or_path = client.config.name_or_path or None
     joined.save_pretrained(str(directory))
     save_file(tensors, Path(directory) / _WEIGHTS, metadata={"format": "pt"})
-
-
-def folded_state(part: PreTrainedModel) -> dict[str, Tensor]:
-    """The part's tensors by the unsplit model's names, with adapters merged into the weights.
-
-    An auxiliary head is left out, since the unsplit model has none.
-    """
-    state = {
-        name.replace(_BASE, ""): tensor
-        for name, tensor in part.state_dict().items()
-        if f".{_ADAPTER}." not in name and not name.startswith(f"{AUXILIARY}.")
-    }
-    for name, layer in _adapted(part).items():
-        # An adapter of fused experts changes a parameter of its own name instead of `weight`.
-        weight = f"{name.replace(_BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}"
-        state[weight] = state[weight] + cast(Any, layer).get_delta_weight(_ADAPTER)
-    return state
-
-
-def _adapted(part: PreTrainedModel) -> dict[str, LoraLayer]:
-    return {name: m for name, m in part.named_modules() if isinstance(m, LoraLayer)}
 
 
 def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
@@ -248,46 +257,77 @@ def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
         task_type="CAUSAL_LM" if family.can_generate() else None,
     )
     try:
-        return _resolved_config(part, config)
-    except (ValueError, TypeError) as exc:
+        tuned = _adapted_whole(part, config)
+        _refuse_unused(config, tuned)
+    except (ValueError, TypeError, re.error) as exc:
         raise ConfigError(
             f"lora.targets={lora.targets} does not work for {family.__name__} "
             f"({_first_line(exc)}); name its linear layers, such as q_proj,v_proj"
         ) from exc
+    return _resolve(part, config, tuned)
 
 
-def _resolved_config(part: PreTrainedModel, config: LoraConfig) -> LoraConfig:
-    """The config, changed in place, with the full names of its targets in the unsplit model."""
-    family = _family_of(part)
+def _refuse_unused(config: LoraConfig, tuned: LoraModel) -> None:
+    """Raise ValueError for a name in a list of targets that no module has; peft ignores it."""
+    found = tuned.targeted_module_names
+    for target in sorted(config.target_modules if isinstance(config.target_modules, set) else ()):
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            raise ValueError(f"no module is called {target}")
+
+
+def _adapted_whole(part: PreTrainedModel, config: LoraConfig) -> LoraModel:
+    """The unsplit model on the meta device, with adapters; peft changes the config in place."""
     # peft resolves targets such as "all-linear" in a model, and a part has only some modules.
-    whole = on_meta(family, copy.deepcopy(part.config))
+    whole = on_meta(_family_of(part), copy.deepcopy(part.config))
     # Conv1D stores its weight transposed; peft warns if the setting differs from the layer.
     config.fan_in_fan_out = any(isinstance(m, Conv1D) for m in whole.modules())
-    with process_state(), _quiet_about_experts():
-        tuned = LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
-    head = tuple(f"{module}." for module in plan_for(family, part.config).head)
-    config.target_modules = [
-        name for name in tuned.targeted_module_names if not f"{name}.".startswith(head)
-    ]
-    config.target_parameters = list(tuned.targeted_parameter_names)
+    with process_state(), _quiet():
+        return LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
+
+
+def _resolve(part: PreTrainedModel, config: LoraConfig, tuned: LoraModel) -> LoraConfig:
+    """The config, changed in place, with the full names of what `tuned` has adapters for."""
+    plan = plan_for(_family_of(part), part.config)
+    full = config_of(tuned.model, _ADAPTER, "the adapter")
+    head = tuple(f"{module}." for module in plan.head)
+    # A part trains the head of a classifier without a wrapper of peft.
+    for field in ("target_modules", "target_parameters", "modules_to_save"):
+        names = [n for n in getattr(full, field) if not f"{n}.".startswith(head)]
+        setattr(config, field, names)
+    config.trainable_token_indices = full.trainable_token_indices
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    for name in config.modules_to_save:
+        if f"{plan.blocks}.".startswith(f"{name}."):
+            raise ValueError(f"modules_to_save has {name}, which is in both parts")
     return config
 
 
 def _targets(model_type: str, targets: str) -> list[str] | str:
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    if targets != "auto":
-        return [name.strip() for name in targets.split(",")]
-    return list(known[model_type]) if model_type in known else "all-linear"
+    if targets == "auto":
+        return list(known[model_type]) if model_type in known else "all-linear"
+    names = [name.strip() for name in targets.split(",")]
+    # Anything but names is for peft: "all-linear", or a regular expression.
+    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else targets
 
 
 def _first_line(exc: Exception) -> str:
     return (str(exc).splitlines() or [type(exc).__name__])[0]
 
 
+# Warnings of peft that do not apply here: it looks for its own rank patterns of fused experts among
+# modules, corrects a setting for layers of the other kind, and expects users to merge into weights
+# that are tied.
+_NOT_HERE = (
+    "The following (rank|alpha)_pattern keys",
+    "fan_in_fan_out is set to",
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+)
+
+
 @contextmanager
-def _quiet_about_experts() -> Iterator[None]:
-    # peft sets rank patterns for fused experts, which are parameters, and then warns that no
-    # module matches them.
+def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+        for message in _NOT_HERE:
+            warnings.filterwarnings("ignore", message=message)
         yield

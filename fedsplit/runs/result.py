@@ -5,8 +5,8 @@ from transformers import PreTrainedModel, TokenizersBackend
 from fedsplit import atomic
 from fedsplit.data import Corpus
 from fedsplit.model import SplitModel
-from fedsplit.model.build import folded_model
 from fedsplit.model.checkpoint import join_checkpoint
+from fedsplit.model.join import folded_model
 from fedsplit.model.lora import save_adapter
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.loss_plot import plot_losses

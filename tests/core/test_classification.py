@@ -27,7 +27,8 @@ from fedsplit.data import (
 )
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model import build_client, build_trunk, join_model, model_class_for, split_model
-from fedsplit.model.lora import add_adapters, folded_state, save_adapter, trainable
+from fedsplit.model.join import folded_state
+from fedsplit.model.lora import add_adapters, save_adapter, trainable
 from fedsplit.model.plan import classifier_fields, plan_for
 from fedsplit.optimization import PartOptimizer
 from fedsplit.spec import DataSpec, LoraSpec, RunSpec, SplitSpec, TrainSpec

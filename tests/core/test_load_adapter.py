@@ -144,7 +144,7 @@ DAMAGED = {
     "a tensor less": (_without_a_tensor, r"tensor 'model.layers.2.*' is missing"),
     "a tensor more": (_with_a_strange_tensor, r"strange.weight' does not exist in this model"),
     "another rank": (_of_another_rank, r"has shape \(4, 16\), but this model takes \(2, 16\)"),
-    "another kind": (_of_another_kind, r"adapter_config.json does not describe a LoRA"),
+    "another kind": (_of_another_kind, "an adapter of type IA3; parts take LORA only"),
     "other layers": (_for_other_layers, r"not an adapter of LlamaForCausalLM \(Target modules"),
     "no weights": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),

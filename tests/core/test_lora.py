@@ -6,7 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from fedsplit.errors import ConfigError
 from fedsplit.model import join_model, split_model
-from fedsplit.model.lora import add_adapters, folded_state, save_adapter, trainable
+from fedsplit.model.join import folded_state
+from fedsplit.model.lora import add_adapters, save_adapter, trainable
 from fedsplit.spec import LoraSpec
 from simulations.families import batches, random_model
 from simulations.tiny import tiny_config
