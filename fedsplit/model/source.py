@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
 from fedsplit.errors import CheckpointError, UnsupportedModel
+from fedsplit.model.part_files import require_whole
 from fedsplit.model.plan import QUANTIZED, quantization_of
 from fedsplit.randomness import process_state
 
@@ -101,6 +102,7 @@ class Source:
             UnsupportedModel: The weights are quantized, or an adapter is beside them.
         """
         self._require_plain(part.config)
+        require_whole(part.config, self.name)
         files = self._files_by_tensor(part.config)
         names = _names_needed(part, list(files))
         by_file = {

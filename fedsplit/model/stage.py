@@ -66,6 +66,16 @@ class Part(PreTrainedModel):
         # A source may also hold the other part's tensors. Missing tensors are still reported.
         self._keys_to_ignore_on_load_unexpected = {".*"}
 
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """Write the part to a directory for `load_part`; transformers refuses to load it.
+
+        The Trainer resumes from it. `fedsplit.model.checkpoint.save_part` lists the options.
+        """
+        # Imported here, because it also builds parts.
+        from fedsplit.model.checkpoint import save_part
+
+        save_part(cast(Any, self), save_directory, **options)
+
     @property
     def held_blocks(self) -> tuple[int, ...]:
         """Indices, in the unsplit model, of the blocks that this part holds."""
