@@ -4,11 +4,13 @@ Shapes: B sequences, T tokens, D hidden width. The operations of a cache in tran
 repeat, select, crop, reset) are applied here immediately. They reach the trunk with the next
 tokens, as the number of tokens and the sequences to continue from. If the trunk loses the cache,
 all hidden states are sent again from here as one prompt, so the generated tokens are the same as
-without the loss.
+without the loss. Where the rotary tables depend on the largest position of a pass, the prompt is
+sent in pieces that get the same tables as before.
 """
 
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,14 +31,21 @@ class TrunkCache:
         new_session: Returns a session for a cache; the session is not open yet.
         cache_tokens: The capacity of every sequence in tokens, or 0 for a cache that grows.
         stateless: Whether keys and values travel with every request and are kept here.
+        tables: Returns a key of the rotary tables of a pass, for its largest position.
     """
 
     def __init__(
-        self, new_session: "Callable[[], CacheSession]", cache_tokens: int, *, stateless: bool
+        self,
+        new_session: "Callable[[], CacheSession]",
+        cache_tokens: int,
+        *,
+        stateless: bool,
+        tables: Callable[[int], Hashable],
     ) -> None:
         self._new_session = new_session
         self._cache_tokens = cache_tokens
         self._stateless = stateless
+        self._tables = tables
         self._session = new_session()
         self._must_replay = False
         self._record_past = False
@@ -135,7 +144,9 @@ class TrunkCache:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrunkCache":
         """An independent generation that continues from the same tokens."""
-        copy = TrunkCache(self._new_session, self._cache_tokens, stateless=self._stateless)
+        copy = TrunkCache(
+            self._new_session, self._cache_tokens, stateless=self._stateless, tables=self._tables
+        )
         # The trunk has no copy of the cache, so the first request replays it in a new session.
         copy._must_replay, copy._record_past = True, self._record_past
         copy._sent = self._sent.copy()
@@ -192,24 +203,48 @@ class TrunkCache:
     def _send(
         self, hidden_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor
     ) -> m.GenerateReply:
-        tokens, past = hidden_BTD.shape[1], self.num_tokens
-        session, call = self._session.next_call(self._cache_tokens)
+        past, rows_B = self.num_tokens, None if self._stateless else self._rows_B
+        tokens, pieces = hidden_BTD.shape[1], [(hidden_BTD, positions_BT)]
+        self._session.open_if_closed(self._cache_tokens)
         if self._must_replay or self._session.is_new:
-            # One prompt of all tokens; keys and values are computed anew.
+            # All tokens again; keys and values are computed anew.
             self._entries = {}
-            hidden_BTD, positions_BT = self._sent.followed_by(hidden_BTD, positions_BT)
-            past = 0
-        default_BT = torch.arange(past, past + hidden_BTD.shape[1]).expand_as(positions_BT)
-        new_mask_BT = mask_BT if mask_BT is None or self._stateless else mask_BT[:, past:]
+            past, rows_B = 0, None
+            pieces = list(self._joined([*self._sent.pieces(), *pieces]))
+        for piece_BTD, own_BT in pieces:
+            reply = self._send_piece(piece_BTD, mask_BT, own_BT, past, tokens, rows_B)
+            past += piece_BTD.shape[1]
+        return reply
+
+    def _joined(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Join the pieces that have the same rotary tables."""
+        for _, group in itertools.groupby(pieces, lambda each: self._tables(int(each[1].max()))):
+            hidden, positions = zip(*group, strict=True)
+            yield torch.cat(hidden, dim=1), torch.cat(positions, dim=1)
+
+    def _send_piece(
+        self,
+        hidden_BTD: Tensor,
+        mask_BT: Tensor | None,
+        positions_BT: Tensor,
+        past: int,
+        logits_to_keep: int,
+        rows_B: Tensor | None,
+    ) -> m.GenerateReply:
+        session, call = self._session.next_call()
+        tokens = hidden_BTD.shape[1]
+        default_BT = torch.arange(past, past + tokens).expand_as(positions_BT)
+        first = 0 if self._stateless else past
+        new_mask_BT = None if mask_BT is None else mask_BT[:, first : past + tokens]
         if new_mask_BT is not None and bool(new_mask_BT.all()):
             new_mask_BT = None
         request = m.GenerateRequest(
             session=session,
             call=call,
             past=past,
-            logits_to_keep=tokens,
+            logits_to_keep=min(logits_to_keep, tokens),
             smashed_BTD=hidden_BTD,
-            rows_B=self._rows_B if past and not self._stateless else None,
+            rows_B=rows_B,
             attention_mask_BT=new_mask_BT,
             position_ids_BT=None if torch.equal(positions_BT, default_BT) else positions_BT,
             record_past=self._record_past,
@@ -259,11 +294,14 @@ class CacheSession:
         self._name = ""
         self._call = 0
 
-    def next_call(self, cache_tokens: int) -> tuple[str, int]:
-        """The session's name and the number of its next call; opens the session if need be."""
+    def open_if_closed(self, cache_tokens: int) -> None:
+        """Open the session, unless it is open."""
         if not self._name:
             self._name = self._open(cache_tokens)
             self.is_new, self._call = True, 0
+
+    def next_call(self) -> tuple[str, int]:
+        """The session's name and the number of its next call."""
         self._call += 1
         return self._name, self._call - 1
 

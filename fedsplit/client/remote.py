@@ -5,6 +5,7 @@ the trunk and returns its output; autograd sends the gradients. So the client's 
 PyTorch: `loss.backward()` crosses the wire.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -27,6 +28,7 @@ from fedsplit.errors import (
 )
 from fedsplit.link import Link
 from fedsplit.model.checkpoint import model_fingerprint
+from fedsplit.model.rope import tables_of
 from fedsplit.model.stage import ClientPart
 from fedsplit.optimization import squared_norm
 from fedsplit.randomness import draws
@@ -79,7 +81,8 @@ class RemoteTrunk:
             "config": run.fingerprint,
             "served_model_name": served_model_name,
         }
-        self._stateless = kv == "client"
+        tables = functools.partial(tables_of, model.config)
+        self._cache_options: dict[str, Any] = {"stateless": kv == "client", "tables": tables}
         self._abandoned: list[str] = []
         self._caches: set[str] = set()
         self._dtype = model.dtype
@@ -205,7 +208,7 @@ class RemoteTrunk:
 
     def new_cache(self, max_length: int | None = None) -> TrunkCache:
         """A KV cache at the trunk, growing or with a capacity of `max_length` tokens."""
-        return TrunkCache(self._cache_session, max_length or 0, stateless=self._stateless)
+        return TrunkCache(self._cache_session, max_length or 0, **self._cache_options)
 
     def _cache_session(self) -> CacheSession:
         forget = self._caches.discard

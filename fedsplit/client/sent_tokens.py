@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, D hidden width.
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 
@@ -68,16 +67,14 @@ class SentTokens:
         copy._pieces = list(self._pieces)
         return copy
 
-    def followed_by(self, hidden_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden states [B, T, D] and position ids [B, T] of all tokens, then of these."""
-        hidden, positions = [hidden_BTD], [positions_BT]
+    def pieces(self) -> list[tuple[Tensor, Tensor]]:
+        """The hidden states [B, T, D] and position ids [B, T] of each request, in order."""
+        pieces = []
         order_B: Tensor | None = None
         # Backwards, because a selection applies to all tokens that were sent before it.
         for piece in reversed(self._pieces):
             if piece.order_B is not None:
                 order_B = piece.order_B if order_B is None else piece.order_B[order_B]
             own = piece.hidden_BTD, piece.positions_BT
-            in_order = own if order_B is None else (own[0][order_B], own[1][order_B])
-            hidden.append(in_order[0])
-            positions.append(in_order[1])
-        return torch.cat(hidden[::-1], dim=1), torch.cat(positions[::-1], dim=1)
+            pieces.append(own if order_B is None else (own[0][order_B], own[1][order_B]))
+        return pieces[::-1]

@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 from fedsplit.data.tasks import TASKS
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.dryrun import FAMILY_ERRORS, Journal, observe
+from fedsplit.model.rope import remove_lengths
 from fedsplit.randomness import process_state
 
 
@@ -176,6 +177,7 @@ def _weightless(family: type[PreTrainedModel], config: PretrainedConfig) -> PreT
     # In the dry run, a tied head would be marked as a reader of the embeddings. `Part` checks ties.
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
+    remove_lengths(config)
     with no_init_weights():
         try:
             model: PreTrainedModel = family(config).eval()

@@ -32,6 +32,7 @@ from fedsplit.model.pass_through import (
     cut_context,
 )
 from fedsplit.model.plan import Plan
+from fedsplit.model.rope import forget_lengths
 
 P = TypeVar("P", bound="Part")
 
@@ -63,6 +64,7 @@ class Part(PreTrainedModel):
         ties = dict(self.all_tied_weights_keys)
         self._remove_foreign(cast(nn.ModuleList, self.get_submodule(self.plan.blocks)))
         self._keep_ties(ties)
+        forget_lengths(self)
         # A source may also hold the other part's tensors. Missing tensors are still reported.
         self._keys_to_ignore_on_load_unexpected = {".*"}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedsplit.errors import FedsplitError, ProtocolError, SessionLost, TooLarge
 from fedsplit.model.kv_cache import capacity
+from fedsplit.model.rope import by_length, tables_of
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import GenerationSpec
 from fedsplit.trunk.call import Call
@@ -237,20 +238,20 @@ class Generation:
         if sequences.cache_tokens and tokens > sequences.cache_tokens:
             raise ProtocolError(
                 f"the request needs room for {tokens} tokens, but the session's cache was opened "
-                f"with room for {sequences.cache_tokens}; open one with more cache_tokens"
+                f"with room for {sequences.cache_tokens}; make one with a larger max_length"
             )
         # A cache of fixed size takes all its memory at the first token.
         room = sequences.cache_tokens or tokens
         if rows * room > self._spec.session_tokens:
             raise TooLarge(
                 f"{rows} sequences of {room} tokens were asked for; a session of this trunk holds "
-                f"at most {self._spec.session_tokens} (generation.session_tokens)"
+                f"at most {self._spec.session_tokens}; raise generation.session_tokens at the trunk"
             )
         needed = rows * num_bytes_of(self._probe, sequences.cache_tokens or capacity(tokens))
         if needed > self._spec.cache_bytes:
             raise TooLarge(
                 f"this session's cache would take {needed} bytes; all sessions of this trunk may "
-                f"take {self._spec.cache_bytes} (generation.cache_bytes)"
+                f"take {self._spec.cache_bytes}; raise generation.cache_bytes at the trunk"
             )
 
     @functools.cached_property
@@ -281,12 +282,29 @@ class Generation:
             if tokens > 1:
                 if room <= 0:
                     continue
-                # Only keys and values are certain not to depend on where a prompt is divided.
-                if attends_only(pending.sequences.cache):
+                if self._can_divide(pending):
                     tokens = min(tokens, max(1, room // pending.rows))
                 room -= tokens * pending.rows
             shares.append((pending, tokens))
         return shares
+
+    def _can_divide(self, pending: _Pending) -> bool:
+        """Return whether the output does not depend on where the rest of a prompt is divided."""
+        # States other than keys and values may depend on it.
+        if not attends_only(pending.sequences.cache):
+            return False
+        config = self._trunk.config
+        if not by_length(config):
+            return True
+        positions_BT = pending.call.request.position_ids_BT
+        if positions_BT is None:
+            first = pending.sequences.tokens
+            last = first + pending.tokens_left - 1
+        else:
+            left_BT = positions_BT[:, -pending.tokens_left :]
+            first, last = int(left_BT[:, 0].max()), int(left_BT.max())
+        # A piece of a pass with other rotary tables would get tables of its own.
+        return tables_of(config, first) == tables_of(config, last)
 
     def _next_piece(self, pending: _Pending, tokens: int) -> Segment:
         request, sequences = pending.call.request, pending.sequences

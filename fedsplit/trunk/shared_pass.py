@@ -11,7 +11,7 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedsplit.model.dryrun import FAMILY_ERRORS
+from fedsplit.model.rope import by_length, tables_of
 from fedsplit.model.stage import TrunkPart
 from fedsplit.trunk.kv_cache import attends_only
 
@@ -31,6 +32,8 @@ _NAME = "fedsplit_shared"
 # The trial allows rounding, since larger products are summed in another order. A family that mixes
 # sessions differs by far more.
 _TOLERANCE = 1e-3
+_TRIAL = ((3, 5), (1, 2), (1, 1))
+"""The tokens of the trial's two sessions in each pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,12 +49,20 @@ class Segment:
     past: int
     cache: Any
 
+    @property
+    def largest_position(self) -> int:
+        """The largest position of the tokens."""
+        if self.position_ids_BT is not None:
+            return int(self.position_ids_BT.max())
+        return self.past + self.hidden_BTD.shape[1] - 1
+
 
 class SharedPass:
     """Runs segments of several sessions in one pass, if the trunk's family allows it.
 
     A trial with two random sessions decides it, at the first pass of several sessions. If the
-    family does not allow it, each session has a pass of its own.
+    family does not allow it, each session has a pass of its own. Sessions share a pass only if
+    their rotary tables are the same.
 
     Args:
         trunk: The trunk part, on its device.
@@ -63,9 +74,22 @@ class SharedPass:
 
     def __call__(self, segments: Sequence[Segment]) -> list[Tensor]:
         """Return the trunk's output for each segment, and append the segments to their caches."""
-        if len(segments) > 1 and self._possible():
-            return self._together(segments)
-        return [self._alone(segment) for segment in segments]
+        if len(segments) == 1 or not self._possible():
+            return [self._alone(segment) for segment in segments]
+        groups: dict[Hashable, list[int]] = {}
+        for place, segment in enumerate(segments):
+            groups.setdefault(self._tables(segment), []).append(place)
+        outs: dict[int, Tensor] = {}
+        for places in groups.values():
+            group = [segments[place] for place in places]
+            own = self._together(group) if len(group) > 1 else [self._alone(group[0])]
+            outs.update(zip(places, own, strict=True))
+        return [outs[place] for place in range(len(segments))]
+
+    def _tables(self, segment: Segment) -> Hashable:
+        """Return a key of the segment's rotary tables; it is the same if they never differ."""
+        config = self._trunk.config
+        return tables_of(config, segment.largest_position) if by_length(config) else ()
 
     def _possible(self) -> bool:
         if self._is_possible is None:
@@ -145,24 +169,33 @@ class SharedPass:
         # A generator of its own, so that the trial does not change the process's random numbers.
         like, generator = next(self._trunk.parameters()), torch.Generator().manual_seed(0)
         caches, past = [self._trunk.new_cache() for _ in range(2)], [0, 0]
+        first = 0, self._far_position()
         outs = []
         # Prompts, then a token beside a piece of a prompt, then single tokens.
-        for lengths in ((3, 5), (1, 2), (1, 1)):
+        for lengths in _TRIAL:
             segments = [
                 Segment(
                     hidden_BTD=torch.randn(
                         1, tokens, self._trunk.config.hidden_size, generator=generator
                     ).to(like),
                     attention_mask_BT=None,
-                    position_ids_BT=None,
+                    position_ids_BT=torch.arange(tokens, device=like.device)[None] + begin + before,
                     past=before,
                     cache=cache,
                 )
-                for tokens, before, cache in zip(lengths, past, caches, strict=True)
+                for tokens, begin, before, cache in zip(lengths, first, past, caches, strict=True)
             ]
             past = [before + tokens for before, tokens in zip(past, lengths, strict=True)]
             outs += run(segments)
         return torch.cat(outs, dim=1)
+
+    def _far_position(self) -> int:
+        """Return the first position of the trial's second session."""
+        # As far from the first session as the model's positions allow, to find what depends on
+        # the largest position of a pass. Sessions with different rotary tables share no pass.
+        config = self._trunk.config
+        positions = getattr(config, "max_position_embeddings", None) or 0
+        return 0 if by_length(config) else max(0, positions - sum(own for _, own in _TRIAL))
 
 
 class _BatchedKVCache(Cache):

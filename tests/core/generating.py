@@ -26,10 +26,42 @@ SPLIT = "1/2/1"
 ASKED = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
 
 
+_TABLES = {"short_factor": [1.0, 1.2, 1.1, 1.3], "long_factor": [4.0, 2.0, 5.0, 3.0]}
+_LONG = {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 8.0, **_TABLES}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3 longrope": ("phi3", {"rope_parameters": _LONG, "original_max_position_embeddings": 16}),
+    "phimoe longrope": (
+        "phimoe",
+        {"rope_parameters": {**_LONG, "short_mscale": 1.1, "long_mscale": 1.3}},
+    ),
+    "llama longrope": ("llama", {"rope_parameters": _LONG}),
+    "llama dynamic": ("llama", {"rope_parameters": _DYNAMIC, "max_position_embeddings": 16}),
+    "llama yarn": ("llama", {"rope_parameters": _YARN}),
+    "llama llama3": ("llama", {"rope_parameters": {**_YARN, **_BANDS, "rope_type": "llama3"}}),
+    "gemma3_text dynamic and longrope": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {**_DYNAMIC, "rope_theta": 1e6},
+                "sliding_attention": {**_LONG, "rope_theta": 1e4},
+            },
+            "max_position_embeddings": 16,
+        },
+    ),
+}
+"""Models whose rotary tables change at 16 tokens, and two with fixed tables: family and fields."""
+
+
 @functools.cache
 def whole_of(model_type: str) -> PreTrainedModel:
-    """A random model of this family, of four blocks."""
-    return random_model(tiny_config(model_type, num_hidden_layers=4))
+    """A random model of this family, or of one of `ROPES`, of four blocks."""
+    family, fields = ROPES.get(model_type, (model_type, {}))
+    # A copy, because a config changes the rotary parameters that it is given.
+    return random_model(tiny_config(family, num_hidden_layers=4, **copy.deepcopy(fields)))
 
 
 @functools.cache

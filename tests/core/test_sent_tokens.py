@@ -61,10 +61,9 @@ def test_any_sequence_of_changes_gives_what_doing_each_at_once_gives(seed):
             sent.crop(tokens - kept)
             hidden_BTD, positions_BT = hidden_BTD[:, :kept], positions_BT[:, :kept]
         assert sent.num_sequences == sequences
-        empty = torch.zeros(sequences, 0, 2), torch.zeros(sequences, 0)
-        all_BTD, all_BT = sent.followed_by(*empty)
-        assert torch.equal(all_BTD, hidden_BTD)
-        assert torch.equal(all_BT, positions_BT)
+        pieces_BTD, pieces_BT = zip(*sent.pieces(), strict=True)
+        assert torch.equal(torch.cat(pieces_BTD, dim=1), hidden_BTD)
+        assert torch.equal(torch.cat(pieces_BT, dim=1), positions_BT)
 
 
 def test_a_copy_is_changed_independently():
@@ -73,7 +72,7 @@ def test_a_copy_is_changed_independently():
     copy = sent.copy()
     sent.select(torch.tensor([1]))
     sent.crop(2)
-    copied_BTD, _ = copy.followed_by(torch.zeros(2, 0, 1), torch.zeros(2, 0, dtype=torch.int64))
+    ((copied_BTD, _),) = copy.pieces()
     assert torch.equal(copied_BTD, torch.arange(6.0).view(2, 3, 1))
 
 
