@@ -30,7 +30,6 @@ from fedsplit.flower.node import (
     Share,
     remove_old_runs,
     share_of,
-    texts_of,
     tokenizer_of,
 )
 from fedsplit.flower.records import (
@@ -45,6 +44,7 @@ from fedsplit.flower.records import (
 )
 from fedsplit.model import ClientPart, connect
 from fedsplit.model.describe import client_of, config_of, personal, shared, whole_of
+from fedsplit.model.limits import require_rows
 from fedsplit.model.placement import on_device
 from fedsplit.runs.metrics import bits_per_byte
 from fedsplit.spec import RunSpec
@@ -59,12 +59,19 @@ app = ClientApp()
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Reply with the client's name and its configuration's fingerprint, before any work."""
-    run = from_run_config(context.run_config)
+    run, hello = from_run_config(context.run_config), Hello.of(message.content)
     node = Node.of(context, run)
+    identity = ConfigRecord({"client": node.name, "config": run.fingerprint})
+    reply = Message(RecordDict({"hello": identity}), reply_to=message)
+    if hello.config != run.fingerprint:
+        return reply  # the server reports that the configurations differ
     # An error in the data is reported before the first round, not in the middle of one.
-    texts_of(run, node)
+    preparation = Preparation(tokenizer=hello.tokenizer, labels=hello.labels)
+    share, tokenizer = share_of(run, node, preparation), tokenizer_of(run, preparation)
+    share.require_full_batches(node.name)
+    # A client loads the tokenizer of a pretrained model by itself.
+    require_rows(config_of(run, tokenizer, hello.labels), tokenizer, hello.labels)
     if run.train.save_every:
-        hello = Hello.of(message.content)
         folder = node.checkpoints_of(run, hello.run_id)
         if hello.resumed:
             # Only a check: a missing or damaged checkpoint is an error now, not in the round.
@@ -73,8 +80,7 @@ def hello(message: Message, context: Context) -> Message:
             remove_old_runs(folder.parent, time.time())
             # A client that is first selected after the resumed round starts from this checkpoint.
             Memory().save(folder, 0, run)
-    identity = ConfigRecord({"client": node.name, "config": run.fingerprint})
-    return Message(RecordDict({"hello": identity}), reply_to=message)
+    return reply
 
 
 @app.train()

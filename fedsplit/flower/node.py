@@ -154,6 +154,19 @@ class Share:
         """Return the number of training examples."""
         return sum(map(len, self.training))
 
+    def require_full_batches(self, client: str) -> None:
+        """Refuse batches that are larger than the training data, since rows would repeat in them.
+
+        Raises:
+            ConfigError: `train.batch_size` is larger; the text has both numbers.
+        """
+        smallest, size = min(map(len, self.training)), self.run.train.batch_size
+        if size > smallest:
+            raise ConfigError(
+                f"{client} has {smallest} training examples, but train.batch_size={size}; set "
+                f"train.batch_size={smallest} or less, or give the client more data"
+            )
+
     def groups(self, start: int, num_steps: int) -> Iterator[Sequence[Batch]]:
         """Yield the batches of each of the next `num_steps` optimizer steps.
 

@@ -31,22 +31,28 @@ class Hello:
     """The first message to a client: the run that it joins.
 
     `run_id` is the id that a run keeps when it is resumed. A run that was `resumed` continues
-    after that round; a new one has 0 there.
+    after that round; a new one has 0 there. `config`, `tokenizer` and `labels` are those of
+    `JoinInfo`, so that a client can check its data before the first round.
     """
 
     run_id: str
+    config: str
+    tokenizer: str
+    labels: tuple[str, ...] = ()
     resumed: int = 0
 
     @property
     def content(self) -> RecordDict:
         """The content of the message."""
-        return RecordDict({_HELLO: ConfigRecord(asdict(self))})
+        # Flower's records hold lists, not tuples.
+        fields = {**asdict(self), "labels": list(self.labels)}
+        return RecordDict({_HELLO: ConfigRecord(fields)})
 
     @staticmethod
     def of(content: RecordDict) -> "Hello":
         """Read the message's content."""
         fields: dict[str, Any] = dict(content.config_records[_HELLO])
-        return Hello(**fields)
+        return Hello(**{**fields, "labels": tuple(fields["labels"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from fedsplit.data import (
 from fedsplit.flower.records import WEIGHT
 from fedsplit.flower.run_recorder import RunRecorder
 from fedsplit.model.describe import config_of, parts_of, whole_of
+from fedsplit.model.limits import require_positions, require_rows
 from fedsplit.model.placement import devices_of, placed
 from fedsplit.spec import RunSpec
 
@@ -35,6 +36,9 @@ def main(grid: Grid, context: Context) -> None:
     labels = labels_of(corpus)
     tokenizer = _tokenizer(run, corpus)
     config = config_of(run, tokenizer, labels)
+    require_rows(config, tokenizer, labels)
+    if tokenizer:
+        require_positions(run, config)
     device = run.launch.trunk_device
     parts = parts_of(run, config, devices_of(device)[0]) if run.baseline == "none" else None
     model = parts.client if parts else whole_of(run, config)

@@ -173,7 +173,13 @@ class SplitStrategy(Strategy):
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
         # Register clients first: a process that a simulation forks while gRPC starts would die.
-        self._hello = Hello(run_id=run_id or new_run_id(), resumed=first_round - 1)
+        self._hello = Hello(
+            run_id=run_id or new_run_id(),
+            config=self.run.fingerprint,
+            tokenizer=self._tokenizer,
+            labels=self._labels,
+            resumed=first_round - 1,
+        )
         registry = NodeRegistry(grid, self.run, self._hello)
         registry.register_all()
         self.grid, self._num_rounds = grid, num_rounds
