@@ -7,6 +7,7 @@ of its own. For a task with classes, the label of a document is its class.
 
 import hashlib
 import random
+import re
 import struct
 from dataclasses import dataclass
 
@@ -63,6 +64,31 @@ class Corpus:
         for document in self.documents:
             by_group.setdefault(document.group, []).append(document)
         return by_group
+
+
+def paragraph_runs(text: str, min_chars: int) -> tuple[list[str], str]:
+    r"""Cut a text after blank lines into the shortest runs of at least `min_chars` characters.
+
+    White space at either end of a run does not count.
+
+    Returns:
+        The runs, and the rest of the text, which is too short for a run. Together they are the
+        text.
+
+    >>> paragraph_runs("a heading\n\na paragraph\n\nan end", 12)
+    (['a heading\n\na paragraph\n\n'], 'an end')
+    """
+    runs, start, end, first = list[str](), 0, 0, -1
+    for paragraph in re.split(r"(?<=\n\n)", text):
+        begin, end = end, end + len(paragraph)
+        last = begin + len(paragraph.rstrip())
+        # Blank paragraphs are skipped: a text may have thousands of them in a row.
+        if last > begin:
+            first = end - len(paragraph.lstrip()) if first < 0 else first
+            if last - first >= min_chars:
+                runs.append(text[start:end])
+                start, first = end, -1
+    return runs, text[start:]
 
 
 def labels_of(corpus: Corpus) -> tuple[str, ...]:

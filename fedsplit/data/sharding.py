@@ -7,14 +7,13 @@ labelled item is 1, and the size of a piece of text is its number of bytes.
 
 import heapq
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from fedsplit.data.corpora import Corpus, Document
+from fedsplit.data.corpora import Corpus, Document, paragraph_runs
 from fedsplit.data.partitioners import load_partitions
 from fedsplit.errors import DataError
 from fedsplit.spec import ShardingSpec
@@ -230,16 +229,11 @@ def _items(corpus: Corpus) -> Items:
 
 def _pieces(document: Document) -> list[Document]:
     """Cut a document after blank lines; the concatenated pieces are the document."""
-    texts, text = [], ""
-    for paragraph in re.split(r"(?<=\n\n)", document.text):
-        text += paragraph
-        if len(text.strip()) >= PIECE_CHARS:
-            texts.append(text)
-            text = ""
+    texts, rest = paragraph_runs(document.text, PIECE_CHARS)
     # A rest that is too short for a piece belongs to the last one.
     if texts:
-        texts[-1] += text
-    return [replace(document, text=piece) for piece in texts or [text]]
+        texts[-1] += rest
+    return [replace(document, text=piece) for piece in texts or [rest]]
 
 
 def _is_labelled(corpus: Corpus) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedsplit.data.corpora import Corpus, Document
+from fedsplit.data.corpora import Corpus, Document, paragraph_runs
+from fedsplit.data.files import existing, files_under, read_text
 from fedsplit.data.tasks import TASKS
 from fedsplit.errors import DataError
 from fedsplit.spec import DataSpec
@@ -66,9 +67,9 @@ def _embedded(spec: DataSpec, labelled: bool) -> _Loaded:
     if labelled:
         largest = sorted(documents, key=lambda document: -document.num_bytes)[:EMBEDDED_CLASSES]
         documents = [
-            Document(text=passage, group=topic.group, label=topic.group)
+            Document(text=passage.strip(), group=topic.group, label=topic.group)
             for topic in largest
-            for passage in _passages(topic.text)
+            for passage in paragraph_runs(topic.text, PASSAGE_CHARS)[0]
         ]
     return f"CPython {platform.python_version()} documentation (pydoc_data.topics)", documents
 
@@ -82,19 +83,9 @@ def _new_paragraphs(text: str, seen: set[tuple[str, ...]]) -> Iterator[str]:
             yield paragraph
 
 
-def _passages(text: str) -> Iterator[str]:
-    """Yield runs of paragraphs, each of at least `PASSAGE_CHARS` characters."""
-    passage = ""
-    for paragraph in re.split(r"(?<=\n\n)", text):
-        passage += paragraph
-        if len(passage.strip()) >= PASSAGE_CHARS:
-            yield passage.strip()
-            passage = ""
-
-
 def _text(spec: DataSpec, labelled: bool) -> _Loaded:
     """A document per file of a directory, or per line of a file; sub-directories are classes."""
-    root = _existing(spec)
+    root = existing(spec.path, spec.kind, "a file or directory")
     if root.is_file() and labelled:
         raise DataError(
             f"data.path={root} is one file, and a text file names no classes; give a directory "
@@ -102,17 +93,11 @@ def _text(spec: DataSpec, labelled: bool) -> _Loaded:
         )
     if root.is_file():
         return str(root), _lines(root)
-    # The order of directory entries differs between file systems.
-    paths = (
-        path
-        for path in sorted(root.rglob("*"), key=Path.as_posix)
-        if path.is_file() and not _is_hidden(path.relative_to(root))
-    )
-    return str(root), _files(root, paths, labelled)
+    return str(root), _files(root, labelled)
 
 
-def _files(root: Path, paths: Iterable[Path], labelled: bool) -> Iterator[Document]:
-    for path in paths:
+def _files(root: Path, labelled: bool) -> Iterator[Document]:
+    for path in files_under(root):
         relative = path.relative_to(root)
         label = relative.parts[0] if labelled and len(relative.parts) > 1 else ""
         if labelled and not label:
@@ -120,28 +105,24 @@ def _files(root: Path, paths: Iterable[Path], labelled: bool) -> Iterator[Docume
                 f"{path} lies in no sub-directory and so has no class; data=text takes the classes "
                 "from data.path/CLASS/FILE"
             )
-        yield Document(text=_read(path), group=relative.as_posix(), label=label)
+        yield Document(text=read_text(path), group=relative.as_posix(), label=label)
 
 
 def _lines(path: Path) -> Iterator[Document]:
     # str.splitlines would also split at separators inside of a line, such as U+2028.
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         yield Document(text=line, group=f"{path.name}:{number}")
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def _jsonl(spec: DataSpec, labelled: bool) -> _Loaded:
-    path = _existing(spec)
+    path = existing(spec.path, spec.kind, "a file")
     if path.is_dir():
         raise DataError(f"data.path={path} is a directory; data=jsonl reads one file of JSON lines")
     return str(path), _json_lines(path, spec, labelled)
 
 
 def _json_lines(path: Path, spec: DataSpec, labelled: bool) -> Iterator[Document]:
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             record = _json_object(line, spec.field, where)
@@ -259,40 +240,6 @@ _LOADERS: dict[str, Callable[[DataSpec, bool], _Loaded]] = {
     "hub": _hub,
     "digits": _digits,
 }
-
-
-# --- files and their errors ------------------------------------------------------------------
-
-
-def _existing(spec: DataSpec) -> Path:
-    # A shell does not expand the ~ in data.path=~/texts.
-    path = Path(spec.path).expanduser()
-    if not path.exists():
-        raise DataError(
-            f"data.path={spec.path} does not exist (looked from {Path.cwd()}); "
-            f"data={spec.kind} needs a file{' or directory' if spec.kind == 'text' else ''}"
-        )
-    return path
-
-
-def _read(path: Path) -> str:
-    try:
-        # Without the -sig, a byte order mark would be part of the text.
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as exc:
-        raise DataError(
-            f"{path} is not UTF-8 text: found byte {exc.object[exc.start]:#04x} at offset "
-            f"{exc.start}; convert it, or leave it out of data.path"
-        ) from exc
-    except OSError as exc:
-        raise DataError(f"{path} cannot be read: {exc.strerror}; check its permissions") from exc
-    # A binary file may be valid UTF-8 by chance.
-    if "\0" in text:
-        raise DataError(
-            f"{path} is not UTF-8 text: found byte 0x00 at character {text.index(chr(0))}; "
-            "convert it, or leave it out of data.path"
-        )
-    return text
 
 
 def _excerpt(text: str) -> str:

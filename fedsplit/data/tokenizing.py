@@ -5,7 +5,7 @@ Shapes: V vocabulary.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -16,6 +16,8 @@ from fedsplit.data.corpora import Corpus
 from fedsplit.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
+# The trainer's time grows with the square of a word's length.
+LONGEST_WORD = 1000
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -43,12 +45,24 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((document.text for document in corpus.documents), trainer)
+    texts = (text for document in corpus.documents for text in without_long_words(document.text))
+    tokenizer.train_from_iterator(texts, trainer)
     if begins_texts:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
         )
     return _wrap(tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def without_long_words(text: str) -> Iterator[str]:
+    """Yield a text in pieces whose words have at most `LONGEST_WORD` characters."""
+    start = 0
+    # The kinds of words of the ByteLevel pre-tokenizer: letters, digits, white space, and others.
+    for word in re.finditer(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+", text):
+        for end in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def load_tokenizer(pretrained: str, revision: str = "main") -> PreTrainedTokenizerFast:

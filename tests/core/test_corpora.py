@@ -2,16 +2,18 @@
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedsplit.data import Corpus, Document, hold_out, labels_of, load_corpus
+from fedsplit.data.corpora import paragraph_runs
 from fedsplit.errors import DataError
 from fedsplit.spec import DataSpec
 
@@ -87,6 +89,24 @@ def test_text_directory_has_a_document_per_file(tmp_path):
     )
 
 
+def test_links_are_followed_and_each_directory_is_read_once(tmp_path, caplog):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for path in (root / "z" / "own.txt", elsewhere / "deep" / "far.txt", root / "z" / "loop.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.stem)
+    (root / "a").symlink_to("z")  # before z, which keeps its own name
+    (root / "b").symlink_to(elsewhere)
+    (root / "c.txt").symlink_to(elsewhere / "deep" / "far.txt")
+    (root / "d.txt").symlink_to("nowhere")
+    (root / "z" / "up").symlink_to(root)
+    corpus = load_corpus(DataSpec(kind="text", path=str(root)))
+    found = [document.group for document in corpus.documents]
+    assert found == ["b/deep/far.txt", "c.txt", "z/loop.txt", "z/own.txt"]
+    assert f"Skip {root / 'a'}: it is a link to {root / 'z'}, which is read already" in caplog.text
+    assert f"Skip {root / 'z' / 'up'}: it is a link to {root}, which" in caplog.text
+    assert f"Skip {root / 'd.txt'}: it is neither a file nor a directory" in caplog.text
+
+
 def test_text_sub_directories_are_classes(tmp_path):
     for path in ("ham/a.txt", "ham/deep/b.txt", "spam/a.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +140,18 @@ def test_sha256_tells_documents_apart():
     }
     found = {Corpus(name="a", documents=documents).sha256 for documents in others.values()}
     assert len(found) == len(others)
+
+
+@given(text=st.text("a \n", max_size=40), min_chars=st.integers(1, 9))
+@example(text="a" + "\n" * 100_000 + "b", min_chars=2)
+def test_runs_of_paragraphs_are_the_shortest_that_are_long_enough(text, min_chars):
+    runs, run = [], ""
+    for paragraph in re.split(r"(?<=\n\n)", text):
+        run += paragraph
+        if paragraph.strip() and len(run.strip()) >= min_chars:
+            runs.append(run)
+            run = ""
+    assert paragraph_runs(text, min_chars) == (runs, run)
 
 
 # --- jsonl -----------------------------------------------------------------------------------

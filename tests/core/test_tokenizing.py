@@ -24,7 +24,7 @@ from fedsplit.data import (
     train_tokenizer,
     training_batches,
 )
-from fedsplit.data.tokenizing import token_bytes
+from fedsplit.data.tokenizing import token_bytes, without_long_words
 from fedsplit.errors import DataError
 from fedsplit.spec import DataSpec
 
@@ -68,6 +68,22 @@ def test_same_corpus_same_tokenizer_in_another_process(tokenizer):
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout == tokenizer_to_json(tokenizer)
+
+
+@pytest.mark.parametrize("unit", ["x", "7", "=-", "\n", " "], ids=repr)
+def test_a_word_of_many_letters_is_trained_in_pieces(unit):
+    word = (unit * 100_000)[:100_000]
+    text = f"ordinary text {word}, and more"
+    pieces = list(without_long_words(text))
+    assert "".join(pieces) == text
+    assert [len(piece) for piece in pieces[1:-1]] == [1000] * (len(pieces) - 2)
+    assert len(pieces[0]) <= 1014 and len(pieces) in (100, 101)
+    assert len(train_tokenizer(corpus_of(text), 300)) <= 300
+
+
+def test_ordinary_text_is_trained_as_it_is():
+    for document in load_corpus(DataSpec()).documents:
+        assert list(without_long_words(document.text)) == [document.text]
 
 
 # --- saving, loading, travelling -------------------------------------------------------------
