@@ -36,9 +36,8 @@ from fedsplit.model.stage import ClientPart, Part, TrunkPart
 from fedsplit.randomness import process_state, rng_scope
 from fedsplit.spec import LoraSpec
 
-# Names that peft fixes: of the adapter, of a wrapped layer, and of tensors and files on disk.
+# Names that peft fixes: of the adapter, and of tensors and files on disk.
 _ADAPTER = "default"
-_BASE = ".base_layer"
 _SAVED_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -136,9 +135,10 @@ def _adapter_state(part: PreTrainedModel) -> dict[str, Tensor]:
     adapters: dict[str, Tensor] = {}
     if adapter := active_adapter(part):
         # "auto" would look up the base model on the hub to compare vocabulary sizes.
-        adapters = get_peft_model_state_dict(
-            part, adapter_name=adapter, save_embedding_layers=False
-        )
+        with _quiet():
+            adapters = get_peft_model_state_dict(
+                part, adapter_name=adapter, save_embedding_layers=False
+            )
     heads = {
         f"{head}.{name}": tensor
         for head in plan_for(_family_of(part), part.config).head
@@ -196,18 +196,22 @@ def share_frozen(part: PreTrainedModel, other: PreTrainedModel) -> None:
         part: A part of the same model, which may have other adapters; changed in place.
         other: The part that keeps its tensors.
     """
-    # An adapter adds `base_layer` to the name of the weight that it wraps.
     others = {
-        name.replace(_BASE, ""): parameter
+        _plain(name): parameter
         for name, parameter in other.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad
     }
     # A list, since the loop changes what is iterated; tied parameters under all of their names.
     for name, own in list(part.named_parameters(remove_duplicate=False)):
-        same = others.get(name.replace(_BASE, ""))
+        same = others.get(_plain(name))
         if same is not None and not own.requires_grad and torch.equal(own, same):
             module, _, leaf = name.rpartition(".")
             part.get_submodule(module)._parameters[leaf] = same
+
+
+def _plain(parameter: str) -> str:
+    """The name of a parameter without what peft adds where it wraps a module."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", parameter)
 
 
 def trainable(part: nn.Module) -> dict[str, nn.Parameter]:
@@ -258,7 +262,8 @@ def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
     )
     try:
         tuned = _adapted_whole(part, config)
-        _refuse_unused(config, tuned)
+        if lora.targets != "auto":
+            _refuse_unused(config, tuned)
     except (ValueError, TypeError, re.error) as exc:
         raise ConfigError(
             f"lora.targets={lora.targets} does not work for {family.__name__} "
@@ -316,9 +321,10 @@ def _first_line(exc: Exception) -> str:
 
 
 # Warnings of peft that do not apply here: it looks for its own rank patterns of fused experts among
-# modules, corrects a setting for layers of the other kind, and expects users to merge into weights
-# that are tied.
+# modules, corrects a setting for layers of the other kind, takes biases for pieces of weights, and
+# expects users to merge into weights that are tied.
 _NOT_HERE = (
+    "Adapter .* LoRA tensor.s. have invalid shape",
     "The following (rank|alpha)_pattern keys",
     "fan_in_fan_out is set to",
     "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",

@@ -31,6 +31,7 @@ from fedsplit.model.pass_through import (
     TrunkExit,
     cut_context,
 )
+from fedsplit.model.peft_loading import WholeAdaptersOnly
 from fedsplit.model.plan import Plan
 from fedsplit.model.rope import forget_lengths
 
@@ -40,7 +41,7 @@ AUXILIARY = "auxiliary"
 """The name of the bottom's auxiliary head; see `fedsplit.model.auxiliary`."""
 
 
-class Part(PreTrainedModel):
+class Part(WholeAdaptersOnly, PreTrainedModel):
     """The base of both parts: a family's model without the modules of the other part.
 
     `part_class` makes the concrete classes.

@@ -111,8 +111,10 @@ class ModelSpec:
 class LoraSpec:
     """LoRA adapters in place of full training.
 
-    `targets` names the modules that get an adapter, with commas; `auto` is peft's default for the
-    family. Only the parts whose flag is true get adapters.
+    `targets` names the modules that get an adapter, with commas. As in peft, it may also be
+    `all-linear` (all linear layers but the head) or a regular expression for full names in the
+    unsplit model; `auto` is peft's default for the family. Only the parts whose flag is true get
+    adapters.
     """
 
     enabled: bool = False

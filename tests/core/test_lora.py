@@ -1,8 +1,12 @@
 """Adapters on parts: peft on the unsplit model is the judge."""
 
+import re
+
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.functional import set_adapter
+from peft.tuners.lora import LoraLayer
 
 from fedsplit.errors import ConfigError
 from fedsplit.model import join_model, split_model
@@ -18,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning"),
 ]
 PLACES = {
     "everywhere": {},
@@ -28,8 +33,8 @@ PLACES = {
 }
 
 
-def _whole(model_type):
-    return random_model(tiny_config(model_type, num_hidden_layers=4))
+def _whole(model_type, **fields):
+    return random_model(tiny_config(model_type, **{"num_hidden_layers": 4, **fields}))
 
 
 def _adapted(whole, **fields):
@@ -38,14 +43,22 @@ def _adapted(whole, **fields):
     generator = torch.Generator().manual_seed(2)
     for part in (parts.client, parts.trunk):
         add_adapters(part, LoraSpec(enabled=True, rank=4, **fields))
-        with torch.no_grad():
-            for parameter in trainable(part).values():
-                parameter.normal_(0.0, 0.3, generator=generator)
+        _randomize(part, generator)
     return parts
+
+
+def _randomize(part, generator):
+    with torch.no_grad():
+        for parameter in trainable(part).values():
+            parameter.normal_(0.0, 0.3, generator=generator)
 
 
 def _gradients(models):
     return {name: p.grad for model in models for name, p in trainable(model).items()}
+
+
+def _name(parameter):
+    return re.sub(r"^base_model\.model\.|\.(default|two)(?=\.|$)", "", parameter)
 
 
 def _check_against_peft(whole, parts, directory):
@@ -57,8 +70,8 @@ def _check_against_peft(whole, parts, directory):
     assert torch.equal(wanted.logits[real_BT], found.logits[real_BT])
     wanted.loss.backward()
     found.loss.backward()
-    of_whole = {n.removeprefix("base_model.model."): g for n, g in _gradients([judge]).items()}
-    of_parts = _gradients([parts.client, parts.trunk])
+    of_whole = {_name(n): g for n, g in _gradients([judge]).items()}
+    of_parts = {_name(n): g for n, g in _gradients([parts.client, parts.trunk]).items()}
     assert of_whole.keys() == of_parts.keys()
     assert all(torch.equal(gradient, of_parts[name]) for name, gradient in of_whole.items())
     return judge
@@ -97,12 +110,44 @@ def test_automatic_targets_are_those_of_peft(model_type):
     assert {n for part in (parts.client, parts.trunk) for n in trainable(part)} == wanted
 
 
-def test_named_targets_may_be_outside_the_blocks():
-    parts = _adapted(_whole("llama"), targets="q_proj, lm_head")
-    modules = {name.rsplit(".lora", 1)[0].rsplit(".", 1)[-1] for name in trainable(parts.client)}
-    assert modules == {"q_proj", "lm_head"}
+def test_a_switch_covers_targets_outside_the_blocks():
     without_top = _adapted(_whole("llama"), targets="q_proj,lm_head", top=False)
     assert {name.split(".")[2] for name in trainable(without_top.client)} == {"0"}
+
+
+TARGETS = {
+    "all-linear": "all-linear",
+    "q_proj, lm_head": ["q_proj", "lm_head"],
+    "lm_head": ["lm_head"],
+    "embed_tokens,v_proj": ["embed_tokens", "v_proj"],
+    "layers.1.mlp.up_proj": ["layers.1.mlp.up_proj"],
+    r".*layers\.(1|3)\..*(q|v)_proj": r".*layers\.(1|3)\..*(q|v)_proj",
+    r"model\.layers\.\d{1,2}\.mlp\.\w+_proj": r"model\.layers\.\d{1,2}\.mlp\.\w+_proj",
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("targets", TARGETS)
+def test_targets_are_those_of_peft_on_the_whole(targets, tied, tmp_path):
+    whole = _whole("llama", tie_word_embeddings=tied)
+    parts = _adapted(whole, targets=targets)
+    config = LoraConfig(r=4, target_modules=TARGETS[targets], task_type="CAUSAL_LM")
+    judge = get_peft_model(_whole("llama", tie_word_embeddings=tied), config)
+    wanted = {name.removeprefix("base_model.model.") for name in trainable(judge)}
+    assert {n for part in (parts.client, parts.trunk) for n in trainable(part)} == wanted
+    _check_against_peft(whole, parts, tmp_path)
+
+
+def test_a_saved_adapter_names_the_modules_that_have_one(tmp_path):
+    # peft shortens lists of 20 and more to suffixes, here of the client's modules only.
+    whole = _whole("llama", num_hidden_layers=6)
+    parts = split_model(whole, "2/2/2")
+    for part in (parts.client, parts.trunk):
+        add_adapters(part, LoraSpec(enabled=True, targets="all-linear", trunk=False))
+    save_adapter(parts.client, parts.trunk, tmp_path)
+    judge = PeftModel.from_pretrained(whole, str(tmp_path), is_trainable=True)
+    wanted = {name.removeprefix("base_model.model.") for name in trainable(judge)}
+    assert trainable(parts.client).keys() == wanted
 
 
 def test_fresh_adapters_change_nothing_and_follow_the_seed():
@@ -138,15 +183,51 @@ def test_the_mode_of_a_part_is_kept():
     assert not any(module.training for module in client.modules())
 
 
-@pytest.mark.parametrize("targets", ["qqq_proj", "c_attn,c_proj"])
+@pytest.mark.parametrize("targets", ["qqq_proj", "c_attn,c_proj", "layers[.]9[.].*", "*q_proj("])
 def test_targets_that_are_not_there_are_refused(targets):
-    with pytest.raises(ConfigError, match=f"lora.targets={targets} does not work for Llama"):
+    told = re.escape(f"lora.targets={targets} does not work for Llama")
+    with pytest.raises(ConfigError, match=told):
         _adapted(_whole("llama"), targets=targets)
+
+
+def test_a_target_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"does not work .*no module is called vproj"):
+        _adapted(_whole("llama"), targets="q_proj,vproj")
+
+
+def test_targets_in_places_that_are_switched_off_are_refused():
+    with pytest.raises(ConfigError, match=r"all are in the top, but lora.top=false"):
+        _adapted(_whole("llama"), targets="lm_head", top=False)
 
 
 def test_dropout_on_fused_experts_is_refused():
     with pytest.raises(ConfigError, match="does not work for OlmoeForCausalLM .*lora_dropout"):
         _adapted(_whole("olmoe"), dropout=0.1)
+
+
+def test_adapters_of_two_kinds_are_not_one_adapter(tmp_path):
+    parts = split_model(_whole("llama"), "1/2/1")
+    add_adapters(parts.client, LoraSpec(enabled=True, rank=4))
+    add_adapters(parts.trunk, LoraSpec(enabled=True, rank=2))
+    with pytest.raises(ConfigError, match="not of one kind: r is 4 and 2"):
+        save_adapter(parts.client, parts.trunk, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config:UserWarning")
+def test_the_active_one_of_several_adapters_is_saved(tmp_path):
+    whole = _whole("llama")
+    parts = split_model(whole, "1/2/1")
+    for part in (parts.client, parts.trunk):
+        for name, target in (("one", "q_proj"), ("two", "v_proj")):
+            inject_adapter_in_model(LoraConfig(r=4, target_modules=[target]), part, name)
+        set_adapter(part, "two")
+        _randomize(part, torch.Generator().manual_seed(3))
+    _check_against_peft(whole, parts, tmp_path)
+    for module in parts.client.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(["one", "two"])
+    with pytest.raises(ConfigError, match="adapters one, two, of which 2 are active"):
+        save_adapter(parts.client, parts.trunk, tmp_path)
 
 
 def test_there_must_be_an_adapter_to_save(tmp_path):
