@@ -14,18 +14,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fedsplit.client.autograd import (
+    ClientSession,
+    RemoteGraph,
+    RemoteTrunkFunction,
+    without_gradient,
+)
 from fedsplit.client.kv_session import CacheSession, TrunkCache
 from fedsplit.client.rpc import RpcClient
-from fedsplit.errors import (
-    FedsplitError,
-    ModelMismatch,
-    ProtocolError,
-    SessionLost,
-)
+from fedsplit.errors import FedsplitError, ModelMismatch, ProtocolError, SessionLost
 from fedsplit.link import Link
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.rope import tables_of
@@ -87,13 +87,13 @@ class RemoteTrunk:
         self._caches: set[str] = set()
         self._dtype = model.dtype
         self._hidden_size: int = model.config.hidden_size
-        self._is_isolated = run.train.mode == "isolated"
+        self._mode = run.train.mode
+        # It is in the place of the trunk, so its mode is that of the trunk's modules.
+        self._place = model.remote
         self._wire = run.wire
         self._encoder = DeltaEncoder(run.wire, encoder_state)
         self._rpc = RpcClient(link, run, client=client, encoder=self._encoder)
-        self._session = ""
-        self._next_call = 0
-        self._trunk_sq_norm = 0.0
+        self._session: ClientSession | None = None
         self.autocast = ""
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
@@ -116,7 +116,7 @@ class RemoteTrunk:
             protocol=m.PROTOCOL,
             hidden_size=self._hidden_size,
             round=round,
-            training=training and not self._is_isolated,
+            training=training and self._mode != "isolated",
             **self._identity,
         )
         reply = self.exchange(request)
@@ -127,16 +127,21 @@ class RemoteTrunk:
             )
         # A step that was not taken is repeated, from the references that it began with.
         self._encoder.rollback()
-        self._session, self.autocast = reply.session, reply.autocast
-        self._next_call, self._trunk_sq_norm = first_call, 0.0
+        self._session = ClientSession(
+            name=reply.session,
+            trains=request.training,
+            next_call=first_call,
+            step_began=first_call,
+        )
+        self.autocast = reply.autocast
         return reply.version
 
     def close(self) -> None:
         """Close the session and those of deleted caches; the link stays open."""
         self.end_generations()
         if self._session:
-            self._close(self._session)
-        self._session = ""
+            self._close(self._session.name)
+        self._session = None
 
     @contextmanager
     def session(
@@ -159,38 +164,64 @@ class RemoteTrunk:
         position_ids_BT: Tensor | None = None,
         cache: TrunkCache | None = None,
     ) -> Tensor:
-        """The trunk's output for these hidden states, with a gradient where autograd is enabled.
+        """The trunk's output for these hidden states, in their dtype.
 
-        In `isolated` mode the output is a constant.
+        It has a gradient where autograd is enabled, and dropout where the model is in training
+        mode. In `isolated` mode it is a constant without dropout.
 
         Raises:
             FedsplitError: The trunk refused, or could not be reached within the budget.
         """
-        # Under autocast some families leave the hidden states in another dtype.
+        dtype = hidden_BTD.dtype
+        # A model may be converted later, and under autocast some families leave another dtype.
         hidden_BTD = hidden_BTD.to(self._dtype)
         if cache is not None:
-            return cache.carry(hidden_BTD, attention_mask_BT, position_ids_BT)
+            return cache.carry(hidden_BTD, attention_mask_BT, position_ids_BT).to(dtype)
         if attention_mask_BT is not None and bool(attention_mask_BT.all()):
             attention_mask_BT = None
+        session = self._open_session()
+        # The trunk keeps a graph only if a backward can follow.
+        is_trained = session.trains and (hidden_BTD.requires_grad or self._mode == "joint")
+        keeps_graph = torch.is_grad_enabled() and is_trained
         request = m.ForwardRequest(
-            session=self._named_session(),
-            call=self._next_call,
-            training=torch.is_grad_enabled() and not self._is_isolated,
+            session=session.name,
+            call=session.take_call(),
+            training=keeps_graph,
             smashed_BTD=hidden_BTD.detach(),
             attention_mask_BT=attention_mask_BT,
             position_ids_BT=position_ids_BT,
             codec=self._wire.up,
+            other_mode=keeps_graph != (self._place.training and self._mode != "isolated"),
         )
-        self._next_call += 1
-        if not request.training:
-            return self._rpc.exchange_in_turn(request).trunk_out_BTD.to(hidden_BTD.device)
+        run = self._run_with_graph if keeps_graph else self._run_without_graph
+        return run(session, request, hidden_BTD).to(dtype)
+
+    def _run_with_graph(
+        self, session: ClientSession, request: m.ForwardRequest, hidden_BTD: Tensor
+    ) -> Tensor:
         # Autograd calls a backward only if an input needs a gradient; the trunk always does.
         below_trains = hidden_BTD.requires_grad
         entering_BTD = hidden_BTD if below_trains else hidden_BTD.detach().requires_grad_()
         if self._wire.history_bytes:
             request = self._encoder.encode(request)
+        graph = RemoteGraph(
+            rpc=self._rpc,
+            session=session,
+            request=request,
+            want_grad=below_trains,
+            codec=self._wire.grad_up,
+        )
         apply: Callable[..., Tensor] = RemoteTrunkFunction.apply
-        return apply(entering_BTD, self, request, below_trains)
+        return apply(entering_BTD, graph)
+
+    def _run_without_graph(
+        self, session: ClientSession, request: m.ForwardRequest, hidden_BTD: Tensor
+    ) -> Tensor:
+        out_BTD = self._rpc.exchange_in_turn(request).trunk_out_BTD.to(hidden_BTD.device)
+        if not hidden_BTD.requires_grad or not torch.is_grad_enabled() or self._mode == "isolated":
+            return out_BTD
+        reason = "no gradient passes through a session that evaluates; open one with training=True"
+        return without_gradient(out_BTD, hidden_BTD, reason)
 
     def examples(self, numbers_B: Tensor) -> AbstractContextManager[None]:
         """A context that names the examples of the training forwards in this thread.
@@ -239,22 +270,22 @@ class RemoteTrunk:
     def disconnect(self) -> None:
         """Close all sessions, with one attempt each and no retries."""
         with suppress(FedsplitError):  # the trunk ends the sessions of a lost connection itself
-            for session in (self._session, *self._caches):
-                if session:
-                    with suppress(SessionLost):
-                        self._link.exchange(m.CloseRequest(session=session))
+            own = [self._session.name] if self._session else []
+            for session in (*own, *self._caches):
+                with suppress(SessionLost):
+                    self._link.exchange(m.CloseRequest(session=session))
 
     # --- training -----------------------------------------------------------------------------
 
     @property
     def next_call(self) -> int:
         """Number of the next forward."""
-        return self._next_call
+        return self._session.next_call if self._session else 0
 
     @property
     def trunk_sq_norm(self) -> float:
         """Squared norm of the trunk's gradient since the last step; the loss scale is included."""
-        return self._trunk_sq_norm
+        return self._session.trunk_sq_norm if self._session else 0.0
 
     @property
     def encoder_state(self) -> Mapping[str, Tensor]:
@@ -279,16 +310,17 @@ class RemoteTrunk:
         Raises:
             StaleVersion: The trunk has a newer version; repeat the step in a new session.
         """
+        session = self._open_session()
         request = m.StepRequest(
-            session=self._named_session(),
-            call=self._next_call - 1,
+            session=session.name,
+            call=session.next_call - 1,
             step=step,
             num_tokens=num_tokens,
             client_sq_norm=client_sq_norm,
             loss_scale=loss_scale,
         )
         self.exchange(request)
-        self._trunk_sq_norm = 0.0
+        session.stepped()
         self._encoder.commit()
 
     def follow(self, optimizer: Optimizer, *, step: int = 0) -> RemovableHandle:
@@ -331,20 +363,6 @@ class RemoteTrunk:
             m.ServiceInfoRequest(served_model_name=self._identity["served_model_name"])
         )
 
-    def _backward(
-        self, request: m.ForwardRequest, version: int, grad_trunk_out_BTD: Tensor, want_grad: bool
-    ) -> Tensor | None:
-        backward = m.BackwardRequest(
-            session=request.session,
-            call=request.call,
-            want_grad=want_grad,
-            grad_trunk_out_BTD=grad_trunk_out_BTD,
-            codec=self._wire.grad_up,
-        )
-        reply = self._rpc.backward(backward, request, version)
-        self._trunk_sq_norm = reply.trunk_sq_norm
-        return reply.grad_smashed_BTD
-
     def _close(self, session: str) -> None:
         self._caches.discard(session)
         with suppress(SessionLost):  # an earlier attempt may have closed it
@@ -358,30 +376,10 @@ class RemoteTrunk:
         """
         return self._rpc.exchange(request)
 
-    def _named_session(self) -> str:
+    def _open_session(self) -> ClientSession:
         if not self._session:
             raise ProtocolError("no session with the trunk is open; call open() first")
         return self._session
 
-
-class RemoteTrunkFunction(torch.autograd.Function):
-    """The trunk as one node of the client's graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_BTD: Tensor, trunk: RemoteTrunk, request: m.ForwardRequest, below: bool
-    ) -> Tensor:
-        """Send hidden states to the trunk; return its output."""
-        reply = trunk._rpc.forward(request)
-        # The request keeps it alive to repeat the forward; saving it makes `Footprint` count it.
-        ctx.save_for_backward(hidden_BTD)
-        ctx.trunk, ctx.request, ctx.version, ctx.below = trunk, request, reply.version, below
-        return reply.trunk_out_BTD.to(hidden_BTD.device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_trunk_out_BTD: Tensor) -> tuple[Tensor | None, None, None, None]:
-        """Send the gradient of the output to the trunk; return that of the hidden states."""
-        grad_BTD = ctx.trunk._backward(ctx.request, ctx.version, grad_trunk_out_BTD, ctx.below)
-        moved_BTD = None if grad_BTD is None else grad_BTD.to(grad_trunk_out_BTD.device)
-        return moved_BTD, None, None, None
+    def _named_session(self) -> str:
+        return self._open_session().name

@@ -99,20 +99,25 @@ class RpcClient:
             except ActivationExpired:
                 if tries:  # the graph expires for lack of memory, so leave time to other clients
                     self._retry.pause(tries)
-                now = self._forward_again(forward).version
-                # A gradient through other parameters would not belong to this forward's loss.
-                if now != version:
-                    raise StaleVersion(
-                        f"the graph of call {forward.call} expired, and the trunk has moved from "
-                        f"version {version} to {now} meanwhile; repeat the step"
-                    ) from None
+                self.forward_again(forward, version)
         return self.exchange(backward)
 
-    def _forward_again(self, request: m.ForwardRequest) -> m.ForwardReply:
+    def forward_again(self, request: m.ForwardRequest, version: int) -> None:
+        """Repeat a forward whose graph is gone, at once.
+
+        Raises:
+            StaleVersion: The trunk has another parameter version by now.
+        """
         try:
-            return self.exchange(request)
+            now = self.exchange(request).version
         except HistoryLost:
-            return self.exchange(self._encoder.with_references(request))
+            now = self.exchange(self._encoder.with_references(request)).version
+        # A gradient through other parameters would not belong to this forward's loss.
+        if now != version:
+            raise StaleVersion(
+                f"the graph of call {request.call} is gone, and the trunk has moved from version "
+                f"{version} to {now} meanwhile; repeat the step"
+            ) from None
 
 
 class Retry:

@@ -160,7 +160,7 @@ class OpenReply(_message.Message):
     def __init__(self, session: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec", "bases_B", "references")
+    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec", "bases_B", "references", "other_mode", "calls_ago")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,8 @@ class ForwardRequest(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     BASES_B_FIELD_NUMBER: _ClassVar[int]
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    OTHER_MODE_FIELD_NUMBER: _ClassVar[int]
+    CALLS_AGO_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     training: bool
@@ -179,7 +181,9 @@ class ForwardRequest(_message.Message):
     codec: str
     bases_B: TensorMeta
     references: _containers.RepeatedCompositeFieldContainer[TensorMeta]
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., codec: _Optional[str] = ..., bases_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., references: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ...) -> None: ...
+    other_mode: bool
+    calls_ago: int
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., codec: _Optional[str] = ..., bases_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., references: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., other_mode: bool = ..., calls_ago: _Optional[int] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
     __slots__ = ("trunk_out_BTD", "version", "codec")

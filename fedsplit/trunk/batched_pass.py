@@ -92,12 +92,13 @@ class BatchedPass:
     def forward(
         self, members: Sequence[Inputs], versions: ParameterVersions, version: int
     ) -> BatchedForward:
-        """Run the forwards of all members, whose masks and positions have one shape."""
+        """Run the forwards of all members, which agree in mode and in the shapes of tensors."""
         inputs = Inputs(
             smashed_BTD=torch.cat([each.smashed_BTD.detach() for each in members]),
             attention_mask_BT=_cat([each.attention_mask_BT for each in members]),
             position_ids_BT=_cat([each.position_ids_BT for each in members]),
             dropout="",
+            train_mode=members[0].train_mode,
         )
         module_calls: list[_ModuleCall] = []
         with self._recording(module_calls):

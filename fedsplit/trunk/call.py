@@ -70,10 +70,12 @@ class Call:
         """The key of a prepared call; calls of the same key can run as one pass."""
         if self.kind is Kind.BACKWARD:
             return id(self.graph.batched or self.graph)
-        shape_TD = self.inputs.smashed_BTD.shape[1:]
+        inputs = self.inputs
+        shape_TD = inputs.smashed_BTD.shape[1:]
         # The version is in the key, because a pass runs on one set of parameters.
-        present = self.inputs.attention_mask_BT is not None, self.inputs.position_ids_BT is not None
-        return id(self.work.replica), self.work.version, shape_TD, present
+        present = inputs.attention_mask_BT is not None, inputs.position_ids_BT is not None
+        replica, version = id(self.work.replica), self.work.version
+        return replica, version, inputs.train_mode, shape_TD, present
 
     @property
     def batch_order(self) -> Any:

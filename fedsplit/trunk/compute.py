@@ -22,12 +22,16 @@ from fedsplit.wire.messages import ForwardRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Inputs:
-    """The tensors of a forward, on the trunk's device; `dropout` is the seed of its dropout."""
+    """The tensors of a forward, on the trunk's device.
+
+    `dropout` is the seed of its dropout, which it has in `train_mode`.
+    """
 
     smashed_BTD: Tensor
     attention_mask_BT: Tensor | None
     position_ids_BT: Tensor | None
     dropout: str
+    train_mode: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,23 +78,22 @@ class Compute:
             attention_mask_BT=None if mask_BT is None else mask_BT.to(self.device),
             position_ids_BT=None if positions_BT is None else positions_BT.to(self.device),
             dropout=dropout,
+            train_mode=request.train_mode,
         )
 
     def evaluate(self, inputs: Inputs, versions: ParameterVersions) -> Tensor:
-        """Return the trunk's output on the current version, without dropout and graph."""
-        self._set_mode(False)
-        with versions.installed(versions.current), torch.no_grad():
+        """Return the trunk's output on the current version, without a graph."""
+        mode = self._in_mode(inputs.train_mode, inputs.dropout)
+        with versions.installed(versions.current), mode, torch.no_grad():
             return self._run(inputs)
 
     def forward(self, inputs: Inputs, versions: ParameterVersions, version: int) -> Output:
         """Return the trunk's output on a version, with a graph down to `inputs.smashed_BTD`."""
-        self._set_mode(True)
         inputs.smashed_BTD.requires_grad_()
         with versions.installed(version):
             count = ByteCount(self._trunk.parameters())
-            # Seeded per call, so that a repeated forward draws the same dropout.
-            scope = rng_scope(inputs.dropout, needed=self.draws)
-            with scope, torch.enable_grad(), count.counting():
+            mode = self._in_mode(inputs.train_mode, inputs.dropout)
+            with mode, torch.enable_grad(), count.counting():
                 trunk_out_BTD = self._run(inputs)
         return Output(trunk_out_BTD=trunk_out_BTD, num_bytes=count.num_bytes)
 
@@ -134,6 +137,12 @@ class Compute:
             )
         # Under autocast some families return the lower precision; the wire has the weights' dtype.
         return out_BTD.to(inputs.smashed_BTD.dtype)
+
+    def _in_mode(self, train_mode: bool, dropout: str) -> AbstractContextManager[None]:
+        """Set the module's mode for a forward; return a context with the forward's dropout."""
+        self._set_mode(train_mode)
+        # Seeded per call, so that a repeated forward draws the same dropout.
+        return rng_scope(dropout, needed=self.draws and train_mode)
 
     def _set_mode(self, training: bool) -> None:
         # `train` visits every module, so it is called only if the mode changes.

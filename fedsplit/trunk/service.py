@@ -268,7 +268,8 @@ class TrunkService:
         if request.training and not session.info.training:
             raise ProtocolError("this session was not opened for training; open another session")
         if not request.training:
-            call = Call(kind=Kind.EVALUATE, client=session.info.client, request=request)
+            info = session.info
+            call = Call(kind=Kind.EVALUATE, client=info.client, round=info.round, request=request)
             reply: m.ForwardReply = self._wait(self.engine.submit(call))
             return reply
         if not request.is_delta:

@@ -101,6 +101,10 @@ class ForwardReply(Reply):
 class ForwardRequest(Request[ForwardReply]):
     """Smashed data for the trunk; with `training` the trunk keeps the graph for one backward.
 
+    The trunk's modules are in training mode if `training` is set, and in evaluation mode if not;
+    with `other_mode` it is the other way round. Dropout depends on the number of the call
+    `calls_ago` calls before: 0, or the distance of the forward that this one repeats.
+
     The mask is absent if it is all ones, and positions are absent if the family makes its own.
 
     With `bases_B`, request and reply carry deltas to references (`fedsplit.wire.delta`): each
@@ -118,7 +122,14 @@ class ForwardRequest(Request[ForwardReply]):
     codec: str = "none"
     bases_B: Tensor | None = None
     references: tuple[Tensor, ...] = ()
+    other_mode: bool = False
+    calls_ago: int = 0
     base_BTD: Tensor | None = field(default=None, metadata=STAYS)
+
+    @property
+    def train_mode(self) -> bool:
+        """Whether the trunk's modules are in training mode, that is, have dropout."""
+        return self.training != self.other_mode
 
     @property
     def is_delta(self) -> bool:

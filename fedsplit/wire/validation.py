@@ -36,6 +36,7 @@ _LEAST = {
     "past": 0,
     "logits_to_keep": 1,
     "cache_tokens": 0,
+    "calls_ago": 0,
 }
 
 
@@ -98,6 +99,11 @@ def _check_forward(request: ForwardRequest, limits: Limits) -> None:
                 f"position_ids of shape {tuple(positions_BT.shape)} do not fit {B} sequences "
                 f"of {T} tokens"
             )
+    if request.calls_ago > request.call:
+        raise ProtocolError(
+            f"calls_ago={request.calls_ago} is before the first call; call {request.call} can "
+            "repeat an earlier one"
+        )
     if request.is_delta or request.references:
         _check_bases(request)
 

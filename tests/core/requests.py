@@ -10,7 +10,7 @@ def forward_of(member, call=0, session=None, **changes):
     """Return a training forward of the client's embeddings for a batch, as it would cross."""
     smashed_BTD = member.model.get_input_embeddings()(batch().inputs["input_ids"]).detach()
     fields = dict(
-        session=session or member.trunk._session,
+        session=session or member.trunk._named_session(),
         call=call,
         training=True,
         smashed_BTD=smashed_BTD,

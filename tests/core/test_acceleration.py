@@ -149,7 +149,7 @@ def test_checkpointing_the_trunk_keeps_less_there(tiny_llama):
         with world(tiny_llama(), run) as here:
             alice = here.add("alice")
             with alice.trunk.session():
-                alice.model(**batch().inputs)
+                alice.model.train()(**batch().inputs)
                 return here.service.engine.stashed_bytes
 
     assert stashed(run_with(train={"checkpointing": "trunk"})) < 0.5 * stashed(run_with())

@@ -119,7 +119,7 @@ def test_a_connection_that_breaks_after_the_end_starts_no_clock(tiny_llama):
         alice.trunk.open()
         ask(here, "alice", forward_of(alice))
     before = threading.active_count()
-    here.service.disconnected(alice.trunk._session)
+    here.service.disconnected(alice.trunk._named_session())
     assert threading.active_count() == before
 
 

@@ -228,7 +228,7 @@ def test_one_that_dies_leaves_no_session_and_no_stash(tiny_llama, policy, replic
         ask(here, names[0], request), ask(here, names[0], backward_of(request))
         ask(here, names[0], forward_of(doomed, call=1))
         assert here.service.engine.stashed_bytes > 0
-        here.service.disconnected(doomed.trunk._session)
+        here.service.disconnected(doomed.trunk._named_session())
         with ThreadPoolExecutor(2) as pool:
             stats = list(pool.map(lambda m: m.trainer.fit(groups(1, 2)), others))
         assert [each.steps for each in stats] == [2, 2]

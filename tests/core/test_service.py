@@ -158,7 +158,7 @@ def test_a_broken_connection_leaves_nothing_behind(tiny_llama):
         alice.trunk.open()
         ask(here, "alice", forward_of(alice))
         assert here.service.engine.stashed_bytes > 0
-        here.service.disconnected(alice.trunk._session)
+        here.service.disconnected(alice.trunk._named_session())
         clock.now += 4.9
         here.service.expire_sessions()
         assert here.service.engine.stashed_bytes > 0
@@ -177,7 +177,7 @@ def test_a_client_that_comes_back_in_time_keeps_its_session(tiny_llama):
         alice.trunk.open()
         request = forward_of(alice)
         ask(here, "alice", request)
-        here.service.disconnected(alice.trunk._session)
+        here.service.disconnected(alice.trunk._named_session())
         ask(here, "alice", backward_of(request))
         clock.now += 10.0
         here.service.expire_sessions()

@@ -81,6 +81,9 @@ MESSAGES: dict[str, Body] = {
         references=(values(2, 3, 8).bfloat16(), -values(2, 3, 8).bfloat16()),
     ),
     "forward_request with defaults": m.ForwardRequest(**NOT_COUNTED, smashed_BTD=values(1, 1, 1)),
+    "forward_request of another mode that repeats one": m.ForwardRequest(
+        **NOT_COUNTED, smashed_BTD=values(1, 1, 1), other_mode=True, calls_ago=2
+    ),
     "forward_reply": m.ForwardReply(trunk_out_BTD=values(2, 3, 8), version=MANY, codec="fp16"),
     "forward_reply with defaults": m.ForwardReply(trunk_out_BTD=values(1, 1, 1), version=0),
     "backward_request": m.BackwardRequest(
