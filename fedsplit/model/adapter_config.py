@@ -1,8 +1,10 @@
-"""The configs of peft adapters: which ones parts take, and the one config of two parts."""
+"""The configs of peft adapters: which ones parts take, and what they change."""
 
 import copy
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -14,6 +16,7 @@ from peft.utils.other import (
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
 )
+from torch import nn
 from transformers import PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError
@@ -43,7 +46,7 @@ _REASONS = {
     "velora_config": "VeLoRA compresses gradients with statistics of the whole batch",
 }
 # The fields in which the adapters of two parts of one model may not differ.
-_SAME = (
+SAME = (
     "r lora_alpha use_rslora rank_pattern alpha_pattern bias lora_bias use_dora kasa_config "
     "use_bdlora init_lora_weights".split()
 )
@@ -77,16 +80,17 @@ def check_config(config: PeftConfig, origin: str) -> LoraConfig:
     if type(config) is not LoraConfig:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise CheckpointError(f"{origin}: an adapter of type {kind}; parts take LORA only")
-    for field in dataclasses.fields(config):
-        if field.name not in _SUPPORTED and getattr(config, field.name) != _default(field):
-            reason = _REASONS.get(field.name, "parts have not been compared with it")
-            raise CheckpointError(f"{origin}: {field.name} is not supported: {reason}")
+    for each in dataclasses.fields(config):
+        if each.name not in _SUPPORTED and getattr(config, each.name) != _default(each):
+            reason = _REASONS.get(each.name, "parts have not been compared with it")
+            raise CheckpointError(f"{origin}: {each.name} is not supported: {reason}")
     return config
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    is_made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if is_made else field.default
+def _default(each: "dataclasses.Field[Any]") -> Any:
+    if each.default_factory is not dataclasses.MISSING:
+        return each.default_factory()
+    return each.default
 
 
 def active_adapter(part: PreTrainedModel) -> str:
@@ -112,52 +116,83 @@ def active_adapter(part: PreTrainedModel) -> str:
     return active.pop()
 
 
-def config_of(part: PreTrainedModel, adapter: str, origin: str) -> LoraConfig:
-    """The config of a part's adapter, with the full names of what the part holds of it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedModules:
+    """What an adapter changes, by full names in the unsplit model.
+
+    Attributes:
+        targets: Layers with an adapter.
+        parameters: Parameters with an adapter, such as those of fused experts.
+        saved: Modules that train in full, in place of the model's own.
+        tokens: Embeddings of which only some tokens train, and these tokens.
+    """
+
+    targets: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: nn.Module, adapter: str) -> "AdaptedModules":
+        """Those of the adapter of this name in a model."""
+        targets, parameters, saved, tokens = [], [], [], {}
+        for full_name, module in model.named_modules():
+            name = full_name.replace(".base_layer", "")
+            if isinstance(module, ParamWrapper) and adapter in module.r:
+                parameters.append(f"{name}.{module.parameter_name}")
+            elif isinstance(module, LoraLayer) and adapter in module.r:
+                targets.append(name)
+            elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+                saved.append(name)
+            elif isinstance(module, TrainableTokensWrapper):
+                layer = module.token_adapter
+                # peft ties the tokens of a head by itself.
+                if adapter in layer.token_indices and not layer.tied_adapter:
+                    tokens[name] = layer.token_indices[adapter]
+        return AdaptedModules(
+            targets=tuple(targets), parameters=tuple(parameters), saved=tuple(saved), tokens=tokens
+        )
+
+    def only(self, keep: Callable[[str], bool]) -> "AdaptedModules":
+        """Those whose names are kept."""
+        return AdaptedModules(
+            targets=tuple(filter(keep, self.targets)),
+            parameters=tuple(filter(keep, self.parameters)),
+            saved=tuple(filter(keep, self.saved)),
+            tokens={name: self.tokens[name] for name in filter(keep, self.tokens)},
+        )
+
+    def __add__(self, other: "AdaptedModules") -> "AdaptedModules":
+        return AdaptedModules(
+            targets=self.targets + other.targets,
+            parameters=self.parameters + other.parameters,
+            saved=self.saved + other.saved,
+            tokens=self.tokens | other.tokens,
+        )
+
+    def write_to(self, config: LoraConfig) -> None:
+        """Let the config name these modules and no others."""
+        config.target_modules = sorted(self.targets)
+        config.target_parameters = sorted(self.parameters)
+        config.modules_to_save = sorted(self.saved) or None
+        config.trainable_token_indices = self.tokens or None
+        # They have been applied, and peft warns if they have no effect.
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def shared_config(configs: Sequence[LoraConfig]) -> LoraConfig:
+    """A copy of the config of client and trunk, or of the one that has an adapter.
 
     Raises:
-        CheckpointError: `check_config` refuses it; the message names `origin`.
+        ConfigError: The two differ in more than their modules, or there is none.
     """
-    config = copy.deepcopy(check_config(part.peft_config[adapter], origin))
-    modules, parameters, saved, tokens = [], [], [], {}
-    for full_name, module in part.named_modules():
-        name = full_name.replace(".base_layer", "")
-        if isinstance(module, ParamWrapper) and adapter in module.r:
-            parameters.append(f"{name}.{module.parameter_name}")
-        elif isinstance(module, LoraLayer) and adapter in module.r:
-            modules.append(name)
-        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            saved.append(name)
-        elif isinstance(module, TrainableTokensWrapper) and not module.token_adapter.tied_adapter:
-            # peft ties the head's by itself.
-            tokens[name] = module.token_adapter.token_indices[adapter]
-    config.target_modules, config.target_parameters = modules, parameters
-    config.modules_to_save, config.trainable_token_indices = saved, tokens
-    return config
-
-
-def joined_config(client: LoraConfig | None, trunk: LoraConfig | None) -> LoraConfig:
-    """The config of the unsplit model's adapter; the arguments come from `config_of`.
-
-    Raises:
-        ConfigError: The two differ in more than their modules, or neither is given.
-    """
-    configs = [config for config in (client, trunk) if config is not None]
     if not configs:
         raise ConfigError("neither client nor trunk has adapters to save; set lora.enabled=true")
     first, last = configs[0], configs[-1]
-    for field in _SAME:
-        if getattr(first, field) != getattr(last, field):
+    for name in SAME:
+        if getattr(first, name) != getattr(last, name):
             raise ConfigError(
-                f"the adapters of client and trunk are not of one kind: {field} is "
-                f"{getattr(first, field)} and {getattr(last, field)}; add both with one config"
+                f"the adapters of client and trunk are not of one kind: {name} is "
+                f"{getattr(first, name)} and {getattr(last, name)}; add both with one config"
             )
-    joined = copy.deepcopy(first)
-    for field in ("target_modules", "target_parameters", "modules_to_save"):
-        setattr(joined, field, sorted(name for c in configs for name in getattr(c, field)))
-    joined.trainable_token_indices = {
-        name: indices for c in configs for name, indices in c.trainable_token_indices.items()
-    }
-    joined.exclude_modules = joined.layers_to_transform = joined.layers_pattern = None
-    joined.inference_mode = True
-    return joined
+    return copy.deepcopy(first)

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import ConfigError
 from fedsplit.model.build import load_tensors
+from fedsplit.model.identity import misfit
 from fedsplit.model.source import on_meta
 from fedsplit.model.stage import AUXILIARY, ClientPart, TrunkPart
 
@@ -44,6 +45,8 @@ def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
             f"{client.trunk_blocks} elsewhere, the trunk {trunk.family.__name__} with blocks "
             f"{trunk.trunk_blocks}"
         )
+    if found := misfit(client.identity, trunk.identity):
+        raise ConfigError(f"these parts do not fit: {found}")
     # Names are those of the unsplit model in both parts, so the union of the two is its state.
     tensors = {k: t.clone() for part in (trunk, client) for k, t in folded_state(part).items()}
     whole = _with_tensors(client.family, client, tensors, "the parts")
@@ -118,7 +121,7 @@ def _unwrapped(adapter: nn.Module) -> nn.Module:
     elif not adapter.merged:
         adapter.merge()
     # Adapters of several parameters of a module are wrapped into each other.
-    inner: nn.Module = adapter.base_layer
+    inner = cast(nn.Module, adapter.base_layer)
     return _unwrapped(inner) if isinstance(inner, BaseTunerLayer) else inner
 
 

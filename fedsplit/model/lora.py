@@ -8,9 +8,10 @@ ordinary peft adapter of that model. A classifier's head trains in full, as with
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel, get_peft_model_state_dict, inject_adapter_in_model
@@ -25,10 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.adapter_config import (
+    AdaptedModules,
     active_adapter,
-    config_of,
-    joined_config,
+    check_config,
     saved_config,
+    shared_config,
 )
 from fedsplit.model.plan import plan_for
 from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
@@ -59,18 +61,17 @@ def add_adapters(part: PreTrainedModel, lora: LoraSpec, seed: int = 0) -> None:
     """
     if not lora.enabled:
         return
-    config = _config_for_whole(part, lora)
-    _require_a_place(part, config, lora)
-    _inject(part, config, lora, seed)
+    config, modules = _config_for_whole(part, lora)
+    _require_a_place(part, modules, lora)
+    _inject(part, config, modules.only(lambda name: _is_enabled(part, name, lora)), seed)
 
 
-def _require_a_place(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec) -> None:
+def _require_a_place(part: PreTrainedModel, modules: AdaptedModules, lora: LoraSpec) -> None:
     """Raise ConfigError if `lora` enables no place of a target, in this part or the other."""
     has_head = bool(plan_for(_family_of(part), part.config).head)
     if has_head or not isinstance(part, Part):
         return
-    names = [*config.target_modules, *config.target_parameters]
-    places = sorted({part.place_of(name) for name in names})
+    places = sorted({part.place_of(name) for name in modules.targets + modules.parameters})
     if not any(_places(lora)[place] for place in places):
         raise ConfigError(
             f"lora.targets={lora.targets}: all are in the {' and the '.join(places)}, but "
@@ -96,8 +97,9 @@ def load_adapter(part: PreTrainedModel, source: str, revision: str = "main") -> 
     # A saved adapter is in inference mode, in which peft freezes it.
     config.inference_mode = False
     try:
-        _resolve(part, config, _adapted_whole(part, config))
-        _inject(part, config, LoraSpec(), seed=0)
+        modules = _resolved(part, _adapted_whole(part, config))
+        own = modules.only(lambda name: _is_enabled(part, name, LoraSpec()))
+        _inject(part, config, own, seed=0)
     except (ValueError, TypeError) as exc:
         raise CheckpointError(
             f"{source}: not an adapter of {_family_of(part).__name__} ({_first_line(exc)})"
@@ -152,19 +154,15 @@ def _is_of(part: PreTrainedModel, saved: str) -> bool:
     return not isinstance(part, Part) or part.holds(saved.removeprefix(_SAVED_PREFIX))
 
 
-def _inject(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec, seed: int) -> None:
-    """Freeze the part; add adapters to the targets that the part holds and `lora` enables."""
+def _inject(part: PreTrainedModel, config: LoraConfig, own: AdaptedModules, seed: int) -> None:
+    """Freeze the part, and add adapters to its `own` modules; the config is changed."""
     part.requires_grad_(False)
-    for field in ("target_modules", "target_parameters", "modules_to_save"):
-        setattr(config, field, _enabled(part, getattr(config, field), lora))
-    tokens = config.trainable_token_indices
-    config.trainable_token_indices = {n: tokens[n] for n in _enabled(part, tokens, lora)} or None
-    has_targets = bool(config.target_modules or config.target_parameters)
-    trains_more = config.modules_to_save or config.trainable_token_indices or config.bias == "all"
-    if not has_targets and trains_more:
+    own.write_to(config)
+    has_targets = bool(own.targets or own.parameters)
+    if not has_targets:
         # peft refuses a config without targets otherwise.
         config.target_modules = DUMMY_TARGET_MODULES
-    if has_targets or trains_more:
+    if has_targets or own.saved or own.tokens or config.bias == "all":
         with rng_scope(seed), _quiet():
             inject_adapter_in_model(config, part, _ADAPTER)
         # New modules are in training mode, even if the part is not.
@@ -173,12 +171,11 @@ def _inject(part: PreTrainedModel, config: LoraConfig, lora: LoraSpec, seed: int
         part.get_submodule(name).requires_grad_(True)
 
 
-def _enabled(part: PreTrainedModel, modules: Iterable[str], lora: LoraSpec) -> list[str]:
-    """Those of the modules that the part holds and that `lora` enables."""
+def _is_enabled(part: PreTrainedModel, module: str, lora: LoraSpec) -> bool:
+    """Whether the part holds the module, and `lora` enables it."""
     if not isinstance(part, Part):
-        return list(modules)
-    enabled = _places(lora)
-    return [name for name in modules if part.holds(name) and enabled[part.place_of(name)]]
+        return True
+    return part.holds(module) and _places(lora)[part.place_of(module)]
 
 
 def _places(lora: LoraSpec) -> dict[str, bool]:
@@ -235,23 +232,25 @@ def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) ->
         CheckpointError: The adapters are not of a kind that parts take.
     """
     tensors: dict[str, Tensor] = {}
-    configs: dict[str, LoraConfig] = {}
+    configs: list[LoraConfig] = []
+    # A part trains the head without a wrapper of peft.
+    modules = AdaptedModules(saved=client.plan.head)
     for label, part in (("client", client), ("trunk", trunk)):
         if adapter := active_adapter(part):
-            configs[label] = config_of(part, adapter, f"the {label}")
+            configs.append(check_config(cast(Any, part.peft_config[adapter]), f"the {label}"))
+            modules += AdaptedModules.of(part, adapter)
         for name, tensor in _adapter_state(part).items():
             tensors[_SAVED_PREFIX + name] = tensor.detach().contiguous()
-    joined = joined_config(configs.get("client"), configs.get("trunk"))
-    # A part trains the head without a wrapper of peft.
-    joined.modules_to_save = [*joined.modules_to_save, *client.plan.head] or None
-    joined.trainable_token_indices = joined.trainable_token_indices or None
+    joined = shared_config(configs)
+    modules.write_to(joined)
+    joined.inference_mode = True
     joined.base_model_name_or_path = client.config.name_or_path or None
     joined.save_pretrained(str(directory))
     save_file(tensors, Path(directory) / _WEIGHTS, metadata={"format": "pt"})
 
 
-def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
-    """The peft config of `lora` for the unsplit model, with the full name of every target."""
+def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> tuple[LoraConfig, AdaptedModules]:
+    """The peft config of `lora`, and the modules that it selects in the unsplit model."""
     family = _family_of(part)
     config = LoraConfig(
         r=lora.rank,
@@ -269,13 +268,13 @@ def _config_for_whole(part: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
             f"lora.targets={lora.targets} does not work for {family.__name__} "
             f"({_first_line(exc)}); name its linear layers, such as q_proj,v_proj"
         ) from exc
-    return _resolve(part, config, tuned)
+    return config, _resolved(part, tuned)
 
 
 def _refuse_unused(config: LoraConfig, tuned: LoraModel) -> None:
     """Raise ValueError for a name in a list of targets that no module has; peft ignores it."""
-    found = tuned.targeted_module_names
-    for target in sorted(config.target_modules if isinstance(config.target_modules, set) else ()):
+    targets, found = config.target_modules, tuned.targeted_module_names
+    for target in sorted(targets if isinstance(targets, set) else set[str]()):
         if not any(f".{name}".endswith(f".{target}") for name in found):
             raise ValueError(f"no module is called {target}")
 
@@ -290,21 +289,17 @@ def _adapted_whole(part: PreTrainedModel, config: LoraConfig) -> LoraModel:
         return LoraModel(whole, config, _ADAPTER, low_cpu_mem_usage=True)
 
 
-def _resolve(part: PreTrainedModel, config: LoraConfig, tuned: LoraModel) -> LoraConfig:
-    """The config, changed in place, with the full names of what `tuned` has adapters for."""
+def _resolved(part: PreTrainedModel, tuned: LoraModel) -> AdaptedModules:
+    """The modules that `tuned` has adapters for, without the head that parts train in full."""
     plan = plan_for(_family_of(part), part.config)
-    full = config_of(tuned.model, _ADAPTER, "the adapter")
     head = tuple(f"{module}." for module in plan.head)
-    # A part trains the head of a classifier without a wrapper of peft.
-    for field in ("target_modules", "target_parameters", "modules_to_save"):
-        names = [n for n in getattr(full, field) if not f"{n}.".startswith(head)]
-        setattr(config, field, names)
-    config.trainable_token_indices = full.trainable_token_indices
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    for name in config.modules_to_save:
+    modules = AdaptedModules.of(tuned.model, _ADAPTER).only(
+        lambda name: not f"{name}.".startswith(head)
+    )
+    for name in modules.saved:
         if f"{plan.blocks}.".startswith(f"{name}."):
             raise ValueError(f"modules_to_save has {name}, which is in both parts")
-    return config
+    return modules
 
 
 def _targets(model_type: str, targets: str) -> list[str] | str:

@@ -36,7 +36,7 @@ class WholeAdaptersOnly(nn.Module):
             name = key.removeprefix(prefix)
             if any(mark in name for mark in marks) and not self.holds(name):
                 _refuse(f"the adapter has a tensor '{name}', which is in the other part")
-        super()._load_from_state_dict(state_dict, prefix, *args, **options)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
 
 def _refuse(problem: str) -> NoReturn:
