@@ -5,8 +5,11 @@ Functions import the libraries that they need, so that a program's `--help` is f
 
 import os
 import sys
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+
+from fedsplit.errors import error_text
 
 READER_GONE = 141
 """The exit status after the reader of the output has closed it: 128 + SIGPIPE, as in a shell."""
@@ -67,3 +70,21 @@ def ending_with_its_reader() -> Iterator[None]:
         # Python flushes stdout at its exit, which would print a second BrokenPipeError.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(READER_GONE)
+
+
+@contextmanager
+def ending_with_an_error_line(*, debug: bool) -> Iterator[None]:
+    """A context that ends the program with status 1 and the text of an error on stderr.
+
+    Args:
+        debug: Whether to print the traceback too.
+
+    Raises:
+        SystemExit: In place of the error.
+    """
+    try:
+        yield
+    except Exception as exc:
+        if debug:
+            traceback.print_exc()
+        sys.exit(f"error: {error_text(exc)}")

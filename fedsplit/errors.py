@@ -206,6 +206,30 @@ class Internal(FedsplitError):
     """A bug of fedsplit at the peer; the peer's log has the details."""
 
 
+def one_line(text: str) -> str:
+    """Return a text of a peer or a library without line ends and control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def error_text(error: Exception) -> str:
+    """Return the text with which a program reports an error.
+
+    An error of another library becomes one line that begins with its class, because its text often
+    does not say enough.
+
+    >>> error_text(ConfigError("seed=-1 is too small"))
+    'seed=-1 is too small'
+    >>> error_text(KeyError("wte"))
+    "KeyError: 'wte' (--debug shows the traceback)"
+    """
+    if isinstance(error, FedsplitError | OSError):
+        return str(error)
+    text = one_line(str(error)) or "no message"
+    # Some libraries list every parameter of a model.
+    text = text if len(text) <= 500 else f"{text[:500]} ..."
+    return f"{type(error).__name__}: {text} (--debug shows the traceback)"
+
+
 def _family(cls: type[FedsplitError]) -> list[type[FedsplitError]]:
     return [cls] + [child for sub in cls.__subclasses__() for child in _family(sub)]
 

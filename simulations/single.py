@@ -4,15 +4,110 @@ The modules that train are imported only for a run in this process, because impo
 """
 
 import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from fedsplit.config import to_yaml
+from fedsplit.console import ending_with_its_reader
 from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.metrics import closing_table, evaluated
 from fedsplit.spec import RunSpec
 from simulations.launch import run_flwr
 
 _APP = Path(__file__).resolve().parent.parent
+_POLL_S = 0.2
+"""Seconds between two looks at the run's folder for new rounds."""
+
+
+def run_one(run: RunSpec) -> float:
+    """Run one experiment, and print its rounds as they end.
+
+    Launchers of Hydra pickle this function for their processes, by its name in this module.
+
+    Returns:
+        The best held-out loss, which a sweeper can minimize; NaN if it was not measured.
+
+    Raises:
+        FedsplitError: The run failed.
+        SystemExit: The reader of the output has closed it.
+    """
+    # Here as well as in the program, because Hydra catches errors in between and prints its text.
+    with ending_with_its_reader():
+        run, folder = claim(run)
+        print(_heading(run), flush=True)
+        if run.resume:
+            print(f"resumes after round {folder.last_checkpoint} in {folder.path}", flush=True)
+        with _printing_rounds(folder):
+            carry_out(run, folder)
+        rounds = folder.rounds()
+        print(f"\n{closing_table(rounds)}")
+        print(f"\nleft in {folder.path}: {left_in(folder.path)}", flush=True)
+        return min(stats.eval_loss for stats in evaluated(rounds))
+
+
+def left_in(folder: Path) -> str:
+    """Return the names in a folder as one text."""
+    names = (f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return " ".join(sorted(names))
+
+
+@contextmanager
+def _printing_rounds(folder: RunFolder) -> Iterator[None]:
+    """Print each new round of the folder inside the block, from whichever process wrote it.
+
+    Raises:
+        BrokenPipeError: The output has no reader any more; the block was interrupted, as by Ctrl-C.
+    """
+    over = threading.Event()
+    known = folder.rounds()
+    broken_pipes: list[BrokenPipeError] = []
+
+    def follow() -> None:
+        while True:
+            last_look = over.wait(_POLL_S)
+            for stats in folder.rounds():
+                # A resumed run trains some rounds again, so their number alone does not tell.
+                if stats not in known:
+                    print(stats.line, flush=True)
+                    known.append(stats)
+            if last_look:
+                return
+
+    def follow_while_read() -> None:
+        try:
+            follow()
+        except BrokenPipeError as exc:
+            broken_pipes.append(exc)
+            # The block runs in the main thread, and only a signal interrupts it there.
+            main_thread = threading.main_thread().ident
+            assert main_thread is not None, "it has been started"
+            signal.pthread_kill(main_thread, signal.SIGINT)
+
+    thread = threading.Thread(target=follow_while_read, name="round-printer")
+    thread.start()
+    try:
+        try:
+            yield
+        finally:
+            # The thread looks once more after this, so the last rounds are printed too.
+            over.set()
+            thread.join()
+    except KeyboardInterrupt:
+        if broken_pipes:
+            raise broken_pipes[0] from None
+        raise
+
+
+def _heading(run: RunSpec) -> str:
+    return (
+        f"run {run.name} ({run.fingerprint}): {run.model}, split {run.split}, "
+        f"{run.data.kind} corpus, {run.sharding.kind} sharding over {run.clients} clients, "
+        f"policy {run.policy.kind}, launch {run.launch.kind}"
+    )
 
 
 def claim(run: RunSpec) -> tuple[RunSpec, RunFolder]:

@@ -1,18 +1,19 @@
 """The `fedsplit` command: typer parses the command line into the object of a command."""
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 import typer
 from click import ClickException
 
-from fedsplit.cli.command import Command, one_line
+from fedsplit.cli.command import Command
 from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
 from fedsplit.cli.results import Compare, Plot, Shards
 from fedsplit.cli.serve import Info, Serve
 from fedsplit.console import ending_with_its_reader
-from fedsplit.errors import FedsplitError
+from fedsplit.errors import error_text, one_line
 
 _COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Serve, Generate, Chat)
 _EXAMPLES = (
@@ -35,33 +36,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; by default those of the process.
 
     Returns:
-        The exit status: 0; 1 after an error, which is one line on stderr; 2 for a command line
-        that cannot be parsed; 130 after Ctrl-C.
+        The exit status: 0; 1 after an error, which is one line on stderr, after its traceback with
+        --debug; 2 for a command line that cannot be parsed; 130 after Ctrl-C.
 
     Raises:
         SystemExit: The reader of the output has closed it, or a shell asked for completions.
     """
+    debug = False
     try:
         with ending_with_its_reader():
-            return _run(argv)
+            if command := _parsed(argv):
+                debug = command.debug
+                command.run()
+            return 0
     except ClickException as exc:
         exc.show()
         return exc.exit_code
-    except (FedsplitError, OSError) as exc:
-        print(f"error: {one_line(str(exc))}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         # 128 + SIGINT, as shells report it.
         return 130
+    except Exception as exc:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {one_line(error_text(exc))}", file=sys.stderr)
+        return 1
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _parsed(argv: Sequence[str] | None) -> Command | None:
+    """Return the command; None with --help, after typer has printed it."""
     parser = typer.main.get_command(_app())
     parsed = parser.main(argv, prog_name="fedsplit", standalone_mode=False)
-    # With --help, typer has printed the help and returns no command.
-    if isinstance(parsed, Command):
-        parsed.run()
-    return 0
+    return parsed if isinstance(parsed, Command) else None
 
 
 def _app() -> typer.Typer:

@@ -7,6 +7,7 @@ the libraries that they need, so that `fedsplit --help` is fast.
 
 import os
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -29,15 +30,21 @@ TlsCa = Annotated[
 ]
 
 
+Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Command(ABC):
     """A command; a subclass is a frozen dataclass, and its docstring is the help.
 
     Attributes:
         example: Arguments of the example in the help.
+        debug: Whether the traceback of an error is printed.
     """
 
-    __slots__ = ()
     example: ClassVar[str]
+
+    debug: Debug = False
 
     @abstractmethod
     def run(self) -> None:
@@ -70,8 +77,3 @@ def read_token(file: str) -> str:
     if not token:
         raise ConfigError(f"--token-file {file} is empty; put the token there")
     return token
-
-
-def one_line(text: str) -> str:
-    """Return a text of a peer or a library without line ends and control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -54,7 +54,7 @@ TopP = Annotated[
 TopK = Annotated[
     int | None, typer.Option(metavar="X", help="sample from this many most likely tokens")
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="seed of sampling")]
+Seed = Annotated[int, typer.Option(metavar="N", help="seed of sampling", min=0, max=(1 << 64) - 1)]
 Caches = Annotated[
     Literal["server", "client"], typer.Option(help="the side that stores the trunk's KV cache")
 ]

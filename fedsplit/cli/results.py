@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from fedsplit.cli.command import Command, one_line
+from fedsplit.cli.command import Command
+from fedsplit.errors import one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fedsplit.cli.command import Command, Revision, TlsCa, TokenFile, one_line, quiet, read_token
-from fedsplit.errors import ConfigError, Internal
+from fedsplit.cli.command import Command, Revision, TlsCa, TokenFile, quiet, read_token
+from fedsplit.errors import ConfigError, Internal, one_line
 from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:

@@ -4,12 +4,13 @@ No other package imports hydra or omegaconf, and none of their objects leaves th
 errors become `ConfigError`, with the field, the value and the allowed values.
 """
 
-from fedsplit.config.commandline import Variants, main
+from fedsplit.config.commandline import CommandLine, Variants
 from fedsplit.config.compose import changed, compose, from_run_config
 from fedsplit.config.schema import from_dictconfig, from_yaml, to_yaml
 from fedsplit.config.targets import build, resolve
 
 __all__ = [
+    "CommandLine",
     "Variants",
     "build",
     "changed",
@@ -17,7 +18,6 @@ __all__ = [
     "from_dictconfig",
     "from_run_config",
     "from_yaml",
-    "main",
     "resolve",
     "to_yaml",
 ]

@@ -3,19 +3,25 @@
 import itertools
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import hydra
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from fedsplit import atomic
 from fedsplit.config.compose import compose, store_schema
 from fedsplit.config.location import conf_dir
-from fedsplit.config.overrides import parse
+from fedsplit.config.overrides import SEARCH_PATH, parse
+from fedsplit.config.paths import with_absolute_paths
 from fedsplit.config.schema import from_dictconfig
-from fedsplit.errors import ConfigError, FedsplitError
+from fedsplit.errors import ConfigError, error_text
 from fedsplit.spec import RunSpec, SweepSpec
 
 Variants = dict[str, list[RunSpec]]
@@ -23,77 +29,181 @@ Variants = dict[str, list[RunSpec]]
 
 _ADD = "add a variant: 'sweep.variants.NAME=\"field=value\"'"
 _MULTIRUN = {"-m", "--multirun"}
+_CONFIG_DIR = ("-cd", "--config-dir")
 
 
-def main(
-    task: Callable[[RunSpec], object], sweep_task: Callable[[RunSpec, Variants], object]
-) -> None:
-    """Call `task` with the run of the command line, or with each run of a Hydra sweep (-m).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandLine:
+    """A command line, with all runs that it stands for.
 
-    An experiment (`sweep.variants`) is passed to `sweep_task` in place of `task`, with or without
-    -m. A FedsplitError ends the process with one line on stderr and status 1.
-
-    Args:
-        task: Gets one run.
-        sweep_task: Gets the experiment's own settings and the runs of its variants.
+    Attributes:
+        runs: The runs of its jobs. If a sweeper chooses the values, a run for each bound of them.
+        variants: The runs of an experiment; empty for a run or a Hydra sweep.
+        debug: Whether errors are reported with a traceback.
+        arguments: What Hydra reads.
     """
-    flags = [a for a in sys.argv[1:] if not _is_override(a)]
-    words = [a for a in sys.argv[1:] if _is_override(a)]
-    try:
-        overrides = parse(words)
+
+    runs: list[RunSpec]
+    variants: Variants
+    debug: bool
+    arguments: list[str]
+
+    @staticmethod
+    def read(arguments: Sequence[str]) -> "CommandLine":
+        """Read the arguments of a program; paths become absolute.
+
+        Raises:
+            ConfigError: The run, or one job of the sweep, cannot be composed.
+        """
+        flags, words = _flags_and_overrides(arguments)
+        debug = "--debug" in flags
+        flags = [flag for flag in flags if flag != "--debug"]
+        is_sweep = bool(_MULTIRUN & set(flags))
+        overrides = parse(words, sweep=is_sweep)
         # All jobs are composed here, so that a wrong one fails before the first one starts.
-        runs = [compose(job) for job in _jobs(overrides, sweep=bool(_MULTIRUN & set(flags)))]
-        if runs[0].sweep.variants and _MULTIRUN.issuperset(flags):
-            # Not in a Hydra job: Hydra's singleton does not allow to compose there.
-            sweep_task(runs[0], _variants(runs, words))
-            return
-    except FedsplitError as exc:
-        sys.exit(f"error: {exc}")
+        jobs = _jobs(overrides) if is_sweep else [_texts(overrides)]
+        runs = [with_absolute_paths(compose(job), Path.cwd()) for job in jobs]
+        is_experiment = bool(runs[0].sweep.variants) and _MULTIRUN.issuperset(flags)
+        return CommandLine(
+            runs=runs,
+            variants=_variants(runs, overrides, words) if is_experiment else {},
+            debug=debug,
+            arguments=[*flags, *_texts(overrides)],
+        )
 
-    @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-    def run(config: DictConfig) -> None:
+    def launch(self, task: Callable[[RunSpec], float]) -> None:
+        """Call `task` with the run, or with each run of a Hydra sweep (-m), through Hydra.
+
+        A sweep goes on after a job that failed, and the process ends with status 1 after the last
+        job.
+
+        Args:
+            task: Returns the value that a sweeper minimizes. A launcher may pickle it for another
+                process.
+
+        Raises:
+            StorageError: The folder of the sweep's runs cannot be made.
+            SystemExit: A job failed; its error has been printed.
+        """
+        if _MULTIRUN & set(self.arguments):
+            # Hydra makes it too, but reports a failure with a traceback.
+            for folder in {run.launch.run_dir for run in self.runs}:
+                atomic.make_folder(Path(folder))
+        # Hydra reads sys.argv.
+        sys.argv[1:] = self.arguments
+        store_schema()
+        job = _Job(task=task, debug=self.debug)
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+
+
+class _JobFailed(CompactHydraException):
+    """A job of a sweep failed. Hydra prints the text of this class, and no traceback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """The function that Hydra calls with the config of each job; an object can be pickled."""
+
+    task: Callable[[RunSpec], float]
+    debug: bool
+
+    def __call__(self, config: DictConfig) -> float:
+        settings = HydraConfig.get()
         try:
-            task(from_dictconfig(config))
-        except FedsplitError as exc:
-            sys.exit(f"error: {exc}")
-
-    # Hydra reads sys.argv, and does not know short forms such as split=1/2/1.
-    sys.argv[1:] = flags + [str(override.input_line) for override in overrides]
-    store_schema()
-    run()
-
-
-def _is_override(argument: str) -> bool:
-    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
-
-
-def _jobs(overrides: Sequence[Override], sweep: bool) -> Iterator[tuple[str, ...]]:
-    """Yield the overrides of each job: in a sweep, every combination of the listed values."""
-
-    def values(override: Override) -> list[str]:
-        # Hydra expands a glob over the options of a group; `check` refuses it.
-        listed = override.is_discrete_sweep() and not isinstance(override.value(), Glob)
-        if sweep and listed:
-            key = override.get_key_element()
-            return [f"{key}={value}" for value in override.sweep_string_iterator()]
-        return [str(override.input_line)]
-
-    return itertools.product(*map(values, overrides))
+            run = from_dictconfig(config)
+            return self.task(with_absolute_paths(run, Path(settings.runtime.cwd)))
+        except Exception as exc:
+            if self.debug:
+                traceback.print_exc()
+            text = error_text(exc)
+            if settings.mode is RunMode.RUN:
+                sys.exit(f"error: {text}")
+            overrides = shlex.join(settings.overrides.task)
+            # Hydra prints only the first job that failed, and that after the last job.
+            print(f"error: job {settings.job.num} ({overrides}): {text}", file=sys.stderr)
+            raise _JobFailed(f"error: job {settings.job.num}: {text}") from exc
 
 
-def _variants(runs: Sequence[RunSpec], words: Sequence[str]) -> Variants:
+def _flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return Hydra's flags, and the overrides, to which those of --config-dir are added.
+
+    Raises:
+        ConfigError: --config-dir is not a folder.
+    """
+    flags: list[str] = []
+    words: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, _, value = argument.partition("=")
+        if flag in _CONFIG_DIR:
+            folder = Path(value or next(rest, "")).expanduser().resolve()
+            if not folder.is_dir():
+                raise ConfigError(f"{flag} {folder} is not a folder; name one with options")
+            # Hydra reads this setting as well where it composes without a command line.
+            words.append(f"{SEARCH_PATH}=['file://{folder}']")
+        elif argument.startswith("~") or ("=" in argument and not argument.startswith("-")):
+            words.append(argument)
+        else:
+            flags.append(argument)
+    return flags, words
+
+
+def _texts(overrides: Sequence[Override]) -> tuple[str, ...]:
+    return tuple(str(override.input_line) for override in overrides)
+
+
+def _jobs(overrides: Sequence[Override]) -> Iterator[tuple[str, ...]]:
+    """Yield the overrides of each job of a sweep.
+
+    Hydra's own sweeper takes every combination of the listed values. Other sweepers choose, so
+    that only each value with the first values of the other fields is certain to be tried.
+    """
+    sweepers = [override for override in overrides if override.key_or_group == "hydra/sweeper"]
+    values = [_values(override, chosen=bool(sweepers)) for override in overrides]
+    if not sweepers:
+        yield from itertools.product(*values)
+        return
+    first = [listed[0] for listed in values]
+    yield tuple(first)
+    for number, listed in enumerate(values):
+        for value in listed[1:]:
+            yield (*first[:number], value, *first[number + 1 :])
+
+
+def _values(override: Override, *, chosen: bool) -> list[str]:
+    key, value = override.get_key_element(), override.value()
+    # Hydra's own sweeper takes no interval; `check` refuses it.
+    if isinstance(value, IntervalSweep) and chosen:
+        return [f"{key}={bound}" for bound in (value.start, value.end)]
+    # Hydra expands a glob over the options of a group; `check` refuses it.
+    if override.is_discrete_sweep() and not isinstance(value, Glob):
+        return [f"{key}={element}" for element in override.sweep_string_iterator()]
+    return [str(override.input_line)]
+
+
+def _variants(
+    runs: Sequence[RunSpec], overrides: Sequence[Override], words: Sequence[str]
+) -> Variants:
     """Return the runs of an experiment, in a folder of its name.
 
     The overrides of a variant take precedence over those of the command line.
 
     Args:
         runs: The jobs of the command line; only one is allowed.
-        words: The overrides of the command line.
+        overrides: The overrides of the command line.
+        words: The overrides as typed.
 
     Raises:
-        ConfigError: A variant cannot be composed, or the command line lists values too.
+        ConfigError: A variant cannot be composed, or the command line lists values too or chooses
+            a launcher.
     """
     sweep = runs[0]
+    for override in overrides:
+        if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
+            raise ConfigError(
+                f"{override.input_line} has no effect: {sweep.name} trains its variants itself, "
+                "sweep.at_once at a time; leave it out"
+            )
     if len(runs) > 1:
         raise ConfigError(
             f"{sweep.name} is a sweep of its own ({', '.join(sweep.sweep.variants)}), so no values "
@@ -103,7 +213,7 @@ def _variants(runs: Sequence[RunSpec], words: Sequence[str]) -> Variants:
     variants: Variants = {}
     for name, line in sweep.sweep.variants.items():
         try:
-            run = compose([*words, *shlex.split(line)])
+            run = with_absolute_paths(compose([*words, *shlex.split(line)]), Path.cwd())
             variants[name] = [
                 replace(
                     run,

@@ -67,7 +67,7 @@ def changed(run: RunSpec, overrides: Sequence[str]) -> RunSpec:
     check(parsed)
     for override in parsed:
         key = str(override.key_or_group)
-        if is_group(key):
+        if is_group(key) or override.is_delete():
             raise ConfigError(f"{key} was chosen when the run began; set one of its fields")
         OmegaConf.update(config, key, override.value())
     return from_dictconfig(config)

@@ -4,10 +4,11 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,25 +49,46 @@ RUN_CONFIG_KEYS = {
 """Keys of `[tool.flwr.app.config]`, and the group or field that each one sets."""
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
+_LISTS = ("lora.targets", "launch.trunk_device")
+"""Text fields that hold a list with commas."""
+
+SEARCH_PATH = "hydra.searchpath"
+"""Hydra's setting of more folders with options, such as a user's own experiments."""
+
+
+def parse(overrides: Sequence[str], *, sweep: bool = False) -> list[Override]:
     """Parse overrides; `split=1/2/1` becomes overrides of three fields.
+
+    Args:
+        overrides: As typed. A `~` at the beginning of a value is the home folder, as in a shell.
+        sweep: Whether values with commas are the values of a sweep, also in fields that hold a
+            list with commas.
 
     Raises:
         ConfigError: One of them is not `group=option` or `field=value`.
     """
-    return [override for text in overrides for override in _parse_one(text)]
+    return [override for text in overrides for override in _parse_one(_at_home(text), sweep)]
 
 
-def _parse_one(text: str) -> list[Override]:
+def _at_home(text: str) -> str:
+    if "'" in text or '"' in text:
+        return text
+    return re.sub(r"(?<=[=,])~(?=[/,]|$)", lambda _: str(Path.home()), text)
+
+
+def _parse_one(text: str, sweep: bool) -> list[Override]:
     parser = OverridesParser.create()
     try:
         override = parser.parse_override(text)
     except HydraException as exc:
-        raise ConfigError(f"{text!r} cannot be read; write group=option or field=value") from exc
+        hint = f"put the value in quotes: {_quoted(text)}" if "=" in text[1:] else _FORM
+        raise ConfigError(f"{text!r} cannot be read; {hint}") from exc
     if not override.key_or_group:
-        raise ConfigError(f"{text!r} names no field; write group=option or field=value")
+        raise ConfigError(f"{text!r} names no field; {_FORM}")
     if (name := current_name(override.key_or_group)) != override.key_or_group:
-        return _parse_one(text.replace(override.key_or_group, name, 1))
+        return _parse_one(text.replace(override.key_or_group, name, 1), sweep)
+    if name in _LISTS and not sweep and _is_listed(override):
+        return [parser.parse_override(_with_literal(text))]
     if override.key_or_group != "split" or "/" not in text:
         return [override]
     if override.is_sweep_override():
@@ -75,29 +97,57 @@ def _parse_one(text: str) -> list[Override]:
     return [parser.parse_override(f"split.{part}={count}") for part, count in counts.items()]
 
 
-def check(overrides: Iterable[Override]) -> None:
+_FORM = "write group=option or field=value"
+
+
+def _is_listed(override: Override) -> bool:
+    """Return whether an override has the form a,b."""
+    value = override.value()
+    return isinstance(value, ChoiceSweep) and value.simple_form
+
+
+def _with_literal(text: str) -> str:
+    """Return an override with its value in quotes."""
+    key, _, value = text.partition("=")
+    return f"{key}={QuotedString(text=value, quote=Quote.double).with_quotes()}"
+
+
+def _quoted(text: str) -> str:
+    """Return an override with its value in quotes, as it is typed in a shell."""
+    return shlex.quote(_with_literal(text))
+
+
+def check(overrides: Sequence[Override]) -> None:
     """Check overrides; Hydra would accept some wrong ones, and its errors do not say enough.
 
     Raises:
         ConfigError: There is no such option or field, or the value has the wrong type.
     """
     schema = make_schema()
+    folders = [conf_dir(), *_search_path(overrides)]
     for override in overrides:
-        _check(override, schema)
+        _check(override, schema, folders)
 
 
-def _check(override: Override, schema: DictConfig) -> None:
+def _search_path(overrides: Iterable[Override]) -> list[Path]:
+    values = [o.value() for o in overrides if o.key_or_group == SEARCH_PATH]
+    listed = [str(url) for value in values if isinstance(value, list) for url in value]
+    return [Path(url.removeprefix("file://")) for url in listed if "pkg://" not in url]
+
+
+def _check(override: Override, schema: DictConfig, folders: Sequence[Path]) -> None:
     key = str(override.key_or_group)
     # Hydra's own settings, such as hydra.sweep.dir.
     if re.match(r"hydra\b", key):
         return
     if override.is_delete():
+        # In a field with free keys, Hydra removes the key.
+        if OmegaConf.get_type(OmegaConf.select(schema, key.rpartition(".")[0])) is dict:
+            return
         raise ConfigError(f"~{key}: a run has all its fields; set {key}=... instead")
     if override.is_sweep_override():
-        raise ConfigError(
-            f"{override.input_line} lists several values; that takes -m, and commas between them"
-        )
-    options = _options(key)
+        raise ConfigError(_not_a_sweep(override))
+    options = _options(key, folders)
     if options:
         _check_option(key, override.value(), options)
         return
@@ -107,16 +157,24 @@ def _check(override: Override, schema: DictConfig) -> None:
         raise as_config_error(exc) from exc
 
 
+def _not_a_sweep(override: Override) -> str:
+    text = str(override.input_line)
+    told = f"{text} lists several values; that takes -m, and commas between them"
+    return (
+        f"{told}. A text with commas takes quotes: {_quoted(text)}"
+        if _is_listed(override)
+        else told
+    )
+
+
 def is_group(key: str) -> bool:
     """Return whether `key` is a group of `conf/`; its options are selected by name."""
-    return bool(_options(key))
+    return bool(_options(key, [conf_dir()]))
 
 
-def _options(group: str) -> list[str]:
-    """Return the options of a group of `conf/`; none if there is no such group."""
-    folder = conf_dir() / group
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+def _options(group: str, folders: Iterable[Path]) -> list[str]:
+    """Return the options of a group in these folders; none if there is no such group."""
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
 
 
 def _check_option(group: str, value: object, options: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """What goes in as overrides, run config or YAML comes out as one frozen spec, or is refused."""
 
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedsplit.config import (
+    CommandLine,
     build,
     compose,
     from_dictconfig,
@@ -34,6 +36,9 @@ NEEDS = {
     "data/text": ["data.path=corpus"],
     "data/jsonl": ["data.path=corpus.jsonl"],
     "data/hub": ["data.path=wikitext"],
+    "data/parquet": ["data.path=corpus.parquet"],
+    "data/csv": ["data.path=corpus.csv"],
+    "data/saved": ["data.path=corpus"],
 }
 
 
@@ -83,6 +88,11 @@ def test_the_default_is_the_spec_s_own_but_for_the_tiny_model():
         (["experiment=toy"], {"name": "toy", "train.rounds": 2, "data.sequence_length": 32}),
         (["experiment=toy", "train=sgd"], {"name": "toy", "train.optimizer": "sgd"}),
         (["experiment=toy", "train.rounds=7"], {"train.rounds": 7}),
+        (["lora.targets=q_proj,v_proj"], {"lora.targets": "q_proj,v_proj"}),
+        (["launch.trunk_device=cuda:0,cuda:1"], {"launch.trunk_device": "cuda:0,cuda:1"}),
+        (["data.path=~/texts"], {"data.path": str(Path.home() / "texts")}),
+        (["launch.run_dir=~"], {"launch.run_dir": str(Path.home())}),
+        (["data.path='~/texts'"], {"data.path": "~/texts"}),
     ],
     ids=str,
 )
@@ -126,7 +136,13 @@ REFUSED = {
     "split=1/2/1,2/1/1": "cannot be swept; sweep over split.bottom and split.top instead",
     "policy": "'policy' cannot be read; write group=option or field=value",
     "=3": "'=3' names no field; write group=option or field=value",
-    "train.lr={": "'train.lr={' cannot be read",
+    "train.lr={": "'train.lr={' cannot be read; put the value in quotes",
+    "data.path=/texte/\u00fc": "put the value in quotes: 'data.path=\"/texte/\u00fc\"'",
+    "data.path=a=b": "put the value in quotes: 'data.path=\"a=b\"'",
+    "data.path=it's": "put the value in quotes: 'data.path=\"it'\"'\"'s\"'",
+    "data.split=train[:10%]": r"put the value in quotes: 'data.split=\"train\[:10%\]\"'",
+    "data.path=a,b": "A text with commas takes quotes: 'data.path=\"a,b\"'",
+    "~model": "~model: a run has all its fields",
     "train.lr=${nope}": "Interpolation key 'nope' not found",
     "policy@elsewhere=sync": "policy@elsewhere",
 }
@@ -137,6 +153,22 @@ def test_a_wrong_override_is_refused_in_one_line(override):
     with pytest.raises(ConfigError, match=REFUSED[override]) as caught:
         compose([override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["/texte/\u00fc", "a=b", "a(b", "a[b", "it's", "train[:10%]", "a,b", "a#b", '"a']
+)
+def test_an_override_is_read_as_its_hint_writes_it(value):
+    with pytest.raises(ConfigError) as caught:
+        compose([f"data.path={value}"])
+    (word,) = shlex.split(str(caught.value).partition("quotes: ")[2])
+    assert compose([word]).data.path == value
+
+
+def test_a_key_of_a_free_field_can_be_removed():
+    assert "n_head" not in compose(["~model.config.n_head"]).model.config
+    with pytest.raises(ConfigError, match="model.config.n_heads"):
+        compose(["~model.config.n_heads"])
 
 
 def test_run_config_keys_are_those_of_pyproject_and_hold_no_values():
@@ -287,7 +319,9 @@ def command_line(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess
     script.write_text(
         textwrap.dedent(
             """
-            from fedsplit import config
+            import sys
+            from fedsplit.config import CommandLine
+            from fedsplit.console import ending_with_an_error_line
             from fedsplit.errors import DataError
 
             def task(spec):
@@ -296,7 +330,8 @@ def command_line(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess
                 print(spec.seed, spec.split, spec.sharding.kind, spec.fingerprint)
 
             if __name__ == "__main__":
-                config.main(task, print)
+                with ending_with_an_error_line(debug=False):
+                    CommandLine.read(sys.argv[1:]).launch(task)
             """
         )
     )
@@ -341,6 +376,34 @@ def test_command_line_refuses_before_anything_starts(tmp_path, arguments, messag
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_of_the_user_adds_options(tmp_path):
+    options = tmp_path / "my conf"
+    (options / "experiment").mkdir(parents=True)
+    (options / "experiment" / "mine.yaml").write_text("# @package _global_\nclients: 7\n")
+    line = CommandLine.read(["--config-dir", str(options), "experiment=mine"])
+    assert line.runs[0].clients == 7
+    with pytest.raises(ConfigError, match="experiment=nobodys is not one of: .*mine"):
+        CommandLine.read([f"--config-dir={options}", "experiment=nobodys"])
+    with pytest.raises(ConfigError, match="--config-dir .*none is not a folder"):
+        CommandLine.read(["--config-dir", str(tmp_path / "none")])
+    done = command_line(tmp_path, "-cd", str(options), "-m", "experiment=mine", "seed=1,2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [text[0] for text in done.stdout.splitlines()] == ["1", "2"]
+
+
+def test_paths_of_a_command_line_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    words = ["data=text", "data.path=texts", "model=pretrained", "wire.tls_ca=ca.pem"]
+    local = CommandLine.read([*words, "model.pretrained=here", "resume=runs/x"]).runs[0]
+    assert local.data.path == str(tmp_path / "texts")
+    assert local.model.pretrained == str(tmp_path / "here")
+    assert (local.wire.tls_ca, local.resume) == (f"{tmp_path}/ca.pem", f"{tmp_path}/runs/x")
+    names = ["data=hub", "data.path=org/texts", "model=pretrained", "model.pretrained=gpt2"]
+    hub = CommandLine.read([*names, "resume=auto"]).runs[0]
+    assert (hub.data.path, hub.model.pretrained, hub.resume) == ("org/texts", "gpt2", "auto")
 
 
 def test_help_lists_every_group_and_option_and_three_examples(tmp_path):

@@ -14,7 +14,10 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 NO_CODE = {"GenerationConfig", "PeftModel", "cls"}  # read a file without code of the checkpoint's
 UNPICKLES = {("simulations/bench/naive.py", "pickle")}  # what ours is measured against
 MAX_FILE, MAX_FUNCTION = 400, 60
-DOORS = {  # they answer a caller who is somewhere else
+DOORS = {  # they answer a caller who is somewhere else, or end a program
+    "fedsplit/cli/__init__.py",
+    "fedsplit/config/commandline.py",
+    "fedsplit/console.py",
     "fedsplit/flower/inline.py",
     "fedsplit/transport/server.py",
     "fedsplit/trunk/engine.py",
