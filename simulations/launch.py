@@ -26,6 +26,12 @@ WAITING = ("pending", "starting")
 LINES_IN_AN_ERROR = 30
 SECONDS_TO_END = 5.0
 """Seconds that processes have to end after SIGTERM, and again after SIGKILL."""
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that end a process at once: of `kill`, a terminal that is closed, and Ctrl-Backslash."""
+_OF_OTHERS = ("FLWR_", "RAY_ADDRESS", "RAY_NAMESPACE", "RAY_RUNTIME_ENV", "RAY_JOB_", "RAY_CLIENT_")
+"""Beginnings of variables that point Flower or Ray to another SuperLink, cluster or folder."""
+_LOOPBACK = "127.0.0.1,localhost,::1"
+_NO_PROXY = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
 
 
 def run_flwr(
@@ -74,7 +80,7 @@ def run_flwr(
         config_path.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
         command = ["flwr", "run", str(app_dir.resolve()), "--run-config", str(config_path)]
         command += ["--federation-config", _federation_config(num_clients, workers), "--stream"]
-        with _exit_on_sigterm(), _superlink(env, log_path, start_timeout_s):
+        with _exit_on_signals(), _superlink(env, log_path, start_timeout_s):
             _follow(command, env, start_timeout_s, take)
             status = _status(env)
     _require_completed(status, start_timeout_s, tail, log_path)
@@ -83,8 +89,10 @@ def run_flwr(
 def _environment(home: Path, commands: Path) -> dict[str, str]:
     """Return the environment of Flower's and Ray's processes, which write only to `home`."""
     (home / "start").mkdir()
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_OF_OTHERS)}
     return {
-        **os.environ,
+        **inherited,
+        **_without_proxy_on_loopback(inherited),
         "PATH": f"{commands}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
@@ -102,6 +110,16 @@ def _environment(home: Path, commands: Path) -> dict[str, str]:
     }
 
 
+def _without_proxy_on_loopback(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables with which no process calls another one here through a proxy.
+
+    The proxy itself stays, because a model may be downloaded through it.
+    """
+    # A program reads the first of these that it knows, so each one has what any of them has.
+    listed = [environment[name] for name in _NO_PROXY if environment.get(name)]
+    return dict.fromkeys(_NO_PROXY, ",".join([*listed, _LOOPBACK]))
+
+
 def _federation_config(num_clients: int, workers: int) -> str:
     """Return Flower's settings for so many simulated clients."""
     # Ray runs one client per CPU, and takes the number of CPUs from this setting.
@@ -110,17 +128,20 @@ def _federation_config(num_clients: int, workers: int) -> str:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception inside the block, so that `finally` clauses run."""
+def _exit_on_signals() -> Iterator[None]:
+    """Turn signals into an exception inside the block, so that `finally` clauses run."""
     # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # A signal that is ignored stays ignored, as SIGHUP under `nohup`.
+    numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {n: signal.signal(n, lambda number, frame: sys.exit(128 + number)) for n in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -198,8 +219,10 @@ def _await_health(
 
 
 def _answers(url: str) -> bool:
+    # Not `urlopen`, which asks the proxy of the environment.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=1.0):
+        with direct.open(url, timeout=1.0):
             return True
     except (urllib.error.URLError, OSError):
         return False

@@ -17,10 +17,13 @@ from fedsplit.errors import DataError, Diverged, FedsplitError
 from fedsplit.runs.compare import Group, Run, number
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
+from simulations.launch import SECONDS_TO_END
 from simulations.single import carry_out, claim
 
 _PRELOADED = ["fedsplit.flower.client_app", "fedsplit.flower.server_app", __name__]
 """Imported once for the processes of all runs, because the imports take seconds."""
+_SECONDS_TO_END = 3 * SECONDS_TO_END
+"""Seconds that a run has to end, and with it the processes of its SuperLink."""
 
 
 def carried_out(sweep: RunSpec, variants: Variants) -> list[Group]:
@@ -87,8 +90,12 @@ def _trained(runs: Sequence[RunSpec], sweep: RunSpec) -> Iterator[tuple[RunSpec,
                 work = working.pop(answer)
                 yield work.run, work.error()
     finally:
-        # After an error or Ctrl-C, no run must continue without its sweep.
+        # After an error or Ctrl-C, no run must continue without its sweep. SIGTERM first, so that a
+        # run on a SuperLink ends its processes.
         for work in working.values():
+            work.process.terminate()
+        for work in working.values():
+            work.process.join(timeout=_SECONDS_TO_END)
             work.process.kill()
 
 
@@ -140,8 +147,9 @@ def _train(config: str, num_threads: int, sender: "Connection[bytes, bytes]") ->
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent process ends, which may be killed before it can end its children."""
+    """End this process when its parent ends, which may be killed before it can end its children."""
     parent = parent_process()
     assert parent is not None, "only a child process comes here"
     parent.join()
-    os._exit(1)
+    # Ends a run in this process at once, and a run on a SuperLink after its processes.
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -86,7 +86,9 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run under `flwr run`, of which a client was killed in the third round."""
     here = tmp_path_factory.mktemp("simulated")
     folder, mark = RunFolder(here / "runs" / "tiny"), str(here)
-    with marking(mark), driver(*overrides_for(here, *ROUNDS)) as process:
+    # Flower's processes have other working directories.
+    words = [*overrides_for(here, *ROUNDS), f"data.path={os.path.relpath(here, ROOT)}/corpus.txt"]
+    with marking(mark), driver(*words) as process:
         await_that(lambda: len(folder.rounds()) == 2 or process.poll() is not None)
         log = (folder.path / "flower.log").read_text(encoding="utf-8")
         port = int(re.findall(r"Trunk is served at 127\.0\.0\.1:(\d+)", log)[0])

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from fedsplit.errors import ConfigError, DeadlineExceeded, Internal
-from simulations.launch import run_flwr
+from simulations.launch import _exit_on_signals, run_flwr
 
 pytestmark = pytest.mark.slow
 
@@ -112,10 +112,24 @@ def run(app: Path, lines: list[str], **options: object) -> None:
     run_flwr(app, **{"on_output": lines.append} | defaults | options)
 
 
+OF_OTHERS = {
+    **dict.fromkeys(["http_proxy", "https_proxy", "all_proxy", "grpc_proxy"], "http://127.0.0.1:9"),
+    **dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"], "http://127.0.0.1:9"),
+    "no_proxy": "example.org",
+    "RAY_ADDRESS": "127.0.0.1:9",
+    "RAY_NAMESPACE": "another",
+    "FLWR_DATABASE": "/nowhere/state.db",
+    "FLWR_INTERNAL_GRPC_CONTROL_API": "127.0.0.1:9",
+}
+"""Variables that a user has for other clusters, other SuperLinks and the internet."""
+
+
 def test_a_run_gets_its_config_and_all_clients_and_its_failure_is_an_error(
-    app: Path, mark: str
+    app: Path, mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run of the default app completes in test_deployed.py."""
+    for name, value in OF_OTHERS.items():
+        monkeypatch.setenv(name, value)
     config = "".join(f'key{i}: "it\'s" # \t\\ {{}} = [é]\n' for i in range(300))
     lines: list[str] = []
     with pytest.raises(Internal, match="did not complete: finished:failed") as caught:
@@ -129,20 +143,36 @@ def test_a_run_gets_its_config_and_all_clients_and_its_failure_is_an_error(
     assert left_behind(mark, lines) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_that_ends_the_driver_runs_its_cleanup(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, _exit_on_signals():
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with _exit_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_stopped_driver_stops_everything(app: Path, mark: str) -> None:
     lines: list[str] = []
 
     def stop_when_running(line: str) -> None:
         lines.append(line)
         if line.startswith("SESSION"):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
 
-    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit):
         config = {"folder": str(app)}
         run(app, lines, run_config=config, num_clients=1, on_output=stop_when_running)
     assert left_behind(mark, lines) == []
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_app_that_flower_refuses_is_an_error(app: Path, mark: str) -> None:
