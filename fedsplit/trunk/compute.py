@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsplit.model.acceleration import apply_training_options, autocast, checkpoints
 from fedsplit.model.memory import ByteCount
+from fedsplit.model.rope import tables_of
 from fedsplit.model.stage import TrunkPart
 from fedsplit.randomness import draws, rng_scope
 from fedsplit.spec import RunSpec
@@ -24,7 +25,8 @@ from fedsplit.wire.messages import ForwardRequest
 class Inputs:
     """The tensors of a forward, on the trunk's device.
 
-    `dropout` is the seed of its dropout, which it has in `train_mode`.
+    `dropout` is the seed of its dropout, which it has in `train_mode`, and `tables` a key of the
+    rotary tables for its own positions.
     """
 
     smashed_BTD: Tensor
@@ -32,6 +34,7 @@ class Inputs:
     position_ids_BT: Tensor | None
     dropout: str
     train_mode: bool = True
+    tables: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,12 +76,14 @@ class Compute:
         # NaN from one client must not reach parameters that all clients share.
         require_finite(request.smashed_BTD, "smashed_BTD")
         mask_BT, positions_BT = request.attention_mask_BT, request.position_ids_BT
+        largest = -1 if positions_BT is None else int(positions_BT.max())
         return Inputs(
             smashed_BTD=request.smashed_BTD.to(self.device),
             attention_mask_BT=None if mask_BT is None else mask_BT.to(self.device),
             position_ids_BT=None if positions_BT is None else positions_BT.to(self.device),
             dropout=dropout,
             train_mode=request.train_mode,
+            tables=tables_of(self._trunk.config, largest),
         )
 
     def evaluate(self, inputs: Inputs, versions: ParameterVersions) -> Tensor:

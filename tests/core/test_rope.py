@@ -7,10 +7,15 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from fedsplit.model import model_class_for
+from fedsplit.model.build import initial_whole
 from fedsplit.trunk.shared_pass import SharedPass
 from fedsplit.wire import messages as m
+from simulations.tiny import tiny_config
 from tests.core.generating import ROPES, generated, prompt, scene
+from tests.core.test_batched_pass import joint_run
 from tests.core.test_shared_pass import counted, segments
+from tests.core.worlds import world
 
 BY_LENGTH = [name for name in ROPES if "yarn" not in name and "llama3" not in name]
 """Those whose tables depend on the largest position of a pass."""
@@ -33,10 +38,10 @@ def logits_of(model, pieces, cache):
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_tokens_before_across_and_beyond_the_original_length(rope):
-    """Prompts are longer than a piece of the trunk's passes; the last one is short again."""
+    """Prompts are longer than a piece of the trunk's passes; the last one is shorter again."""
     with scene(rope, chunk_tokens=8) as here:
         alice = here.client()
-        for tokens in (*LENGTHS, 5):
+        for tokens in (*LENGTHS, 20):
             ids_BT = prompt(tokens, rows=2, pad=2)
             assert torch.equal(alice.says(ids_BT), of_the_whole(here, ids_BT))
 
@@ -89,3 +94,27 @@ def test_a_lost_cache_gets_its_earlier_tables_again(rope, kv):
         wanted = logits_of(whole, pieces, DynamicCache(config=whole.config))
     for ours, theirs in zip(got, wanted, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_clients_with_other_positions_share_no_training_pass():
+    family, fields = ROPES["phi3 longrope"]
+    sizes = {"num_hidden_layers": 4, "initializer_range": 0.3}
+    config = tiny_config(family, **sizes, **copy.deepcopy(fields))
+    run, ids_BT = joint_run(clients=2, max_queue_delay_s=0.1), prompt(9)
+    positions = [torch.arange(first, first + 9)[None] for first in (0, 20)]
+
+    def loss_of(model, positions_BT):
+        inputs = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": positions_BT}
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    with world(config, run) as here, ThreadPoolExecutor(2) as pool:
+        here.service.expect(("alice", "bob"), round=0, at_once=2, close_after=2)
+        members = [here.add(name) for name in ("alice", "bob")]
+        for member in members:
+            member.trunk.open()
+        losses = list(pool.map(loss_of, [each.model for each in members], positions))
+    for loss, positions_BT in zip(losses, positions, strict=True):
+        whole = initial_whole(config, run.seed, model_class=model_class_for(config))
+        torch.testing.assert_close(loss, loss_of(whole, positions_BT))
