@@ -5,9 +5,9 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.source import Source
+
+P = TypeVar("P", bound=PreTrainedModel)
 
 NAME = "adapter_config.json"
 
@@ -91,6 +93,20 @@ def _default(each: "dataclasses.Field[Any]") -> Any:
     if each.default_factory is not dataclasses.MISSING:
         return each.default_factory()
     return each.default
+
+
+def without_wrapper(part: P | PeftModel) -> P:
+    """The part itself, if `get_peft_model` has wrapped it.
+
+    Raises:
+        ConfigError: Its adapter is a prompt, which is in the wrapper.
+    """
+    if not isinstance(part, PeftModel):
+        return part
+    if part.active_peft_config.is_prompt_learning:
+        kind = getattr(part.active_peft_config.peft_type, "value", "")
+        raise ConfigError(f"an adapter of type {kind} is a prompt, which has no place in the model")
+    return cast(P, part.get_base_model())
 
 
 def active_adapter(part: PreTrainedModel) -> str:

@@ -5,23 +5,25 @@ import warnings
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import ConfigError
+from fedsplit.model.adapter_config import without_wrapper
 from fedsplit.model.build import load_tensors
 from fedsplit.model.identity import misfit
 from fedsplit.model.source import on_meta
 from fedsplit.model.stage import AUXILIARY, ClientPart, TrunkPart
 
 
-def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
+def join_model(client: ClientPart | PeftModel, trunk: TrunkPart | PeftModel) -> PreTrainedModel:
     """The unsplit model of two parts, with copies of their tensors; adapters are merged.
 
     `save_pretrained` of the result writes what that of the family's own model writes. If an adapter
-    changed only one of two tied weights, the result is not tied.
+    changed only one of two tied weights, the result is not tied. A part may be in a `PeftModel`.
 
     Raises:
         ConfigError: The parts are not from the same model or the same cut, or an adapter cannot be
@@ -38,6 +40,7 @@ def join_model(client: ClientPart, trunk: TrunkPart) -> PreTrainedModel:
     >>> all(torch.equal(tensor, again_state[k]) for k, tensor in whole.state_dict().items())
     True
     """
+    client, trunk = without_wrapper(client), without_wrapper(trunk)
     same = (client.family, client.plan, client.trunk_blocks)
     if same != (trunk.family, trunk.plan, trunk.trunk_blocks):
         raise ConfigError(

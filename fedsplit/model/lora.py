@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, LoraModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.utils.constants import (
     DUMMY_TARGET_MODULES,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -31,6 +37,7 @@ from fedsplit.model.adapter_config import (
     check_config,
     saved_config,
     shared_config,
+    without_wrapper,
 )
 from fedsplit.model.plan import plan_for
 from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
@@ -156,6 +163,10 @@ def _is_of(part: PreTrainedModel, saved: str) -> bool:
 
 def _inject(part: PreTrainedModel, config: LoraConfig, own: AdaptedModules, seed: int) -> None:
     """Freeze the part, and add adapters to its `own` modules; the config is changed."""
+    if active_adapter(part):
+        raise ConfigError(
+            f"this {_family_of(part).__name__} has an adapter; add one to a part without adapters"
+        )
     part.requires_grad_(False)
     own.write_to(config)
     has_targets = bool(own.targets or own.parameters)
@@ -216,10 +227,12 @@ def trainable(part: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in part.named_parameters() if p.requires_grad}
 
 
-def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) -> None:
+def save_adapter(
+    client: ClientPart | PeftModel, trunk: TrunkPart | PeftModel, directory: str | Path
+) -> None:
     """Write the adapters of both parts as one adapter for `PeftModel.from_pretrained`.
 
-    The adapter includes the head of a classifier.
+    The adapter includes the head of a classifier. A part may be in a `PeftModel`.
 
     Args:
         client: The part with bottom and top.
@@ -227,12 +240,13 @@ def save_adapter(client: ClientPart, trunk: TrunkPart, directory: str | Path) ->
         directory: Where adapter_config.json and adapter_model.safetensors are written.
 
     Raises:
-        ConfigError: Neither part has adapters, a part has several active ones, or those of the two
-            parts differ.
+        ConfigError: Neither part has adapters, a part has several active ones, those of the two
+            parts differ, or they are prompts.
         CheckpointError: The adapters are not of a kind that parts take.
     """
     tensors: dict[str, Tensor] = {}
     configs: list[LoraConfig] = []
+    client, trunk = without_wrapper(client), without_wrapper(trunk)
     # A part trains the head without a wrapper of peft.
     modules = AdaptedModules(saved=client.plan.head)
     for label, part in (("client", client), ("trunk", trunk)):

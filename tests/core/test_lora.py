@@ -4,7 +4,13 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.functional import set_adapter
 from peft.tuners.lora import LoraLayer
 
@@ -228,6 +234,34 @@ def test_the_active_one_of_several_adapters_is_saved(tmp_path):
             module.set_adapter(["one", "two"])
     with pytest.raises(ConfigError, match="adapters one, two, of which 2 are active"):
         save_adapter(parts.client, parts.trunk, tmp_path)
+
+
+def test_parts_that_peft_has_wrapped_are_saved_and_joined(tmp_path):
+    whole = _whole("llama")
+    parts = split_model(whole, "1/2/1")
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = [get_peft_model(part, config).eval() for part in (parts.client, parts.trunk)]
+    for part in wrapped:
+        _randomize(part, torch.Generator().manual_seed(3))
+    save_adapter(*wrapped, tmp_path)
+    judge = PeftModel.from_pretrained(whole, str(tmp_path)).eval()
+    batch = batches(type(whole))["none"]
+    assert torch.equal(wrapped[0](**batch).logits, judge(**batch).logits)
+    merged = judge.merge_and_unload()
+    assert torch.equal(join_model(*wrapped)(**batch).logits, merged(**batch).logits)
+
+
+def test_prompts_have_no_place_in_a_model():
+    parts = split_model(_whole("llama"), "1/2/1")
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match="type PROMPT_TUNING is a prompt"):
+        join_model(get_peft_model(parts.client, config), parts.trunk)
+
+
+def test_a_part_gets_one_adapter():
+    client = _adapted(_whole("llama")).client
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has an adapter"):
+        add_adapters(client, LoraSpec(enabled=True, targets="q_proj"))
 
 
 def test_there_must_be_an_adapter_to_save(tmp_path):
