@@ -1,0 +1,1 @@
+"""The test suites of transformers and peft on split models; `python -m tests.peers` runs them."""
