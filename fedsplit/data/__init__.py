@@ -6,7 +6,8 @@ from fedsplit.data.batches import (
     evaluation_batches,
     training_batches,
 )
-from fedsplit.data.corpora import Corpus, Document, hold_out, labels_of
+from fedsplit.data.corpora import Corpus, Document, Turn, hold_out, labels_of
+from fedsplit.data.encoding import layout_of
 from fedsplit.data.sharding import shard, shard_held_out
 from fedsplit.data.sources import load_corpus
 from fedsplit.data.tasks import TASKS, Task
@@ -28,9 +29,11 @@ __all__ = [
     "Labelled",
     "Sequences",
     "Task",
+    "Turn",
     "evaluation_batches",
     "hold_out",
     "labels_of",
+    "layout_of",
     "load_corpus",
     "load_tokenizer",
     "shard",

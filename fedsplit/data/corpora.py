@@ -1,4 +1,4 @@
-"""Corpora: documents (texts or images) with groups and labels, and the held-out documents.
+"""Corpora: documents (texts, conversations, images) with groups and labels, and the held-out ones.
 
 A corpus is a tuple of documents, each in one group. The source defines the group (the topic, the
 file's name); if the source has no groups, as for the lines of a file, every document is a group
@@ -15,22 +15,32 @@ from fedsplit.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """A text or an image, its group, and its class if it has one.
+class Turn:
+    """A message of a conversation, and the role of its writer, such as `user` or `assistant`."""
 
-    A text is never blank. An image has no text, and `pixels` are its values in [0, 1], row by
-    row.
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A text, a conversation or an image, its group, and its class if it has one.
+
+    A text is never blank. A conversation has `messages` and no text. An image has no text, and
+    `pixels` are its values in [0, 1], row by row.
     """
 
     text: str
     group: str
     label: str = ""
     pixels: tuple[float, ...] = ()
+    messages: tuple[Turn, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        """Size of the text in UTF-8 bytes, or of the image at one byte per pixel."""
-        return len(self.text.encode()) + len(self.pixels)
+        """Size of the text or the messages in UTF-8 bytes, or of the image, a byte per pixel."""
+        texts = (self.text, *(turn.content for turn in self.messages))
+        return sum(len(text.encode()) for text in texts) + len(self.pixels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +57,13 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of texts, pixels (float32) and labels in order, a zero byte after each."""
+        """Hex digest of texts, pixels (float32), messages and labels, a zero byte after each."""
         digest = hashlib.sha256()
         for document in self.documents:
             pixels = struct.pack(f"<{len(document.pixels)}f", *document.pixels)
             digest.update(document.text.encode() + pixels + b"\0")
+            for turn in document.messages:
+                digest.update(turn.role.encode() + b"\0" + turn.content.encode() + b"\0")
             # Without labels, the digest is that of versions before labels existed.
             if document.label:
                 digest.update(document.label.encode() + b"\0")

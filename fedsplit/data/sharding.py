@@ -1,8 +1,8 @@
 """Sharding: the partition of a corpus among the clients.
 
 A table has one partitioner for each kind. Partitioners divide items: a document with a label is
-one item, and a document without a label is cut into items of a paragraph or more. The size of a
-labelled item is 1, and the size of a piece of text is its number of bytes.
+one item, as is a conversation, and a text without a label is cut into items of a paragraph or
+more. The size of a labelled item is 1, and the size of another one is its number of bytes.
 """
 
 import heapq
@@ -223,7 +223,8 @@ def _items(corpus: Corpus) -> Items:
     return [
         item
         for document in corpus.documents
-        for item in ([document] if document.label else _pieces(document))
+        # A part of a conversation is not a conversation.
+        for item in ([document] if document.label or document.messages else _pieces(document))
     ]
 
 

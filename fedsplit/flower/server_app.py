@@ -1,5 +1,7 @@
 """Flower's ServerApp: builds the model's parts, trains them with a strategy, records the run."""
 
+import logging
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
@@ -12,6 +14,7 @@ from fedsplit.data import (
     Corpus,
     hold_out,
     labels_of,
+    layout_of,
     load_corpus,
     load_tokenizer,
     tokenizer_to_json,
@@ -24,6 +27,8 @@ from fedsplit.model.limits import require_positions, require_rows
 from fedsplit.model.placement import devices_of, placed
 from fedsplit.spec import RunSpec
 
+log = logging.getLogger("flwr.fedsplit")
+
 app = ServerApp()
 
 
@@ -35,6 +40,8 @@ def main(grid: Grid, context: Context) -> None:
     corpus = load_corpus(run.data, run.task)
     labels = labels_of(corpus)
     tokenizer = _tokenizer(run, corpus)
+    if tokenizer:
+        log.info("Tokens: %s", layout_of(corpus, tokenizer, run.data))
     config = config_of(run, tokenizer, labels)
     require_rows(config, tokenizer, labels)
     if tokenizer:

@@ -18,10 +18,16 @@ TASKS = (
 class DataSpec:
     """The source of the data, and the length of its sequences.
 
-    `path` is a file or directory (text, jsonl) or a hub id (hub). `field` is the record's field
-    with the text, and `label` the one with the class, if the task has classes. `sequence_length`
-    and `vocabulary` are in tokens; the vocabulary is that of the tokenizer that is trained for a
-    model from scratch. `held_out` is the share of the data that is used for evaluation only.
+    `path` is a file or directory (text, jsonl, parquet, csv, saved) or a hub id (hub). `field` is
+    the record's field with the text or the list of messages, and `label` the one with the class,
+    if the task has classes. `sequence_length` and `vocabulary` are in tokens; the vocabulary is
+    that of the tokenizer that is trained for a model from scratch. `held_out` is the share of the
+    data that is used for evaluation only.
+
+    With `special_tokens=auto`, a document's tokens are what the tokenizer makes of it by default,
+    as in generation: it adds its own special tokens, and reads those that the text spells. With
+    `none`, it adds none and reads all characters as text. With `assistant_only_loss`, the loss of
+    a conversation counts the tokens of the role `assistant` only.
     """
 
     kind: str = "embedded"
@@ -32,9 +38,13 @@ class DataSpec:
     sequence_length: int = 128
     vocabulary: int = 1024
     held_out: float = 0.1
+    special_tokens: str = "auto"
+    assistant_only_loss: bool = False
 
     def __post_init__(self) -> None:
-        one_of("data", self.kind, ("embedded", "text", "jsonl", "hub", "digits"))
+        kinds = ("embedded", "text", "jsonl", "parquet", "csv", "saved", "hub", "digits")
+        one_of("data", self.kind, kinds)
+        one_of("data.special_tokens", self.special_tokens, ("auto", "none"))
         if self.kind not in ("embedded", "digits") and not self.path:
             raise ConfigError(
                 f"data.path is empty, but data={self.kind} needs one; set data.path=..."

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import resource
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -12,9 +13,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedsplit.data import Corpus, Document, hold_out, labels_of, load_corpus
+from fedsplit.data import Corpus, Document, Turn, hold_out, labels_of, load_corpus
 from fedsplit.data.corpora import paragraph_runs
-from fedsplit.errors import DataError
+from fedsplit.errors import DataError, StorageError
 from fedsplit.spec import DataSpec
 
 TEXTS = "sequence_classification"
@@ -338,6 +339,57 @@ HUB_ERRORS = {
 def test_hub_errors_are_ours(local_dataset, changes, message):
     with pytest.raises(DataError, match=message):
         load_corpus(DataSpec(kind="hub", path=str(local_dataset), **changes))
+
+
+# datasets leaves the file of a CSV reader to the collector.
+left_open = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@left_open
+@pytest.mark.parametrize("kind", ["parquet", "csv", "saved"])
+def test_tables_are_read(local_dataset, tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["one", "NA", " ", "three"], "label": [1, 0, 1, 0]})
+    path = tmp_path / "tables" / f"a.{kind}"
+    path.parent.mkdir()
+    write = {"parquet": rows.to_parquet, "csv": rows.to_csv, "saved": rows.save_to_disk}[kind]
+    write(str(path))
+    for source in (path, path.parent) if kind != "saved" else (path,):
+        corpus = load_corpus(DataSpec(kind=kind, path=str(source)), TEXTS)
+        found = [(document.text, document.label) for document in corpus.documents]
+        assert found == [("one", "1"), ("NA", "0"), ("three", "0")]
+
+
+def test_a_saved_set_of_splits_has_the_one_that_is_asked_for(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    chat = [{"role": "user", "content": "one"}]
+    rows = datasets.Dataset.from_dict({"messages": [chat]})
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "set"))
+    spec = DataSpec(kind="saved", path=str(tmp_path / "set"), split="test", field="messages")
+    (document,) = load_corpus(spec).documents
+    assert document.messages == (Turn(role="user", content="one"),)
+    with pytest.raises(DataError, match="has no split 'train': found test; set data.split"):
+        load_corpus(replace(spec, split="train"))
+
+
+def test_a_directory_without_tables_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"has no file whose name ends with \.parquet"):
+        load_corpus(DataSpec(kind="parquet", path=str(tmp_path)))
+
+
+@left_open
+def test_a_full_disk_under_the_cache_is_told_from_bad_data(local_dataset, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "word\n" * 100_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        with pytest.raises(StorageError, match=f"{tmp_path / 'cache'}, where datasets keeps a cop"):
+            load_corpus(DataSpec(kind="csv", path=str(path)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --- holding out -----------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_a_task_counts_its_predictions(task, logits, labels, num_predictions, nu
 
 def test_without_labels_a_shard_becomes_sequences(corpus, tokenizer):
     found = TASKS["causal_lm"].examples(corpus, SPEC, tokenizer, ())
-    assert torch.equal(found.ids_NT, tokenize(corpus, tokenizer, 8).ids_NT)
+    assert torch.equal(found.ids_NT, tokenize(corpus, tokenizer, SPEC).ids_NT)
 
 
 def test_texts_are_cut_and_padded_to_one_length(corpus, tokenizer):
@@ -72,18 +72,25 @@ def test_texts_are_cut_and_padded_to_one_length(corpus, tokenizer):
     assert ids_BT.shape == mask_BT.shape == (3, 8)
     assert mask_BT.sum(1).tolist() == [2, 8, 8]
     assert ids_BT[:, 0].eq(tokenizer.eos_token_id).all()
-    assert [tokenizer.decode(ids_T[1:]) for ids_T in ids_BT[1:]] == ["some <|", "x" * 7]
+    assert [tokenizer.decode(ids_T[1:]) for ids_T in ids_BT[1:]] == ["some <|endoftext|> ", "x" * 7]
     assert ids_BT[0, 2:].eq(tokenizer.pad_token_id).all()
     assert batch.labels.tolist() == [2, 1, 0]
     assert (batch.num_tokens, batch.num_bytes) == (3, 0)
 
 
-def test_a_text_that_spells_the_end_of_text_is_text(tokenizer):
+def test_a_text_has_the_special_tokens_that_a_pipeline_gives_it(corpus, tokenizer):
+    batch = TEXTS.examples(corpus, DataSpec(), tokenizer, ("a", "b", "c")).batch([0])
+    (length,) = batch.inputs["attention_mask"].sum(dim=1).tolist()
+    ids = tokenizer(corpus.documents[0].text)["input_ids"]
+    assert batch.inputs["input_ids"][0, :length].tolist() == ids
+    assert ids.count(tokenizer.eos_token_id) == 2
+
+
+def test_without_special_tokens_a_text_that_spells_the_end_of_text_is_text(tokenizer):
     one = corpus_of(a="<|endoftext|>")
-    (row,) = (
-        TEXTS.examples(one, DataSpec(), tokenizer, ("a",)).batch([0]).inputs["input_ids"].tolist()
-    )
-    assert row[1:].index(tokenizer.eos_token_id) == len("<|endoftext|>")
+    spec = DataSpec(special_tokens="none")
+    (row,) = TEXTS.examples(one, spec, tokenizer, ("a",)).batch([0]).inputs["input_ids"].tolist()
+    assert row.index(tokenizer.eos_token_id) == len("<|endoftext|>")
 
 
 def test_padding_is_at_the_right_whatever_the_tokenizer_prefers(corpus, tokenizer):

@@ -167,7 +167,7 @@ texts = st.text("ab \u00e9\n", min_size=1, max_size=60)
 
 @given(texts=st.lists(texts, min_size=1, max_size=6), length=st.integers(2, 17))
 def test_packing_loses_nothing(tokenizer, texts, length):
-    sequences = tokenize(corpus_of(*texts), tokenizer, length)
+    sequences = tokenize(corpus_of(*texts), tokenizer, DataSpec(sequence_length=length))
     packed = [
         token
         for ids_T, used in zip(sequences.ids_NT, sequences.lengths_N.tolist(), strict=True)
@@ -182,19 +182,22 @@ def test_packing_loses_nothing(tokenizer, texts, length):
 
 
 def test_a_lone_end_of_text_is_left_out(tokenizer):
-    sequences = tokenize(corpus_of("abab"), tokenizer, len(encode(tokenizer, "abab")))
+    length = len(encode(tokenizer, "abab"))
+    sequences = tokenize(corpus_of("abab"), tokenizer, DataSpec(sequence_length=length))
     assert sequences.ids_NT.tolist() == [encode(tokenizer, "abab")]
 
 
-def test_a_document_that_spells_the_end_of_text_is_text(tokenizer):
-    sequences = tokenize(corpus_of("a<|endoftext|>b"), tokenizer, 64)
+@pytest.mark.parametrize(("special_tokens", "count"), [("auto", 2), ("none", 1)])
+def test_a_document_that_spells_the_end_of_text(tokenizer, special_tokens, count):
+    data = DataSpec(special_tokens=special_tokens)
+    sequences = tokenize(corpus_of("a<|endoftext|>b"), tokenizer, data)
     ids = sequences.ids_NT[0, : sequences.lengths_N[0]].tolist()
-    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids.count(tokenizer.eos_token_id) == count
 
 
 def test_no_documents_is_an_error(tokenizer):
     with pytest.raises(DataError, match="sample has no documents; every client needs at least one"):
-        tokenize(corpus_of(), tokenizer, 8)
+        tokenize(corpus_of(), tokenizer, DataSpec())
 
 
 # --- batches ---------------------------------------------------------------------------------
@@ -205,7 +208,12 @@ def numbered(num_sequences: int, last: int = 4) -> Sequences:
     lengths_N = torch.full((num_sequences,), 4)
     lengths_N[-1] = last
     ids_NT = torch.arange(num_sequences)[:, None].repeat(1, 4)
-    return Sequences(ids_NT=ids_NT, lengths_N=lengths_N, bytes_V=torch.arange(num_sequences))
+    return Sequences(
+        ids_NT=ids_NT,
+        is_target_NT=torch.arange(4) < lengths_N[:, None],
+        lengths_N=lengths_N,
+        bytes_V=torch.arange(num_sequences),
+    )
 
 
 def rows(batches) -> list[list[int]]:
@@ -224,7 +232,7 @@ def test_batch_marks_and_ignores_padding():
 
 def test_every_byte_but_a_sequences_first_token_is_counted(tokenizer):
     corpus = load_corpus(DataSpec())
-    sequences = tokenize(corpus, tokenizer, 128)
+    sequences = tokenize(corpus, tokenizer, DataSpec())
     counted = sum(batch.num_bytes for batch in evaluation_batches(sequences, 16))
     not_predicted = int(sequences.bytes_V[sequences.ids_NT[:, 0]].sum())
     assert counted + not_predicted == corpus.num_bytes

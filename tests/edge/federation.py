@@ -132,12 +132,12 @@ def union_of_batches(run: RunSpec, tokenizer: Any, round: int) -> list[Batch]:
     """What all clients of `run` train on in a round (from 1) of one local step."""
     training, _ = hold_out(load_corpus(run.data), run.data.held_out, run.seed)
     shards = shard(training, run.sharding, run.clients, run.seed)
-    length, size = run.data.sequence_length, run.train.batch_size
+    size = run.train.batch_size
     return [
         batch
         for piece in shards
         for batch in training_batches(
-            tokenize(piece, tokenizer, length),
+            tokenize(piece, tokenizer, run.data),
             batch_size=size,
             num_batches=1,
             seed=run.seed,

@@ -76,7 +76,7 @@ def test_a_run_s_model_is_what_was_measured(run: RunSpec, folder: RunFolder) -> 
     _, held_out = hold_out(load_corpus(run.data), run.data.held_out, run.seed)
     nats = num_bytes = 0.0
     for piece in shard_held_out(held_out, run.sharding, run.clients, run.seed):
-        sequences = tokenize(piece, tokenizer, run.data.sequence_length)
+        sequences = tokenize(piece, tokenizer, run.data)
         for batch in evaluation_batches(sequences, run.train.batch_size):
             with torch.no_grad():
                 loss = model(

@@ -12,9 +12,10 @@ from tests.house.source import CORE, FILES, ROOT, module, require_none, tree
 
 IMPORT_CORE = "\n".join(f"import {module(file)}" for file in CORE)
 LIBRARIES = {"torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tokenizers"}
-LIBRARIES |= {"huggingface_hub"}  # whose errors transformers lets through
+LIBRARIES |= {"huggingface_hub", "jinja2"}  # whose errors transformers lets through
 EXTRAS = {  # imported by the function that needs them
-    "fedsplit/data/sources.py": {"datasets", "sklearn"},
+    "fedsplit/data/sources.py": {"sklearn"},
+    "fedsplit/data/records.py": {"datasets"},
     "fedsplit/data/partitioners.py": {"datasets"},
     "fedsplit/optimization.py": {"bitsandbytes"},
 }

@@ -1,8 +1,8 @@
 """Language modeling: every token predicts the next one.
 
-Documents are packed: the documents of one client are concatenated, each with an end-of-text token
-behind it, and cut into sequences of one length. Only the last sequence is padded. No sequence has
-documents of two clients.
+Documents are packed: the documents of one client are concatenated, each with its special tokens,
+and cut into sequences of one length. Only the last sequence is padded. No sequence has documents of
+two clients. Sequences in which the loss counts no token are left out.
 
 Shapes: N sequences, B sequences of a batch, T tokens of a sequence, S tokens of a whole shard,
 C classes, V vocabulary.
@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fedsplit.data.batches import IGNORED, Batch
 from fedsplit.data.corpora import Corpus
+from fedsplit.data.encoding import encode
 from fedsplit.data.tasks.base import Task
 from fedsplit.data.tokenizing import token_bytes
 from fedsplit.errors import DataError
@@ -46,7 +47,7 @@ class CausalLM(Task):
     ) -> "Sequences":
         """Return sequences of `data.sequence_length` tokens; see `Task.examples`."""
         assert tokenizer is not None, "a task that reads text has a tokenizer"
-        return tokenize(corpus, tokenizer, data.sequence_length)
+        return tokenize(corpus, tokenizer, data)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the logits [B, T - 1, C] of all tokens but the last."""
@@ -63,11 +64,13 @@ class Sequences:
 
     Attributes:
         ids_NT: The tokens; after the first `lengths_N` of a sequence, padding.
-        lengths_N: The number of tokens of each sequence.
-        bytes_V: The number of UTF-8 bytes of each token of the vocabulary. All are int64.
+        is_target_NT: Whether the loss counts the prediction of the token; not for padding.
+        lengths_N: The number of tokens of each sequence; int64.
+        bytes_V: The number of UTF-8 bytes of each token of the vocabulary; int64.
     """
 
     ids_NT: Tensor
+    is_target_NT: Tensor
     lengths_N: Tensor
     bytes_V: Tensor
 
@@ -80,39 +83,46 @@ class Sequences:
         index_B = torch.tensor(rows)
         ids_BT, lengths_B = self.ids_NT[index_B], self.lengths_N[index_B]
         is_real_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
+        is_target_BT = self.is_target_NT[index_B]
         # The first token of a sequence is not predicted, so its bytes do not count.
-        predicted = ids_BT[:, 1:][is_real_BT[:, 1:]]
+        predicted = ids_BT[:, 1:][is_target_BT[:, 1:]]
         return Batch(
             inputs={"input_ids": ids_BT, "attention_mask": is_real_BT.long()},
-            labels=ids_BT.masked_fill(~is_real_BT, IGNORED),
+            labels=ids_BT.masked_fill(~is_target_BT, IGNORED),
             num_tokens=predicted.numel(),
             num_bytes=int(self.bytes_V[predicted].sum()),
             examples_B=index_B,
         )
 
 
-def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Sequences:
-    """Pack the corpus of one client into sequences of `sequence_length` tokens.
+def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataSpec) -> Sequences:
+    """Pack the corpus of one client into sequences of `data.sequence_length` tokens.
 
     Raises:
-        DataError: The corpus has no document.
+        DataError: The corpus has no document, or none with a token for the loss; or as in `encode`.
     """
     if not corpus.documents:
         raise DataError(f"{corpus.name} has no documents; every client needs at least one")
-    ids_S = _concatenated(corpus, tokenizer)
+    ids_S, is_target_S = encode(corpus, tokenizer, data)
+    length = data.sequence_length
     # A last sequence of one token would predict nothing.
-    if len(ids_S) % sequence_length == 1:
-        ids_S = ids_S[:-1]
-    num_padding = -len(ids_S) % sequence_length
-    ids_NT = pad(ids_S, (0, num_padding), value=tokenizer.pad_token_id).view(-1, sequence_length)
-    lengths_N = torch.full((len(ids_NT),), sequence_length)
-    lengths_N[-1] -= num_padding
-    return Sequences(ids_NT=ids_NT, lengths_N=lengths_N, bytes_V=token_bytes(tokenizer))
-
-
-def _concatenated(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    texts = [document.text for document in corpus.documents]
-    # split_special_tokens: the characters "<|endoftext|>" in a document are text, not its end.
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    eos = tokenizer.eos_token_id
-    return torch.tensor([token for ids in encoded["input_ids"] for token in (*ids, eos)])
+    if len(ids_S) % length == 1:
+        ids_S, is_target_S = ids_S[:-1], is_target_S[:-1]
+    num_padding = -len(ids_S) % length
+    ids_NT = pad(ids_S, (0, num_padding), value=tokenizer.pad_token_id).view(-1, length)
+    is_target_NT = pad(is_target_S, (0, num_padding), value=False).view(-1, length)
+    lengths_N = torch.full((len(ids_NT),), length)
+    lengths_N[-1:] -= num_padding
+    # The mean loss of a batch without predictions would be NaN.
+    kept_N = is_target_NT[:, 1:].any(dim=1)
+    if not kept_N.any():
+        raise DataError(
+            f"{corpus.name} has no token that the loss counts; every client needs at least one, "
+            "and with data.assistant_only_loss one of an assistant"
+        )
+    return Sequences(
+        ids_NT=ids_NT[kept_N],
+        is_target_NT=is_target_NT[kept_N],
+        lengths_N=lengths_N[kept_N],
+        bytes_V=token_bytes(tokenizer),
+    )

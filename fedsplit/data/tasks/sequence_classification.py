@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from fedsplit.data.corpora import Corpus
+from fedsplit.data.encoding import special_token_options
 from fedsplit.data.tasks.classification import Classification
 from fedsplit.spec import DataSpec
 
@@ -23,7 +24,7 @@ class SequenceClassification(Classification):
     ) -> dict[str, Tensor]:
         """Return texts, cut or padded at the right to `data.sequence_length` tokens.
 
-        The tokenizer adds its own special tokens.
+        `data.special_tokens` says whether the tokenizer adds its own special tokens.
         """
         assert tokenizer is not None, "a task that reads text has a tokenizer"
         encoded = tokenizer(
@@ -33,8 +34,7 @@ class SequenceClassification(Classification):
             max_length=data.sequence_length,
             # Positions count from the left, so padding at the left would shift them.
             padding_side="right",
-            # The characters of a special token in a document are text.
-            split_special_tokens=True,
+            **special_token_options(data.special_tokens),
             return_token_type_ids=False,
             return_tensors="pt",
         )

@@ -173,13 +173,7 @@ class SplitStrategy(Strategy):
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
         # Register clients first: a process that a simulation forks while gRPC starts would die.
-        self._hello = Hello(
-            run_id=run_id or new_run_id(),
-            config=self.run.fingerprint,
-            tokenizer=self._tokenizer,
-            labels=self._labels,
-            resumed=first_round - 1,
-        )
+        self._hello = self._hello_of(run_id or new_run_id(), resumed=first_round - 1)
         registry = NodeRegistry(grid, self.run, self._hello)
         registry.register_all()
         self.grid, self._num_rounds = grid, num_rounds
@@ -374,6 +368,12 @@ class SplitStrategy(Strategy):
 
     def _view(self, grid: Grid, nodes: Callable[[], dict[str, int]]) -> GridView:
         return GridView(grid, lambda: list(nodes().values()), self.run.launch.start_timeout_s)
+
+    def _hello_of(self, run_id: str, resumed: int) -> Hello:
+        config, tokenizer, labels = self.run.fingerprint, self._tokenizer, self._labels
+        return Hello(
+            run_id=run_id, config=config, tokenizer=tokenizer, labels=labels, resumed=resumed
+        )
 
     def _add_join_info(self, message: Message, client: str, number: int) -> None:
         join_info = JoinInfo(
