@@ -117,7 +117,8 @@ class RemoteTrunk:
             hidden_size=self._hidden_size,
             round=round,
             training=training and self._mode != "isolated",
-            **self._identity,
+            # Evaluation does not depend on the run, so any run's client may evaluate.
+            **(self._identity if training else {**self._identity, "config": ""}),
         )
         reply = self.exchange(request)
         if reply.limits.hidden_size != self._hidden_size:

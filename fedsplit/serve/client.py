@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from fedsplit.client.evaluation import EvaluationTrunk
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.errors import ConfigError, ModelMismatch
 from fedsplit.model import ClientPart, connect
@@ -17,7 +18,7 @@ from fedsplit.model.lora import load_adapter
 from fedsplit.model.placement import on_device
 from fedsplit.model.source import Source
 from fedsplit.serve.shared import ADDRESS, pretrained_run
-from fedsplit.spec import RunSpec, SplitSpec, WireSpec
+from fedsplit.spec import ModelSpec, RunSpec, SplitSpec, WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.wire.messages import ServiceInfoRequest
 
@@ -74,7 +75,8 @@ def reach(
         ModelMismatch: The server serves another model, or no trunk of this name.
         FedsplitError: The server cannot be reached, or the model cannot be read.
     """
-    run = run or RunSpec()
+    # Any attention that the family has: only clients that train must be configured as the server.
+    run = run or RunSpec(model=ModelSpec(attention="auto"))
     wire = replace(run.wire, bind=WireSpec().bind, tls_cert="", tls_key="", tls_ca=tls_ca)
     link = GrpcLink(trunk, token=token, wire=wire)
     with ExitStack() as on_failure:
@@ -110,9 +112,10 @@ def _is_of(fingerprint: str, config: PretrainedConfig, split: SplitSpec) -> bool
 
 
 def remote_model(source: str, trunk: str = ADDRESS, **options: Any) -> ClientPart:
-    """The model of `reach`, for `generate` and pipelines of transformers.
+    """The model of `reach`, to generate and to evaluate: `model(ids)`, `generate` and pipelines.
 
-    The link is closed when the model is garbage-collected.
+    It opens its sessions by itself. The link is closed when the model is garbage-collected, and
+    the server then ends the sessions. To train, use `reach`.
 
     Args:
         source: As in `reach`, also for errors.
@@ -120,5 +123,6 @@ def remote_model(source: str, trunk: str = ADDRESS, **options: Any) -> ClientPar
         options: Other keyword arguments of `reach`.
     """
     reached = reach(source, trunk, **options)
+    connect(reached.model, EvaluationTrunk(reached.trunk))
     weakref.finalize(reached.model, reached.link.close)
     return reached.model

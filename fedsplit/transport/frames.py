@@ -276,7 +276,9 @@ class _Pending:
         memory = max(self._total, sum(meta.decoded_bytes for meta in self._metas))
         if memory > max_bytes:
             raise TooLarge(
-                f"{self._cls.__name__} carries {memory} bytes; at most {max_bytes} are allowed"
+                f"{self._cls.__name__} carries {memory} bytes; at most {max_bytes} are allowed; "
+                "raise generation.session_tokens (or for kv=client generation.stateless_bytes) at "
+                "the trunk"
             )
         self._filled = 0
         self._buffer = self._first(payload)

@@ -40,7 +40,8 @@ class Streams:
         with self._lock:
             if len(self._sessions) >= self._limit:
                 raise Overloaded(
-                    f"{self._limit} clients are connected, which is the most; try again later",
+                    f"{self._limit} clients are connected, which is the most; try again later, or "
+                    "raise `clients` at the trunk",
                     retry_after_s=1.0,
                 )
             self._sessions[stream] = {}

@@ -228,13 +228,15 @@ class TrunkService:
             raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
         require_same("hidden size", request.hidden_size, self.limits.hidden_size)
         require_same("model and cut (fingerprint)", request.model, self._model)
-        if not request.generating:
+        # Only training depends on the run.
+        if request.training or request.config:
             fingerprint = self._run.fingerprint
             require_same("run configuration (fingerprint)", request.config, fingerprint)
         if request.cache_tokens > self.limits.session_tokens:
             raise TooLarge(
                 f"a cache of {request.cache_tokens} tokens was asked for; a session of this trunk "
-                f"holds at most {self.limits.session_tokens} (generation.session_tokens)"
+                f"holds at most {self.limits.session_tokens}; make the cache smaller, or raise "
+                "generation.session_tokens at the trunk"
             )
         info = SessionInfo(
             client=client,

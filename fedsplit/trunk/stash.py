@@ -68,8 +68,8 @@ class Stash:
         graphs = self.drop(session, call)
         if not graphs:
             raise ActivationExpired(
-                f"the graph of call {call} is gone (too old, or the trunk was short of memory); "
-                "repeat the forward"
+                f"the graph of call {call} is gone (older than wire.stash_ttl_s, or all graphs "
+                "took more than wire.stash_bytes at the trunk); repeat the forward"
             )
         return graphs[0]
 

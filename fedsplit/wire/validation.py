@@ -83,7 +83,10 @@ def _check_id(name: str, value: str) -> None:
 
 
 def _check_forward(request: ForwardRequest, limits: Limits) -> None:
-    _check_hidden("smashed", request.smashed_BTD, limits)
+    if request.training:
+        _check_hidden("smashed", request.smashed_BTD, limits)
+    else:
+        _check_evaluated(request.smashed_BTD, limits)
     B, T, _ = request.smashed_BTD.shape
     if (mask_BT := request.attention_mask_BT) is not None:
         _check_integers("attention_mask", mask_BT)
@@ -145,7 +148,8 @@ def _check_generate(request: GenerateRequest, limits: Limits) -> None:
     if num_tokens > limits.session_tokens:
         raise TooLarge(
             f"{B} sequences of {request.past} + {T} tokens are {num_tokens}; a session of this "
-            f"trunk holds at most {limits.session_tokens} (generation.session_tokens)"
+            f"trunk holds at most {limits.session_tokens}; raise generation.session_tokens at the "
+            "trunk"
         )
     if request.logits_to_keep > T:
         raise ProtocolError(
@@ -185,7 +189,20 @@ def _check_hidden(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
     if shape[0] > limits.max_rows or shape[1] > limits.max_tokens:
         raise TooLarge(
             f"{name} has {shape[0]} sequences of {shape[1]} tokens; the trunk takes at most "
-            f"{limits.max_rows} of {limits.max_tokens}"
+            f"{limits.max_rows} of {limits.max_tokens}; raise train.batch_size or "
+            "data.sequence_length at both sides"
+        )
+
+
+def _check_evaluated(smashed_BTD: Tensor, limits: Limits) -> None:
+    """Check a forward that keeps no graph, so that only its number of tokens counts."""
+    _check_width("smashed", smashed_BTD, limits)
+    B, T, _ = smashed_BTD.shape
+    most = max(limits.session_tokens, limits.max_rows * limits.max_tokens)
+    if B * T > most:
+        raise TooLarge(
+            f"{B} sequences of {T} tokens are {B * T}; a forward without a backward may have at "
+            f"most {most}; send fewer at a time, or raise generation.session_tokens at the trunk"
         )
 
 

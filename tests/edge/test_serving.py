@@ -18,8 +18,6 @@ from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     pipeline,
 )
@@ -28,8 +26,6 @@ from fedsplit.cli import main
 from fedsplit.cli.serve import update_of
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.config import compose, to_yaml
-from fedsplit.data import load_corpus
-from fedsplit.data.tokenizing import train_tokenizer
 from fedsplit.errors import ConfigError, Draining, FedsplitError, Unauthenticated
 from fedsplit.model import split_model
 from fedsplit.model.lora import add_adapters, save_adapter
@@ -37,7 +33,6 @@ from fedsplit.runs.folder import RunFolder
 from fedsplit.serve import Served, hosted, plan, reach, remote_model, trunks_of
 from fedsplit.serve.chat import Conversation, Writer
 from fedsplit.spec import (
-    DataSpec,
     LoraSpec,
     PolicySpec,
     RunSpec,
@@ -51,6 +46,7 @@ from simulations.bench.certificate import self_signed
 from tests.core.worlds import batch, small_run
 from tests.edge.commands import COMMAND
 from tests.edge.forked import Program
+from tests.edge.tiny_models import make_model
 from tests.house.source import ROOT
 
 PROMPT = "Once upon a time"
@@ -67,19 +63,6 @@ RUN = small_run(
 
 
 # --- what there is to serve -------------------------------------------------------------------
-
-
-def make_model(folder: Path, blocks: int = 4, width: int = 16) -> None:
-    tokenizer = train_tokenizer(load_corpus(DataSpec()), 300)
-    sizes = dict(hidden_size=width, intermediate_size=32, vocab_size=len(tokenizer))
-    heads = dict(num_hidden_layers=blocks, num_attention_heads=2, num_key_value_heads=1)
-    ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, max_position_embeddings=256))
-    for matrix in (p for p in model.parameters() if p.ndim > 1):
-        torch.nn.init.normal_(matrix, std=0.4)  # so that one token depends on those before it
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def make_adapter(model: Path, folder: Path) -> None:
