@@ -118,3 +118,17 @@ def test_clients_with_other_positions_share_no_training_pass():
     for loss, positions_BT in zip(losses, positions, strict=True):
         whole = initial_whole(config, run.seed, model_class=model_class_for(config))
         torch.testing.assert_close(loss, loss_of(whole, positions_BT))
+
+
+def test_a_family_that_goes_by_the_largest_position_in_its_own_way_takes_turns():
+    def by_position(_, inputs, out_BTD):
+        positions_BT = inputs[2]
+        return out_BTD * (2 if positions_BT is not None and positions_BT.max() >= 100 else 1)
+
+    with scene("llama") as here, torch.no_grad():
+        here.trunk.register_forward_hook(by_position)
+        shared, caches = SharedPass(here.trunk), [here.trunk.new_cache() for _ in range(2)]
+        shared(segments(here.trunk, [(1, 3), (1, 3)], [0, 0], caches, 0))
+        with counted(here) as passes:
+            shared(segments(here.trunk, [(1, 1), (1, 1)], [3, 3], caches, 1))
+        assert passes == [1, 1]
