@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.config import Variants, from_yaml, to_yaml
-from fedsplit.errors import DataError, Diverged, FedsplitError
+from fedsplit.errors import DataError, Diverged, error_text
 from fedsplit.runs.compare import Group, Run, number
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
@@ -141,8 +141,8 @@ def _train(config: str, num_threads: int, sender: "Connection[bytes, bytes]") ->
     error = ""
     try:
         carry_out(*claim(from_yaml(config)))
-    except FedsplitError as exc:
-        error = str(exc)
+    except Exception as exc:
+        error = error_text(exc)
     sender.send_bytes(error.encode())
 
 

@@ -234,6 +234,12 @@ def split_model(
     >>> sorted({name.split(".")[2] for name, _ in parts.trunk.named_parameters()})
     ['1', '2']
     """
+    if not isinstance(model, str | PreTrainedModel):
+        raise UnsupportedModel(
+            f"split_model takes a model of transformers, not a {type(model).__name__}; for a model "
+            "of peft, pass model.merge_and_unload(), or split its base model and load the adapter "
+            "into the parts"
+        )
     spec = SplitSpec.parse(split) if isinstance(split, str) else split
     if isinstance(model, str):
         config = config or Source(name=model, revision=revision).config()

@@ -104,8 +104,6 @@ def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Pre
         whole = load_whole(config, source, revision=revision, seed=run.seed, **options)
     else:
         whole = initial_whole(config, run.seed, **options)
-    # Training needs no KV cache, which most families would create by default.
-    whole.config.use_cache = False
     add_adapters(whole, run.lora, run.seed)
     return whole
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerFast, TextStreamer
 
-from fedsplit.errors import CheckpointError, ConfigError, FedsplitError
+from fedsplit.errors import CheckpointError, ConfigError, DataError, FedsplitError
 from fedsplit.serve.client import Reached
 
 _LOOKUP_TOKENS = 10
@@ -96,6 +97,14 @@ class Writer:
             raise
         except ValueError as exc:
             raise ConfigError(f"cannot generate like this: {exc}") from exc
+        except IndexError as exc:
+            # On a CPU, a table of positions or tokens that has no row for a number.
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", "some")
+            raise ConfigError(
+                f"the text has {ids_BT.shape[1]} tokens and up to "
+                f"{self.options.get('max_new_tokens', 0)} new ones, but the model has {limit} "
+                "positions; shorten it, lower --max-new-tokens, or begin a new chat"
+            ) from exc
         return out_BT.cpu()
 
     @property
@@ -128,10 +137,26 @@ def complete(writer: Writer, prompt: str) -> None:
         ConfigError: The prompt has no tokens.
         FedsplitError: As in `Writer.write`.
     """
+    _require_utf8(prompt)
     ids_BT = writer.tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids_BT.numel():
         raise ConfigError("the prompt is empty; say something for the model to go on from")
     writer.write(ids_BT.long())
+
+
+def _require_utf8(text: str) -> None:
+    """Refuse text with bytes that are not UTF-8, which Python decodes as surrogates.
+
+    Raises:
+        DataError: It has such bytes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise DataError(
+            f"the prompt is not UTF-8: its character {exc.start + 1} is the byte "
+            f"0x{ord(text[exc.start]) & 0xFF:02x}; convert it, for example with iconv"
+        ) from exc
 
 
 class Conversation:
@@ -154,6 +179,7 @@ class Conversation:
         Raises:
             FedsplitError: As in `Writer.write`.
         """
+        _require_utf8(line)
         tokenizer: Any = self._writer.tokenizer
         self._turns.append({"role": "user", "content": line})
         text = self._text()
@@ -173,9 +199,14 @@ class Conversation:
         if not tokenizer.chat_template:
             line = self._turns[-1]["content"]
             return f"{self._prompt}{self._reply}\n{line}\n" if self._prompt else f"{line}\n"
-        text: str = tokenizer.apply_chat_template(
-            self._turns, add_generation_prompt=True, tokenize=False
-        )
+        try:
+            text: str = tokenizer.apply_chat_template(
+                self._turns, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as exc:
+            raise ConfigError(
+                f"the model's chat template refuses this conversation: {exc}"
+            ) from exc
         return text
 
     def _tokens(self, text: str) -> Tensor:
@@ -217,3 +248,5 @@ def typed_lines(mark: str) -> Iterator[str]:
             yield input(mark)
         except EOFError:
             return
+        except UnicodeDecodeError as exc:
+            raise DataError(f"the typed line is not UTF-8 ({exc}); convert it with iconv") from exc

@@ -268,8 +268,10 @@ class RunSpec:
             raise ConfigError(
                 f"name={self.name!r} must be 1 to 64 of the characters A-Z a-z 0-9 _ -"
             )
-        # NumPy's generators refuse negative seeds.
+        # NumPy's generators refuse negative seeds, and torch's those of more than 64 bits.
         at_least("seed", self.seed, 0)
+        if self.seed >= 1 << 64:
+            raise ConfigError(f"seed={self.seed} is too large; it must be at most {(1 << 64) - 1}")
         at_least("clients", self.clients, 1)
         one_of("task", self.task, TASKS)
         one_of("baseline", self.baseline, ("none", "central", "fedavg", "local"))

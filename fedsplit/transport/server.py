@@ -1,6 +1,7 @@
 """The server of the transport: passes calls to a service and sends its replies."""
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,6 +89,7 @@ class GrpcServer:
             ConfigError: The address is not available, or a TLS file cannot be read.
         """
         bind = self._wire.bind
+        _require_free(bind)
         try:
             if self._wire.tls_cert:
                 port = self._server.add_secure_port(bind, server_credentials(self._wire))
@@ -118,6 +120,28 @@ class GrpcServer:
         self._server.stop(grace=None)
         # Not waited for: a call may block until the service stops, which happens after this.
         self._pool.shutdown(wait=False)
+
+
+def _require_free(bind: str) -> None:
+    """Refuse the Unix socket of a server that is alive; gRPC would take it away from that server.
+
+    The file of a server that has ended is replaced.
+
+    Raises:
+        ConfigError: A server listens on this socket.
+    """
+    kind, _, path = bind.partition(":")
+    if kind != "unix":
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise ConfigError(
+        f"wire.bind={bind} cannot be listened on: another server listens there; stop it, or choose "
+        "another path"
+    )
 
 
 def largest_payload(limits: Limits, *, with_bases: bool = False) -> int:

@@ -1,5 +1,7 @@
 """What split learning is measured against: the unsplit model, trained by the same loop."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +29,8 @@ def test_central_is_the_unsplit_model_on_the_union_of_the_batches(tmp_path):
     folder = federate(run)
     assert [stats.loss for stats in folder.rounds()] == pytest.approx(losses, abs=1e-6)
     assert largest_difference(joined(folder), judge.state_dict()) < 1e-6
+    saved = json.loads((folder.model / "config.json").read_text(encoding="utf-8"))
+    assert saved.get("use_cache", True)  # training turns it off, and generation needs it
 
 
 def test_a_federation_with_one_local_step_is_central(tmp_path):

@@ -21,6 +21,7 @@ DOORS = {  # they answer a caller who is somewhere else, or end a program
     "fedsplit/flower/inline.py",
     "fedsplit/transport/server.py",
     "fedsplit/trunk/engine.py",
+    "simulations/sweep.py",
 }
 
 

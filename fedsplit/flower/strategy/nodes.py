@@ -13,6 +13,7 @@ from flwr.supercore.run import Run
 
 from fedsplit.errors import ConfigError, DeadlineExceeded, FedsplitError, ModelMismatch
 from fedsplit.flower.records import Hello
+from fedsplit.flower.strategy.tracker import MessageTracker
 from fedsplit.spec import RunSpec
 
 _POLL_S = 0.1
@@ -33,23 +34,43 @@ class NodeRegistry:
         self._run = run
         self._hello = hello
         self._names: dict[int, str] = {}
+        self._first_messages = MessageTracker(grid)
+        self._asked: set[int] = set()
+        # The nodes that have not answered their first message, by the id of the message.
+        self._waiting: dict[str, int] = {}
 
     def register_all(self) -> None:
         """Wait until all clients of the run are connected, and register them.
+
+        A node that does not answer or cannot take part, such as one that has died or belongs to
+        another run, is left out if there are enough others.
 
         Raises:
             DeadlineExceeded: Too few clients connected, or answered, in time.
             ConfigError: A client cannot take part, or two clients have one name.
             ModelMismatch: A client is configured for another run.
         """
-        nodes = self._wait_for(self._run.num_nodes)
-        self._register(nodes)
-        names = [self._names[node] for node in nodes]
+        wanted = self._run.num_nodes
+        nodes = self._wait_for(wanted)
+        self._ask(nodes)
+        errors = self._answers_of(nodes, wanted)
+        names = [self._names[node] for node in nodes if node in self._names]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(
                 f"{len(nodes)} nodes are connected, but more than one says it is "
                 f"{sorted(twice)[0]}; give each its own partition-id"
             )
+        if len(names) >= wanted:
+            self._log(errors)
+            return
+        for error in errors.values():
+            raise error
+        silent = [str(node) for node in nodes if node not in self._names]
+        raise DeadlineExceeded(
+            f"{len(silent)} of {len(nodes)} nodes did not answer within "
+            f"{self._run.launch.start_timeout_s:.0f} s: {', '.join(silent)}; look at their logs, "
+            "or raise launch.start_timeout_s on a slow machine"
+        )
 
     def present(self) -> dict[str, int]:
         """Return the connected nodes by name, sorted by name; new nodes are registered first.
@@ -58,12 +79,9 @@ class NodeRegistry:
             DeadlineExceeded: No node is connected for `launch.start_timeout_s`.
         """
         nodes = self._wait_for(1)
-        # One at a time: a node that cannot take part must not keep out the others.
-        for node in [node for node in nodes if node not in self._names]:
-            try:
-                self._register([node])
-            except FedsplitError as error:
-                log(WARNING, "Node %s is left out of this round: %s", node, error)
+        new = [node for node in nodes if node not in self._asked]
+        self._ask(new)
+        self._log(self._answers_of(new, len(new)))
         return {name: node for name, node in sorted((self.name_of(n), n) for n in nodes) if name}
 
     @property
@@ -90,7 +108,7 @@ class NodeRegistry:
             time.sleep(_POLL_S)
         return nodes
 
-    def _register(self, nodes: list[int]) -> None:
+    def _ask(self, nodes: list[int]) -> None:
         """Ask nodes for their names and configuration, before any work is done."""
         questions = [
             Message(
@@ -98,22 +116,43 @@ class NodeRegistry:
             )
             for node in nodes
         ]
-        patience = self._run.launch.start_timeout_s
-        for reply in self._grid.send_and_receive(questions, timeout=patience):
+        self._asked |= set(nodes)
+        self._waiting |= zip(self._first_messages.send(questions), nodes, strict=True)
+
+    def _answers_of(self, nodes: list[int], wanted: int) -> dict[int, FedsplitError]:
+        """Register nodes until `wanted` have answered, or all, or `launch.start_timeout_s` is over.
+
+        Returns:
+            The errors of nodes that cannot take part, also of nodes that were asked earlier.
+        """
+        until = time.monotonic() + self._run.launch.start_timeout_s
+        errors = self._take_answers()
+        while not set(nodes).isdisjoint(self._waiting.values()) and time.monotonic() < until:
+            if len({self._names[node] for node in nodes if node in self._names}) >= wanted:
+                break
+            errors |= self._take_answers()
+        return errors
+
+    def _take_answers(self) -> dict[int, FedsplitError]:
+        errors: dict[int, FedsplitError] = {}
+        for message_id, reply in self._first_messages.collect(self._waiting).items():
+            node = self._waiting.pop(message_id)
             if reply.has_error():
-                raise ConfigError(f"a client cannot take part: {reply.error.reason}")
+                errors[node] = ConfigError(f"a client cannot take part: {reply.error.reason}")
+                continue
             hello = reply.content.config_records["hello"]
             if hello["config"] != self._run.fingerprint:
-                raise ModelMismatch(
+                errors[node] = ModelMismatch(
                     f"{hello['client']!s} runs configuration {hello['config']!s}, the server "
                     f"{self._run.fingerprint}; start both from the same code, conf/ and overrides"
                 )
-            self._names[reply.metadata.src_node_id] = str(hello["client"])
-        if silent := [node for node in nodes if node not in self._names]:
-            raise DeadlineExceeded(
-                f"{len(silent)} of {len(nodes)} nodes did not answer within {patience:.0f} s; look "
-                "at their logs, or raise launch.start_timeout_s on a slow machine"
-            )
+                continue
+            self._names[node] = str(hello["client"])
+        return errors
+
+    def _log(self, errors: dict[int, FedsplitError]) -> None:
+        for node, error in errors.items():
+            log(WARNING, "Node %s is left out: %s", node, error)
 
 
 class GridView(Grid):
