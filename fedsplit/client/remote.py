@@ -6,7 +6,6 @@ PyTorch: `loss.backward()` crosses the wire.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import MappingProxyType
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from fedsplit.client.autograd import (
     ClientSession,
@@ -23,6 +21,7 @@ from fedsplit.client.autograd import (
     RemoteTrunkFunction,
     without_gradient,
 )
+from fedsplit.client.following import Follower, StepReminder
 from fedsplit.client.kv_session import CacheSession, TrunkCache
 from fedsplit.client.rpc import RpcClient
 from fedsplit.errors import FedsplitError, ModelMismatch, ProtocolError, SessionLost
@@ -30,7 +29,6 @@ from fedsplit.link import Link
 from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.rope import tables_of
 from fedsplit.model.stage import ClientPart
-from fedsplit.optimization import squared_norm
 from fedsplit.randomness import draws
 from fedsplit.spec import RunSpec
 from fedsplit.spec.checks import one_of
@@ -58,6 +56,8 @@ class RemoteTrunk:
         draws: Whether a training forward of the model draws random numbers.
         autocast: The precision of the trunk's matrix products, known once a session is open; empty
             for the precision of its weights.
+        round, version: The session's round, and the trunk's version after this client's last step.
+        watch: Follows an optimizer, or warns if nothing asks the trunk for a step.
     """
 
     def __init__(
@@ -88,12 +88,14 @@ class RemoteTrunk:
         self._dtype = model.dtype
         self._hidden_size: int = model.config.hidden_size
         self._mode = run.train.mode
+        self.watch: StepReminder | Follower = StepReminder(model, run.train, client)
         # It is in the place of the trunk, so its mode is that of the trunk's modules.
         self._place = model.remote
         self._wire = run.wire
         self._encoder = DeltaEncoder(run.wire, encoder_state)
         self._rpc = RpcClient(link, run, client=client, encoder=self._encoder)
         self._session: ClientSession | None = None
+        self.round = self.version = 0
         self.autocast = ""
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
@@ -126,6 +128,7 @@ class RemoteTrunk:
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
                 f"{self._hidden_size}; build both from the same model"
             )
+        self.watch.session_ended()
         # A step that was not taken is repeated, from the references that it began with.
         self._encoder.rollback()
         self._session = ClientSession(
@@ -134,13 +137,14 @@ class RemoteTrunk:
             next_call=first_call,
             step_began=first_call,
         )
-        self.autocast = reply.autocast
+        self.round, self.version, self.autocast = round, reply.version, reply.autocast
         return reply.version
 
     def close(self) -> None:
         """Close the session and those of deleted caches; the link stays open."""
         self.end_generations()
         if self._session:
+            self.watch.session_ended()
             self._close(self._session.name)
         self._session = None
 
@@ -180,6 +184,7 @@ class RemoteTrunk:
             return cache.carry(hidden_BTD, attention_mask_BT, position_ids_BT).to(dtype)
         if attention_mask_BT is not None and bool(attention_mask_BT.all()):
             attention_mask_BT = None
+        self.watch.before_forward()
         session = self._open_session()
         # The trunk keeps a graph only if a backward can follow.
         is_trained = session.trains and (hidden_BTD.requires_grad or self._mode == "joint")
@@ -213,7 +218,7 @@ class RemoteTrunk:
             codec=self._wire.grad_up,
         )
         apply: Callable[..., Tensor] = RemoteTrunkFunction.apply
-        return apply(entering_BTD, graph)
+        return self.watch.after_forward(apply(entering_BTD, graph))
 
     def _run_without_graph(
         self, session: ClientSession, request: m.ForwardRequest, hidden_BTD: Tensor
@@ -320,32 +325,26 @@ class RemoteTrunk:
             client_sq_norm=client_sq_norm,
             loss_scale=loss_scale,
         )
-        self.exchange(request)
+        self.version = self.exchange(request).version
         session.stepped()
+        self.watch.stepped()
         self._encoder.commit()
 
-    def follow(self, optimizer: Optimizer, *, step: int = 0) -> RemovableHandle:
-        """Contribute to the trunk's step after each step of this optimizer of the client weights.
+    def follow(self, optimizer: Optimizer, *, step: int = 0) -> Follower:
+        """Contribute to the trunk's step before each step of this optimizer of the client weights.
 
         So any code that trains the client's model, such as the Trainer of transformers, also trains
-        the trunk. All clients have the same weight. Open a session before, and do not scale the
-        loss: the trunk does not learn the scale.
+        the trunk; `fedsplit.client.following` describes it. All clients have the same weight.
 
         Args:
-            optimizer: Steps bottom and top; their gradients must exist until it has stepped.
+            optimizer: Steps bottom and top. A session must be open before it does.
             step: How many optimizer steps this client has taken before.
 
         Returns:
-            A handle; its `remove()` ends the contributions.
+            A handle; its `remove()`, or the end of a `with` block, ends the contributions.
         """
-        steps = itertools.count(step)
-
-        def contribute(*_: Any) -> None:
-            gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-            sq_norm = squared_norm(each for each in gradients if each is not None)
-            self.step(step=next(steps), num_tokens=1, client_sq_norm=sq_norm)
-
-        return optimizer.register_step_post_hook(contribute)
+        self.watch = Follower(self, optimizer, self.watch, step)
+        return self.watch
 
     def gradients(self, *, tensors: bool = False) -> m.GradientsReply:
         """The gradient accumulated at the trunk: its norm per block, and on request the tensors.

@@ -1,0 +1,326 @@
+"""Trunk steps in a training loop that is not ours: `follow`, and a warning where it is missing.
+
+A loop that trains an ordinary model clips the gradients of `model.parameters()`, scales them, drops
+them, saves the weights and loads them again. The trunk's share of all that is at the server. So the
+client's model gets a *stand-in*: a parameter of two numbers whose gradient has the norm of the
+trunk's gradient. The loop treats it as any other parameter, and its gradient then tells what the
+loop did to all gradients.
+"""
+
+import functools
+import logging
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fedsplit.errors import CheckpointError, ConfigError, NonFinite
+from fedsplit.model.stage import ClientPart
+from fedsplit.optimization import clip_coefficient, squared_norm
+from fedsplit.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from fedsplit.client.remote import RemoteTrunk
+
+log = logging.getLogger(__name__)
+
+STAND_IN = "trunk_stand_in"
+SAVED_VERSION = "trunk_version"
+# Two different numbers, so that an operation that does not scale both alike is noticed.
+_SHARES = torch.tensor([0.6, 0.8])
+_SAMPLED = 8
+
+
+class StepReminder:
+    """Warns once if the client's weights change after a backward and no step was requested.
+
+    The trunk then keeps its parameters while the client trains. Several backwards before a step are
+    accumulation, which leaves the client's weights as they are.
+
+    Args:
+        model: The client's model.
+        train: The run's; the trunk need not step in each of its modes.
+        client: The client's name, for the warning.
+    """
+
+    def __init__(self, model: ClientPart, train: TrainSpec, client: str) -> None:
+        # The model holds the trunk's handle, which holds this object.
+        self.model = weakref.ref(model)
+        self.train = train
+        self._client = client
+        self._sample: list[Tensor] = []
+        self._is_done = train.mode != "joint"
+
+    def before_forward(self) -> None:
+        """Warn if the weights have changed since the first backward."""
+        model = self.model()
+        if not self._sample or model is None or _is_sample_of(model, self._sample):
+            return
+        log.warning(
+            "%s: the client's weights have changed after a backward, but the trunk was not asked "
+            "for a step, so it does not train; call trunk.follow(optimizer) before the training, "
+            "or set train.mode=frozen_trunk in the run if the trunk is to stay as it is",
+            self._client,
+        )
+        self.stepped()
+
+    def after_forward(self, out_BTD: Tensor) -> Tensor:
+        """Watch for the backward of this output, and return it."""
+        if not self._is_done and out_BTD.grad_fn is not None:
+            out_BTD.grad_fn.register_hook(self._after_backward)
+        return out_BTD
+
+    def stepped(self) -> None:
+        """End the watch."""
+        self._is_done, self._sample = True, []
+
+    def session_ended(self) -> None:
+        """Forget the backwards of a session that ends."""
+        self.before_forward()
+        self._sample = []
+
+    def _after_backward(self, *_: Any) -> None:
+        model = self.model()
+        if model is not None and not self._sample and not self._is_done:
+            self._sample = _sample_of(model)
+
+
+def _sample_of(model: nn.Module) -> list[Tensor]:
+    """A few numbers of each trained parameter."""
+    trained = (p.detach() for p in model.parameters() if p.requires_grad)
+    return [p.reshape(-1)[:_SAMPLED].clone() for p in trained]
+
+
+def _is_sample_of(model: nn.Module, sample: list[Tensor]) -> bool:
+    # An optimizer may step parameters without increasing autograd's count of changes.
+    now = _sample_of(model)
+    return len(now) == len(sample) and all(map(torch.equal, now, sample))
+
+
+class Follower:
+    """The handle that `RemoteTrunk.follow` returns; `remove()` or the end of a `with` ends it.
+
+    Args:
+        trunk: The client's handle for its trunk.
+        optimizer: Steps the weights of the client's model, which has a stand-in until `remove`.
+        previous: The watch of the trunk, which `remove` restores.
+        step: How many optimizer steps this client has taken before.
+
+    Raises:
+        ConfigError: The trunk does not train, or follows an optimizer already.
+    """
+
+    def __init__(
+        self,
+        trunk: "RemoteTrunk",
+        optimizer: Optimizer,
+        previous: "StepReminder | Follower",
+        step: int,
+    ) -> None:
+        if isinstance(previous, Follower):
+            raise ConfigError(
+                "the trunk follows an optimizer already; call remove() on the handle of that follow"
+            )
+        model, train = previous.model(), previous.train
+        if train.mode != "joint":
+            raise ConfigError(
+                f"train.mode={train.mode}: the trunk does not train; use mode=joint, or leave out "
+                "follow"
+            )
+        assert model is not None, "its optimizer is here"
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        self.steps = step
+        self._has_stepped = False
+        self._trunk, self._model, self._optimizer, self._train = trunk, model, optimizer, train
+        self._previous = previous
+        self._stand_in = nn.Parameter(torch.zeros(2, device=model.device), requires_grad=False)
+        # The gradient of the stand-in after the last backward; None after a step.
+        self._given: Tensor | None = None
+        self._is_finite = True
+        model.register_parameter(STAND_IN, self._stand_in)
+        # A loss scaler finds infinities in the gradients of the optimizer's parameters.
+        optimizer.param_groups[-1]["params"].append(self._stand_in)
+        module: Any = model
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            # torch sets an attribute of the hook, which a bound method does not take.
+            module.register_state_dict_post_hook(functools.partial(self._add_version)),
+            module.register_load_state_dict_pre_hook(self._require_version),
+        ]
+
+    def __enter__(self) -> "Follower":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """End the contributions, and remove the stand-in."""
+        for handle in self._handles:
+            handle.remove()
+        del self._model._parameters[STAND_IN]
+        parameters = self._optimizer.param_groups[-1]["params"]
+        parameters[:] = [each for each in parameters if each is not self._stand_in]
+        self._trunk.watch = self._previous
+
+    # --- between forward and step -------------------------------------------------------------
+
+    def before_forward(self) -> None:
+        """Drop the trunk's gradients if the loop has dropped the client's."""
+        if self._is_dropped():
+            self._trunk.open(self._trunk.round, first_call=self._trunk.next_call)
+
+    def after_forward(self, out_BTD: Tensor) -> Tensor:
+        """Have the backward of this output give the stand-in a gradient; return the output."""
+        out_BTD.register_hook(self._before_backward)
+        if out_BTD.grad_fn is not None:
+            out_BTD.grad_fn.register_hook(self._after_backward)
+        return out_BTD
+
+    def stepped(self) -> None:
+        """Forget the gradients, which the trunk has taken."""
+        self._given, self._is_finite = None, True
+        self._stand_in.grad = None
+
+    def session_ended(self) -> None:
+        """Forget the gradients, which the trunk has dropped."""
+        self.stepped()
+
+    def _before_backward(self, grad_trunk_out_BTD: Tensor) -> Tensor | None:
+        # A loss scaler expects infinities, and the trunk refuses them. The stand-in reports them.
+        if bool(grad_trunk_out_BTD.isfinite().all()):
+            return None
+        self._is_finite = False
+        return torch.zeros_like(grad_trunk_out_BTD)
+
+    def _after_backward(self, *_: Any) -> None:
+        if self._is_dropped():
+            raise ConfigError(
+                "the gradients of an earlier backward were dropped between a forward and its "
+                "backward, so the trunk would keep its share of them; call zero_grad before the "
+                "forward"
+            )
+        if self._given is not None and not torch.equal(self._given, self._gradient()):
+            raise ConfigError(
+                "the gradients were changed between two backwards of one step, and the trunk's "
+                "were not; scale or clip them once, after the last backward"
+            )
+        norm = math.sqrt(self._trunk.trunk_sq_norm) if self._is_finite else math.inf
+        self._given = (_SHARES * norm).to(self._stand_in)
+        self._stand_in.grad = self._given.clone()
+
+    def _gradient(self) -> Tensor:
+        gradient = self._stand_in.grad
+        return torch.zeros_like(self._stand_in) if gradient is None else gradient
+
+    def _is_dropped(self) -> bool:
+        """Whether the loop has dropped gradients that the trunk still holds."""
+        if self._given is None:
+            return False
+        return self._stand_in.grad is None or bool(self._given.any() and not self._gradient().any())
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        # The first argument is the optimizer itself.
+        if any(each is not None for each in (*args[1:], kwargs.get("closure"))):
+            raise ConfigError(
+                "optimizer.step has a closure, which computes the gradients after the trunk's "
+                "step; call backward before step, without a closure"
+            )
+        # A fused optimizer that skips a step with infinities is called nevertheless.
+        skips = getattr(optimizer, "found_inf", None)
+        if self._is_dropped() or (skips is not None and bool(skips)):
+            return
+        # A fused optimizer may also divide by the loss scale itself.
+        scale = getattr(optimizer, "grad_scale", None)
+        scale = 1.0 if scale is None else float(scale)
+        own = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None and p is not self._stand_in
+        ]
+        factor = self._factor() / scale
+        client_sq_norm = squared_norm(own) / scale**2
+        sq_norm = client_sq_norm + self._trunk.trunk_sq_norm * factor**2
+        if not self._is_finite or not math.isfinite(sq_norm):
+            raise NonFinite(
+                f"the gradients of step {self.steps} hold NaN or Inf; no weight has changed. Call "
+                "zero_grad and go on with another batch, or lower the learning rate"
+            )
+        # The trunk first: if it refuses the step, the client has not changed yet.
+        self._trunk.step(
+            step=self.steps,
+            num_tokens=1,
+            client_sq_norm=client_sq_norm,
+            loss_scale=1.0 / factor,
+        )
+        clipped = sq_norm if self._train.clip == "global" else client_sq_norm
+        coefficient = clip_coefficient(clipped, self._train.clip_norm)
+        if coefficient < 1.0:
+            for gradient in own:
+                gradient.mul_(coefficient)
+        self.steps += 1
+        self._has_stepped = True
+
+    def _factor(self) -> float:
+        """The factor that the loop has put on all gradients since the last backward."""
+        now = self._gradient()
+        if self._given is None or torch.equal(now, self._given):
+            return 1.0
+        first, second = (now.double() / self._given.double()).tolist()
+        if not math.isclose(first, second, rel_tol=1e-2):
+            raise ConfigError(
+                "the gradients were changed otherwise than by a common factor, such as by "
+                "clip_grad_value_, and the trunk's cannot be; clip them with clip_grad_norm_"
+            )
+        if second > 1.0:
+            raise ConfigError(
+                f"the gradients were multiplied by {second:g} after the backward; multiply the "
+                "loss instead"
+            )
+        return float(second)
+
+    # --- state dicts --------------------------------------------------------------------------
+
+    def _add_version(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any
+    ) -> None:
+        state_dict.pop(prefix + STAND_IN, None)
+        state_dict[prefix + SAVED_VERSION] = torch.tensor([self._trunk.version, self.steps])
+
+    def _require_version(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    ) -> None:
+        """Refuse weights of another version of the trunk; continue from their step."""
+        # torch reports a parameter that is missing.
+        state_dict[prefix + STAND_IN] = self._stand_in.detach()
+        saved, version = state_dict.pop(prefix + SAVED_VERSION, None), self._trunk.version
+        way_out = (
+            "Load the trunk's state of that version at the server first, or call remove() on the "
+            "handle of follow() to mix the two on purpose. The Trainer loads earlier weights with "
+            "load_best_model_at_end and resume_from_checkpoint"
+        )
+        if saved is None and self._has_stepped:
+            raise CheckpointError(
+                f"these weights do not say with which version of the trunk they were saved, and "
+                f"the trunk has since moved to version {version}. {way_out}"
+            )
+        if saved is None:
+            log.warning(
+                "the loaded weights do not say with which version of the trunk they were saved; "
+                "the trunk is at version %d and must be that one",
+                version,
+            )
+            return
+        saved_version, steps = saved.tolist()
+        if saved_version != version:
+            raise CheckpointError(
+                f"these weights were saved with version {saved_version} of the trunk, which is at "
+                f"version {version} now. {way_out}"
+            )
+        self.steps = steps
