@@ -206,6 +206,10 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
     config = config_of(run, tokenizer_of(run, preparation), join.labels)
     build = client_of if run.baseline == "none" else whole_of
     model: PreTrainedModel = build(run, config, node.device)
+    if run.baseline != "none":
+        # Training needs no KV cache, which most families would create by default. The server's
+        # model keeps its setting, because it is saved.
+        model.config.use_cache = False
     on_device(model, node.device)
     if ARRAYS in message.content:
         weights = shared(model, run)
