@@ -44,8 +44,8 @@ class Split(Command):
 
 
 def _part_line(directory: Path) -> str:
-    from fedsplit.model.checkpoint import WEIGHTS
     from fedsplit.model.manifest import Manifest
+    from fedsplit.model.part_files import WEIGHTS
     from fedsplit.model.source import tensor_names
     from fedsplit.runs.metrics import in_mib
 
