@@ -105,7 +105,8 @@ def _printing_rounds(folder: RunFolder) -> Iterator[None]:
 def _heading(run: RunSpec) -> str:
     return (
         f"run {run.name} ({run.fingerprint}): {run.model}, split {run.split}, "
-        f"{run.data.kind} corpus, {run.sharding.kind} sharding over {run.clients} clients, "
+        f"{run.data.kind} corpus, special tokens {run.data.special_tokens}, "
+        f"{run.sharding.kind} sharding over {run.clients} clients, "
         f"policy {run.policy.kind}, launch {run.launch.kind}"
     )
 

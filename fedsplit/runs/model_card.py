@@ -22,6 +22,7 @@ tags: [split-learning, federated-learning, fedsplit]
 | split (bottom/trunk/top, blocks) | {split} |
 | corpus | {corpus}, {corpus_bytes:,} bytes |
 | corpus sha256 | `{sha256}` |
+| tokens | {tokens_of} |
 | sharding | {sharding} over {clients} clients, {held_out:.0%} held out |
 | policy | {policy}, strategy {strategy} with {client_strategy} for the client weights |
 | attention at the trunk | {attention} |
@@ -42,7 +43,12 @@ memorized training text.
 
 
 def model_card(
-    run: RunSpec, cut: str, attention: str, corpus: Corpus, rounds: Sequence[RoundStats]
+    run: RunSpec,
+    cut: str,
+    attention: str,
+    corpus: Corpus,
+    layout: str,
+    rounds: Sequence[RoundStats],
 ) -> str:
     """Return the card as Markdown, with the metadata for the Hugging Face Hub on top.
 
@@ -51,6 +57,7 @@ def model_card(
         cut: The blocks of bottom, trunk and top.
         attention: The attention implementation of the trunk.
         corpus: The corpus of all clients together.
+        layout: How a document becomes tokens.
         rounds: The finished rounds, at least one.
     """
     measured = evaluated(rounds)
@@ -65,6 +72,8 @@ def model_card(
         corpus=corpus.name,
         corpus_bytes=corpus.num_bytes,
         sha256=corpus.sha256,
+        # A bar ends a cell, and special tokens have some.
+        tokens_of=layout.replace("|", "\\|"),
         sharding=run.sharding.kind,
         held_out=run.data.held_out,
         policy=run.policy.kind,

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, TokenizersBackend
 
 from fedsplit import atomic
-from fedsplit.data import Corpus
+from fedsplit.data import Corpus, layout_of
 from fedsplit.model import SplitModel
 from fedsplit.model.checkpoint import join_checkpoint
 from fedsplit.model.join import folded_model
@@ -40,7 +40,8 @@ def write_result(
     trunk = result.trunk if isinstance(result, SplitModel) else result
     attention = trunk.config._attn_implementation or ""
     cut = _cut(result) if isinstance(result, SplitModel) else "not split"
-    card = model_card(run, cut, attention, corpus, folder.rounds())
+    layout = layout_of(corpus, tokenizer, run.data) if tokenizer else "none, but images"
+    card = model_card(run, cut, attention, corpus, layout, folder.rounds())
     # Last, since a run with this folder is finished and is not resumed.
     with atomic.new_folder(folder.model) as model:
         if isinstance(result, SplitModel):

@@ -95,6 +95,7 @@ def test_a_run_s_card_says_what_it_was(run: RunSpec, folder: RunFolder) -> None:
     for said in (
         load_corpus(run.data).sha256,
         run.fingerprint,
+        r"| tokens | each document as TEXT <\|endoftext\|>; special tokens that a document spells ",
         "| split (bottom/trunk/top, blocks) | 1/",
         "| policy | sync, ",
         "| rounds | 2 of 2 steps per client, 4 trunk steps",
