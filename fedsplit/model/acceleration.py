@@ -36,15 +36,17 @@ def apply_training_options(model: PreTrainedModel, train: TrainSpec) -> None:
 
 
 def checkpoints(model: PreTrainedModel, train: TrainSpec) -> bool:
-    """Whether `train` sets activation checkpointing for this model.
+    """Whether activation checkpointing is on for this model already, or `train` turns it on.
 
     The model then keeps only the inputs of its blocks and recomputes the rest in the backward.
     """
     if isinstance(model, TrunkPart):
-        return train.checkpointing in ("trunk", "all")
-    if isinstance(model, ClientPart):
-        return train.checkpointing in ("client", "all")
-    return train.checkpointing != "none"
+        is_set = train.checkpointing in ("trunk", "all")
+    elif isinstance(model, ClientPart):
+        is_set = train.checkpointing in ("client", "all")
+    else:
+        is_set = train.checkpointing != "none"
+    return is_set or any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def autocast(model: ModelSpec, device: torch.device) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
+from fedsplit.model.module_state import copy_state
 from fedsplit.model.plan import model_class_for, plan_for, quantization_of
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart, connect, part_class
@@ -206,7 +207,9 @@ def split_model(
 ) -> SplitModel:
     """Cut a model into the client's part and the trunk, connected in this process.
 
-    The parts give the same logits, gradients and generated tokens as the unsplit model.
+    The parts give the same logits, gradients and generated tokens as the unsplit model. Those of a
+    model in memory have its mode, its settings (such as activation checkpointing) and its frozen
+    parameters; its hooks stay behind, with a warning.
 
     Args:
         model: A model in memory (its tensors are copied), a local directory or a hub id.
@@ -241,20 +244,21 @@ def split_model(
             "into the parts"
         )
     spec = SplitSpec.parse(split) if isinstance(split, str) else split
+    dtypes = "dtype" not in options
     if isinstance(model, str):
         config = config or Source(name=model, revision=revision).config()
         origin: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
-        generation = None
     else:
-        config, generation = _plain_config(model), getattr(model, "generation_config", None)
+        config = _plain_config(model)
         # The builders use tensors without a copy, and training must not change the caller's model.
         tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
         origin = {"state_dict": tensors, "model_class": model_class or type(model)}
         options = {"dtype": model.dtype, "attn_implementation": _attention(config), **options}
     client = build_client(config, spec, seed=seed, **origin, **options)
     trunk = build_trunk(config, spec, **origin, **options)
-    if generation is not None:
-        client.generation_config = copy.deepcopy(generation)
+    if isinstance(model, PreTrainedModel):
+        for part in (client, trunk):
+            copy_state(model, part, dtypes=dtypes)
     connect(client, trunk.run, trunk.new_cache)
     return SplitModel(client=client, trunk=trunk)
 
@@ -325,7 +329,9 @@ def initial_parts(
         UnsupportedModel: The model cannot be cut exactly; raised before it is built.
     """
     plan_for(model_class or model_class_for(config), config)
-    return split_model(initial_whole(config, seed, model_class=model_class, **options), split)
+    whole = initial_whole(config, seed, model_class=model_class, **options)
+    # As a model is that was loaded; training sets the mode itself.
+    return split_model(whole.eval(), split)
 
 
 def initial_whole(

@@ -161,6 +161,7 @@ def test_what_was_agreed_passes(request_: m.Request[Any]) -> None:
         (forward(attention_mask_BT=torch.ones(2, 3).long()), BadTensor, "of 4 tokens"),
         (forward(attention_mask_BT=torch.ones(2, 5).long()), BadTensor, "session that generates"),
         (forward(training=False, bases_B=torch.tensor([0, 0])), ProtocolError, "does not train"),
+        (forward(calls_ago=1), ProtocolError, "calls_ago=1 is before the first call"),
         (forward(references=(torch.zeros(2, 4, 3),)), ProtocolError, "without bases_B"),
         (forward(bases_B=torch.tensor([0])), BadTensor, r"int64 of shape \(1,\)"),
         (forward(bases_B=torch.tensor([0, -2])), BadTensor, "a name, 0 or -1"),
