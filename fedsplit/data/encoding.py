@@ -5,7 +5,7 @@ Shapes: S tokens of a whole shard.
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from fedsplit.data.corpora import Corpus, Document
 from fedsplit.errors import DataError
 from fedsplit.spec import DataSpec
 
-_Tokens = tuple[list[int], list[bool]]  # the tokens, and whether the loss counts each
 _WRITES_MASK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -54,15 +53,14 @@ def encode(
             f"data.assistant_only_loss needs conversations, but {corpus.name} has texts; set "
             "data.field to a field with messages, or data.assistant_only_loss=false"
         )
-    of_texts = iter(_of_texts(texts, tokenizer, data.special_tokens))
-    tokens = [
-        _of_conversation(document, tokenizer, data) if document.messages else next(of_texts)
-        for document in corpus.documents
-    ]
-    return (
-        torch.tensor([token for ids, _ in tokens for token in ids], dtype=torch.int64),
-        torch.tensor([counts for _, targets in tokens for counts in targets], dtype=torch.bool),
-    )
+    of_texts = _of_texts(texts, tokenizer, data.special_tokens)
+    chats = {d: _chat(d, tokenizer, data) for d in corpus.documents if d.messages}
+    ids = [chats[d].tokens()[0] if d in chats else next(of_texts) for d in corpus.documents]
+    ids_S = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64)
+    if not data.assistant_only_loss:
+        return ids_S, torch.ones_like(ids_S, dtype=torch.bool)
+    masks = chain.from_iterable(chats[d].mask_of_assistant() for d in corpus.documents)
+    return ids_S, torch.tensor(list(masks), dtype=torch.bool)
 
 
 def layout_of(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataSpec) -> str:
@@ -70,7 +68,7 @@ def layout_of(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataSpec
     if corpus.documents[0].messages:
         counted = "the assistant's" if data.assistant_only_loss else "all"
         return f"each conversation as the chat template writes it, with loss on {counted} tokens"
-    ((ids, _),) = _of_texts(["text"], tokenizer, data.special_tokens)
+    (ids,) = _of_texts(["text"], tokenizer, data.special_tokens)
     special = set(tokenizer.all_special_ids)
     words = [str(tokenizer.decode([i])) if i in special else "TEXT" for i in ids]
     # The sample is several tokens.
@@ -81,34 +79,22 @@ def layout_of(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataSpec
 
 def _of_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, special_tokens: str
-) -> Iterator[_Tokens]:
+) -> Iterator[list[int]]:
     if not texts:
         return
     encoded = tokenizer(texts, verbose=False, **special_token_options(special_tokens))
     end = tokenizer.eos_token_id
     for ids in encoded["input_ids"]:
-        whole = ids if ids and ids[-1] == end else [*ids, end]
-        yield whole, [True] * len(whole)
+        yield ids if ids and ids[-1] == end else [*ids, end]
 
 
-def _of_conversation(
-    document: Document, tokenizer: PreTrainedTokenizerFast, data: DataSpec
-) -> _Tokens:
+def _chat(document: Document, tokenizer: PreTrainedTokenizerFast, data: DataSpec) -> "_Chat":
     if data.special_tokens == "none":
         raise DataError(
             f"{document.group} is a conversation, and chat templates write special tokens, which "
             "data.special_tokens=none reads as text; set data.special_tokens=auto"
         )
-    chat = _Chat(document, tokenizer)
-    ids, offsets = chat.tokens()
-    if not data.assistant_only_loss:
-        return ids, [True] * len(ids)
-    if _WRITES_MASK.search(chat.template):
-        return ids, chat.mask_of_template()
-    spans = list(chat.spans_of_assistant())
-    return ids, [
-        any(first <= begin < end <= last for first, last in spans) for begin, end in offsets
-    ]
+    return _Chat(document, tokenizer)
 
 
 class _Chat:
@@ -120,7 +106,7 @@ class _Chat:
         self._messages = [
             {"role": turn.role, "content": turn.content} for turn in document.messages
         ]
-        self.template: str = self._call(tokenizer.get_chat_template)
+        self._template: str = self._call(tokenizer.get_chat_template)
         self._text = self._written(self._messages)
 
     def tokens(self) -> tuple[list[int], list[tuple[int, int]]]:
@@ -130,22 +116,28 @@ class _Chat:
         )
         return encoded["input_ids"], encoded["offset_mapping"]
 
-    def mask_of_template(self) -> list[bool]:
-        """Return whether each token is of an assistant, by the template's own generation blocks."""
-        encoded = self._call(
-            self._tokenizer.apply_chat_template,
-            self._messages,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return [bool(own) for own in encoded["assistant_masks"]]
-
-    def spans_of_assistant(self) -> Iterator[tuple[int, int]]:
-        """Yield the spans of characters that an assistant writes, with the ends of its turns.
+    def mask_of_assistant(self) -> list[bool]:
+        """Return whether each token is of an assistant.
 
         Raises:
-            DataError: The template writes a turn in another way if other turns follow it.
+            DataError: The template does not tell, and writes turns in another way if others follow.
         """
+        if _WRITES_MASK.search(self._template):
+            encoded = self._call(
+                self._tokenizer.apply_chat_template,
+                self._messages,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            return [bool(own) for own in encoded["assistant_masks"]]
+        spans = list(self._spans_of_assistant())
+        return [
+            any(first <= begin < end <= last for first, last in spans)
+            for begin, end in self.tokens()[1]
+        ]
+
+    def _spans_of_assistant(self) -> Iterator[tuple[int, int]]:
+        """Yield the spans of characters that an assistant writes, with the ends of its turns."""
         for number, message in enumerate(self._messages):
             if message["role"] != "assistant":
                 continue

@@ -82,7 +82,8 @@ def _documents(load: Callable[[Any], Any], spec: DataSpec, labelled: bool) -> Lo
         rows = load(datasets)
     except FedsplitError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as exc:
+    # RuntimeError: the data set is a script.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as exc:
         if is_full(exc):
             raise StorageError(
                 f"{datasets.config.HF_DATASETS_CACHE}, where datasets keeps a copy of what it "

@@ -78,6 +78,11 @@ def test_texts_are_cut_and_padded_to_one_length(corpus, tokenizer):
     assert (batch.num_tokens, batch.num_bytes) == (3, 0)
 
 
+def test_a_classifier_has_no_loss_on_an_assistant(corpus, tokenizer):
+    with pytest.raises(DataError, match="data.assistant_only_loss is for language models"):
+        TEXTS.examples(corpus, DataSpec(assistant_only_loss=True), tokenizer, ("a", "b", "c"))
+
+
 def test_a_text_has_the_special_tokens_that_a_pipeline_gives_it(corpus, tokenizer):
     batch = TEXTS.examples(corpus, DataSpec(), tokenizer, ("a", "b", "c")).batch([0])
     (length,) = batch.inputs["attention_mask"].sum(dim=1).tolist()

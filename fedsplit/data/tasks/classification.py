@@ -35,6 +35,11 @@ class Classification(Task):
         """Return a row per document; see `Task.examples`."""
         if not corpus.documents:
             raise DataError(f"{corpus.name} has no documents; every client needs at least one")
+        if data.assistant_only_loss:
+            raise DataError(
+                "data.assistant_only_loss is for language models, and a classifier has one loss a "
+                "document; set data.assistant_only_loss=false"
+            )
         inputs = self._inputs(corpus, data, tokenizer)
         return Labelled(inputs=inputs, labels_N=_classes(corpus, labels))
 
