@@ -237,30 +237,43 @@ def split_model(
     >>> sorted({name.split(".")[2] for name, _ in parts.trunk.named_parameters()})
     ['1', '2']
     """
-    if not isinstance(model, str | PreTrainedModel):
+    spec = SplitSpec.parse(split) if isinstance(split, str) else split
+    if isinstance(model, str):
+        config = config or Source(name=model, revision=revision).config()
+        origin: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
+    else:
+        config, origin = _in_memory(model, model_class)
+    client = build_client(config, spec, seed=seed, **{**origin, **options})
+    trunk = build_trunk(config, spec, **{**origin, **options})
+    if isinstance(model, PreTrainedModel):
+        for part in (client, trunk):
+            copy_state(model, part, dtypes="dtype" not in options)
+    connect(client, trunk.run, trunk.new_cache)
+    return SplitModel(client=client, trunk=trunk)
+
+
+def _in_memory(
+    model: object, model_class: type[PreTrainedModel] | None
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config of a model in memory, and the arguments of the builders for it.
+
+    Raises:
+        UnsupportedModel: It is not a model of transformers, or its weights are quantized.
+    """
+    if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(
             f"split_model takes a model of transformers, not a {type(model).__name__}; for a model "
             "of peft, pass model.merge_and_unload(), or split its base model and load the adapter "
             "into the parts"
         )
-    spec = SplitSpec.parse(split) if isinstance(split, str) else split
-    dtypes = "dtype" not in options
-    if isinstance(model, str):
-        config = config or Source(name=model, revision=revision).config()
-        origin: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
-    else:
-        config = _plain_config(model)
+    config = _plain_config(model)
+    return config, {
         # The builders use tensors without a copy, and training must not change the caller's model.
-        tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        origin = {"state_dict": tensors, "model_class": model_class or type(model)}
-        options = {"dtype": model.dtype, "attn_implementation": _attention(config), **options}
-    client = build_client(config, spec, seed=seed, **origin, **options)
-    trunk = build_trunk(config, spec, **origin, **options)
-    if isinstance(model, PreTrainedModel):
-        for part in (client, trunk):
-            copy_state(model, part, dtypes=dtypes)
-    connect(client, trunk.run, trunk.new_cache)
-    return SplitModel(client=client, trunk=trunk)
+        "state_dict": {name: t.detach().clone() for name, t in model.state_dict().items()},
+        "model_class": model_class or type(model),
+        "dtype": model.dtype,
+        "attn_implementation": _attention(config),
+    }
 
 
 def _plain_config(model: PreTrainedModel) -> PretrainedConfig:
