@@ -8,6 +8,7 @@ PyTorch: `loss.backward()` crosses the wire.
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from fedsplit.client.kv_session import CacheSession, TrunkCache
 from fedsplit.client.rpc import RpcClient
 from fedsplit.errors import FedsplitError, ModelMismatch, ProtocolError, SessionLost
 from fedsplit.link import Link
-from fedsplit.model.checkpoint import model_fingerprint
+from fedsplit.model.identity import model_fingerprint, model_settings
 from fedsplit.model.rope import tables_of
 from fedsplit.model.stage import ClientPart
 from fedsplit.randomness import draws
@@ -80,6 +81,12 @@ class RemoteTrunk:
             "model": model_fingerprint(model.config, run.split),
             "config": run.fingerprint,
             "served_model_name": served_model_name,
+            # The part's own dictionary: an adapter may be loaded later.
+            "identity": model.identity,
+        }
+        self._settings: dict[str, Any] = {
+            "model_settings": model_settings(model.config, run.split),
+            "run_settings": run.texts,
         }
         tables = functools.partial(tables_of, model.config)
         self._cache_options: dict[str, Any] = {"stateless": kv == "client", "tables": tables}
@@ -122,7 +129,7 @@ class RemoteTrunk:
             # Evaluation does not depend on the run, so any run's client may evaluate.
             **(self._identity if training else {**self._identity, "config": ""}),
         )
-        reply = self.exchange(request)
+        reply = self._exchange_open(request)
         if reply.limits.hidden_size != self._hidden_size:
             raise ModelMismatch(
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
@@ -264,9 +271,16 @@ class RemoteTrunk:
             # Generation does not depend on the run, so any run's client may generate.
             **{**self._identity, "config": ""},
         )
-        session = self.exchange(request).session
+        session = self._exchange_open(request).session
         self._caches.add(session)
         return session
+
+    def _exchange_open(self, request: m.OpenRequest) -> m.OpenReply:
+        try:
+            return self.exchange(request)
+        except ModelMismatch:
+            # The trunk names the settings that differ if it knows the client's.
+            return self.exchange(replace(request, **self._settings))
 
     def end_generations(self) -> None:
         """Close the sessions of deleted caches."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
+from fedsplit.model.identity import MEMORY, tensors_digest
 from fedsplit.model.module_state import copy_state
 from fedsplit.model.plan import model_class_for, plan_for, quantization_of
 from fedsplit.model.source import Source, on_meta
@@ -108,6 +109,7 @@ def _load(
     # transformers writes to the config of a model that it builds, so this model gets a copy.
     tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)))
     part = load_tensors(cls, config, tensors, source, new=cls.plan.head, seed=seed, **options)
+    part.identity.update(origin.identity(config))
     return _with_generation_config(part, origin)
 
 
@@ -246,8 +248,10 @@ def split_model(
     client = build_client(config, spec, seed=seed, **{**origin, **options})
     trunk = build_trunk(config, spec, **{**origin, **options})
     if isinstance(model, PreTrainedModel):
+        digest = tensors_digest(model.state_dict())
         for part in (client, trunk):
             copy_state(model, part, dtypes="dtype" not in options)
+            part.identity.update({MEMORY: digest} if digest else {})
     connect(client, trunk.run, trunk.new_cache)
     return SplitModel(client=client, trunk=trunk)
 

@@ -1,7 +1,5 @@
 """Parts on disk: split a checkpoint into part directories, save a part, load it, join two parts."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,11 +7,12 @@ from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fedsplit import atomic
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.build import build_client, build_trunk
+from fedsplit.model.identity import model_fingerprint
 from fedsplit.model.join import join_model
 from fedsplit.model.manifest import FORMAT, PARTS, Manifest, hashes_of, sha256_of, versions
 from fedsplit.model.part_files import WEIGHTS, unmarked, write_files
@@ -26,28 +25,6 @@ _BUILD: dict[str, Callable[..., ClientPart | TrunkPart]] = dict(
 )
 # The default of `push_to_hub` in transformers.
 _ONE_FILE = "50GB"
-# Fields that do not change the computation, or that differ between copies of one model.
-_VOLATILE = frozenset({"architectures", "transformers_version", "dtype", "torch_dtype"})
-
-
-def model_fingerprint(config: PretrainedConfig, split: SplitSpec) -> str:
-    """16 hex digits, equal for two parts if and only if model config and cut are the same."""
-    num_blocks = config.get_text_config(decoder=True).num_hidden_layers
-    # The cut in numbers, since "1/2/1" and "1/*/1" may be the same.
-    data = {"config": _lasting(config.to_dict()), "cut": split.cut(num_blocks)}
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _lasting(value: Any) -> Any:
-    """A value of a config without volatile and private fields, at any depth."""
-    if isinstance(value, dict):
-        return {
-            str(k): _lasting(v)
-            for k, v in value.items()
-            if k not in _VOLATILE and not str(k).startswith("_")
-        }
-    return [_lasting(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def split_checkpoint(
@@ -80,6 +57,8 @@ def split_checkpoint(
     origin = Source(name=source, revision=revision)
     config = origin.config()
     directories = {}
+    # The parts read their own tensors only; the whole is hashed here, where all are needed.
+    identity = origin.identity(config, full=True)
     for name, build in _BUILD.items():
         directory = Path(out_dir) / name
         atomic.make_folder(directory)
@@ -87,6 +66,7 @@ def split_checkpoint(
         if name == "bottom-top":
             origin.copy_texts(directory)
         part = build(config, split, source=source, revision=revision, model_class=model_class)
+        part.identity.update(identity)
         _write_part(part, name, split, origin, directory)
         # Frees the memory before the next part is read.
         del part
@@ -126,6 +106,7 @@ def _manifest(
         split=str(split),
         trunk_blocks=[part.trunk_blocks.start, part.trunk_blocks.stop],
         fingerprint=model_fingerprint(part.config, split),
+        identity=part.identity,
         versions=versions(_own_version()),
         files=files,
     )
@@ -215,6 +196,7 @@ def load_part(directory: str | Path, **options: Any) -> ClientPart | TrunkPart:
         model_class=_class_named(manifest.model_class, directory),
         **options,
     )
+    part.identity.update(manifest.identity)
     generation = Source(name=str(directory)).generation_config()
     if generation is not None:
         part.generation_config = generation

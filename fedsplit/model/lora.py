@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.adapter_config import (
+    SAME,
     AdaptedModules,
     active_adapter,
     check_config,
@@ -39,6 +40,7 @@ from fedsplit.model.adapter_config import (
     shared_config,
     without_wrapper,
 )
+from fedsplit.model.identity import ADAPTER, adapter_digest
 from fedsplit.model.plan import plan_for
 from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
 from fedsplit.model.stage import ClientPart, Part, TrunkPart
@@ -103,6 +105,7 @@ def load_adapter(part: PreTrainedModel, source: str, revision: str = "main") -> 
     config = saved_config(origin)
     # A saved adapter is in inference mode, in which peft freezes it.
     config.inference_mode = False
+    settings = {name: getattr(config, name) for name in SAME}
     try:
         modules = _resolved(part, _adapted_whole(part, config))
         own = modules.only(lambda name: _is_enabled(part, name, LoraSpec()))
@@ -111,7 +114,11 @@ def load_adapter(part: PreTrainedModel, source: str, revision: str = "main") -> 
         raise CheckpointError(
             f"{source}: not an adapter of {_family_of(part).__name__} ({_first_line(exc)})"
         ) from exc
-    _copy_saved(part, origin.file(_WEIGHTS), source)
+    _copy_saved(part, file := origin.file(_WEIGHTS), source)
+    names = [name.removeprefix(_SAVED_PREFIX) for name in tensor_names(file)]
+    # Client and trunk must have it both, unless it changes nothing in the trunk.
+    if isinstance(part, Part) and any(part.place_of(name) == "trunk" for name in names):
+        part.identity[ADAPTER] = adapter_digest(file, settings)
 
 
 def _copy_saved(part: PreTrainedModel, file: Path, source: str) -> None:

@@ -14,7 +14,7 @@ from fedsplit import atomic
 from fedsplit.errors import CheckpointError
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 PARTS = ("bottom-top", "trunk")
 
 
@@ -31,6 +31,7 @@ class Manifest:
         split: Blocks of bottom, trunk and top.
         trunk_blocks: First block of the trunk, and first block after it.
         fingerprint: Equal for both parts of one cut of one model.
+        identity: Digests of the weights of the whole model, by kind (`fedsplit.model.identity`).
         versions: Versions of fedsplit, transformers and torch, for information only.
         files: sha256 in hex of every other file in the directory, by name.
     """
@@ -43,6 +44,7 @@ class Manifest:
     split: str
     trunk_blocks: list[int]
     fingerprint: str
+    identity: dict[str, str]
     versions: dict[str, str]
     files: dict[str, str]
 
@@ -109,14 +111,17 @@ def versions(fedsplit: str) -> dict[str, str]:
 
 def _checked(path: Path, data: Any) -> Manifest:
     expected = get_type_hints(Manifest)
+    if isinstance(data, dict) and data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format={data.get('format')}; this fedsplit reads {FORMAT}; split the model "
+            "again"
+        )
     if not isinstance(data, dict) or set(data) != set(expected):
         found = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise CheckpointError(f"{path}: has {found}, but needs {sorted(expected)}")
     for name, kind in expected.items():
         if not isinstance(data[name], get_origin(kind) or kind):
             raise CheckpointError(f"{path}: {name}={data[name]!r} is not {kind}")
-    if data["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format={data['format']}; this fedsplit reads {FORMAT}")
     if data["part"] not in PARTS:
         raise CheckpointError(f"{path}: part={data['part']!r} is not one of: {', '.join(PARTS)}")
     # A manifest may come from elsewhere; it must not name files outside its directory.

@@ -4,6 +4,7 @@ A part reads only its own tensors. From a sharded checkpoint on the hub, it down
 shards that hold them.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
 from fedsplit.errors import CheckpointError, UnsupportedModel
+from fedsplit.model.identity import COMMIT, FULL, SAMPLE, files_digest
 from fedsplit.model.part_files import require_whole
 from fedsplit.model.plan import QUANTIZED, quantization_of
 from fedsplit.randomness import process_state
@@ -116,6 +118,29 @@ class Source:
             tensors.update(read_tensors(path, in_file))
         return tensors
 
+    def identity(self, config: PretrainedConfig, *, full: bool = False) -> dict[str, str]:
+        """The digests of the weights, by kind; see `fedsplit.model.identity`.
+
+        Where a part has downloaded its own shards only, the commit is all that is known.
+
+        Args:
+            config: The source's config.
+            full: Also hash all bytes; downloads all shards.
+
+        Raises:
+            CheckpointError: There are no safetensors weights, or a file is damaged.
+        """
+        files = sorted(set(self._files_by_tensor(config).values()))
+        find = self._shard if full else functools.partial(self._file, here=True)
+        paths = [path for file in files if (path := find(file)) is not None]
+        commit = self.commit()
+        found = {COMMIT: commit} if commit else {}
+        if len(paths) == len(files):
+            found[SAMPLE] = files_digest(paths)
+        if full:
+            found[FULL] = files_digest(paths, full=True)
+        return found
+
     def commit(self) -> str:
         """The commit of a hub id's files; empty for a directory."""
         # The hub's cache keeps a file as `snapshots/COMMIT/FILE`.
@@ -189,12 +214,14 @@ class Source:
             raise CheckpointError(f"{self.name}: {file} is missing, but {INDEX} lists it")
         return path
 
-    def _file(self, file: str) -> Path | None:
+    def _file(self, file: str, *, here: bool = False) -> Path | None:
+        """The local path of a file; `here` downloads nothing."""
         try:
             path = cached_file(
                 self.name,
                 file,
                 revision=self.revision,
+                local_files_only=here,
                 _raise_exceptions_for_missing_entries=False,
             )
         except OSError as exc:

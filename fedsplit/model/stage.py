@@ -50,6 +50,8 @@ class Part(WholeAdaptersOnly, PreTrainedModel):
         family: The family's class.
         plan: The assignment of the family's modules to parts.
         trunk_blocks: The indices of the blocks between the cuts.
+        identity: The digests of the weights that the part came from, and of its adapter
+            (`fedsplit.model.identity`); empty if they are not known.
     """
 
     family: ClassVar[type[Any]]
@@ -61,6 +63,7 @@ class Part(WholeAdaptersOnly, PreTrainedModel):
         # no values. torch initializes tensors of that device in Python, which is slow.
         with no_init_weights():
             super().__init__(config, *args, **kwargs)
+        self.identity: dict[str, str] = {}
         # Read before modules are removed, to find ties between the parts.
         ties = dict(self.all_tied_weights_keys)
         self._remove_foreign(cast(nn.ModuleList, self.get_submodule(self.plan.blocks)))

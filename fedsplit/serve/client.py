@@ -10,17 +10,22 @@ from transformers import PretrainedConfig
 
 from fedsplit.client.evaluation import EvaluationTrunk
 from fedsplit.client.remote import RemoteTrunk
-from fedsplit.errors import ConfigError, ModelMismatch
+from fedsplit.errors import ConfigError, FedsplitError, ModelMismatch
 from fedsplit.model import ClientPart, connect
-from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.describe import client_of
+from fedsplit.model.identity import model_fingerprint, model_settings
 from fedsplit.model.lora import load_adapter
 from fedsplit.model.placement import on_device
 from fedsplit.model.source import Source
 from fedsplit.serve.shared import ADDRESS, pretrained_run
 from fedsplit.spec import ModelSpec, RunSpec, SplitSpec, WireSpec
 from fedsplit.transport.client import GrpcLink
-from fedsplit.wire.messages import ServiceInfoRequest
+from fedsplit.wire.messages import (
+    PROTOCOL,
+    OpenRequest,
+    ServiceInfoReply,
+    ServiceInfoRequest,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,18 +89,19 @@ def reach(
         info = link.exchange(ServiceInfoRequest(served_model_name=served_model_name))
         run = replace(run, split=SplitSpec.parse(info.blocks))
         config = Source(name=source, revision=revision).config()
+        # Sessions belong to a client's name, and clients here have no configured ones.
+        name = f"client-{secrets.token_hex(8)}"
         if not _is_of(info.model, config, run.split):
+            why = _difference(link, info, config, run.split, name, served_model_name)
             raise ModelMismatch(
-                f"{source} is not the model of which {trunk} serves the trunk (a {info.family} cut "
-                f"{info.blocks}); use the same model at both sides, or choose another trunk of "
-                f"the server: {', '.join(info.served_model_names)}"
+                f"{source} is not the model of which {trunk} serves the trunk ({why}); use the "
+                "same model at both sides, or choose another trunk of the server: "
+                f"{', '.join(info.served_model_names)}"
             )
         client = client_of(pretrained_run(run, source, revision, adapter), config, device)
         if adapter:
             load_adapter(client, adapter)
         on_device(client, device).eval()  # type: ignore[no-untyped-call]
-        # Sessions belong to a client's name, and clients here have no configured ones.
-        name = f"client-{secrets.token_hex(8)}"
         remote = RemoteTrunk(
             link, client, run, client=name, served_model_name=served_model_name, kv=kv
         )
@@ -109,6 +115,39 @@ def _is_of(fingerprint: str, config: PretrainedConfig, split: SplitSpec) -> bool
         return model_fingerprint(config, split) == fingerprint
     except ConfigError:  # the model has fewer blocks than the cut needs
         return False
+
+
+def _difference(
+    link: GrpcLink,
+    info: ServiceInfoReply,
+    config: PretrainedConfig,
+    split: SplitSpec,
+    client: str,
+    served_model_name: str,
+) -> str:
+    """The settings in which the client's model differs, as far as the server names them."""
+    try:
+        model, settings = model_fingerprint(config, split), model_settings(config, split)
+        # Only the trunk knows its settings; it names them as it refuses the session.
+        link.exchange(
+            OpenRequest(
+                protocol=PROTOCOL,
+                client=client,
+                model=model,
+                config="",
+                hidden_size=info.limits.hidden_size,
+                round=0,
+                training=False,
+                generating=True,
+                served_model_name=served_model_name,
+                model_settings=settings,
+            )
+        )
+    except ModelMismatch as exc:
+        return str(exc)
+    except FedsplitError:  # no token, or too few blocks
+        pass
+    return f"a {info.family} cut {info.blocks}"
 
 
 def remote_model(source: str, trunk: str = ADDRESS, **options: Any) -> ClientPart:

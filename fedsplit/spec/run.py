@@ -310,6 +310,11 @@ class RunSpec:
         return dict(_flat(nested, ""))
 
     @property
+    def texts(self) -> dict[str, str]:
+        """The `settings` as JSON, by dotted name."""
+        return {name: json.dumps(value) for name, value in self.settings.items()}
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits; two runs with the same fingerprint must give the same numbers."""
         # Sorted keys and fixed separators: the text must not depend on the order of fields.

@@ -122,7 +122,28 @@ class Limits(_message.Message):
     def __init__(self, max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., session_tokens: _Optional[int] = ..., stateless_bytes: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training", "generating", "cache_tokens", "served_model_name")
+    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training", "generating", "cache_tokens", "served_model_name", "identity", "model_settings", "run_settings")
+    class IdentityEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class ModelSettingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class RunSettingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +154,9 @@ class OpenRequest(_message.Message):
     GENERATING_FIELD_NUMBER: _ClassVar[int]
     CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    RUN_SETTINGS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client: str
     model: str
@@ -143,7 +167,10 @@ class OpenRequest(_message.Message):
     generating: bool
     cache_tokens: int
     served_model_name: str
-    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served_model_name: _Optional[str] = ...) -> None: ...
+    identity: _containers.ScalarMap[str, str]
+    model_settings: _containers.ScalarMap[str, str]
+    run_settings: _containers.ScalarMap[str, str]
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served_model_name: _Optional[str] = ..., identity: _Optional[_Mapping[str, str]] = ..., model_settings: _Optional[_Mapping[str, str]] = ..., run_settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("session", "server_instance_id", "version", "limits", "autocast")

@@ -73,7 +73,7 @@ class _Kind(Enum):
     VALUES = "values"
     TENSOR = "tensor"
     TENSORS = "tensors"
-    NUMBERS = "numbers"
+    MAPPING = "mapping"
     LIMITS = "limits"
     ENTRIES = "entries"
 
@@ -83,7 +83,8 @@ _KINDS: dict[Any, _Kind] = {
     Tensor | None: _Kind.TENSOR,
     tuple[Tensor, ...]: _Kind.TENSORS,
     tuple[str, ...]: _Kind.VALUES,
-    dict[str, float]: _Kind.NUMBERS,
+    dict[str, float]: _Kind.MAPPING,
+    dict[str, str]: _Kind.MAPPING,
     Limits: _Kind.LIMITS,
     tuple[KVCacheEntry, ...]: _Kind.ENTRIES,
 }
@@ -163,7 +164,7 @@ def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
             getattr(body, name).extend(_write_tensor(item, parts) for item in value)
         elif kind is _Kind.VALUES:
             getattr(body, name).extend(value)
-        elif kind is _Kind.NUMBERS:
+        elif kind is _Kind.MAPPING:
             getattr(body, name).update(value)
         elif kind is _Kind.LIMITS:
             _write_fields(getattr(body, name), value, parts)
@@ -367,7 +368,7 @@ def _read_field(name: str, kind: _Kind, body: Any, tensors: Iterator[Tensor]) ->
             return tuple(next(tensors) for _ in value)
         case _Kind.VALUES:
             return tuple(value)
-        case _Kind.NUMBERS:
+        case _Kind.MAPPING:
             return dict(value)
         case _Kind.LIMITS:
             return Limits(**_read_fields(Limits, value, tensors))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedsplit.errors import BadTensor, ModelMismatch, NonFinite, ProtocolError
+from fedsplit.errors import BadTensor, NonFinite, ProtocolError
 from fedsplit.spec import RunSpec
 from fedsplit.wire.messages import StepRequest
 
@@ -38,19 +38,6 @@ def require_dtype(name: str, dtype: torch.dtype, ours: torch.dtype) -> None:
         raise BadTensor(
             f"{name} is {dtype}, but this trunk computes in {ours}; set model.dtype alike at both "
             "sides"
-        )
-
-
-def require_same(what: str, theirs: object, ours: object) -> None:
-    """Refuse a client whose model, split or configuration is not that of the trunk.
-
-    Raises:
-        ModelMismatch: The values differ; the message has both.
-    """
-    if theirs != ours:
-        raise ModelMismatch(
-            f"{what}: the client has {theirs}, the trunk {ours}; start both from the same model, "
-            "split and configuration"
         )
 
 

@@ -24,13 +24,13 @@ from fedsplit.errors import (
     TooLarge,
 )
 from fedsplit.model.acceleration import precision_of
-from fedsplit.model.checkpoint import model_fingerprint
 from fedsplit.model.stage import TrunkPart
 from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
+from fedsplit.trunk.agreement import Agreement
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.engine import TrunkEngine
-from fedsplit.trunk.guard import require_dtype, require_same
+from fedsplit.trunk.guard import require_dtype
 from fedsplit.trunk.registry import ClientRegistry
 from fedsplit.trunk.sessions import Session, SessionInfo, Steps, no_session
 from fedsplit.trunk.update import TrunkUpdate
@@ -70,7 +70,7 @@ class TrunkService:
         )
         self._run = run
         self._clock = clock
-        self._model = model_fingerprint(trunk.config, run.split)
+        self._agreement = Agreement.of(trunk, run)
         self._family = str(trunk.config.model_type)
         self._dtype = trunk.dtype
         self._autocast = precision_of(run.model, trunk.device)
@@ -226,12 +226,7 @@ class TrunkService:
             )
         if request.client != client:
             raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
-        require_same("hidden size", request.hidden_size, self.limits.hidden_size)
-        require_same("model and cut (fingerprint)", request.model, self._model)
-        # Only training depends on the run.
-        if request.training or request.config:
-            fingerprint = self._run.fingerprint
-            require_same("run configuration (fingerprint)", request.config, fingerprint)
+        self._agreement.check(request)
         if request.cache_tokens > self.limits.session_tokens:
             raise TooLarge(
                 f"a cache of {request.cache_tokens} tokens was asked for; a session of this trunk "
@@ -338,7 +333,7 @@ class TrunkService:
         return m.ServiceInfoReply(
             protocol=m.PROTOCOL,
             server_instance_id=self.server_instance_id,
-            model=self._model,
+            model=self._agreement.model,
             family=self._family,
             blocks=str(self._run.split),
             version=self.engine.version,

@@ -70,6 +70,10 @@ class OpenRequest(Request[OpenReply]):
     with a capacity of `cache_tokens` in every sequence, or one that grows if that is 0; its
     `config` may be empty, since it does not depend on the run. `served_model_name` is the trunk's
     name at a server that has several, or empty for the first one.
+
+    `identity` has digests of the weights that the client's part came from, and of its adapter
+    (`fedsplit.model.identity`). A refused client repeats the request with the settings behind
+    `model` and `config`, so that the trunk can name those that differ.
     """
 
     protocol: int
@@ -82,6 +86,9 @@ class OpenRequest(Request[OpenReply]):
     generating: bool = False
     cache_tokens: int = 0
     served_model_name: str = ""
+    identity: dict[str, str] = field(default_factory=dict)
+    model_settings: dict[str, str] = field(default_factory=dict)
+    run_settings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

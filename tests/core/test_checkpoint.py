@@ -246,7 +246,10 @@ DAMAGE = {
     ),
     "the split": (lambda d: _edit_manifest(d, split="x"), r"split='x' is not of the form"),
     "the part": (lambda d: _edit_manifest(d, part="head"), r"part='head' is not one of"),
-    "the format": (lambda d: _edit_manifest(d, format=9), r"format=9; this fedsplit reads 1"),
+    "the format": (
+        lambda d: _edit_manifest(d, format=9),
+        r"format=9; this fedsplit reads 2; split",
+    ),
     "the class": (lambda d: _edit_manifest(d, model_class="os"), r"no model class 'os'"),
     "a path": (lambda d: _edit_manifest(d, files={"../x": ""}), r"plain file names"),
     "a type": (lambda d: _edit_manifest(d, split=5), r"split=5 is not <class 'str'>"),
@@ -342,7 +345,7 @@ def test_a_fingerprint_is_of_the_model_and_the_cut(tmp_path, tiny_llama):
     config = tiny_llama()
     config.save_pretrained(tmp_path)
     again = LlamaConfig.from_pretrained(tmp_path)
-    parts = split_model(random_model(tiny_llama(vocab_size=99)), SPLIT)
+    parts = split_model(random_model(tiny_llama(intermediate_size=48)), SPLIT)
     one = model_fingerprint(config, SPLIT)
     assert len(one) == 16
     assert one == model_fingerprint(again, SplitSpec.parse("1/*/1"))

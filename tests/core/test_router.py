@@ -20,6 +20,7 @@ from fedsplit.wire import messages as m
 from tests.core.worlds import Clock, batch, fail, small_run
 
 RUN = small_run()
+SEEDS = {"one": 1, "two": 2}
 
 
 @pytest.fixture
@@ -28,14 +29,14 @@ def here(tiny_llama) -> Iterator[SimpleNamespace]:
     config, clock = tiny_llama(), Clock()
     services = {
         name: TrunkService(initial_parts(config, RUN.split, seed).trunk, RUN)
-        for name, seed in (("one", 1), ("two", 2))
+        for name, seed in SEEDS.items()
     }
     with TrunkRouter(services, clock=clock) as router:
         yield SimpleNamespace(router=router, clock=clock, config=config, services=services)
 
 
 def arrive(here: SimpleNamespace, client: str, served: str = "", token: str = "") -> RemoteTrunk:
-    model = initial_parts(here.config, RUN.split, RUN.seed).client
+    model = initial_parts(here.config, RUN.split, SEEDS.get(served, 1)).client
     trunk = RemoteTrunk(
         LocalLink(here.router, token), model, RUN, client=client, served_model_name=served
     )
@@ -51,7 +52,7 @@ def test_a_client_gets_to_the_trunk_it_names(served, name, here):
     hidden_BTD = torch.randn(1, 3, 16)
     with torch.no_grad():
         out_BTD = trunk(hidden_BTD)
-    expected = initial_parts(here.config, RUN.split, {"one": 1, "two": 2}[name]).trunk
+    expected = initial_parts(here.config, RUN.split, SEEDS[name]).trunk
     assert torch.equal(out_BTD, expected.run(hidden_BTD).detach())
     assert trunk.service_info().sessions == here.services[name].num_sessions == 1
     assert trunk.service_info().served_model_names == ("one", "two")

@@ -57,6 +57,18 @@ MESSAGES: dict[str, Body] = {
         cache_tokens=512,
         served_model_name="gpt2",
     ),
+    "open_request with its identity and settings": m.OpenRequest(
+        protocol=4,
+        client="client-0",
+        model="model",
+        config="config",
+        hidden_size=4096,
+        round=0,
+        training=True,
+        identity={"sample": "0123456789abcdef"},
+        model_settings={"rope_parameters.rope_theta": "10000"},
+        run_settings={"train.lr": "0.1"},
+    ),
     "open_request with defaults": m.OpenRequest(
         protocol=0, client="", model="", config="", hidden_size=0, round=0, training=False
     ),

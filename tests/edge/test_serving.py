@@ -369,7 +369,8 @@ REFUSED = {
     ),
     "another model": (
         "generate --trunk {at} --model other x",
-        r"other is not the model of which 127.0.0.1:\d+ serves the trunk \(a llama cut 1/2/1\)",
+        r"other is not the model of which 127.0.0.1:\d+ serves the trunk \(model and cut "
+        r"\(fingerprint\): head_dim is 16 at the client and 8 at the trunk, hidden_size is 32 at",
     ),
     "a model of other blocks": (
         "generate --trunk {at} --model longer x",

@@ -1,0 +1,70 @@
+"""The agreement of client and trunk at Open: one model and cut, one run, and the same weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedsplit.errors import ModelMismatch
+from fedsplit.model.identity import difference, misfit, model_fingerprint, model_settings
+from fedsplit.model.stage import TrunkPart
+from fedsplit.spec import RunSpec
+from fedsplit.wire.messages import OpenRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What the trunk has; a client that opens a session must have the same.
+
+    Attributes:
+        hidden_size: The width of the hidden states.
+        model: The fingerprint of config and cut.
+        model_settings: The settings behind it.
+        run: The run that the trunk serves.
+        identity: The digests of the trunk's weights and adapter. It is the trunk's own dictionary,
+            so that an adapter which is loaded later counts.
+    """
+
+    hidden_size: int
+    model: str
+    model_settings: Mapping[str, str]
+    run: RunSpec
+    identity: Mapping[str, str]
+
+    @staticmethod
+    def of(trunk: TrunkPart, run: RunSpec) -> "Agreement":
+        """The agreement for a trunk that serves a run."""
+        return Agreement(
+            hidden_size=trunk.config.hidden_size,
+            model=model_fingerprint(trunk.config, run.split),
+            model_settings=model_settings(trunk.config, run.split),
+            run=run,
+            identity=trunk.identity,
+        )
+
+    def check(self, request: OpenRequest) -> None:
+        """Refuse a client that has another model, cut or run, or other weights.
+
+        Clients that only evaluate or generate may be of any run.
+
+        Raises:
+            ModelMismatch: The message names what differs, with both values.
+        """
+        _require_same("hidden size", str(request.hidden_size), str(self.hidden_size))
+        settings = request.model_settings, self.model_settings
+        _require_same("model and cut (fingerprint)", request.model, self.model, *settings)
+        if request.training or request.config:
+            settings = request.run_settings, self.run.texts
+            fingerprint = self.run.fingerprint
+            _require_same("run configuration (fingerprint)", request.config, fingerprint, *settings)
+        if found := misfit(request.identity, self.identity):
+            raise ModelMismatch(found)
+
+
+def _require_same(what: str, theirs: str, ours: str, *settings: Mapping[str, str]) -> None:
+    """Raise ModelMismatch if two values differ; it names the settings behind them, if known."""
+    if theirs != ours:
+        # A client sends its settings only after it was refused once.
+        named = difference(*settings) if settings and settings[0] else ""
+        found = named or f"the client has {theirs}, the trunk {ours}"
+        raise ModelMismatch(
+            f"{what}: {found}; start both from the same model, split and configuration"
+        )
