@@ -19,7 +19,7 @@ from fedsplit.trunk.versions import ParameterVersions
 from simulations.tiny import tiny_config
 from tests.core.families import FAMILIES
 from tests.core.requests import ask, backward_of, forward_of
-from tests.core.worlds import Clock, batch, same, small_run, wait_until, world
+from tests.core.worlds import Clock, batch, joint_run, same, small_run, wait_until, world
 
 NAMES = ("alice", "bob", "carol")
 NO_DROPOUT = {
@@ -28,13 +28,6 @@ NO_DROPOUT = {
 }
 IN_TURNS = {"olmoe"}
 """Families with a trained module that is given more than one tensor."""
-
-
-def joint_run(clients=3, **train):
-    """Passes of so many clients, who wait long enough for one another."""
-    run = small_run()
-    train = {"clients_per_pass": clients, "max_queue_delay_s": 20.0, **train}
-    return replace(run, train=replace(run.train, **train))
 
 
 @contextmanager

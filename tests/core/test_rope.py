@@ -13,9 +13,8 @@ from fedsplit.trunk.shared_pass import SharedPass
 from fedsplit.wire import messages as m
 from simulations.tiny import tiny_config
 from tests.core.generating import ROPES, generated, prompt, scene
-from tests.core.test_batched_pass import joint_run
-from tests.core.test_shared_pass import counted, segments
-from tests.core.worlds import world
+from tests.core.passes import counted, segments
+from tests.core.worlds import joint_run, world
 
 BY_LENGTH = [name for name in ROPES if "yarn" not in name and "llama3" not in name]
 """Those whose tables depend on the largest position of a pass."""

@@ -2,52 +2,25 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
 
-from fedsplit.trunk.shared_pass import Segment, SharedPass
+from fedsplit.trunk.shared_pass import SharedPass
 from fedsplit.wire import messages as m
 from tests.core.families import FAMILIES
 from tests.core.generating import prompt, scene
+from tests.core.passes import counted, segments
 
 IN_TURNS = {"bloom", "falcon"}
 """Families that do not leave attention to an exchangeable function."""
-
-
-@contextmanager
-def counted(here) -> Iterator[list[int]]:
-    """The tokens of all sequences in each pass of the trunk, in order."""
-    tokens: list[int] = []
-    hook = here.trunk.register_forward_hook(
-        lambda _, inputs, __: tokens.append(inputs[0].shape[0] * inputs[0].shape[1])
-    )
-    yield tokens
-    hook.remove()
 
 
 def all_at_once(works):
     """What the works return, each in a thread of its own."""
     with ThreadPoolExecutor(len(works)) as pool:
         return [future.result() for future in [pool.submit(work) for work in works]]
-
-
-def segments(trunk, lengths, past, caches, seed):
-    """The next tokens of sessions with these caches."""
-    chance = torch.Generator().manual_seed(seed)
-    return [
-        Segment(
-            hidden_BTD=torch.randn(rows, tokens, trunk.config.hidden_size, generator=chance),
-            attention_mask_BT=None,
-            position_ids_BT=None,
-            past=gone,
-            cache=cache,
-        )
-        for (rows, tokens), gone, cache in zip(lengths, past, caches, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,13 @@ def small_run(**changes: object) -> RunSpec:
         wire=WireSpec(budget_s=10.0),
     )
     return replace(base, **changes)
+
+
+def joint_run(clients: int = 3, **train: Any) -> RunSpec:
+    """Passes of so many clients, who wait long enough for one another."""
+    run = small_run()
+    train = {"clients_per_pass": clients, "max_queue_delay_s": 20.0, **train}
+    return replace(run, train=replace(run.train, **train))
 
 
 def batch(seed: int = 0, rows: int = 2, tokens: int = 12, pad: int = 0) -> Batch:
