@@ -6,6 +6,7 @@ JOBS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
 PROTO := fedsplit/transport/fedsplit.proto
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -24,27 +25,33 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "fedsplit needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
 	    "try: make install PYTHON=python3.11" >&2; exit 1; }
+	@echo "Installing fedsplit into $(VENV). Its largest downloads are torch and Flower's Ray."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	@echo "Installing what the tests and checks need, the extra dev."
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 run: install ## train the default experiment through `flwr run`; leaves runs/<name>/
 	$(BIN)/python -m simulations.run launch=flwr
 
-test: install ## run the whole suite
+test: $(DEVELOPED) ## run the whole suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-check: install ## format, lint, types, import rules
+check: $(DEVELOPED) ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: install ## rewrite the code as `make check` wants it
+format: $(DEVELOPED) ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: install ## generate the code of the wire's schema again
+proto: $(DEVELOPED) ## generate the code of the wire's schema again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. $(PROTO)
 
 clean: ## remove .venv and every cache; runs/ stays
