@@ -71,7 +71,8 @@ def main() -> None:
         before = _folders(line.runs)
         line.launch(run_one)
         # Found in the file system, because jobs may run in other processes.
-        if len(new := _folders(line.runs) - before) > 1:
+        new = _folders(line.runs) - before
+        if line.is_sweep and len(new) > 1:
             print(f"\ncompare them: fedsplit compare {' '.join(sorted(new))}", flush=True)
 
 

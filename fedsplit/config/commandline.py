@@ -39,12 +39,14 @@ class CommandLine:
     Attributes:
         runs: The runs of its jobs. If a sweeper chooses the values, a run for each bound of them.
         variants: The runs of an experiment; empty for a run or a Hydra sweep.
+        is_sweep: Whether it asks for a Hydra sweep (-m).
         debug: Whether errors are reported with a traceback.
         arguments: What Hydra reads.
     """
 
     runs: list[RunSpec]
     variants: Variants
+    is_sweep: bool
     debug: bool
     arguments: list[str]
 
@@ -67,6 +69,7 @@ class CommandLine:
         return CommandLine(
             runs=runs,
             variants=_variants(runs, overrides, words) if is_experiment else {},
+            is_sweep=is_sweep,
             debug=debug,
             arguments=[*flags, *_texts(overrides)],
         )
@@ -85,7 +88,7 @@ class CommandLine:
             StorageError: The folder of the sweep's runs cannot be made.
             SystemExit: A job failed; its error has been printed.
         """
-        if _MULTIRUN & set(self.arguments):
+        if self.is_sweep:
             # Hydra makes it too, but reports a failure with a traceback.
             for folder in {run.launch.run_dir for run in self.runs}:
                 atomic.make_folder(Path(folder))

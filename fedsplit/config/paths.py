@@ -22,7 +22,9 @@ def with_absolute_paths(run: RunSpec, folder: Path) -> RunSpec:
         return str(folder / path) if path else ""
 
     def name(path: str) -> str:
-        is_local = path.startswith(("./", "../")) or (folder / path).exists()
+        # A data set of the hub may have a configuration after a colon.
+        local = path.partition(":")[0]
+        is_local = path.startswith(("./", "../")) or (folder / local).exists()
         return file(path) if is_local else path
 
     wire, data = run.wire, run.data

@@ -82,12 +82,12 @@ def load_tokenizer(pretrained: str, revision: str = "main") -> PreTrainedTokeniz
         raise DataError(f"model.pretrained={pretrained} has no tokenizer to load: {exc}") from exc
     except Exception as exc:
         # The tokenizers library, which is written in Rust, raises plain `Exception`.
-        if type(exc) is not Exception:
-            raise
-        raise DataError(
-            f"the tokenizer.json of model.pretrained={pretrained} cannot be read ({exc}); it is "
-            "damaged, or of a newer version: pip install -U tokenizers transformers"
-        ) from exc
+        if type(exc) is Exception:
+            raise DataError(
+                f"the tokenizer.json of model.pretrained={pretrained} cannot be read ({exc}); it "
+                "is damaged, or of a newer version: pip install -U tokenizers transformers"
+            ) from exc
+        raise
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
             f"the tokenizer of model.pretrained={pretrained} is a {type(tokenizer).__name__}; "

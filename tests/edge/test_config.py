@@ -401,9 +401,9 @@ def test_paths_of_a_command_line_are_absolute(tmp_path, monkeypatch):
     assert local.data.path == str(tmp_path / "texts")
     assert local.model.pretrained == str(tmp_path / "here")
     assert (local.wire.tls_ca, local.resume) == (f"{tmp_path}/ca.pem", f"{tmp_path}/runs/x")
-    names = ["data=hub", "data.path=org/texts", "model=pretrained", "model.pretrained=gpt2"]
+    names = ["data=hub", "data.path=org/texts:en", "model=pretrained", "model.pretrained=gpt2"]
     hub = CommandLine.read([*names, "resume=auto"]).runs[0]
-    assert (hub.data.path, hub.model.pretrained, hub.resume) == ("org/texts", "gpt2", "auto")
+    assert (hub.data.path, hub.model.pretrained, hub.resume) == ("org/texts:en", "gpt2", "auto")
 
 
 def test_help_lists_every_group_and_option_and_three_examples(tmp_path):

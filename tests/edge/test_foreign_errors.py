@@ -9,13 +9,13 @@ from transformers import GPT2LMHeadModel
 
 from fedsplit.cli import main
 from fedsplit.config import compose
-from fedsplit.data import load_tokenizer, train_tokenizer
+from fedsplit.data import load_corpus, load_tokenizer, train_tokenizer
 from fedsplit.data.corpora import Corpus, Document
 from fedsplit.errors import ConfigError, DataError, UnsupportedModel
 from fedsplit.model.build import split_model
 from fedsplit.serve.chat import Conversation, Writer, complete
 from fedsplit.serve.client import Reached
-from fedsplit.spec import RunSpec
+from fedsplit.spec import DataSpec, RunSpec
 from tests.edge.forked import Program
 
 REFUSING = "{{ raise_exception('roles must alternate') }}"
@@ -70,6 +70,13 @@ def test_a_tokenizer_of_a_newer_version_is_refused(tokenizer, tmp_path):
     file.write_text(json.dumps(described))
     with pytest.raises(DataError, match=r"cannot be read .*pip install -U tokenizers"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_data_set_with_a_script_is_refused(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "texts.py").write_text("raise SystemExit('the script was run')")
+    with pytest.raises(DataError, match=r"cannot be loaded: Dataset scripts are no longer support"):
+        load_corpus(DataSpec(kind="hub", path=str(tmp_path / "texts")))
 
 
 @pytest.mark.parametrize("seed", [1 << 64, -1])
