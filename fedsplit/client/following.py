@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsplit.errors import CheckpointError, ConfigError, NonFinite
+from fedsplit.model.part_files import TRUNK_VERSION
 from fedsplit.model.stage import ClientPart
 from fedsplit.optimization import clip_coefficient, squared_norm
 from fedsplit.spec import TrainSpec
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STAND_IN = "trunk_stand_in"
-SAVED_VERSION = "trunk_version"
 # Two different numbers, so that an operation that does not scale both alike is noticed.
 _SHARES = torch.tensor([0.6, 0.8])
 _SAMPLED = 8
@@ -291,7 +291,7 @@ class Follower:
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any
     ) -> None:
         state_dict.pop(prefix + STAND_IN, None)
-        state_dict[prefix + SAVED_VERSION] = torch.tensor([self._trunk.version, self.steps])
+        state_dict[prefix + TRUNK_VERSION] = torch.tensor([self._trunk.version, self.steps])
 
     def _require_version(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
@@ -299,7 +299,7 @@ class Follower:
         """Refuse weights of another version of the trunk; continue from their step."""
         # torch reports a parameter that is missing.
         state_dict[prefix + STAND_IN] = self._stand_in.detach()
-        saved, version = state_dict.pop(prefix + SAVED_VERSION, None), self._trunk.version
+        saved, version = state_dict.pop(prefix + TRUNK_VERSION, None), self._trunk.version
         way_out = (
             "Load the trunk's state of that version at the server first, or call remove() on the "
             "handle of follow() to mix the two on purpose. The Trainer loads earlier weights with "

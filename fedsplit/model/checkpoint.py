@@ -15,7 +15,7 @@ from fedsplit.model.build import build_client, build_trunk
 from fedsplit.model.identity import model_fingerprint
 from fedsplit.model.join import join_model
 from fedsplit.model.manifest import FORMAT, PARTS, Manifest, hashes_of, sha256_of, versions
-from fedsplit.model.part_files import WEIGHTS, unmarked, write_files
+from fedsplit.model.part_files import WEIGHTS, require_no_adapter, unmarked, write_files
 from fedsplit.model.source import GENERATION, Source, read_tensors, tensor_names
 from fedsplit.model.stage import ClientPart, TrunkPart
 from fedsplit.spec import SplitSpec
@@ -189,10 +189,12 @@ def load_part(directory: str | Path, **options: Any) -> ClientPart | TrunkPart:
             f"{model_fingerprint(config, split)}, but the manifest says {manifest.fingerprint}"
         )
     weights = directory / WEIGHTS
+    names = tensor_names(weights)
+    require_no_adapter(names, weights)
     part = _BUILD[manifest.part](
         config,
         split,
-        state_dict=read_tensors(weights, tensor_names(weights)),
+        state_dict=read_tensors(weights, names),
         model_class=_class_named(manifest.model_class, directory),
         **options,
     )

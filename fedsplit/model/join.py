@@ -15,6 +15,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.model.adapter_config import without_wrapper
 from fedsplit.model.build import load_tensors
 from fedsplit.model.identity import misfit
+from fedsplit.model.part_files import TRUNK_VERSION
 from fedsplit.model.source import on_meta
 from fedsplit.model.stage import AUXILIARY, ClientPart, TrunkPart
 
@@ -80,7 +81,7 @@ def folded_state(part: PreTrainedModel) -> dict[str, Tensor]:
         ConfigError: peft cannot merge an adapter.
     """
     adapters = _adapters(part)
-    others = (f"{AUXILIARY}.", *(f"{name}." for name in adapters))
+    others = (f"{AUXILIARY}.", TRUNK_VERSION, *(f"{name}." for name in adapters))
     state = {n: tensor for n, tensor in part.state_dict().items() if not n.startswith(others)}
     for name, adapter in adapters.items():
         merged = _merged(name, adapter)

@@ -5,7 +5,7 @@ random weights.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -21,6 +21,9 @@ REFUSAL = (
     "this is one part of a split model and not a model; load it with "
     "fedsplit.model.checkpoint.load_part, or join both parts with `fedsplit join`"
 )
+TRUNK_VERSION = "trunk_version"
+"""The tensor with the trunk's version, in the state dict of a client whose trunk follows."""
+
 # transformers takes the name of the weights from this field of config.json, and raises an error
 # with its value if it is not the name of a safetensors file.
 _MARK = "transformers_weights"
@@ -57,6 +60,19 @@ def _untied(part: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, T
     # safetensors refuses tensors that share memory.
     tied = part.all_tied_weights_keys
     return {k: t.detach().contiguous() for k, t in tensors.items() if k not in tied}
+
+
+def require_no_adapter(names: Iterable[str], source: Path) -> None:
+    """Refuse the tensors of a part with adapters, whose config the files do not have.
+
+    Raises:
+        CheckpointError: There are adapters.
+    """
+    if wrapped := next((name for name in names if ".base_layer." in name), ""):
+        raise CheckpointError(
+            f"{source}: the part was saved with its adapters ('{wrapped}'); build it from its "
+            "source, add the same adapters, and load this file with load_state_dict"
+        )
 
 
 def unmarked(config: PretrainedConfig) -> PretrainedConfig:

@@ -67,10 +67,11 @@ def test_the_trainer_with_its_defaults_trains_as_it_trains_the_unsplit_model(
         unsplit = trainer_of(whole, tmp_path, **options)
         unsplit.train()
         split = trainer_of(alice.model, tmp_path, **options)
-        with alice.trunk.session(), alice.trunk.follow(split.create_optimizer()):
-            split.train()
-        assert here.service.engine.version == STEPS
-        found = weights_of(here, alice)
+        with alice.trunk.follow(split.create_optimizer()):
+            with alice.trunk.session():
+                split.train()
+            assert here.service.engine.version == STEPS
+            found = weights_of(here, alice)
     norms = logged(unsplit, "grad_norm")
     assert max(norms) > 1.0, "else nothing is clipped here"
     assert logged(split, "grad_norm") == pytest.approx(norms, rel=1e-5)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +15,8 @@ from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model import connect, split_model
 from fedsplit.model.build import load_whole
 from fedsplit.model.checkpoint import load_part
+from fedsplit.model.lora import add_adapters
+from fedsplit.spec import LoraSpec
 from simulations.families import batches, random_model
 from simulations.tiny import tiny_config
 
@@ -75,6 +78,19 @@ def test_no_loader_takes_a_saved_part_for_a_model(tmp_path):
     # transformers cannot read the directory under another config either.
     with pytest.raises(KeyError, match="metadata"):
         AutoModelForCausalLM.from_pretrained(tmp_path, config=client.config)
+
+
+def test_a_part_with_adapters_is_loaded_into_one_with_the_same_adapters(tmp_path):
+    parts, again = parts_of(), parts_of()
+    lora = LoraSpec(enabled=True, rank=2)
+    add_adapters(parts.client, lora, seed=1)
+    parts.client.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="the part was saved with its adapters"):
+        load_part(tmp_path)
+    add_adapters(again.client, lora, seed=2)
+    again.client.load_state_dict(load_file(tmp_path / "part.safetensors"))
+    wanted = parts.client.state_dict()
+    assert all(torch.equal(t, wanted[k]) for k, t in again.client.state_dict().items())
 
 
 OPTIONS = {"variant": "fp16", "safe_serialization": False, "max_shard_size": "5MB"}
