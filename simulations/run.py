@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedsplit.config import CommandLine, Variants
 from fedsplit.console import READER_GONE, ending_with_an_error_line, ending_with_its_reader
+from fedsplit.errors import Diverged
 from fedsplit.runs.compare import COLUMNS, Group, Table, plot, rows_of
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
@@ -49,12 +50,19 @@ _TABLES: dict[str, Callable[[RunSpec, Variants], Table]] = {
 
 
 def run_sweep(run: RunSpec, variants: Variants) -> None:
-    """Run all variants and seeds of an experiment, and print its table."""
+    """Run all variants and seeds of an experiment, and print its table.
+
+    Raises:
+        Diverged: A variant has a run that failed; the table has the others.
+    """
     folder = Path(run.launch.run_dir, run.name)
     print(f"experiment {run.name}: {len(variants)} variants, seeds {run.sweep.seeds}", flush=True)
     table = _TABLES[run.sweep.kind](run, variants)
     table.write(folder)
     print(f"\n{table}\n\nleft in {folder}: {left_in(folder)}", flush=True)
+    rows = {row["name"] for row in table.rows}
+    if failed := [name for name in variants if name not in rows]:
+        raise Diverged(f"variants with a run that failed: {', '.join(failed)}")
 
 
 def main() -> None:

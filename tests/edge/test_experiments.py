@@ -97,10 +97,14 @@ def test_an_experiment_trains_every_variant_and_goes_on_where_it_stopped(
     assert table_in(folder)[0] == figures
 
 
-def test_a_variant_that_fails_says_so_and_the_others_go_on(tmp_path: Path, call: Call) -> None:
+def test_a_variant_that_fails_says_so_and_the_others_go_on(
+    tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["experiment=convergence", *toy(tmp_path, "clients=2", "name=broken")]
     words += ["sweep.variants={lost: 'wire.tls_ca=/nowhere/ca.pem', sequence: 'clients=1'}"]
-    stdout = call(*words)
+    with pytest.raises(SystemExit, match="error: variants with a run that failed: lost$"):
+        call(*words)
+    stdout = capsys.readouterr().out
     assert "lost-seed0 failed: " in stdout and "wire.tls_ca=/nowhere/ca.pem cannot be" in stdout
     assert "\nlost is left out, because lost-seed0 failed" in stdout
     figures, rows = table_in(tmp_path / "runs" / "broken")
