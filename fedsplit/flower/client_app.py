@@ -64,7 +64,9 @@ def hello(message: Message, context: Context) -> Message:
     identity = ConfigRecord({"client": node.name, "config": run.fingerprint})
     reply = Message(RecordDict({"hello": identity}), reply_to=message)
     if hello.config != run.fingerprint:
-        return reply  # the server reports that the configurations differ
+        # The server reports that the configurations differ, and in which settings.
+        reply.content["settings"] = ConfigRecord({**run.texts})
+        return reply
     # An error in the data is reported before the first round, not in the middle of one.
     preparation = Preparation(tokenizer=hello.tokenizer, labels=hello.labels)
     share, tokenizer = share_of(run, node, preparation), tokenizer_of(run, preparation)

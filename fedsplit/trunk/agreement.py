@@ -50,20 +50,25 @@ class Agreement:
         """
         _require_same("hidden size", str(request.hidden_size), str(self.hidden_size))
         settings = request.model_settings, self.model_settings
-        _require_same("model and cut (fingerprint)", request.model, self.model, *settings)
+        _require_same("model and cut (fingerprint)", request.model, self.model, settings)
         if request.training or request.config:
             settings = request.run_settings, self.run.texts
             fingerprint = self.run.fingerprint
-            _require_same("run configuration (fingerprint)", request.config, fingerprint, *settings)
+            _require_same("run configuration (fingerprint)", request.config, fingerprint, settings)
         if found := misfit(request.identity, self.identity):
             raise ModelMismatch(found)
 
 
-def _require_same(what: str, theirs: str, ours: str, *settings: Mapping[str, str]) -> None:
+def _require_same(
+    what: str,
+    theirs: str,
+    ours: str,
+    settings: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+) -> None:
     """Raise ModelMismatch if two values differ; it names the settings behind them, if known."""
     if theirs != ours:
         # A client sends its settings only after it was refused once.
-        named = difference(*settings) if settings and settings[0] else ""
+        named = difference(*settings) if settings[0] else ""
         found = named or f"the client has {theirs}, the trunk {ours}"
         raise ModelMismatch(
             f"{what}: {found}; start both from the same model, split and configuration"

@@ -98,6 +98,7 @@ def place(tmp_path_factory) -> Iterator[Place]:
     make_model(folder / "model")
     make_model(folder / "other", width=32)
     make_model(folder / "longer", blocks=5)
+    make_model(folder / "twin", seed=1)
     make_adapter(folder / "model", folder / "adapter")
     make_model(folder / "run" / "model")
     (folder / "run" / "config.yaml").write_text(to_yaml(RUN))
@@ -375,6 +376,18 @@ REFUSED = {
     "a model of other blocks": (
         "generate --trunk {at} --model longer x",
         r"longer is not the model of which 127.0.0.1:\d+ serves the trunk",
+    ),
+    "a model of other weights": (
+        "generate --trunk {at} --model twin x",
+        r"the weights differ: the digest of a sample of each tensor is \w+ at the client and \w+",
+    ),
+    "an adapter at the server only": (
+        "generate --trunk {at} --model model --served-model-name medical x",
+        r"the trunk has an adapter \(\w+\) and the client has none; load it at the client too",
+    ),
+    "an adapter at the client only": (
+        "generate --trunk {at} --model model --adapter adapter x",
+        r"the client has an adapter \(\w+\) and the trunk has none; load it at the trunk too",
     ),
     "no model": ("generate --trunk {at} --model run x", r"run has no tokenizer to load"),
     "nobody at the address": (

@@ -10,13 +10,13 @@ from fedsplit.data.tokenizing import train_tokenizer
 from fedsplit.spec import DataSpec
 
 
-def make_model(folder: Path, blocks: int = 4, width: int = 16) -> None:
+def make_model(folder: Path, blocks: int = 4, width: int = 16, seed: int = 0) -> None:
     """Save a random Llama and a tokenizer."""
     tokenizer = train_tokenizer(load_corpus(DataSpec()), 300)
     sizes = dict(hidden_size=width, intermediate_size=32, vocab_size=len(tokenizer))
     heads = dict(num_hidden_layers=blocks, num_attention_heads=2, num_key_value_heads=1)
     ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, max_position_embeddings=256))
     for matrix in (p for p in model.parameters() if p.ndim > 1):
         torch.nn.init.normal_(matrix, std=0.4)  # so that one token depends on those before it

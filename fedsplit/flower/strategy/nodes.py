@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from logging import WARNING
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -14,6 +14,7 @@ from flwr.supercore.run import Run
 from fedsplit.errors import ConfigError, DeadlineExceeded, FedsplitError, ModelMismatch
 from fedsplit.flower.records import Hello
 from fedsplit.flower.strategy.tracker import MessageTracker
+from fedsplit.model.identity import difference
 from fedsplit.spec import RunSpec
 
 _POLL_S = 0.1
@@ -142,9 +143,12 @@ class NodeRegistry:
                 continue
             hello = reply.content.config_records["hello"]
             if hello["config"] != self._run.fingerprint:
+                settings = reply.content.config_records.get("settings", ConfigRecord())
+                theirs = {name: str(value) for name, value in settings.items()}
                 errors[node] = ModelMismatch(
                     f"{hello['client']!s} runs configuration {hello['config']!s}, the server "
-                    f"{self._run.fingerprint}; start both from the same code, conf/ and overrides"
+                    f"{self._run.fingerprint} ({difference(theirs, self._run.texts)}); start both "
+                    "from the same code, conf/ and overrides"
                 )
                 continue
             self._names[node] = str(hello["client"])
