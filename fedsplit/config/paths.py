@@ -18,8 +18,9 @@ def with_absolute_paths(run: RunSpec, folder: Path) -> RunSpec:
     """
 
     def file(path: str) -> str:
-        # Not `resolve`, which would replace links by names that the user does not know.
-        return str(folder / path) if path else ""
+        absolute = folder / path
+        # Links stay where possible, since their targets are names that the user does not know.
+        return str(absolute.resolve() if ".." in absolute.parts else absolute) if path else ""
 
     def name(path: str) -> str:
         # A data set of the hub may have a configuration after a colon.

@@ -25,7 +25,9 @@ from fedsplit.config import (
     from_yaml,
     to_yaml,
 )
+from fedsplit.config.hints import _ELSEWHERE
 from fedsplit.config.overrides import RUN_CONFIG_KEYS
+from fedsplit.config.schema import field_names
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.spec import ClientWeightsSpec, DataSpec, ModelSpec, RunSpec, SplitSpec
 
@@ -125,8 +127,15 @@ REFUSED = {
     "rounds=3": "there is no field rounds; did you mean train.rounds",
     "train.optimiser=sgd": "no field train.optimiser; did you mean train.optimizer",
     "+train.optimiser=sgd": "no field train.optimiser; did you mean train.optimizer",
-    "+zzz=1": "there is no field zzz; fields are: name, seed, clients, task",
-    "++zzz=1": "there is no field zzz; fields are: name",
+    "+zzz=1": "there is no field zzz; a run's groups are model, split, lora, .* --help lists all fields",
+    "++zzz=1": "there is no field zzz; a run's groups are model",
+    "train.learning_rate=1": r"no field train.learning_rate; did you mean train.lr\?",
+    "learning-rate=1": r"no field learning-rate; did you mean train.lr\?",
+    "num_train_epochs=1": "did you mean train.rounds and train.local_epochs",
+    "train.per_device_train_batch_size=1": r"did you mean train.batch_size\?",
+    "+fraction_fit=1": r"did you mean policy.quorum\?",
+    "modle=tiny_gpt2": r"there is no field modle; did you mean .*model",
+    "stratgy=mine": r"did you mean .*strategy",
     "train.lr.x=1": "train.lr",
     "~policy": "~policy: a run has all its fields; set policy=... instead",
     "~train.lr": "~train.lr: a run has all its fields",
@@ -146,6 +155,12 @@ REFUSED = {
     "train.lr=${nope}": "Interpolation key 'nope' not found",
     "policy@elsewhere=sync": "policy@elsewhere",
 }
+
+
+def test_a_name_of_another_library_leads_to_fields_of_a_run():
+    fields = {*field_names(), "split"}
+    assert {name for names in _ELSEWHERE.values() for name in names.split(" and ")} <= fields
+    assert not _ELSEWHERE.keys() & {name.rpartition(".")[2] for name in fields}
 
 
 @pytest.mark.parametrize("override", REFUSED)
@@ -401,6 +416,8 @@ def test_paths_of_a_command_line_are_absolute(tmp_path, monkeypatch):
     assert local.data.path == str(tmp_path / "texts")
     assert local.model.pretrained == str(tmp_path / "here")
     assert (local.wire.tls_ca, local.resume) == (f"{tmp_path}/ca.pem", f"{tmp_path}/runs/x")
+    beside = CommandLine.read(["data=text", "data.path=here/../texts"]).runs[0]
+    assert beside.fingerprint == CommandLine.read(words[:2]).runs[0].fingerprint
     names = ["data=hub", "data.path=org/texts:en", "model=pretrained", "model.pretrained=gpt2"]
     hub = CommandLine.read([*names, "resume=auto"]).runs[0]
     assert (hub.data.path, hub.model.pretrained, hub.resume) == ("org/texts:en", "gpt2", "auto")
@@ -458,3 +475,31 @@ def test_a_field_that_is_gone_may_only_say_what_it_said_by_default(value, refuse
         return
     with pytest.raises(ConfigError, match="wire.feedback is gone .error feedback was removed"):
         from_yaml(old)
+
+
+OWN = """
+from fedsplit.config import compose, resolve
+from fedsplit.errors import ConfigError
+
+assert resolve("strategies.SplitFedV2") is resolve("mine.Mine").__base__
+assert compose(["model=tiny_gpt2"]).model.family == "gpt2"
+try:
+    resolve("mine.Nobody")
+except ConfigError as exc:
+    print(exc)
+"""
+
+
+def test_a_users_folders_neither_shadow_ours_nor_are_missed(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import strategies\n\n\nclass Mine(strategies.SplitFedV2): ..."
+    )
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "tiny_gpt2.yaml").write_text("family: llama")
+    (tmp_path / "strategies").mkdir()
+    (tmp_path / "strategies" / "__init__.py").write_text("raise ImportError('not these')")
+    command = [sys.executable, "-c", OWN]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"mine is {tmp_path}/mine.py" in done.stdout
+    assert "current directory, on PYTHONPATH or installed" in done.stdout
