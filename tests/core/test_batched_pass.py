@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fedsplit.model import initial_parts, model_class_for
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.spec import LoraSpec, PolicySpec, RunSpec, SplitSpec, TrainSpec
 from fedsplit.trunk.batched_pass import BatchedPass
+from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.compute import Compute, Inputs
 from fedsplit.trunk.versions import ParameterVersions
 from simulations.tiny import tiny_config
@@ -196,3 +198,17 @@ def test_a_module_that_mixes_rows_is_found_out(tiny_llama):
 def test_what_does_not_go_together_is_refused(train, policy):
     with pytest.raises(ConfigError, match="clients_per_pass=2"):
         RunSpec(train=TrainSpec(clients_per_pass=2, **train), policy=PolicySpec(**policy))
+
+
+def test_forwards_in_different_modes_do_not_share_a_pass(tiny_llama):
+    with world(tiny_llama(), joint_run()) as here:
+        keys = []
+        for name, other_mode in (("a", False), ("b", True), ("c", False)):
+            member = here.add(name)
+            member.trunk.open()
+            request = forward_of(member, other_mode=other_mode)
+            call = Call(kind=Kind.FORWARD, client=name, session=request.session, request=request)
+            engine = here.service.engine
+            engine.run(partial(engine.training.prepare_forward, call)).result()
+            keys.append(call.batch_key)
+    assert keys[0] == keys[2] != keys[1]
