@@ -83,6 +83,14 @@ class Writer:
         model: Any = self.reached.model
         if not model.can_generate():
             raise ConfigError(f"a {model.family.__name__} writes no text; it has no language head")
+        rows = model.config.get_text_config(decoder=True).vocab_size
+        last = max(ids_BT.flatten().tolist(), default=0)
+        if last >= rows:
+            raise ConfigError(
+                f"the text has the token {self.tokenizer.decode([last])!r} with number {last}, but "
+                f"the model's embedding has {rows} rows (vocab_size); use the tokenizer that the "
+                "model was saved with"
+            )
         cache_option = {} if cache is None else {"past_key_values": cache}
         try:
             out_BT: Tensor = model.generate(
@@ -98,7 +106,7 @@ class Writer:
         except ValueError as exc:
             raise ConfigError(f"cannot generate like this: {exc}") from exc
         except IndexError as exc:
-            # On a CPU, a table of positions or tokens that has no row for a number.
+            # On a CPU, a table of positions that has no row for a number.
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", "some")
             raise ConfigError(
                 f"the text has {ids_BT.shape[1]} tokens and up to "

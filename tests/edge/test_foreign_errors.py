@@ -41,6 +41,14 @@ def test_a_prompt_beyond_the_positions_names_them(writer):
         complete(writer, "mat cat " * 40)
 
 
+def test_a_token_without_a_row_in_the_embedding_is_named(writer):
+    writer.tokenizer.add_tokens([f"<{number}>" for number in range(300)])
+    with pytest.raises(
+        ConfigError, match=r"the token '<299>' with number \d+, but .* has 300 rows"
+    ):
+        complete(writer, "the cat <299>")
+
+
 def test_a_chat_beyond_the_positions_names_them(writer):
     conversation = Conversation(writer)
     with pytest.raises(ConfigError, match="but the model has 32 positions; shorten it, lower"):
