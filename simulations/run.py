@@ -6,7 +6,9 @@ python -m simulations.run experiment=convergence
 python -m simulations.run --help
 """
 
+import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,7 +93,14 @@ def _folders(runs: Sequence[RunSpec]) -> set[str]:
     return {str(folder) for folder in folders if RunFolder(folder).is_finished}
 
 
+def _interrupt(*_: object) -> None:
+    # The trunk ends before its clients, whose warnings about it would follow.
+    logging.disable()
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _interrupt)
     # `os._exit`, because a plain exit waits for clients, which may wait for a trunk that has ended.
     try:
         main()

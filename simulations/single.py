@@ -37,16 +37,35 @@ def run_one(run: RunSpec) -> float:
     """
     # Here as well as in the program, because Hydra catches errors in between and prints its text.
     with ending_with_its_reader():
-        run, folder = claim(run)
+        asked = run
+        run, folder = claim(asked)
         print(_heading(run), flush=True)
         if run.resume:
             print(f"resumes after round {folder.last_checkpoint} in {folder.path}", flush=True)
+        elif run.name != asked.name:
+            print(_why_renamed(asked, folder), flush=True)
         with _printing_rounds(folder):
             carry_out(run, folder)
         rounds = folder.rounds()
         print(f"\n{closing_table(rounds)}")
-        print(f"\nleft in {folder.path}: {left_in(folder.path)}", flush=True)
+        print(f"\nleft in {folder.path}: {left_in(folder.path)}")
+        print(_next_commands(run, folder), flush=True)
         return min(stats.eval_loss for stats in evaluated(rounds))
+
+
+def _why_renamed(asked: RunSpec, folder: RunFolder) -> str:
+    earlier = RunFolder(folder.path.with_name(asked.name))
+    state = "is finished" if earlier.is_finished else "has no result"
+    resume = "nothing to resume: " if asked.resume else ""
+    return f"{resume}{earlier.path} {state}, so a new run begins in {folder.path}"
+
+
+def _next_commands(run: RunSpec, folder: RunFolder) -> str:
+    words = [f"compare it: fedsplit compare {folder.path} ANOTHER_RUN"]
+    if run.task == "causal_lm" and run.baseline == "none":
+        words.append(f"generate with it: fedsplit serve {folder.path}")
+        words.append(f'  and beside it: fedsplit generate --run {folder.path} "SOME TEXT"')
+    return "\n".join(words)
 
 
 def left_in(folder: Path) -> str:

@@ -141,13 +141,30 @@ def test_two_runs_at_once_print_and_leave_their_own(tmp_path: Path) -> None:
     for _, stdout, _ in results:
         heading, *rounds = stdout.split("\n\n")[0].splitlines()
         name = heading.split()[1]
+        if name == "tiny-2":
+            renamed = rounds.pop(0)
+            first, second = tmp_path / "runs" / "tiny", tmp_path / "runs" / "tiny-2"
+            assert renamed == f"{first} has no result, so a new run begins in {second}"
         assert heading.endswith("sharding over 3 clients, policy sync, launch inline")
         folder = RunFolder(tmp_path / "runs" / name)
         assert rounds == [stats.line for stats in folder.rounds()]
         assert "last (round " in stdout
-        last = stdout.splitlines()[-1]
         left = "config.yaml loss.png metrics.jsonl model/ run.json"
-        assert last == f"left in {folder.path}: {left}"
+        assert stdout.splitlines()[-4:] == [
+            f"left in {folder.path}: {left}",
+            f"compare it: fedsplit compare {folder.path} ANOTHER_RUN",
+            f"generate with it: fedsplit serve {folder.path}",
+            f'  and beside it: fedsplit generate --run {folder.path} "SOME TEXT"',
+        ]
+
+
+def test_a_run_that_finds_nothing_to_resume_says_so(tmp_path: Path) -> None:
+    folder = federate(spec_for(tmp_path)).path
+    code, stdout, stderr = start(*overrides_for(tmp_path, "resume=auto", "train.lr=0.01")).end()
+    assert (code, stderr) == (0, "")
+    second = folder.with_name("tiny-2")
+    told = f"nothing to resume: {folder} is finished, so a new run begins in {second}"
+    assert stdout.splitlines()[1] == told
 
 
 def test_a_sweep_leaves_a_folder_for_each_job(tmp_path: Path) -> None:
