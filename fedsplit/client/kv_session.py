@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsplit.client.autograd import without_gradient
 from fedsplit.client.sent_tokens import SentTokens
 from fedsplit.errors import ProtocolError, SessionLost
 from fedsplit.wire import messages as m
@@ -68,11 +69,9 @@ class TrunkCache:
             positions_BT: Position ids of the new tokens; None if they count on from the cached.
 
         Raises:
-            ProtocolError: The mask does not fit, or a gradient would be needed.
+            ProtocolError: The mask does not fit. A backward through the output raises it too.
             FedsplitError: The trunk refused, or could not be reached.
         """
-        if torch.is_grad_enabled() and hidden_BTD.requires_grad:
-            raise ProtocolError("a KV cache is for generation: no gradient goes through it")
         past, (B, T, _) = self.num_tokens, hidden_BTD.shape
         if past and B != self._sent.num_sequences:
             raise ProtocolError(
@@ -96,7 +95,11 @@ class TrunkCache:
             None if mask_BT is None else mask_BT.cpu(),
             positions_BT.expand(B, T).cpu(),
         )
-        return out_BTD.to(hidden_BTD.device)
+        out_BTD = out_BTD.to(hidden_BTD.device)
+        if torch.is_grad_enabled() and hidden_BTD.requires_grad:
+            reason = "no gradient passes through a KV cache at a trunk; train with use_cache=False"
+            out_BTD = without_gradient(out_BTD, hidden_BTD, reason)
+        return out_BTD
 
     # --- fedsplit.model.kv_cache.RemoteCache ----------------------------------------------------
 

@@ -189,7 +189,8 @@ class RemoteTrunk:
         hidden_BTD = hidden_BTD.to(self._dtype)
         if cache is not None:
             return cache.carry(hidden_BTD, attention_mask_BT, position_ids_BT).to(dtype)
-        if attention_mask_BT is not None and bool(attention_mask_BT.all()):
+        # With positions, transformers looks for packed sequences if there is no mask.
+        if attention_mask_BT is not None and position_ids_BT is None and attention_mask_BT.all():
             attention_mask_BT = None
         self.watch.before_forward()
         session = self._open_session()

@@ -5,6 +5,7 @@ token ids stay at the client. The model sends hidden states and gradients itself
 (`fedsplit.client.remote`).
 """
 
+import inspect
 import logging
 import math
 from collections import Counter
@@ -121,6 +122,9 @@ class ClientTrainer:
         self._run = run
         self._task = TASKS[run.task]
         self._objective = objective(model, run)
+        # Training needs no KV cache, which most families create by default.
+        takes = inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in takes else {}
         pulled = [p for name, p in trained.items() if shared is None or name in shared]
         self._proximal = ProximalTerm(pulled, proximal_mu)
         self._footprint = Footprint(model, run.train.micro_batches)
@@ -299,10 +303,10 @@ class ClientTrainer:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         labels = batch.labels.to(device)
         if smoothing == 0.0:
-            output = self._model(**inputs, labels=labels)
+            output = self._model(**inputs, **self._options, labels=labels)
             logits, loss = output.logits, output.loss
         else:
-            logits = self._model(**inputs).logits
+            logits = self._model(**inputs, **self._options).logits
             loss = self._task.loss(logits, labels, smoothing)
         return Prediction(inputs=inputs, labels=labels, logits=logits, loss=loss)
 

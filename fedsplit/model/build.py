@@ -159,6 +159,10 @@ def _loaded(
     options: dict[str, Any],
 ) -> tuple[M, list[str]]:
     """A model with these tensors, and the names of missing ones, which get random values."""
+    if tensors and all(tensor.is_meta for tensor in tensors.values()):
+        # `from_pretrained` would copy their values.
+        without_values: Any = on_meta(cls, copy.deepcopy(config))
+        return without_values.to(dtype=options.get("dtype")).eval(), []
     try:
         # `from_pretrained` replaces functions of the process, so it always takes the lock.
         with rng_scope(seed):

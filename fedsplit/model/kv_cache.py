@@ -1,6 +1,6 @@
 """KV caches of a part: the family's layers, and empty layers for the blocks of the other part."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from torch import LongTensor, Tensor
@@ -31,6 +31,8 @@ class RemoteCache(Protocol):
     def activate_past_recording(self) -> None:
         """Keep the tokens that leave a sliding window until the next crop."""
 
+
+_NO_COUNT = "this part holds no attention layer, so its cache cannot count the tokens; move the cut"
 
 # In tokens. A shorter text allocates once.
 _SMALLEST_CAPACITY = 64
@@ -80,10 +82,23 @@ class EmptyCacheLayer:
 
 
 class RemoteSlot(EmptyCacheLayer):
-    """The layer in the client's cache that forwards operations to the trunk's cache."""
+    """The layer in the client's cache that forwards operations to the trunk's cache.
 
-    def __init__(self, remote: RemoteCache) -> None:
-        self.remote = remote
+    Args:
+        new_remote: Makes the trunk's cache at its first use. Families return a cache from every
+            forward, and most are never used.
+    """
+
+    def __init__(self, new_remote: Callable[[], RemoteCache]) -> None:
+        self._new_remote = new_remote
+        self._remote: RemoteCache | None = None
+
+    @property
+    def remote(self) -> RemoteCache:
+        """The trunk's cache."""
+        if self._remote is None:
+            self._remote = self._new_remote()
+        return self._remote
 
     def reset(self) -> None:
         """Remove all tokens at the trunk."""
@@ -193,6 +208,8 @@ class _PartCache(Cache):
             return layer_idx
         held = [i for i, layer in enumerate(self.layers) if hasattr(layer, "get_seq_length")]
         full = [i for i in held if not getattr(self.layers[i], "is_sliding", False)]
+        if not held:
+            raise UnsupportedModel(_NO_COUNT)
         return (full or held)[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -237,9 +254,17 @@ def part_cache(
         layer if i in held_blocks else EmptyCacheLayer() for i, layer in enumerate(cache.layers)
     ]
     if not any(hasattr(layer, "get_seq_length") for layer in cache.layers):
-        raise UnsupportedModel(
-            f"{config.model_type}: this part holds no attention layer, so its cache cannot count "
-            "the tokens; move the cut"
-        )
+        raise UnsupportedModel(f"{config.model_type}: {_NO_COUNT}")
     part: Cache = cache
     return part
+
+
+def adopt(cache: Cache, layers: Sequence[Any]) -> None:
+    """Make a cache of transformers one of a part, in place, since its owner will use it.
+
+    Args:
+        cache: A `DynamicCache` or a `StaticCache`.
+        layers: The layers that it gets, as those of `part_cache`.
+    """
+    cache.layers = list(layers)
+    cache.__class__ = PartStaticCache if isinstance(cache, StaticCache) else PartDynamicCache

@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 _SETTINGS = (bool, int, float, str, type(None))
 _FUNCTIONS = ("_gradient_checkpointing_func", "_loss_function")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# transformers installs its hooks for `output_hidden_states` at the first use, also in a part.
+_CAPTURING = "transformers.utils.output_capturing"
+_CAPTURES = "_output_capturing_hooks_installed"
 
 
 def copy_state(whole: PreTrainedModel, part: PreTrainedModel, *, dtypes: bool) -> None:
@@ -77,11 +80,12 @@ def _settings_of(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, _SETTINGS) or name in _FUNCTIONS
+        if (isinstance(value, _SETTINGS) and name != _CAPTURES) or name in _FUNCTIONS
     }
 
 
 def _is_hooked(module: nn.Module) -> bool:
     # Libraries that place a model on devices replace `forward` too; the parts are placed anew.
     is_replaced = "forward" in vars(module) and "_hf_hook" not in vars(module)
-    return is_replaced or any(getattr(module, name) for name in _HOOKS)
+    hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
+    return is_replaced or any(getattr(h, "__module__", "") != _CAPTURING for h in hooks)

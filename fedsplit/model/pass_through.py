@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from fedsplit.errors import ConfigError
 from fedsplit.model.kv_cache import RemoteCache
@@ -22,8 +23,17 @@ class CutContext:
 
     A family converts the 2-D mask to its own form before the first block, so a pass-through does
     not get it as an argument.
+
+    Attributes:
+        remote: The `Remote` layer of the client's model; None in a trunk.
+        smashed_BTD: The trunk's input.
+        trunk_out_BTD: The trunk's output.
+        attention_mask_BT: 1 for a token, 0 for padding; None if all are tokens.
+        position_ids_BT: The positions of the tokens; None if the family counts them itself.
+        cache: The trunk's KV cache; None without one.
     """
 
+    remote: "Remote | None" = None
     smashed_BTD: Tensor | None = None
     trunk_out_BTD: Tensor | None = None
     attention_mask_BT: Tensor | None = None
@@ -51,6 +61,11 @@ def cut_context(context: CutContext) -> Iterator[None]:
         _CALLS.context = outer
 
 
+def is_in_call(remote: "Remote") -> bool:
+    """Whether this thread's current call is one of the model with this `Remote`."""
+    return _CALLS.context is not None and _CALLS.context.remote is remote
+
+
 def _current(place: str) -> CutContext:
     context = _CALLS.context
     if context is None:
@@ -72,6 +87,12 @@ class PassThrough(nn.Module):
         super().__init__()
         # Not as an attribute, which would register it as a submodule.
         self.__dict__["_original"] = original
+
+    @property
+    def original(self) -> nn.Module:
+        """The module that this one replaces."""
+        original: nn.Module = self.__dict__["_original"]
+        return original
 
     def __getattr__(self, name: str) -> Any:
         """The module's own attribute, or else the original's."""
@@ -112,10 +133,12 @@ class PassThroughBlock(PassThrough):
         super().__init__(original)
         self.returns_tuple = returns_tuple
 
-    def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        """`hidden_BTD` after `transform`, as a tensor or as a tuple of one."""
+    def forward(
+        self, hidden_BTD: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, None]:
+        """`hidden_BTD` after `transform`, as a tensor or in a tuple with no attention weights."""
         out_BTD = self.transform(hidden_BTD)
-        return (out_BTD,) if self.returns_tuple else out_BTD
+        return (out_BTD, None) if self.returns_tuple else out_BTD
 
     def transform(self, hidden_BTD: Tensor) -> Tensor:
         """`hidden_BTD` itself."""
@@ -160,9 +183,26 @@ class TrunkConnection:
     carry: Carry
     new_cache: Callable[[int | None], RemoteCache]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a copy: a trunk in this process is copied too, and a link to one is not.
+
+        Both clients would train a trunk that they share, and neither could see it.
+        """
+        is_here = isinstance(getattr(self.carry, "__self__", None), nn.Module)
+        ends = (self.carry, self.new_cache) if is_here else (_not_copied, _not_copied)
+        return _connection, ends
+
+
+def _connection(carry: Carry, new_cache: Callable[[int | None], RemoteCache]) -> TrunkConnection:
+    return TrunkConnection(carry=carry, new_cache=new_cache)
+
 
 def _not_connected(*args: Any, **kwargs: Any) -> Any:
     raise ConfigError("this client has no trunk: call connect(client, carry) first")
+
+
+def _not_copied(*args: Any, **kwargs: Any) -> Any:
+    raise ConfigError("a copy of a client has no trunk: call connect(copy, carry) first")
 
 
 class Remote(PassThroughBlock):
@@ -172,12 +212,38 @@ class Remote(PassThroughBlock):
         super().__init__(original, returns_tuple)
         self.connection = TrunkConnection(carry=_not_connected, new_cache=_not_connected)
 
+    def forward(
+        self, hidden_BTD: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, None]:
+        """The trunk's output, as a tensor or in a tuple with no attention weights."""
+        context = _current("the Remote layer")
+        is_bare = context.attention_mask_BT is None and context.cache is None
+        caches = (value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
+        if is_bare and context.position_ids_BT is not None and any(True for _ in caches):
+            # Without mask and cache, transformers takes positions that restart for packed
+            # sequences. The client's blocks have a cache here, and the trunk has none.
+            context.attention_mask_BT = hidden_BTD.new_ones(hidden_BTD.shape[:2], dtype=torch.long)
+        return super().forward(hidden_BTD, *args, **kwargs)
+
     def transform(self, hidden_BTD: Tensor) -> Tensor:
         """The trunk's output for `hidden_BTD`."""
         context = _current("the Remote layer")
+        context.smashed_BTD = hidden_BTD
+        context.trunk_out_BTD = self._carry(context, context.cache)
+        return context.trunk_out_BTD
+
+    def filled_cache(self, context: CutContext) -> RemoteCache:
+        """A KV cache of the trunk that holds the tokens of an earlier call."""
+        cache = self.connection.new_cache(None)
+        self._carry(context, cache)
+        return cache
+
+    # torch.compile cannot trace the exchange with a trunk elsewhere.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
+    def _carry(self, context: CutContext, cache: Any) -> Tensor:
         return self.connection.carry(
-            hidden_BTD,
+            context.smashed_BTD,
             attention_mask_BT=context.attention_mask_BT,
             position_ids_BT=context.position_ids_BT,
-            cache=context.cache,
+            cache=cache,
         )

@@ -8,8 +8,7 @@ Shapes: B batch, T tokens, D width.
 """
 
 import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -19,7 +18,8 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 from transformers.initialization import no_init_weights
 
 from fedsplit.errors import ConfigError, UnsupportedModel
-from fedsplit.model.kv_cache import RemoteCache, RemoteSlot, part_cache
+from fedsplit.model.backbone import client_cache, crossing_class, crossing_forward
+from fedsplit.model.kv_cache import RemoteCache, part_cache
 from fedsplit.model.pass_through import (
     Carry,
     CutContext,
@@ -81,6 +81,11 @@ class Part(WholeAdaptersOnly, PreTrainedModel):
         from fedsplit.model.checkpoint import save_part
 
         save_part(cast(Any, self), save_directory, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, which cannot find a class that was made for one cut."""
+        kind = ClientPart if isinstance(self, ClientPart) else TrunkPart
+        return _without_state, (kind, self.family, self.plan, self.trunk_blocks), self.__dict__
 
     @property
     def held_blocks(self) -> tuple[int, ...]:
@@ -218,53 +223,37 @@ class ClientPart(Part):
             self._pass_through(
                 Remote if i == self.trunk_blocks.start else PassThroughBlock, blocks, i
             )
+        for name in self._backbones():
+            module = self.get_submodule(name)
+            kind: Any = type(module)
+            inside = self.plan.blocks.removeprefix(f"{name}.")
+            module.__class__ = crossing_class(kind, inside, self.trunk_blocks)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's forward. The 2-D mask and the positions go to the trunk in a `CutContext`.
-
-        Raises:
-            ConfigError: The attention mask is not 2-D.
-            UnsupportedModel: The cache is not one of `new_cache`.
-        """
-        named = _by_name(self.family, self, args, kwargs)
-        mask = named.get("attention_mask")
-        # A 4-D mask is for the client's blocks; the trunk's may be of another kind.
-        if isinstance(mask, Tensor) and mask.ndim != 2:
-            raise ConfigError(
-                f"attention_mask has shape {tuple(mask.shape)}; a split model takes [batch, tokens]"
-            )
-        context = CutContext(
-            attention_mask_BT=mask,
-            position_ids_BT=named.get("position_ids"),
-            cache=self._remote_cache(named),
-        )
-        with cut_context(context):
-            return super().forward(**named)
-
-    def _remote_cache(self, named: dict[str, Any]) -> Any:
-        """The trunk's cache for this call; None if the call uses no cache."""
-        takes = _signature(self.family.forward).parameters
-        if named.get("past_key_values") is None:
-            if not named.get("use_cache"):
-                # With config.use_cache, the family would create a cache without the trunk's slot.
-                named.update({"use_cache": False} if "use_cache" in takes else {})
-                return None
-            named["past_key_values"] = self.new_cache()
-        slots = getattr(named["past_key_values"], "layers", ())
-        slot = slots[self.trunk_blocks.start] if len(slots) == self.plan.num_blocks else None
-        if not isinstance(slot, RemoteSlot):
-            raise UnsupportedModel(
-                f"{self.family.__name__}: use this model's new_cache(); the trunk cannot use a "
-                "cache that was made elsewhere"
-            )
-        return slot.remote
+    def _backbones(self) -> Iterator[str]:
+        """The backbone, and the modules in it that contain the blocks."""
+        pieces = self.plan.blocks.split(".")
+        for depth in range(1, len(pieces)):
+            name = ".".join(pieces[:depth])
+            if f"{name}.".startswith(f"{self.plan.backbone}." if self.plan.backbone else ""):
+                yield name
 
     def new_cache(self, max_length: int | None = None) -> Cache:
-        """A KV cache for client and trunk, growing or of `max_length` tokens."""
-        cache = part_cache(self.config, self.held_blocks, max_length)
-        slots: list[Any] = cache.layers
-        slots[self.trunk_blocks.start] = RemoteSlot(self.remote.connection.new_cache(max_length))
-        return cache
+        """A KV cache for client and trunk, growing or of `max_length` tokens.
+
+        Raises:
+            ConfigError: The family has no cache of a fixed length.
+        """
+        if max_length is not None and self._reads_mask_length:
+            raise ConfigError(
+                f"{self.family.__name__} computes ALiBi from the length of the attention mask, so "
+                "it has no static cache in a split model; use the default one"
+            )
+        return client_cache(self.config, self.held_blocks, self.remote, max_length)
+
+    @property
+    def _reads_mask_length(self) -> bool:
+        has_method = hasattr(self.get_submodule(self.plan.backbone), "build_alibi_tensor")
+        return has_method or bool(getattr(self.config, "alibi", False))
 
     def _prepare_cache_for_generation(
         self,
@@ -279,6 +268,12 @@ class ClientPart(Part):
         Raises:
             ConfigError: A split model has no cache of the kind that `generation_config` names.
         """
+        if generation_config.assistant_early_exit is not None:
+            raise ConfigError(
+                f"assistant_early_exit={generation_config.assistant_early_exit}: the client cannot "
+                "end a forward at a block of the trunk; use prompt_lookup_num_tokens or an "
+                "assistant_model"
+            )
         # `generate` would compile the forward for a static cache, and the trunk may be remote.
         generation_config.disable_compile = True
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
@@ -305,6 +300,18 @@ class ClientPart(Part):
         """The 2-D mask unchanged; a 4-D mask would fit the client's blocks only."""
         return attention_mask
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse `generate_batch` and what it is made of; an override of transformers'.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "generate_batch keeps all keys and values in pages of this process, and the trunk's "
+            "are elsewhere; call generate() with a padded batch, or from several threads or "
+            "clients: the trunk's server batches them"
+        )
+
 
 def connect(
     client: ClientPart,
@@ -328,25 +335,6 @@ def _keeps_no_cache(max_length: int | None) -> RemoteCache:
     raise ConfigError("this trunk keeps no KV cache; generate with use_cache=False")
 
 
-def _by_name(
-    family: type[Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """All arguments of a call of the family's forward by name."""
-    signature = _signature(family.forward)
-    named = dict(signature.bind_partial(model, *args, **kwargs).arguments)
-    named.pop("self")
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(name, {}))
-    return named
-
-
-# Cached, since every forward needs it and `inspect` takes longer than the lookup.
-@functools.cache
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
 def part_class(
     kind: type[P], family: type[PreTrainedModel], plan: Plan, trunk_blocks: range
 ) -> type[P]:
@@ -360,17 +348,35 @@ def part_class(
         "plan": plan,
         "trunk_blocks": trunk_blocks,
     }
-    if issubclass(kind, ClientPart):
-        # generate() and Trainer inspect the arguments of forward.
-        body["forward"] = _client_forward(family)
+    if issubclass(kind, ClientPart) and not plan.backbone:
+        body["forward"] = crossing_forward(family, plan.blocks, trunk_blocks)
+    if issubclass(kind, ClientPart) and hasattr(family, "prepare_inputs_for_generation"):
+        body["prepare_inputs_for_generation"] = _with_cache(family)
     return cast(type[P], type(family.__name__, (kind, family), body))
 
 
-def _client_forward(family: type[PreTrainedModel]) -> Callable[..., Any]:
-    """A forward with the family's signature; each family needs a function of its own."""
+def _with_cache(family: Any) -> Callable[..., dict[str, Any]]:
+    """The family's method, with a cache for client and trunk where the family drops its cache.
 
-    @functools.wraps(family.forward)
-    def forward(self: ClientPart, *args: Any, **kwargs: Any) -> Any:
-        return ClientPart.forward(self, *args, **kwargs)
+    phi3 does so where its rotary tables change, to compute all keys and values again.
+    """
+    prepare = family.prepare_inputs_for_generation
 
-    return forward
+    # generate() inspects the arguments.
+    @functools.wraps(prepare)
+    def prepare_inputs_for_generation(
+        self: ClientPart, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = prepare(self, *args, **kwargs)
+        if kwargs.get("past_key_values") is not None and inputs.get("past_key_values") is None:
+            inputs["past_key_values"] = self.new_cache()
+        return inputs
+
+    return prepare_inputs_for_generation
+
+
+def _without_state(
+    kind: type[P], family: type[PreTrainedModel], plan: Plan, trunk_blocks: range
+) -> P:
+    cls = part_class(kind, family, plan, trunk_blocks)
+    return cls.__new__(cls)

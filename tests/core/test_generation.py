@@ -176,8 +176,10 @@ def test_a_cache_takes_no_gradient_and_no_other_batch():
     with scene("gpt2") as here:
         alice = here.client()
         cache = alice.model.new_cache()
-        with pytest.raises(ProtocolError, match="no gradient goes through it"):
-            alice.model(prompt(), past_key_values=cache)
+        logits_1TV = alice.model(prompt(), past_key_values=cache).logits
+        assert torch.equal(logits_1TV, here.whole(prompt()).logits)
+        with pytest.raises(ProtocolError, match="no gradient passes through a KV cache"):
+            logits_1TV.sum().backward()
         remote = alice.remote.new_cache()
         remote.carry(torch.zeros(1, 3, 32), None, None)
         with pytest.raises(ProtocolError, match="2 sequences came for a cache of 1"):
