@@ -146,3 +146,13 @@ def test_a_replaced_module_is_refused(tiny_llama):
     whole.model.layers[1].input_layernorm = nn.LayerNorm(16, bias=False)
     with pytest.raises(UnsupportedModel, match="input_layernorm' is LayerNorm, but a part has Ll"):
         parts_of(whole)
+
+
+def test_the_hooks_of_a_model_that_has_returned_hidden_states_are_its_own(tiny_llama, caplog):
+    whole = LlamaForCausalLM(tiny_llama()).eval()
+    theirs = whole(IDS_BT, output_hidden_states=True).hidden_states
+    with caplog.at_level(logging.WARNING, "fedsplit"):
+        client, _ = parts_of(whole)
+    assert not caplog.records
+    ours = client(IDS_BT, output_hidden_states=True).hidden_states
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[-1], theirs[-1])
