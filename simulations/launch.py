@@ -94,6 +94,7 @@ def _environment(home: Path, commands: Path) -> dict[str, str]:
         **inherited,
         **_without_proxy_on_loopback(inherited),
         "PATH": f"{commands}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONPATH": _module_path(),
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
         "FLWR_HOME": str(home),
@@ -108,6 +109,16 @@ def _environment(home: Path, commands: Path) -> dict[str, str]:
         # Otherwise Ray hides the GPUs from clients, which ask it for none.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+
+
+def _module_path() -> str:
+    """Return the folders where Flower's processes, which start elsewhere, find a user's modules.
+
+    These are the current directory, which `python -m` searches as well, and those of PYTHONPATH.
+    The app's own modules precede them.
+    """
+    listed = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.pathsep.join(str(Path.cwd() / path) for path in ("", *listed))
 
 
 def _without_proxy_on_loopback(environment: Mapping[str, str]) -> dict[str, str]:

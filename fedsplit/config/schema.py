@@ -1,7 +1,6 @@
 """The schema: `RunSpec` as a config of OmegaConf, the way back, and the errors of both."""
 
 import copy
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -16,6 +15,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from fedsplit.config.hints import hint
 from fedsplit.config.renamed import with_current_names
 from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec
@@ -92,7 +92,7 @@ def as_config_error(exc: Exception) -> ConfigError:
         return as_config_error(exc.__cause__)
     key = getattr(exc, "full_key", None) or ""
     if isinstance(exc, ConfigKeyError | ConfigAttributeError):
-        return ConfigError(f"there is no field {key}; {_hint(key)}")
+        return ConfigError(f"there is no field {key}; {hint(key, list(field_names()), _groups())}")
     word = _WORDS.get(type(OmegaConf.select(_schema(), key))) if key else None
     if isinstance(exc, ValidationError) and word:
         return ConfigError(f"{key}={exc.value!r} must be {word}")
@@ -113,12 +113,8 @@ def field_names(node: Mapping[str, Any] | None = None, prefix: str = "") -> Iter
             yield prefix + name
 
 
-def _hint(key: str) -> str:
-    names = list(field_names())
-    # A right name in the wrong group is the likeliest mistake.
-    same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = same or difflib.get_close_matches(key, names)
-    return f"did you mean {' or '.join(near)}?" if near else f"fields are: {', '.join(names)}"
+def _groups() -> list[str]:
+    return [name for name, value in asdict(RunSpec()).items() if isinstance(value, dict)]
 
 
 def _first_line(exc: Exception) -> str:

@@ -31,10 +31,11 @@ clientapp = "tinyapp.apps:client"
 [tool.flwr.app.config]
 config = ""
 folder = ""
+module = "os"
 """
 
 APPS = '''
-import os, sys, time
+import importlib, os, sys, time
 from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -46,6 +47,7 @@ client = ClientApp()
 @server.main()
 def main(grid, context):
     given = context.run_config
+    importlib.import_module(given["module"])
     print("SESSION", os.getsid(0), flush=True)
     while len(nodes := list(grid.get_node_ids())) < 3:
         time.sleep(0.05)
@@ -61,6 +63,7 @@ def main(grid, context):
 @client.query()
 def query(message, context):
     """Answers when all three clients are here: none may wait for another one's place."""
+    importlib.import_module(context.run_config["module"])
     calls = context.state.get("said", ConfigRecord({"calls": 0}))["calls"] + 1
     here = Path(context.run_config["folder"])
     Path(here, f"here-{calls}-{context.node_config['partition-id']}").touch()
@@ -125,15 +128,20 @@ OF_OTHERS = {
 
 
 def test_a_run_gets_its_config_and_all_clients_and_its_failure_is_an_error(
-    app: Path, mark: str, monkeypatch: pytest.MonkeyPatch
+    app: Path, mark: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The run of the default app completes in test_deployed.py."""
     for name, value in OF_OTHERS.items():
         monkeypatch.setenv(name, value)
+    users = tmp_path / "users"
+    (users / "tinyapp").mkdir(parents=True)  # does not hide the app's own
+    (users / "tinyapp" / "__init__.py").write_text("raise ImportError('not this one')")
+    (users / "users_own.py").touch()
+    monkeypatch.chdir(users)
     config = "".join(f'key{i}: "it\'s" # \t\\ {{}} = [é]\n' for i in range(300))
     lines: list[str] = []
     with pytest.raises(Internal, match="did not complete: finished:failed") as caught:
-        run(app, lines, run_config={"config": config, "folder": str(app)})
+        run(app, lines, run_config={"config": config, "folder": str(app), "module": "users_own"})
     assert "DONE start" in lines  # neither the checkout nor the app's folder
     assert (app / "config").read_text(encoding="utf-8") == config
     assert len(set((app / "pids-1").read_text().split())) == 3
