@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -23,9 +23,6 @@ from fedsplit.model.part_files import TRUNK_VERSION
 from fedsplit.model.stage import ClientPart
 from fedsplit.optimization import clip_coefficient, squared_norm
 from fedsplit.spec import TrainSpec
-
-if TYPE_CHECKING:
-    from fedsplit.client.remote import RemoteTrunk
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +98,30 @@ def _is_sample_of(model: nn.Module, sample: list[Tensor]) -> bool:
     return len(now) == len(sample) and all(map(torch.equal, now, sample))
 
 
+class FollowedTrunk(Protocol):
+    """What a follower uses of a `fedsplit.client.remote.RemoteTrunk`."""
+
+    watch: "StepReminder | Follower"
+    round: int
+    version: int
+
+    @property
+    def next_call(self) -> int:
+        """Number of the next forward."""
+
+    @property
+    def trunk_sq_norm(self) -> float:
+        """Squared norm of the trunk's gradient since the last step."""
+
+    def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
+        """Open a session in place of the previous one."""
+
+    def step(
+        self, *, step: int, num_tokens: int, client_sq_norm: float, loss_scale: float = 1.0
+    ) -> None:
+        """Contribute the accumulated gradient to the trunk's next step."""
+
+
 class Follower:
     """The handle that `RemoteTrunk.follow` returns; `remove()` or the end of a `with` ends it.
 
@@ -116,7 +137,7 @@ class Follower:
 
     def __init__(
         self,
-        trunk: "RemoteTrunk",
+        trunk: FollowedTrunk,
         optimizer: Optimizer,
         previous: "StepReminder | Follower",
         step: int,

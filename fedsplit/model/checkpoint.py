@@ -1,12 +1,10 @@
 """Parts on disk: split a checkpoint into part directories, save a part, load it, join two parts."""
 
-from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedsplit import atomic
@@ -14,17 +12,21 @@ from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.build import build_client, build_trunk
 from fedsplit.model.identity import model_fingerprint
 from fedsplit.model.join import join_model
-from fedsplit.model.manifest import FORMAT, PARTS, Manifest, hashes_of, sha256_of, versions
-from fedsplit.model.part_files import WEIGHTS, require_no_adapter, unmarked, write_files
-from fedsplit.model.source import GENERATION, Source, read_tensors, tensor_names
+from fedsplit.model.manifest import PARTS, Manifest, hashes_of
+from fedsplit.model.part_files import (
+    WEIGHTS,
+    manifest_of,
+    require_no_adapter,
+    unmarked,
+    write_files,
+)
+from fedsplit.model.source import Source, read_tensors, tensor_names
 from fedsplit.model.stage import ClientPart, TrunkPart
 from fedsplit.spec import SplitSpec
 
 _BUILD: dict[str, Callable[..., ClientPart | TrunkPart]] = dict(
     zip(PARTS, (build_client, build_trunk), strict=True)
 )
-# The default of `push_to_hub` in transformers.
-_ONE_FILE = "50GB"
 
 
 def split_checkpoint(
@@ -78,93 +80,13 @@ def _write_part(
     part: ClientPart | TrunkPart, name: str, split: SplitSpec, origin: Source, directory: Path
 ) -> None:
     write_files(part, part.state_dict(), directory)
-    _manifest(
+    manifest_of(
         part,
         name,
         split,
         model=origin.name,
         revision=origin.commit(),
         files=hashes_of(directory),
-    ).write(directory)
-
-
-def _manifest(
-    part: ClientPart | TrunkPart,
-    name: str,
-    split: SplitSpec,
-    *,
-    model: str,
-    revision: str,
-    files: dict[str, str],
-) -> Manifest:
-    return Manifest(
-        format=FORMAT,
-        part=name,
-        model=model,
-        revision=revision,
-        model_class=part.family.__name__,
-        split=str(split),
-        trunk_blocks=[part.trunk_blocks.start, part.trunk_blocks.stop],
-        fingerprint=model_fingerprint(part.config, split),
-        identity=part.identity,
-        versions=versions(_own_version()),
-        files=files,
-    )
-
-
-def save_part(
-    part: ClientPart | TrunkPart,
-    directory: str | Path,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    is_main_process: bool = True,
-    max_shard_size: int | str = _ONE_FILE,
-    safe_serialization: bool = True,
-    **options: Any,
-) -> None:
-    """Write a part in memory as `split_checkpoint` does; it is `save_pretrained` of a part.
-
-    A directory that is saved to again keeps its other files, such as those of the Trainer.
-
-    Args:
-        part: Client or trunk.
-        directory: Created if it does not exist.
-        state_dict: The tensors; by default the part's.
-        is_main_process: Whether this process writes.
-        max_shard_size: As `push_to_hub` of transformers passes it; a part is one file.
-        safe_serialization: True; weights are never pickled.
-        options: None of the other options of `save_pretrained` are supported.
-
-    Raises:
-        ConfigError: An option is not supported, or the directory holds a whole model.
-    """
-    unsupported = [f"{name}={value}" for name, value in options.items() if value]
-    if max_shard_size != _ONE_FILE:
-        unsupported.append(f"max_shard_size={max_shard_size}")
-    if not safe_serialization:
-        unsupported.append("safe_serialization=False")
-    if unsupported:
-        raise ConfigError(
-            f"save_pretrained({', '.join(unsupported)}): a part is saved as one safetensors file; "
-            "leave it out, and upload a part with its method push_to_hub"
-        )
-    if not is_main_process:
-        return
-    directory = Path(directory)
-    atomic.make_folder(directory)
-    names = write_files(part, part.state_dict() if state_dict is None else state_dict, directory)
-    if isinstance(part, ClientPart) and part.can_generate():
-        part.generation_config.save_pretrained(directory)
-        names.append(GENERATION)
-    bounds = (part.trunk_blocks.start, part.trunk_blocks.stop, part.plan.num_blocks)
-    split = SplitSpec(bottom=bounds[0], trunk=bounds[1] - bounds[0], top=bounds[2] - bounds[1])
-    _manifest(
-        part,
-        PARTS[0] if isinstance(part, ClientPart) else PARTS[1],
-        split,
-        model=part.config.name_or_path,
-        revision="",
-        files={name: sha256_of(directory / name) for name in names},
     ).write(directory)
 
 
@@ -245,11 +167,3 @@ def _class_named(name: str, directory: Path) -> type[PreTrainedModel]:
             "install the version that split the model (manifest.json has it)"
         )
     return model_class
-
-
-def _own_version() -> str:
-    try:
-        return version("fedsplit")
-    except PackageNotFoundError:
-        # A checkout on the path, without an installed distribution.
-        return "unknown"

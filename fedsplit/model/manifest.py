@@ -15,7 +15,7 @@ from fedsplit.errors import CheckpointError
 
 NAME = "manifest.json"
 FORMAT = 2
-PARTS = ("bottom-top", "trunk")
+PARTS = CLIENT, TRUNK = "bottom-top", "trunk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,15 +6,26 @@ random weights.
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
 
 from fedsplit import atomic
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.model.identity import model_fingerprint
+from fedsplit.model.manifest import CLIENT, FORMAT, Manifest, sha256_of, versions
+from fedsplit.spec import SplitSpec
 
 WEIGHTS = "part.safetensors"
 REFUSAL = (
@@ -27,6 +38,8 @@ TRUNK_VERSION = "trunk_version"
 # transformers takes the name of the weights from this field of config.json, and raises an error
 # with its value if it is not the name of a safetensors file.
 _MARK = "transformers_weights"
+# The default of `push_to_hub` in transformers.
+_ONE_FILE = "50GB"
 _OF_A_MODEL = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
@@ -53,6 +66,89 @@ def write_files(part: PreTrainedModel, tensors: Mapping[str, Tensor], directory:
     index = {"weight_map": dict.fromkeys(kept, WEIGHTS)}
     atomic.write_text(directory / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2))
     return [CONFIG_NAME, WEIGHTS, SAFE_WEIGHTS_INDEX_NAME]
+
+
+def manifest_of(
+    part: Any,
+    name: str,
+    split: SplitSpec,
+    *,
+    model: str,
+    revision: str,
+    files: dict[str, str],
+) -> Manifest:
+    """The manifest of a part, which is a `fedsplit.model.stage.Part`."""
+    return Manifest(
+        format=FORMAT,
+        part=name,
+        model=model,
+        revision=revision,
+        model_class=part.family.__name__,
+        split=str(split),
+        trunk_blocks=[part.trunk_blocks.start, part.trunk_blocks.stop],
+        fingerprint=model_fingerprint(part.config, split),
+        identity=part.identity,
+        versions=versions(_own_version()),
+        files=files,
+    )
+
+
+def save_part(
+    part: Any,
+    name: str,
+    directory: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    max_shard_size: int | str = _ONE_FILE,
+    safe_serialization: bool = True,
+    **options: Any,
+) -> None:
+    """Write a part in memory as `split_checkpoint` does; it is `save_pretrained` of a part.
+
+    A directory that is saved to again keeps its other files, such as those of the Trainer.
+
+    Args:
+        part: A `fedsplit.model.stage.Part`.
+        name: Its name, one of `PARTS`.
+        directory: Created if it does not exist.
+        state_dict: The tensors; by default the part's.
+        is_main_process: Whether this process writes.
+        max_shard_size: As `push_to_hub` of transformers passes it; a part is one file.
+        safe_serialization: True; weights are never pickled.
+        options: None of the other options of `save_pretrained` are supported.
+
+    Raises:
+        ConfigError: An option is not supported, or the directory holds a whole model.
+    """
+    unsupported = [f"{name}={value}" for name, value in options.items() if value]
+    if max_shard_size != _ONE_FILE:
+        unsupported.append(f"max_shard_size={max_shard_size}")
+    if not safe_serialization:
+        unsupported.append("safe_serialization=False")
+    if unsupported:
+        raise ConfigError(
+            f"save_pretrained({', '.join(unsupported)}): a part is saved as one safetensors file; "
+            "leave it out, and upload a part with its method push_to_hub"
+        )
+    if not is_main_process:
+        return
+    directory = Path(directory)
+    atomic.make_folder(directory)
+    names = write_files(part, part.state_dict() if state_dict is None else state_dict, directory)
+    if name == CLIENT and part.can_generate():
+        part.generation_config.save_pretrained(directory)
+        names.append(GENERATION_CONFIG_NAME)
+    bounds = (part.trunk_blocks.start, part.trunk_blocks.stop, part.plan.num_blocks)
+    split = SplitSpec(bottom=bounds[0], trunk=bounds[1] - bounds[0], top=bounds[2] - bounds[1])
+    manifest_of(
+        part,
+        name,
+        split,
+        model=part.config.name_or_path or "",
+        revision="",
+        files={file: sha256_of(directory / file) for file in names},
+    ).write(directory)
 
 
 def _untied(part: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,3 +185,11 @@ def require_whole(config: PretrainedConfig, source: str) -> None:
     """
     if getattr(config, _MARK, None) == REFUSAL:
         raise CheckpointError(f"{source}: {REFUSAL}")
+
+
+def _own_version() -> str:
+    try:
+        return version("fedsplit")
+    except PackageNotFoundError:
+        # A checkout on the path, without an installed distribution.
+        return "unknown"

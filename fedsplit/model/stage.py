@@ -20,6 +20,8 @@ from transformers.initialization import no_init_weights
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.backbone import client_cache, crossing_class, crossing_forward
 from fedsplit.model.kv_cache import RemoteCache, part_cache
+from fedsplit.model.manifest import CLIENT, TRUNK
+from fedsplit.model.part_files import save_part
 from fedsplit.model.pass_through import (
     Carry,
     CutContext,
@@ -72,15 +74,16 @@ class Part(WholeAdaptersOnly, PreTrainedModel):
         # A source may also hold the other part's tensors. Missing tensors are still reported.
         self._keys_to_ignore_on_load_unexpected = {".*"}
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+    def save_pretrained(  # type: ignore[override]  # a part takes fewer options
+        self, save_directory: Any, **options: Any
+    ) -> None:
         """Write the part to a directory for `load_part`; transformers refuses to load it.
 
-        The Trainer resumes from it. `fedsplit.model.checkpoint.save_part` lists the options.
+        The Trainer resumes from it. `fedsplit.model.part_files.save_part` lists the options.
         """
-        # Imported here, because it also builds parts.
-        from fedsplit.model.checkpoint import save_part
-
-        save_part(cast(Any, self), save_directory, **options)
+        save_part(
+            self, CLIENT if isinstance(self, ClientPart) else TRUNK, save_directory, **options
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles, which cannot find a class that was made for one cut."""
