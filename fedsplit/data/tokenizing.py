@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedsplit.data.corpora import Corpus
+from fedsplit.data.hub import require_reachable
 from fedsplit.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -72,7 +73,10 @@ def load_tokenizer(pretrained: str, revision: str = "main") -> PreTrainedTokeniz
 
     Raises:
         DataError: There is no tokenizer, it has no JSON form, or it has no end-of-text token.
+        CheckpointError: The name is neither a directory nor a hub id.
+        ConnectionLost: The hub does not answer.
     """
+    require_reachable(pretrained, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained, revision=revision, trust_remote_code=False

@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
+from fedsplit.data.hub import require_reachable
 from fedsplit.errors import CheckpointError, UnsupportedModel
 from fedsplit.model.identity import COMMIT, FULL, SAMPLE, files_digest
 from fedsplit.model.part_files import require_whole
@@ -64,7 +65,9 @@ class Source:
 
         Raises:
             CheckpointError: transformers cannot read a model's config there.
+            ConnectionLost: The hub does not answer.
         """
+        require_reachable(self.name, self.revision)
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.name, revision=self.revision, trust_remote_code=False

@@ -89,7 +89,7 @@ class Table:
         if self.figures:
             values = [f"{value:.4g}" for value in self.figures.values()]
             text += f"\n\n{_aligned([list(self.figures), values])}"
-        return text
+        return "\n".join([text, *_unlike(self.rows)])
 
     def write(self, folder: Path) -> Path:
         """Write `table.json`; a number that is not finite is null there.
@@ -179,6 +179,21 @@ def _row(group: Group, settings: dict[str, Any]) -> Row:
     return row
 
 
+def _unlike(rows: Sequence[Row]) -> list[str]:
+    """Return lines about the rows that are not compared like with like."""
+    names = dict.fromkeys(name for row in rows for name in row.get("settings", ()))
+    data = [name for name in names if name.startswith(_OF_THE_LOSS)]
+    costs = {"client steps": "steps", "tokens": "tokens"}
+    amounts = [name for name, key in costs.items() if len({row.get(key) for row in rows}) > 1]
+    lines = []
+    if data:
+        lines.append(f"losses are of different data, tasks or tokenizers: {', '.join(data)} differ")
+    if amounts:
+        lines.append(f"the rows differ in what was trained: {' and '.join(amounts)}")
+    return lines
+
+
+_OF_THE_LOSS = ("data.", "task", "model.pretrained", "model.revision")
 _HELD_OUT = {"loss": "eval_loss", "bits_per_byte": "bits_per_byte", "accuracy": "accuracy"}
 _BEST: dict[str, Callable[[list[float]], float]] = {
     "loss": min,
@@ -216,7 +231,7 @@ COLUMNS: Columns = {
     "best": lambda row: number(row["best_loss"]),
     "bits/byte": lambda row: _with_spread(row, "bits_per_byte"),
     "accuracy": lambda row: _with_spread(row, "accuracy"),
-    "steps": lambda row: f"{row['steps']:,.0f}",
+    "client steps": lambda row: f"{row['steps']:,.0f}",
     "tokens": lambda row: f"{row['tokens']:,.0f}",
     "up": lambda row: in_mib(row["bytes_up"]),
     "down": lambda row: in_mib(row["bytes_down"]),
@@ -239,7 +254,7 @@ _AXES: dict[str, Callable[[RoundStats], float]] = {
     "MiB between clients and server": lambda stats: (
         (stats.bytes_up + stats.bytes_down + stats.client_weights_bytes) / 2**20
     ),
-    "optimizer steps of all clients": lambda stats: stats.steps,
+    "client steps": lambda stats: stats.steps,
     "seconds": lambda stats: stats.seconds,
     "virtual seconds": lambda stats: stats.virtual_seconds,
 }
@@ -262,8 +277,8 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0] if axes else []
     for panel, axis in zip(panels, axes, strict=True):
-        for group in groups:
-            _draw(panel, group, axis)
+        for number, group in enumerate(groups):
+            _draw(panel, group, axis, number)
         panel.set_xlabel(axis)
     if axes:
         panels[0].set_ylabel("held-out loss (nats per token)")
@@ -274,13 +289,22 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
     return file
 
 
-def _draw(panel: Axes, group: Group, axis: str) -> None:
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = "osD^vx+"
+
+
+def _draw(panel: Axes, group: Group, axis: str, number: int) -> None:
     # A run that stopped early ends the group's line: a mean over fewer seeds would jump.
     points = list(zip(*(run.curve(axis) for run in group.runs), strict=False))
     xs = [fmean(x for x, _ in seeds) for seeds in points]
     losses = [[loss for _, loss in seeds] for seeds in points]
     means = [fmean(seeds) for seeds in losses]
-    (line,) = panel.plot(xs, means, label=group.name)
+    # Lines that lie on each other differ in dashes and markers, and later ones are narrower.
+    style = {"linestyle": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
+    width = max(1.0, 3.0 - number / 2)
+    (line,) = panel.plot(
+        xs, means, label=group.name, linewidth=width, markersize=4, fillstyle="none", **style
+    )
     if len(group.runs) > 1:
         spreads = [_spread(seeds) for seeds in losses]
         low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]

@@ -132,9 +132,13 @@ def closing_table(rounds: Sequence[RoundStats]) -> str:
     seconds = sum(stats.seconds for stats in rounds)
     virtual = sum(stats.virtual_seconds for stats in rounds)
     tokens = sum(stats.tokens for stats in rounds)
+    steps = sum(stats.steps for stats in rounds)
     through_flower = sum(stats.client_weights_bytes for stats in rounds)
     rows = [
-        ("rounds", f"{len(rounds)} of {last.rounds}, {last.version} trunk steps"),
+        (
+            "rounds",
+            f"{len(rounds)} of {last.rounds}, {last.version} trunk steps, {steps:,} client steps",
+        ),
         (f"round {measured[0].round}", measured[0].held_out),
         (f"last (round {measured[-1].round})", measured[-1].held_out),
         (f"best (round {best.round})", best.held_out),

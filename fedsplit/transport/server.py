@@ -96,7 +96,10 @@ class GrpcServer:
             else:
                 port = self._server.add_insecure_port(bind)
         except RuntimeError as exc:
-            raise ConfigError(f"wire.bind={bind} cannot be listened on: {exc}") from exc
+            raise ConfigError(
+                f"wire.bind={bind} cannot be listened on: {_why_not(bind) or exc}; choose another "
+                "address, or port 0 for a free port"
+            ) from exc
         self._server.start()
         for name in {"", SERVICE, *self._trunks}:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -120,6 +123,17 @@ class GrpcServer:
         self._server.stop(grace=None)
         # Not waited for: a call may block until the service stops, which happens after this.
         self._pool.shutdown(wait=False)
+
+
+def _why_not(bind: str) -> str:
+    """Return the operating system's reason against an address, which gRPC does not tell."""
+    host, _, port = bind.rpartition(":")
+    try:
+        with socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET) as probe:
+            probe.bind((host.strip("[]"), int(port)))
+    except (OSError, ValueError) as exc:
+        return getattr(exc, "strerror", None) or str(exc)
+    return ""
 
 
 def _require_free(bind: str) -> None:

@@ -330,14 +330,9 @@ def test_pickled_weights_are_not_read(tmp_path):
         build_client(whole.config, SPLIT, source=str(tmp_path))
 
 
-NO_MODEL = {"an empty directory": "", "no directory": "nowhere", "no hub id": "a b/c d/e"}
-
-
-@pytest.mark.parametrize("name", NO_MODEL.values(), ids=NO_MODEL)
-def test_what_is_no_model_is_one_clear_line(name, tmp_path):
-    source = name if " " in name else str(tmp_path / name)
+def test_a_directory_without_a_model_is_one_clear_line(tmp_path):
     with pytest.raises(CheckpointError, match="not a model that transformers") as error:
-        split_model(source)
+        split_model(str(tmp_path))
     assert "\n" not in str(error.value)
 
 

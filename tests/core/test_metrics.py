@@ -47,6 +47,7 @@ def test_the_closing_table_goes_by_the_rounds_that_were_evaluated():
         for n, loss in losses.items()
     ]
     table = closing_table(rounds)
+    assert "4 of 4, 1 trunk steps, 4 client steps" in table
     assert "round 2                         held-out 0.5000" in table
     assert "last (round 4)                  held-out 0.7500" in table
     assert "best (round 2)                  held-out 0.5000" in table

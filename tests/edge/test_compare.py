@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fedsplit.cli import main
 from fedsplit.config import to_yaml
-from fedsplit.runs.compare import COLUMNS, Table, grouped, read_runs, rows_of
+from fedsplit.runs.compare import COLUMNS, Table, _draw, grouped, read_runs, rows_of
 from fedsplit.runs.folder import RunFolder
-from fedsplit.spec import PolicySpec, RunSpec, ShardingSpec
+from fedsplit.spec import DataSpec, PolicySpec, RunSpec, ShardingSpec
 from tests.edge.rounds import round_stats
 
 Leave = Callable[..., Path]
@@ -93,11 +94,12 @@ def test_the_command_prints_a_table_and_leaves_it(
         leave(f"many/a{seed}", replace(SYNC, seed=seed), [3.0, 2.0 + seed, 1.0 + seed])
         leave(f"many/b{seed}", replace(sharded, seed=seed), [4.0, 3.0 + seed])
     assert main(["compare", str(tmp_path / "many")]) == 0
-    head, first, second, _, table, picture = capsys.readouterr().out.splitlines()
+    head, first, second, unlike, _, table, picture = capsys.readouterr().out.splitlines()
     assert head.split()[:6] == ["run", "seeds", "held-out", "loss", "best", "bits/byte"]
     assert "accuracy" not in head and "virtual s" not in head
     assert first.startswith("sharding.kind=natural      2  1.5000 +- 0.7071")
     assert second.startswith("sharding.kind=iid          2  3.5000 +- 0.7071")
+    assert unlike == "the rows differ in what was trained: client steps and tokens"
     assert table == str(tmp_path / "compare" / "table.json")
     told = json.loads(Path(table).read_text())
     assert told["figures"] == {}
@@ -145,3 +147,25 @@ def test_a_table_says_none_for_what_is_not_finite(tmp_path: Path) -> None:
     }
     assert str(table).splitlines()[-1] == "y  0.3333"
     assert set(COLUMNS) >= {"run", "client memory"}
+
+
+def test_a_table_says_what_is_not_compared_like_with_like(leave: Leave) -> None:
+    longer = replace(SYNC, data=DataSpec(sequence_length=64))
+    paths = [leave("a", SYNC, [3.0]), leave("b", longer, [3.0, 2.0])]
+    text = str(Table(rows=rows_of(grouped(read_runs(paths))), columns=COLUMNS))
+    assert "client steps" in text.splitlines()[0]
+    assert "different data, tasks or tokenizers: data.sequence_length differ" in text
+    assert "the rows differ in what was trained: client steps and tokens" in text
+    alike = [leave("c", SYNC, [3.0]), leave("d", ASYNC, [3.0])]
+    text = str(Table(rows=rows_of(grouped(read_runs(alike))), columns=COLUMNS))
+    assert "differ" not in text
+
+
+def test_curves_that_lie_on_each_other_differ_in_dashes_and_markers(leave: Leave) -> None:
+    groups = grouped(read_runs([leave("a", SYNC, [3.0, 2.0]), leave("b", ASYNC, [3.0, 2.0])]))
+    panel = Figure().subplots()
+    for number, group in enumerate(groups):
+        _draw(panel, group, "round", number)
+    first, second = panel.get_lines()
+    assert first.get_linestyle() != second.get_linestyle()
+    assert first.get_marker() != second.get_marker()
