@@ -3,6 +3,8 @@
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from click import ClickException
@@ -63,10 +65,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(argv: Sequence[str] | None) -> Command | None:
-    """Return the command; None with --help, after typer has printed it."""
+    """Return the command; None with --help and --version, after typer has printed them."""
     parser = typer.main.get_command(_app())
-    parsed = parser.main(argv, prog_name="fedsplit", standalone_mode=False)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parsed = parser.main(arguments or ["--help"], prog_name="fedsplit", standalone_mode=False)
     return parsed if isinstance(parsed, Command) else None
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fedsplit {version('fedsplit')}")
+        raise typer.Exit
+
+
+_Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="print the version"),
+]
+
+
+def _options(version: _Version = False) -> None:
+    """Take the options before a command; the callback of each one does its work."""
 
 
 def _app() -> typer.Typer:
@@ -75,6 +94,7 @@ def _app() -> typer.Typer:
         # typer joins the lines of a paragraph.
         epilog="\n\n".join(_EXAMPLES),
         context_settings={"help_option_names": ["-h", "--help"]},
+        callback=_options,
     )
     for command in _COMMANDS:
         name = command.__name__.lower()

@@ -131,7 +131,8 @@ def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
         raise DataError(
             f"data.held_out={share} of {corpus.name} with {_count(len(corpus.groups), 'group')} "
             "leaves one side empty; it takes a share between 0 and 1 and at least 2 groups of "
-            "documents, or 2 documents of a label"
+            "documents, or 2 documents of a label. Each file of a folder, each line of a single "
+            "text file and each record is a group: give more of them"
         )
     return (
         Corpus(name=corpus.name, documents=sides[0]),

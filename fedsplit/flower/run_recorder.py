@@ -21,7 +21,7 @@ from fedsplit.model.describe import shared
 from fedsplit.model.placement import placed
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune, remove_after
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import RoundStats
+from fedsplit.runs.metrics import RoundStats, closing_table
 from fedsplit.runs.result import write_result
 from fedsplit.spec import RunSpec
 
@@ -134,6 +134,9 @@ class RunRecorder:
         write_result(self._folder, result, self._tokenizer, self._corpus, self._run)
         # Only now: until the result is complete, its best weights are in best/ alone.
         self._folder.tidy()
+        # For whoever reads the log of a deployment.
+        for line in closing_table(self._folder.rounds()).splitlines():
+            log.info("%s", line)
         log.info("Run %s is done: %s", self._run.name, self._folder.path)
 
     def _resume(self, folder: RunFolder) -> None:

@@ -438,6 +438,14 @@ def test_hold_out_needs_two_groups():
         hold_out(corpus_of(3), 0.1, seed=0)
 
 
+def test_a_file_of_one_line_is_told_to_have_more(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("once upon a time")
+    corpus = load_corpus(DataSpec(kind="text", path=str(path)), "causal_lm")
+    with pytest.raises(DataError, match="with 1 group leaves .* each line of a single text file"):
+        hold_out(corpus, 0.1, seed=0)
+
+
 @given(
     counts=st.lists(st.integers(1, 30), min_size=2, max_size=5).filter(lambda c: max(c) > 1),
     share=st.floats(0.01, 0.99),

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,15 @@ def completed(line: str) -> list[str]:
     environment = os.environ | words | {"_FEDSPLIT_COMPLETE": "complete_bash"}
     pipes = dict(capture_output=True, text=True, timeout=120)
     return subprocess.run(COMMAND, cwd=ROOT, env=environment, **pipes).stdout.split()
+
+
+def test_no_argument_prints_the_help_and_version_the_version(capsys):
+    assert main([]) == 0
+    bare = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert bare == capsys.readouterr().out and "--install-completion" in bare
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedsplit {version('fedsplit')}\n"
 
 
 def test_help_waits_for_no_library():
