@@ -14,7 +14,7 @@ from pathlib import Path
 from fedsplit.config import to_yaml
 from fedsplit.console import ending_with_its_reader
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import closing_table, evaluated
+from fedsplit.runs.metrics import evaluated
 from fedsplit.spec import RunSpec
 from simulations.launch import run_flwr
 
@@ -46,11 +46,10 @@ def run_one(run: RunSpec) -> float:
             print(_why_renamed(asked, folder), flush=True)
         with _printing_rounds(folder):
             carry_out(run, folder)
-        rounds = folder.rounds()
-        print(f"\n{closing_table(rounds)}")
+        print(f"\n{folder.closing_table}")
         print(f"\nleft in {folder.path}: {left_in(folder.path)}")
         print(_next_commands(run, folder), flush=True)
-        return min(stats.eval_loss for stats in evaluated(rounds))
+        return min(stats.eval_loss for stats in evaluated(folder.rounds()))
 
 
 def _why_renamed(asked: RunSpec, folder: RunFolder) -> str:

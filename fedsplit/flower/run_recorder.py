@@ -21,7 +21,7 @@ from fedsplit.model.describe import shared
 from fedsplit.model.placement import placed
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune, remove_after
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import RoundStats, closing_table
+from fedsplit.runs.metrics import RoundStats
 from fedsplit.runs.result import write_result
 from fedsplit.spec import RunSpec
 
@@ -135,7 +135,7 @@ class RunRecorder:
         # Only now: until the result is complete, its best weights are in best/ alone.
         self._folder.tidy()
         # For whoever reads the log of a deployment.
-        for line in closing_table(self._folder.rounds()).splitlines():
+        for line in self._folder.closing_table.splitlines():
             log.info("%s", line)
         log.info("Run %s is done: %s", self._run.name, self._folder.path)
 

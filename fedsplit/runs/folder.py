@@ -238,6 +238,13 @@ class RunFolder:
         except (ValueError, TypeError) as exc:
             raise DataError(f"{self._metrics} does not hold the rounds of a run: {exc}") from exc
 
+    @property
+    def closing_table(self) -> str:
+        """The table at the end of the run; the run has a result."""
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        vocabulary = config.get("vocab_size", 0) if self.run.task == "causal_lm" else 0
+        return metrics.closing_table(self.rounds(), vocabulary)
+
     def measured_rounds(self) -> list[RoundStats]:
         """Return the finished rounds of the run, at least one.
 

@@ -125,8 +125,14 @@ def parse(lines: Iterable[str]) -> list[RoundStats]:
     return [RoundStats(**values) for values in rounds]
 
 
-def closing_table(rounds: Sequence[RoundStats]) -> str:
-    """Return the table at the end of a run: first, best and last held-out result, and totals."""
+def closing_table(rounds: Sequence[RoundStats], vocabulary: int = 0) -> str:
+    """Return the table at the end of a run: first, best and last held-out result, and totals.
+
+    Args:
+        rounds: The run's rounds, at least one.
+        vocabulary: The number of tokens of a language model. With it, the table has the result of a
+            model that gives each token the same probability, as an untrained one nearly does.
+    """
     last, measured = rounds[-1], evaluated(rounds)
     best = min(measured, key=lambda stats: stats.eval_loss)
     seconds = sum(stats.seconds for stats in rounds)
@@ -139,6 +145,7 @@ def closing_table(rounds: Sequence[RoundStats]) -> str:
             "rounds",
             f"{len(rounds)} of {last.rounds}, {last.version} trunk steps, {steps:,} client steps",
         ),
+        *_of_guessing(measured[-1], vocabulary),
         (f"round {measured[0].round}", measured[0].held_out),
         (f"last (round {measured[-1].round})", measured[-1].held_out),
         (f"best (round {best.round})", best.held_out),
@@ -151,3 +158,11 @@ def closing_table(rounds: Sequence[RoundStats]) -> str:
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
     ]
     return table_text(rows)
+
+
+def _of_guessing(stats: RoundStats, vocabulary: int) -> list[tuple[str, str]]:
+    # The mean loss of any model on the same tokens and bytes has the same ratio of both units.
+    if vocabulary < 2 or not stats.eval_loss > 0:
+        return []
+    guessing = stats.bits_per_byte * math.log(vocabulary) / stats.eval_loss
+    return [(f"guessing among {vocabulary:,} tokens", f"held-out {guessing:.4f} bits/byte")]

@@ -51,5 +51,8 @@ def test_the_closing_table_goes_by_the_rounds_that_were_evaluated():
     assert "round 2                         held-out 0.5000" in table
     assert "last (round 4)                  held-out 0.7500" in table
     assert "best (round 2)                  held-out 0.5000" in table
+    guessing = closing_table(rounds, vocabulary=1000)
+    uniform = f"guessing among 1,000 tokens     held-out {math.log(1000):.4f} bits/byte"
+    assert uniform in guessing and "guessing" not in table
     never = closing_table([stats(eval_loss=NAN, accuracy=NAN, virtual_seconds=NAN)])
     assert "held-out not measured" in never and "virtual" not in never
