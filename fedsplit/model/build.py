@@ -162,6 +162,7 @@ def _loaded(
     if tensors and all(tensor.is_meta for tensor in tensors.values()):
         # `from_pretrained` would copy their values.
         without_values: Any = on_meta(cls, copy.deepcopy(config))
+        without_values.tie_weights()
         return without_values.to(dtype=options.get("dtype")).eval(), []
     try:
         # `from_pretrained` replaces functions of the process, so it always takes the lock.

@@ -177,6 +177,7 @@ def _weightless(family: type[PreTrainedModel], config: PretrainedConfig) -> PreT
     # In the dry run, a tied head would be marked as a reader of the embeddings. `Part` checks ties.
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
+    config.output_attentions = False  # a probe has none to return
     remove_lengths(config)
     with no_init_weights():
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsplit.errors import ConfigError
 from fedsplit.model.acceleration import apply_training_options, autocast, checkpoints
 from fedsplit.model.memory import ByteCount
 from fedsplit.model.rope import tables_of
@@ -55,12 +56,17 @@ class Compute:
         run: The run; its precision, recomputation and compilation are applied to the trunk.
 
     Raises:
-        ConfigError: The family does not support an option of the run.
+        ConfigError: The family does not support an option of the run, or the trunk has no values.
     """
 
     def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
         apply_training_options(trunk, run.train)
         self.device = next(trunk.parameters()).device
+        if self.device.type == "meta":
+            raise ConfigError(
+                "the trunk is on the meta device, so its parameters have no values to compute "
+                "with; load the part, or call to_empty and set its parameters, before it is served"
+            )
         self._trunk = trunk
         self._precision = run.model
         self.draws = draws(trunk)

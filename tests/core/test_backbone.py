@@ -389,9 +389,10 @@ def test_a_compiled_forward_generates_over_a_link():
         assert torch.equal(alice.says(prompt()), here.wanted(prompt()))
 
 
-def test_a_model_without_memory_is_split_into_parts_without_memory():
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # one is untied, the other is tied
+def test_a_model_without_memory_is_split_into_parts_without_memory(family):
     with torch.device("meta"):
-        whole = type(whole_of("llama"))(tiny_config("llama", num_hidden_layers=4))
+        whole = type(whole_of(family))(tiny_config(family, num_hidden_layers=4))
     parts = split_model(whole, "1/2/1")
     shapes = {n: p.shape for m in (parts.client, parts.trunk) for n, p in m.named_parameters()}
     assert shapes == {name: p.shape for name, p in whole.named_parameters()}

@@ -20,6 +20,7 @@ from fedsplit.model import (
 )
 from fedsplit.spec import SplitSpec
 from simulations.families import batches, difference, random_model
+from simulations.tiny import tiny_config
 
 SPLIT = SplitSpec.parse("1/2/1")
 
@@ -273,6 +274,19 @@ def test_a_trunk_is_exact_however_deep_the_cut(tiny_llama):
     whole = random_model(tiny_llama(num_hidden_layers=6, vocab_size=99))
     for split in ("1/4/1", "3/1/2", "1/*/3"):
         assert difference(whole, split_model(whole, split), batches(type(whole))["left"]) == 0.0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom"])
+def test_a_config_that_asks_for_attentions_can_be_cut(model_type):
+    config = tiny_config(model_type, num_hidden_layers=4)
+    whole = random_model(config, attn_implementation="eager")
+    whole.config.output_attentions = True
+    ids_BT = torch.arange(3, 11).reshape(2, 4)
+    wanted, found = (model(ids_BT) for model in (whole, split_model(whole, SPLIT).client))
+    assert torch.equal(found.logits, wanted.logits)
+    assert found.attentions[1:3] == (None, None)
+    for i in (0, 3):
+        assert torch.equal(found.attentions[i], wanted.attentions[i])
 
 
 def test_no_stand_in_holds_weights(whole):

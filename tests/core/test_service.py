@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from fedsplit import errors
 from fedsplit.link import LocalLink
+from fedsplit.model import split_model
 from fedsplit.spec import PolicySpec
+from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
 from tests.core.requests import ask, backward_of, forward_of, step, step_of
 from tests.core.worlds import Clock, batch, same, small_run, wait_until, world
@@ -248,6 +251,13 @@ def test_a_client_that_does_not_fit_is_refused_and_others_are_served(
             ask(here, "alice", m.OpenRequest(**(OPEN | right | changes)))
         with alice.trunk.session():
             step(alice, 0)
+
+
+def test_a_trunk_without_values_is_not_served(tiny_llama):
+    with torch.device("meta"):
+        trunk = split_model(LlamaForCausalLM(tiny_llama()), "1/*/1").trunk
+    with pytest.raises(errors.ConfigError, match="the trunk is on the meta device"):
+        TrunkService(trunk, small_run())
 
 
 def test_a_wrong_token_opens_nothing(tiny_llama):
