@@ -26,9 +26,10 @@ os.environ.update(
     MPLBACKEND="agg",
 )
 
-# A shell starts a background command with this signal ignored, and so would be the runs that tests
-# interrupt.
+# A shell starts a background command with these signals ignored, and so would be the runs that
+# tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 gc.disable()  # while libraries and tests are imported: it would take a fifth of that time
 
@@ -36,6 +37,9 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, logging
+
+# Programs that download other suites; doctests are collected from every module.
+collect_ignore = ["peers"]
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

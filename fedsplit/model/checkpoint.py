@@ -20,6 +20,7 @@ from fedsplit.model.part_files import (
     unmarked,
     write_files,
 )
+from fedsplit.model.plan import model_class_for
 from fedsplit.model.source import Source, read_tensors, tensor_names
 from fedsplit.model.stage import ClientPart, TrunkPart
 from fedsplit.spec import SplitSpec
@@ -59,6 +60,8 @@ def split_checkpoint(
     origin = Source(name=source, revision=revision)
     config = origin.config()
     directories = {}
+    # A model that cannot be cut is refused before its files are read.
+    model_class = model_class or model_class_for(config)
     # The parts read their own tensors only; the whole is hashed here, where all are needed.
     identity = origin.identity(config, full=True)
     for name, build in _BUILD.items():

@@ -300,10 +300,15 @@ def _draw(panel: Axes, group: Group, axis: str, number: int) -> None:
     losses = [[loss for _, loss in seeds] for seeds in points]
     means = [fmean(seeds) for seeds in losses]
     # Lines that lie on each other differ in dashes and markers, and later ones are narrower.
-    style = {"linestyle": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
-    width = max(1.0, 3.0 - number / 2)
     (line,) = panel.plot(
-        xs, means, label=group.name, linewidth=width, markersize=4, fillstyle="none", **style
+        xs,
+        means,
+        label=group.name,
+        linestyle=_LINES[number % len(_LINES)],
+        linewidth=max(1.0, 3.0 - number / 2),
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=4,
+        fillstyle="none",
     )
     if len(group.runs) > 1:
         spreads = [_spread(seeds) for seeds in losses]

@@ -111,7 +111,7 @@ def test_another_backward_has_the_dropout_of_its_forward(tiny_gpt2, wire):
         with world(tiny_gpt2(**DROPOUT), small_run(wire=wire)) as here:
             alice = start(here)
             alice.model.train()
-            with alice.trunk.examples(torch.arange(2)), torch.random.fork_rng():
+            with alice.trunk.examples(torch.arange(2)), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 loss = alice.model(IDS_BT, labels=IDS_BT).loss
             for _ in range(times):

@@ -70,7 +70,10 @@ REFUSED = [
     (lambda: LoraSpec(rank=0), "lora.rank=0 is too small"),
     (lambda: LoraSpec(dropout=1.0), r"lora.dropout=1.0 is out of range; it must be in \[0.0, 1.0"),
     (lambda: LoraSpec(enabled=True, bottom=False, trunk=False, top=False), "nothing would train"),
-    (lambda: DataSpec(kind="csv"), "data='csv' is not one of: embedded, text, jsonl, hub, digits"),
+    (
+        lambda: DataSpec(kind="xml"),
+        "data='xml' is not one of: embedded, text, jsonl, parquet, csv, saved,",
+    ),
     (lambda: DataSpec(kind="text"), "data.path is empty, but data=text needs one"),
     (lambda: DataSpec(sequence_length=1), "data.sequence_length=1 is too small"),
     (lambda: ShardingSpec(kind="random"), "sharding='random' is not one of: iid, natural"),

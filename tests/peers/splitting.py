@@ -22,6 +22,8 @@ OPTIONS = ("dtype", "attn_implementation")
 def client_of(whole: PreTrainedModel) -> ClientPart:
     """The client's part of a model; its trunk is behind a link and closes with the part."""
     parts = split_model(whole, SPLIT)
+    if parts.trunk.device.type == "meta":  # it has no values, so it cannot be served
+        return parts.client
     run = RunSpec(split=SPLIT)
     with ExitStack() as opening:
         service = opening.enter_context(TrunkService(parts.trunk, run))
