@@ -169,6 +169,7 @@ class Follower:
         module: Any = model
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
             # torch sets an attribute of the hook, which a bound method does not take.
             module.register_state_dict_post_hook(functools.partial(self._add_version)),
             module.register_load_state_dict_pre_hook(self._require_version),
@@ -179,6 +180,10 @@ class Follower:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Follower":
+        """Itself: a copy of the model has weights of the same trunk's version."""
+        return self
 
     def remove(self) -> None:
         """End the contributions, and remove the stand-in."""
@@ -213,6 +218,11 @@ class Follower:
         self.stepped()
 
     def _before_backward(self, grad_trunk_out_BTD: Tensor) -> Tensor | None:
+        if self._given is None and bool(self._gradient().any()):
+            raise ConfigError(
+                "the gradients of the last step were not dropped, so the client's would add up, "
+                "and the trunk has dropped its own; call zero_grad before the next backward"
+            )
         # A loss scaler expects infinities, and the trunk refuses them. The stand-in reports them.
         if bool(grad_trunk_out_BTD.isfinite().all()):
             return None
@@ -259,12 +269,14 @@ class Follower:
         # A fused optimizer may also divide by the loss scale itself.
         scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else float(scale)
-        own = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None and p is not self._stand_in
-        ]
+        own = self._own_gradients(optimizer)
+        if self._given is None and not own:
+            return
+        if self._given is None:
+            raise ConfigError(
+                "optimizer.step was called without a backward through the trunk since its last "
+                "step; call step once after the backwards of a step"
+            )
         factor = self._factor() / scale
         client_sq_norm = squared_norm(own) / scale**2
         sq_norm = client_sq_norm + self._trunk.trunk_sq_norm * factor**2
@@ -287,6 +299,15 @@ class Follower:
                 gradient.mul_(coefficient)
         self.steps += 1
         self._has_stepped = True
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        # The loop drops it with the gradients of this step; the optimizer has not seen it.
+        if self._given is None and self._own_gradients(optimizer):
+            self._stand_in.grad = _SHARES.to(self._stand_in)
+
+    def _own_gradients(self, optimizer: Any) -> list[Tensor]:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        return [p.grad for p in parameters if p.grad is not None and p is not self._stand_in]
 
     def _factor(self) -> float:
         """The factor that the loop has put on all gradients since the last backward."""

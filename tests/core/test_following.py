@@ -195,7 +195,22 @@ def diverge(model, optimizer):
     optimizer.step()
 
 
+def drop_never(model, optimizer):
+    # The rate is too small for the first step to change a weight.
+    for _ in range(2):
+        model(**batch().inputs, labels=batch().labels).loss.backward()
+        optimizer.step()
+
+
+def step_first(model, optimizer):
+    optimizer.step()  # does nothing, as without a trunk
+    model.lm_head(torch.zeros(16)).sum().backward()
+    optimizer.step()
+
+
 REFUSALS = {
+    "no zero_grad": (drop_never, ConfigError, "call zero_grad before the next backward"),
+    "no backward": (step_first, ConfigError, "without a backward through the trunk"),
     "zero_grad before backward": (drop_late, ConfigError, "call zero_grad before the forward"),
     "by value": (clip_by_value, ConfigError, "clip them with clip_grad_norm_"),
     "of each backward": (clip_each, ConfigError, "once, after the last backward"),
@@ -209,14 +224,27 @@ REFUSALS = {
 def test_what_the_trunk_cannot_follow_is_refused_before_a_weight_changes(
     tiny_llama, code, error, text
 ):
-    with world(tiny_llama(), small_run()) as here:
+    with world(tiny_llama(), small_run(train=replace(SGD, lr=1e-30))) as here:
         alice = here.add("alice")
         before = copy.deepcopy(weights_of(here, alice))
-        optimizer = sgd(alice.model.parameters())
+        optimizer = torch.optim.SGD(alice.model.parameters(), lr=1e-30)
         alice.trunk.open()
         with alice.trunk.follow(optimizer), pytest.raises(error, match=text):
             code(alice.model, optimizer)
         assert same(weights_of(here, alice), before)
+
+
+def test_a_copy_of_a_followed_model_has_its_weights_and_no_trunk(tiny_llama):
+    with world(tiny_llama(), small_run(train=SGD)) as here:
+        alice = here.add("alice")
+        optimizer = sgd(alice.model.parameters())
+        with alice.trunk.session(), alice.trunk.follow(optimizer):
+            loop(alice.model, optimizer, BATCHES[:1])
+            average = torch.optim.swa_utils.AveragedModel(alice.model)
+            average.update_parameters(alice.model)
+            assert same(average.module.state_dict(), alice.model.state_dict())
+            with pytest.raises(ConfigError, match="a copy of a client has no trunk"):
+                average(**batch().inputs)
 
 
 def test_follow_leaves_no_trace_and_is_refused_where_the_trunk_does_not_train(tiny_llama):
