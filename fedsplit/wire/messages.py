@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of the messages in this file; both sides must have the same."""
 
 STAYS = {"stays": True}
