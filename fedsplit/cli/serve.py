@@ -77,6 +77,16 @@ Devices = Annotated[
 ]
 
 
+_OPTIONS = {
+    "wire.bind": "--bind",
+    "wire.advertise": "--advertise",
+    "wire.tls_cert": "--tls-cert",
+    "wire.tls_key": "--tls-key",
+    "wire.insecure=true": "--insecure",
+}
+"""The options of `serve` that set fields of a run."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serve(Command):
     """Serve the trunks of models, or the trunk of a finished run."""
@@ -98,6 +108,16 @@ class Serve(Command):
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
+        try:
+            self._serve()
+        except ConfigError as exc:
+            # Errors name the fields of a run, which are options here.
+            text = str(exc)
+            for field, option in _OPTIONS.items():
+                text = text.replace(field, option)
+            raise ConfigError(text) from exc
+
+    def _serve(self) -> None:
         quiet()
         from fedsplit.runs.folder import RunFolder
         from fedsplit.serve import ADDRESS, hosted, plain_name, plan

@@ -422,7 +422,7 @@ REFUSED = {
     ),
     "an open address without TLS": (
         "serve --model model --bind 192.0.2.1:9500",
-        r"wire.bind=192.0.2.1:9500 can be reached from other machines without encryption",
+        r"--bind=192.0.2.1:9500 can be reached from other machines without encryption",
     ),
     "an open address without a token": (
         "serve --model model --bind 192.0.2.1:9500 --insecure",
@@ -434,7 +434,7 @@ REFUSED = {
     ),
     "an address in use": (
         "serve --model model --bind {at}",
-        r"wire.bind=127.0.0.1:\d+ cannot be listened on: Address already in use; choose another",
+        r"--bind=127.0.0.1:\d+ cannot be listened on: Address already in use; choose another",
     ),
     "nothing": ("serve", r"nothing to serve; give --model DIR, or the folder of a finished run"),
     "a run and a model": ("serve run --model model", r"serve either run or something else"),
