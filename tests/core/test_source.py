@@ -118,7 +118,10 @@ REFUSED = {
         _rename("model.fp16.safetensors"),
         r"no model.safetensors, but model.fp16.safetensors; fedsplit reads",
     ),
-    "a shard that is cut off": (_cut_off_a_shard, r"model-00002-of-\d+.safetensors: not a readab"),
+    "a shard that is cut off": (
+        _cut_off_a_shard,
+        r"model-00002-of-\d+.safetensors: cannot be read as safetensors",
+    ),
 }
 
 
