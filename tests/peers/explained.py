@@ -5,4 +5,7 @@ EXPLAINED = {
     "file, so that `from_pretrained` does not take it for a model",
     "test_model_weights_reload_no_missing_tied_weights": "the test replaces model.safetensors, "
     "which is not the file that a part is loaded from",
+    "test_all_tensors_are_parameter_or_buffer": (
+        "a part refers to the modules of the other part on the meta device, for their attributes"
+    ),
 }
