@@ -55,7 +55,7 @@ def encode(
         )
     of_texts = _of_texts(texts, tokenizer, data.special_tokens)
     chats = {d: _chat(d, tokenizer, data) for d in corpus.documents if d.messages}
-    ids = [chats[d].tokens()[0] if d in chats else next(of_texts) for d in corpus.documents]
+    ids = [chats[d].ids if d in chats else next(of_texts) for d in corpus.documents]
     ids_S = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64)
     if not data.assistant_only_loss:
         return ids_S, torch.ones_like(ids_S, dtype=torch.bool)
@@ -108,13 +108,12 @@ class _Chat:
         ]
         self._template: str = self._call(tokenizer.get_chat_template)
         self._text = self._written(self._messages)
-
-    def tokens(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the tokens, and the span of characters of each."""
         encoded = self._tokenizer(
             self._text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        return encoded["input_ids"], encoded["offset_mapping"]
+        self.ids: list[int] = encoded["input_ids"]
+        # Of characters, for each token.
+        self._spans: list[tuple[int, int]] = encoded["offset_mapping"]
 
     def mask_of_assistant(self) -> list[bool]:
         """Return whether each token is of an assistant.
@@ -132,8 +131,7 @@ class _Chat:
             return [bool(own) for own in encoded["assistant_masks"]]
         spans = list(self._spans_of_assistant())
         return [
-            any(first <= begin < end <= last for first, last in spans)
-            for begin, end in self.tokens()[1]
+            any(first <= begin < end <= last for first, last in spans) for begin, end in self._spans
         ]
 
     def _spans_of_assistant(self) -> Iterator[tuple[int, int]]:

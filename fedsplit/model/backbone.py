@@ -101,7 +101,8 @@ class _Crossing:
         with cut_context(context):
             output = forward(**{**named, "return_dict": True})
         assert isinstance(output, ModelOutput), "return_dict is set"
-        if context.smashed_BTD is not None and context.trunk_out_BTD is not None:
+        is_recorded = any(output.get(name) is not None for name in ("hidden_states", "attentions"))
+        if is_recorded and context.smashed_BTD is not None and context.trunk_out_BTD is not None:
             recorded = getattr(self.backbone, "_can_record_outputs", None) or {}
             layers = LayerOutputs(
                 blocks=self.blocks, trunk_blocks=self.trunk_blocks, recorded=recorded
