@@ -98,6 +98,17 @@ def _is_sample_of(model: nn.Module, sample: list[Tensor]) -> bool:
     return len(now) == len(sample) and all(map(torch.equal, now, sample))
 
 
+def _warn_of_difference(optimizer: Optimizer, train: TrainSpec) -> None:
+    """Warn if the trunk, which steps as the run says, steps otherwise than this optimizer."""
+    kind, lr = type(optimizer).__name__, optimizer.defaults.get("lr")
+    if kind.lower() != train.optimizer.replace("_", "") or lr != train.lr:
+        log.warning(
+            "the client steps with %s at lr=%s, and the trunk with train.optimizer=%s at "
+            "train.lr=%g; set the same at both to train as the unsplit model would",
+            *(kind, lr, train.optimizer, train.lr),
+        )
+
+
 class FollowedTrunk(Protocol):
     """What a follower uses of a `fedsplit.client.remote.RemoteTrunk`."""
 
@@ -155,6 +166,7 @@ class Follower:
         assert model is not None, "its optimizer is here"
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
+        _warn_of_difference(optimizer, train)
         self.steps = step
         self._has_stepped = False
         self._trunk, self._model, self._optimizer, self._train = trunk, model, optimizer, train

@@ -389,3 +389,17 @@ def test_our_own_trainer_gives_no_warning(tiny_llama, caplog, mode):
             alice.trainer.fit([BATCHES, BATCHES])
             alice.trainer.evaluate(BATCHES)
     assert caplog.messages == []
+
+
+def test_an_optimizer_that_is_not_the_trunk_s_is_reported(tiny_llama, caplog):
+    with world(tiny_llama(), small_run()) as here, here.add("alice").trunk.session():
+        trunk = here.members["alice"].trunk
+        weights = [*here.members["alice"].model.parameters()]
+        trunk.follow(torch.optim.SGD(weights, lr=0.1)).remove()
+        assert caplog.messages == []
+        trunk.follow(torch.optim.AdamW(weights, lr=0.1)).remove()
+        trunk.follow(torch.optim.SGD(weights, lr=0.2)).remove()
+    assert [text[:36] for text in caplog.messages] == [
+        "the client steps with AdamW at lr=0.",
+        "the client steps with SGD at lr=0.2,",
+    ]
