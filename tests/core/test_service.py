@@ -229,7 +229,10 @@ OPEN = dict(
 
 REFUSED_AT_OPEN = [
     pytest.param(
-        {"protocol": 99}, errors.ProtocolVersion, "protocol 99, the trunk 4", id="protocol"
+        {"protocol": 99},
+        errors.ProtocolVersion,
+        f"protocol 99, the trunk {m.PROTOCOL}",
+        id="protocol",
     ),
     pytest.param(
         {"client": "bob"}, errors.Forbidden, "belongs to 'alice', not to 'bob'", id="name"
