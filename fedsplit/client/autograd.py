@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsplit.client.following import Follower, StepReminder
 from fedsplit.client.rpc import RpcClient
 from fedsplit.errors import ProtocolError, StaleVersion
 from fedsplit.wire import messages as m
@@ -52,6 +53,7 @@ class RemoteGraph:
         request: The last forward.
         want_grad: Whether a backward returns the gradient of the hidden states.
         codec: The codec of the output's gradient.
+        watch: Told of each backward.
         version: The parameter version of the trunk that answered the forward.
         is_used: Whether the last forward had its backward.
     """
@@ -61,6 +63,7 @@ class RemoteGraph:
     request: m.ForwardRequest
     want_grad: bool
     codec: str
+    watch: StepReminder | Follower
     version: int = 0
     is_used: bool = False
 
@@ -70,6 +73,7 @@ class RemoteGraph:
         Raises:
             StaleVersion: The trunk has other parameters than in the forward.
         """
+        grad_trunk_out_BTD = self.watch.before_backward(grad_trunk_out_BTD)
         if self.is_used:
             self._forward_again()
         backward = m.BackwardRequest(
@@ -83,6 +87,7 @@ class RemoteGraph:
         # Only now: a backward that failed is sent again under its own number.
         self.is_used = True
         self.session.trunk_sq_norm = reply.trunk_sq_norm
+        self.watch.after_backward()
         return reply.grad_smashed_BTD
 
     def _forward_again(self) -> None:

@@ -65,11 +65,15 @@ class StepReminder:
         )
         self.stepped()
 
-    def after_forward(self, out_BTD: Tensor) -> Tensor:
-        """Watch for the backward of this output, and return it."""
-        if not self._is_done and out_BTD.grad_fn is not None:
-            out_BTD.grad_fn.register_hook(self._after_backward)
-        return out_BTD
+    def before_backward(self, grad_trunk_out_BTD: Tensor) -> Tensor:
+        """The gradient for the trunk, unchanged."""
+        return grad_trunk_out_BTD
+
+    def after_backward(self) -> None:
+        """Note the weights at the first backward."""
+        model = self.model()
+        if model is not None and not self._sample and not self._is_done:
+            self._sample = _sample_of(model)
 
     def stepped(self) -> None:
         """End the watch."""
@@ -79,11 +83,6 @@ class StepReminder:
         """Forget the backwards of a session that ends."""
         self.before_forward()
         self._sample = []
-
-    def _after_backward(self, *_: Any) -> None:
-        model = self.model()
-        if model is not None and not self._sample and not self._is_done:
-            self._sample = _sample_of(model)
 
 
 def _sample_of(model: nn.Module) -> list[Tensor]:
@@ -213,35 +212,21 @@ class Follower:
         if self._is_dropped():
             self._trunk.open(self._trunk.round, first_call=self._trunk.next_call)
 
-    def after_forward(self, out_BTD: Tensor) -> Tensor:
-        """Have the backward of this output give the stand-in a gradient; return the output."""
-        out_BTD.register_hook(self._before_backward)
-        if out_BTD.grad_fn is not None:
-            out_BTD.grad_fn.register_hook(self._after_backward)
-        return out_BTD
-
-    def stepped(self) -> None:
-        """Forget the gradients, which the trunk has taken."""
-        self._given, self._is_finite = None, True
-        self._stand_in.grad = None
-
-    def session_ended(self) -> None:
-        """Forget the gradients, which the trunk has dropped."""
-        self.stepped()
-
-    def _before_backward(self, grad_trunk_out_BTD: Tensor) -> Tensor | None:
+    def before_backward(self, grad_trunk_out_BTD: Tensor) -> Tensor:
+        """The gradient for the trunk: zero if it holds infinities, which a loss scaler expects."""
         if self._given is None and bool(self._gradient().any()):
             raise ConfigError(
                 "the gradients of the last step were not dropped, so the client's would add up, "
                 "and the trunk has dropped its own; call zero_grad before the next backward"
             )
-        # A loss scaler expects infinities, and the trunk refuses them. The stand-in reports them.
+        # The trunk refuses infinities. The stand-in reports them.
         if bool(grad_trunk_out_BTD.isfinite().all()):
-            return None
+            return grad_trunk_out_BTD
         self._is_finite = False
         return torch.zeros_like(grad_trunk_out_BTD)
 
-    def _after_backward(self, *_: Any) -> None:
+    def after_backward(self) -> None:
+        """Give the stand-in a gradient with the norm of the trunk's."""
         if self._is_dropped():
             raise ConfigError(
                 "the gradients of an earlier backward were dropped between a forward and its "
@@ -256,6 +241,15 @@ class Follower:
         norm = math.sqrt(self._trunk.trunk_sq_norm) if self._is_finite else math.inf
         self._given = (_SHARES * norm).to(self._stand_in)
         self._stand_in.grad = self._given.clone()
+
+    def stepped(self) -> None:
+        """Forget the gradients, which the trunk has taken."""
+        self._given, self._is_finite = None, True
+        self._stand_in.grad = None
+
+    def session_ended(self) -> None:
+        """Forget the gradients, which the trunk has dropped."""
+        self.stepped()
 
     def _gradient(self) -> Tensor:
         gradient = self._stand_in.grad

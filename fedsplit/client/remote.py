@@ -224,9 +224,10 @@ class RemoteTrunk:
             request=request,
             want_grad=below_trains,
             codec=self._wire.grad_up,
+            watch=self.watch,
         )
         apply: Callable[..., Tensor] = RemoteTrunkFunction.apply
-        return self.watch.after_forward(apply(entering_BTD, graph))
+        return apply(entering_BTD, graph)
 
     def _run_without_graph(
         self, session: ClientSession, request: m.ForwardRequest, hidden_BTD: Tensor

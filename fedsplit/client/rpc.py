@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from fedsplit.client.pipeline import MicroBatchPipeline
@@ -64,13 +65,13 @@ class RpcClient:
         """
         # Other clients in this process may draw random numbers while this one waits.
         with rng_released():
-            return self._retry(lambda: self._link.exchange(request))
+            return self._retry(partial(self._link.exchange, request))
 
     def exchange_in_turn(self, request: m.Request[m.R]) -> m.R:
         """As `exchange`, while the other micro-batches of the step run."""
         with rng_released():
             first = self._pipeline.begin(request) if self._pipeline.is_worker else None
-            return self._retry(lambda: self._link.exchange(request), first=first)
+            return self._retry(partial(self._link.exchange, request), first=first)
 
     def forward(self, request: m.ForwardRequest) -> m.ForwardReply:
         """Send a training forward, in turn; return the decoded reply."""
@@ -78,7 +79,7 @@ class RpcClient:
             reply = self.exchange_in_turn(request)
         except HistoryLost:
             reply = self.exchange(self._encoder.with_references(request))
-        return self._encoder.decode(request, reply) if request.is_delta else reply
+        return self._encoder.decode(request, reply) if request.bases_B is not None else reply
 
     def backward(
         self, backward: m.BackwardRequest, forward: m.ForwardRequest, version: int

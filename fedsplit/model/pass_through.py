@@ -136,35 +136,34 @@ class PassThroughBlock(PassThrough):
     def forward(
         self, hidden_BTD: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor | tuple[Tensor, None]:
-        """`hidden_BTD` after `transform`, as a tensor or in a tuple with no attention weights."""
-        out_BTD = self.transform(hidden_BTD)
-        return (out_BTD, None) if self.returns_tuple else out_BTD
-
-    def transform(self, hidden_BTD: Tensor) -> Tensor:
-        """`hidden_BTD` itself."""
-        return hidden_BTD
+        """`hidden_BTD` itself, as a tensor or in a tuple with no attention weights."""
+        return (hidden_BTD, None) if self.returns_tuple else hidden_BTD
 
 
 class TrunkEntry(PassThroughBlock):
     """The trunk's first pass-through: returns the smashed data instead of its input."""
 
-    def transform(self, hidden_BTD: Tensor) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, None]:
         """The smashed data of this call."""
         # `hidden_BTD` has position embeddings, norms or factors that the bottom applied already.
         smashed_BTD = _current("the trunk's entry").smashed_BTD
         assert smashed_BTD is not None, "TrunkPart.forward sets it"
-        return smashed_BTD
+        return (smashed_BTD, None) if self.returns_tuple else smashed_BTD
 
 
 class TrunkExit(PassThroughBlock):
     """The trunk's last pass-through: keeps the trunk's output in the `CutContext`."""
 
-    def transform(self, hidden_BTD: Tensor) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, None]:
         """`hidden_BTD` on the device of the smashed data; it becomes this call's trunk output."""
         context = _current("the trunk's exit")
         assert context.smashed_BTD is not None, "TrunkPart.forward sets it"
-        context.trunk_out_BTD = hidden_BTD.to(context.smashed_BTD.device)
-        return context.trunk_out_BTD
+        context.trunk_out_BTD = out_BTD = hidden_BTD.to(context.smashed_BTD.device)
+        return (out_BTD, None) if self.returns_tuple else out_BTD
 
 
 Carry = Callable[..., Tensor]
@@ -223,14 +222,9 @@ class Remote(PassThroughBlock):
             # Without mask and cache, transformers takes positions that restart for packed
             # sequences. The client's blocks have a cache here, and the trunk has none.
             context.attention_mask_BT = hidden_BTD.new_ones(hidden_BTD.shape[:2], dtype=torch.long)
-        return super().forward(hidden_BTD, *args, **kwargs)
-
-    def transform(self, hidden_BTD: Tensor) -> Tensor:
-        """The trunk's output for `hidden_BTD`."""
-        context = _current("the Remote layer")
         context.smashed_BTD = hidden_BTD
-        context.trunk_out_BTD = self._carry(context, context.cache)
-        return context.trunk_out_BTD
+        context.trunk_out_BTD = out_BTD = self._carry(context, context.cache)
+        return (out_BTD, None) if self.returns_tuple else out_BTD
 
     def filled_cache(self, context: CutContext) -> RemoteCache:
         """A KV cache of the trunk that holds the tokens of an earlier call."""

@@ -69,12 +69,16 @@ class Compute:
             )
         self._trunk = trunk
         self._precision = run.model
+        self._seed = run.seed
         self.draws = draws(trunk)
         # A backward that recomputes activations draws their dropout again.
         self._backward_draws = self.draws and checkpoints(trunk, run.train)
 
-    def inputs(self, request: ForwardRequest, dropout: str) -> Inputs:
+    def inputs(self, request: ForwardRequest, client: str, round: int) -> Inputs:
         """Return a request's tensors on the device.
+
+        The seed of the dropout is that of the client's call in the round. A request that repeats a
+        forward has the seed of that forward.
 
         Raises:
             NonFinite: The smashed data holds NaN or Inf.
@@ -87,8 +91,8 @@ class Compute:
             smashed_BTD=request.smashed_BTD.to(self.device),
             attention_mask_BT=None if mask_BT is None else mask_BT.to(self.device),
             position_ids_BT=None if positions_BT is None else positions_BT.to(self.device),
-            dropout=dropout,
-            train_mode=request.train_mode,
+            dropout=f"trunk/{self._seed}/{client}/{round}/{request.call - request.calls_ago}",
+            train_mode=request.training != request.other_mode,
             tables=tables_of(self._trunk.config, largest),
         )
 
@@ -141,10 +145,8 @@ class Compute:
 
     def _run(self, inputs: Inputs) -> Tensor:
         with self.autocast():
-            out_BTD = self._trunk.run(
-                inputs.smashed_BTD,
-                attention_mask_BT=inputs.attention_mask_BT,
-                position_ids_BT=inputs.position_ids_BT,
+            out_BTD: Tensor = self._trunk(
+                inputs.smashed_BTD, inputs.attention_mask_BT, inputs.position_ids_BT
             )
         # Under autocast some families return the lower precision; the wire has the weights' dtype.
         return out_BTD.to(inputs.smashed_BTD.dtype)

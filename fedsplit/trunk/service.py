@@ -269,7 +269,7 @@ class TrunkService:
             call = Call(kind=Kind.EVALUATE, client=info.client, round=info.round, request=request)
             reply: m.ForwardReply = self._wait(self.engine.submit(call))
             return reply
-        if not request.is_delta:
+        if request.bases_B is None:
             future: Future[m.ForwardReply] = session.once(Kind.FORWARD, request, self.engine.submit)
             return self._wait(future)
         forward = self.decoder.decode(session.info.client, request)

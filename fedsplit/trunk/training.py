@@ -16,7 +16,7 @@ from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.batched_pass import BackwardResult, BatchedForward, BatchedPass
 from fedsplit.trunk.call import Call, Kind
-from fedsplit.trunk.compute import Compute, Inputs
+from fedsplit.trunk.compute import Compute
 from fedsplit.trunk.guard import require_finite, require_like, require_plausible
 from fedsplit.trunk.replica import Replica, Work
 from fedsplit.trunk.stash import Graph, Stash
@@ -129,7 +129,8 @@ class Training:
     def evaluate(self, call: Call) -> ForwardReply:
         """Run smashed data through the trunk without a graph."""
         versions = self._replicas.get(call.client, self._shared).versions
-        out_BTD = self._compute.evaluate(self._inputs(call), versions)
+        inputs = self._compute.inputs(call.request, call.client, call.round)
+        out_BTD = self._compute.evaluate(inputs, versions)
         return ForwardReply(
             trunk_out_BTD=out_BTD.cpu(), version=versions.current, codec=self._run.wire.down
         )
@@ -141,7 +142,7 @@ class Training:
             StaleVersion: The trunk has taken too many steps since the session's step began.
             NonFinite: The smashed data holds NaN or Inf.
         """
-        call.inputs = self._inputs(call)
+        call.inputs = self._compute.inputs(call.request, call.client, call.round)
         work = self._works.get(call.session)
         if work is None:
             work = self._works[call.session] = self._replica_of(call.client).begin()
@@ -283,12 +284,6 @@ class Training:
         self._replicas.clear()
         for client in sorted(clients):
             self._replica_of(client).load_state(_under(f"{_REPLICA}{client}/", state))
-
-    def _inputs(self, call: Call) -> Inputs:
-        # The same seed for a repeated forward, so that it draws the same dropout.
-        number = call.request.call - call.request.calls_ago
-        dropout = f"trunk/{self._run.seed}/{call.client}/{call.round}/{number}"
-        return self._compute.inputs(call.request, dropout)
 
     def _all(self) -> list[Replica]:
         return [self._shared, *self._replicas.values()]

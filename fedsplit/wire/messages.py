@@ -133,16 +133,6 @@ class ForwardRequest(Request[ForwardReply]):
     calls_ago: int = 0
     base_BTD: Tensor | None = field(default=None, metadata=STAYS)
 
-    @property
-    def train_mode(self) -> bool:
-        """Whether the trunk's modules are in training mode, that is, have dropout."""
-        return self.training != self.other_mode
-
-    @property
-    def is_delta(self) -> bool:
-        """Whether the smashed data is a delta to references; see `fedsplit.wire.delta`."""
-        return self.bases_B is not None
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BackwardReply(Reply):

@@ -83,11 +83,12 @@ def _check_id(name: str, value: str) -> None:
 
 
 def _check_forward(request: ForwardRequest, limits: Limits) -> None:
-    if request.training:
-        _check_hidden("smashed", request.smashed_BTD, limits)
-    else:
-        _check_evaluated(request.smashed_BTD, limits)
+    _check_width("smashed", request.smashed_BTD, limits)
     B, T, _ = request.smashed_BTD.shape
+    if request.training:
+        _check_trained("smashed", B, T, limits)
+    else:
+        _check_evaluated(B, T, limits)
     if (mask_BT := request.attention_mask_BT) is not None:
         _check_integers("attention_mask", mask_BT)
         if tuple(mask_BT.shape) != (B, T):
@@ -107,7 +108,7 @@ def _check_forward(request: ForwardRequest, limits: Limits) -> None:
             f"calls_ago={request.calls_ago} is before the first call; call {request.call} can "
             "repeat an earlier one"
         )
-    if request.is_delta or request.references:
+    if request.bases_B is not None or request.references:
         _check_bases(request)
 
 
@@ -138,7 +139,9 @@ def _check_bases(request: ForwardRequest) -> None:
 
 
 def _check_backward(request: BackwardRequest, limits: Limits) -> None:
-    _check_hidden("grad_trunk_out", request.grad_trunk_out_BTD, limits)
+    _check_width("grad_trunk_out", request.grad_trunk_out_BTD, limits)
+    B, T, _ = request.grad_trunk_out_BTD.shape
+    _check_trained("grad_trunk_out", B, T, limits)
 
 
 def _check_generate(request: GenerateRequest, limits: Limits) -> None:
@@ -183,21 +186,17 @@ def _check_generate(request: GenerateRequest, limits: Limits) -> None:
                 )
 
 
-def _check_hidden(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
-    _check_width(name, tensor_BTD, limits)
-    shape = tuple(tensor_BTD.shape)
-    if shape[0] > limits.max_rows or shape[1] > limits.max_tokens:
+def _check_trained(name: str, B: int, T: int, limits: Limits) -> None:
+    if B > limits.max_rows or T > limits.max_tokens:
         raise TooLarge(
-            f"{name} has {shape[0]} sequences of {shape[1]} tokens; the trunk takes at most "
+            f"{name} has {B} sequences of {T} tokens; the trunk takes at most "
             f"{limits.max_rows} of {limits.max_tokens}; raise train.batch_size or "
             "data.sequence_length at both sides"
         )
 
 
-def _check_evaluated(smashed_BTD: Tensor, limits: Limits) -> None:
+def _check_evaluated(B: int, T: int, limits: Limits) -> None:
     """Check a forward that keeps no graph, so that only its number of tokens counts."""
-    _check_width("smashed", smashed_BTD, limits)
-    B, T, _ = smashed_BTD.shape
     most = max(limits.session_tokens, limits.max_rows * limits.max_tokens)
     if B * T > most:
         raise TooLarge(

@@ -20,8 +20,13 @@ def test_the_hops_are_the_same_every_time(hops):
     assert sorted(forward_hops()) == sorted(hops)
 
 
+def test_a_forward_has_few_hops(hops):
+    assert len(hops) <= 48, "shorten the path: python -m simulations.figures --hops lists it"
+
+
 @pytest.mark.parametrize(
-    "name", ["RemoteTrunk.__call__", "LocalLink.exchange", "TrunkService.handle", "TrunkPart.run"]
+    "name",
+    ["RemoteTrunk.__call__", "LocalLink.exchange", "TrunkService.handle", "TrunkPart.forward"],
 )
 def test_the_hops_lead_from_the_client_to_the_trunk(hops, name):
     assert name in {hop.name for hop in hops}
