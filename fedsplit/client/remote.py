@@ -1,8 +1,7 @@
 """The client's handle for its trunk: a layer to call, and an optimizer to step.
 
-Shapes: B sequences, T tokens, D hidden width. Calling a `RemoteTrunk` sends hidden states to
-the trunk and returns its output; autograd sends the gradients. So the client's model is plain
-PyTorch: `loss.backward()` crosses the wire.
+Shapes: B sequences, T tokens, D hidden width. Calling a `RemoteTrunk` sends hidden states to the
+trunk and returns its output; autograd sends the gradients, so `loss.backward()` crosses the wire.
 """
 
 import functools
@@ -28,6 +27,7 @@ from fedsplit.client.rpc import RpcClient
 from fedsplit.errors import FedsplitError, ModelMismatch, ProtocolError, SessionLost
 from fedsplit.link import Link
 from fedsplit.model.identity import model_fingerprint, model_settings
+from fedsplit.model.pass_through import calling_remote
 from fedsplit.model.rope import tables_of
 from fedsplit.model.stage import ClientPart
 from fedsplit.randomness import draws
@@ -96,7 +96,6 @@ class RemoteTrunk:
         self._hidden_size: int = model.config.hidden_size
         self._mode = run.train.mode
         self.watch: StepReminder | Follower = StepReminder(model, run.train, client)
-        # It is in the place of the trunk, so its mode is that of the trunk's modules.
         self._place = model.remote
         self._wire = run.wire
         self._encoder = DeltaEncoder(run.wire, encoder_state)
@@ -197,6 +196,7 @@ class RemoteTrunk:
         # The trunk keeps a graph only if a backward can follow.
         is_trained = session.trains and (hidden_BTD.requires_grad or self._mode == "joint")
         keeps_graph = torch.is_grad_enabled() and is_trained
+        in_training = calling_remote(self._place).training and self._mode != "isolated"
         request = m.ForwardRequest(
             session=session.name,
             call=session.take_call(),
@@ -205,7 +205,7 @@ class RemoteTrunk:
             attention_mask_BT=attention_mask_BT,
             position_ids_BT=position_ids_BT,
             codec=self._wire.up,
-            other_mode=keeps_graph != (self._place.training and self._mode != "isolated"),
+            other_mode=keeps_graph != in_training,
         )
         run = self._run_with_graph if keeps_graph else self._run_without_graph
         return run(session, request, hidden_BTD).to(dtype)
@@ -257,8 +257,7 @@ class RemoteTrunk:
         return TrunkCache(self._cache_session, max_length or 0, **self._cache_options)
 
     def _cache_session(self) -> CacheSession:
-        forget = self._caches.discard
-        return CacheSession(self.open_cache, self.exchange, forget, self._abandoned)
+        return CacheSession(self.open_cache, self.exchange, self._caches.discard, self._abandoned)
 
     def open_cache(self, cache_tokens: int) -> str:
         """Open a session that generates, and close abandoned ones; return its name."""

@@ -66,6 +66,15 @@ def is_in_call(remote: "Remote") -> bool:
     return _CALLS.context is not None and _CALLS.context.remote is remote
 
 
+def calling_remote(otherwise: "Remote") -> "Remote":
+    """The `Remote` of this thread's current call, or else `otherwise`.
+
+    It is in the place of the trunk, so its mode is that of the trunk's modules.
+    """
+    context = _CALLS.context
+    return otherwise if context is None or context.remote is None else context.remote
+
+
 def _current(place: str) -> CutContext:
     context = _CALLS.context
     if context is None:

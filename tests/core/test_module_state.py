@@ -1,5 +1,6 @@
 """A model in memory is split with all of its state, and not only with its config and tensors."""
 
+import copy
 import logging
 
 import pytest
@@ -81,6 +82,21 @@ def test_a_trunk_that_checkpoints_already_draws_the_same_dropout_again(tiny_gpt2
             ClientTrainer(parts.client, trunk, run).fit([[batch(0)]])
         found.append({name: p.detach() for name, p in parts.trunk.named_parameters()})
     assert same(*found)
+
+
+def test_a_copy_that_shares_a_trunk_has_its_own_mode(tiny_gpt2):
+    run, whole = small_run(), GPT2LMHeadModel(tiny_gpt2(resid_pdrop=0.3)).eval()
+    parts = split_model(whole, run.split)
+    with TrunkService(parts.trunk, run) as service, torch.no_grad():
+        link = LocalLink(service, service.admit("alice"))
+        trunk = RemoteTrunk(link, parts.client, run, client="alice")
+        trunk.open()
+        copied = copy.deepcopy(parts.client)
+        for part in (parts.client.train(), copied.eval()):
+            connect(part, trunk)
+        wanted = whole(IDS_BT).logits
+        assert torch.equal(copied(IDS_BT).logits, wanted)
+        assert not torch.equal(parts.client(IDS_BT).logits, wanted)
 
 
 def test_settings_of_modules_and_of_the_model_stay(tiny_gpt2):
