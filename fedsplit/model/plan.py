@@ -152,7 +152,8 @@ def _plan(key: _PlanKey) -> Plan:
     family, config = key.model_class, copy.deepcopy(key.config)
     try:
         _refuse_by_config(family, config)
-        with process_state(), FakeTensorMode():
+        # On the meta device, a caller's default, the constants of some families would not be fake.
+        with process_state(), torch.device("cpu"), FakeTensorMode():
             return _trace(_weightless(family, config))
     except UnsupportedModel as exc:
         raise UnsupportedModel(f"{family.__name__}: {exc}") from exc.__cause__

@@ -1,6 +1,7 @@
 """What the dry run finds out about a model, and what it says of one that cannot be cut."""
 
 import pytest
+import torch
 import transformers as hf
 
 from fedsplit.errors import UnsupportedModel
@@ -35,6 +36,12 @@ def test_a_plan_takes_no_memory():
         hidden_size=8192, num_hidden_layers=80, intermediate_size=28672, num_attention_heads=64
     )
     assert plan_for(hf.LlamaForCausalLM, seventy_billion).num_blocks == 80
+
+
+def test_a_plan_is_found_under_a_default_device():
+    config = tiny_config("gemma2", num_hidden_layers=3)  # it makes a tensor of a constant
+    with torch.device("meta"):
+        assert plan_for(hf.Gemma2ForCausalLM, config).num_blocks == 3
 
 
 def _small(config_class, **fields):
