@@ -171,7 +171,8 @@ def _loaded(
                 None, config=config, state_dict=tensors, output_loading_info=True, **options
             )
     except RuntimeError as exc:
-        raise CheckpointError(f"{origin}: {_misfit(cls, config, tensors)}") from exc
+        reason = _misfit(cls, config, tensors) or f"{cls.__name__}: {str(exc).splitlines()[0]}"
+        raise CheckpointError(f"{origin}: {reason}") from exc
     model, report = cast(tuple[M, dict[str, Any]], loaded)
     return model, list(report["missing_keys"])
 
@@ -191,7 +192,7 @@ def _require_ties(model: PreTrainedModel) -> None:
 def _misfit(
     cls: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, Tensor]
 ) -> str:
-    """A sentence that names the first tensor with another shape than the model's."""
+    """A sentence that names the first tensor with another shape than the model's; or empty."""
     held = on_meta(cls, copy.deepcopy(config)).state_dict()
     for name, tensor in tensors.items():
         if name in held and held[name].shape != tensor.shape:
@@ -199,7 +200,7 @@ def _misfit(
                 f"tensor '{name}' has shape {tuple(tensor.shape)}, but {cls.__name__} with this "
                 f"config.json takes {tuple(held[name].shape)}"
             )
-    return f"the tensors do not fit {cls.__name__} with this config.json"
+    return ""
 
 
 def split_model(

@@ -15,9 +15,9 @@ from fedsplit.model.join import join_model
 from fedsplit.model.manifest import PARTS, Manifest, hashes_of
 from fedsplit.model.part_files import (
     WEIGHTS,
+    as_saved,
     manifest_of,
     require_no_adapter,
-    unmarked,
     write_files,
 )
 from fedsplit.model.plan import model_class_for
@@ -106,7 +106,8 @@ def load_part(directory: str | Path, **options: Any) -> ClientPart | TrunkPart:
     directory = Path(directory)
     manifest = Manifest.read(directory)
     manifest.verify(directory)
-    config, split = unmarked(Source(name=str(directory)).config()), _split_of(manifest, directory)
+    config = as_saved(Source(name=str(directory)).config(), directory)
+    split = _split_of(manifest, directory)
     # No hash covers the manifest itself, so its split is checked by the fingerprint.
     if model_fingerprint(config, split) != manifest.fingerprint:
         raise CheckpointError(

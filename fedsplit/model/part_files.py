@@ -171,9 +171,18 @@ def require_no_adapter(names: Iterable[str], source: Path) -> None:
         )
 
 
-def unmarked(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of a part's directory, changed in place to that of the unsplit model."""
+def as_saved(config: PretrainedConfig, directory: Path) -> PretrainedConfig:
+    """The config of a part's directory, changed in place to that of the part that was saved.
+
+    A class of configs may change what it reads. Qwen2's drops a window that was set although
+    `use_sliding_window` is false, and the part would have another fingerprint than its trunk.
+    """
     vars(config).pop(_MARK, None)
+    saved = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    read = json.loads(config.to_json_string(use_diff=False))
+    for name in saved.keys() & read.keys():
+        if saved[name] != read[name] and not isinstance(getattr(config, name), PretrainedConfig):
+            setattr(config, name, saved[name])
     return config
 
 

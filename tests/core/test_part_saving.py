@@ -67,6 +67,25 @@ def test_tied_weights_and_experts_are_saved_and_loaded(model_type, tmp_path):
     assert torch.equal(client(**batch).logits, parts.client(**batch).logits)
 
 
+def test_a_setting_that_the_config_s_class_drops_is_loaded(tmp_path):
+    whole = random_model(tiny_config("qwen2", num_hidden_layers=4))
+    assert not whole.config.use_sliding_window, "else the class keeps the window"
+    whole.config.sliding_window = 2
+    parts = split_model(whole, "1/2/1")
+    parts.client.save_pretrained(tmp_path)
+    client = load_part(tmp_path)
+    assert client.config.sliding_window == 2
+    connect(client, parts.trunk.run)
+    batch = batches(type(whole))["right"]
+    assert torch.equal(client(**batch).logits, whole(**batch).logits)
+
+
+def test_a_part_is_not_loaded_onto_no_device(tmp_path):
+    parts_of().client.save_pretrained(tmp_path)
+    with torch.device("meta"), pytest.raises(CheckpointError, match="meta device context manager"):
+        load_part(tmp_path)
+
+
 def test_no_loader_takes_a_saved_part_for_a_model(tmp_path):
     client = parts_of().client
     client.save_pretrained(tmp_path)
