@@ -32,6 +32,7 @@ from fedsplit.flower.node import (
     share_of,
     tokenizer_of,
 )
+from fedsplit.flower.prototype import Prototype
 from fedsplit.flower.records import (
     ARRAYS,
     METRICS,
@@ -54,6 +55,8 @@ Numbers = dict[str, int | float | list[int] | list[float]]
 """The numbers of a reply, in the types that Flower's `MetricRecord` accepts."""
 
 app = ClientApp()
+
+_PROTOTYPE = Prototype()
 
 
 @app.query("hello")
@@ -207,7 +210,9 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
     memory = _memory(context, node, run, join)
     config = config_of(run, tokenizer_of(run, preparation), join.labels)
     build = client_of if run.baseline == "none" else whole_of
-    model: PreTrainedModel = build(run, config, node.device)
+    model = _PROTOTYPE.model_of(
+        (join.run_id, run, node.device), lambda: build(run, config, node.device)
+    )
     if run.baseline != "none":
         # Training needs no KV cache, which most families would create by default. The server's
         # model keeps its setting, because it is saved.
