@@ -1,4 +1,4 @@
-"""Terminal output of fedsplit's programs: aligned tables, quiet libraries, closed pipes.
+"""Terminal output of fedsplit's programs: aligned tables, quiet libraries, closed pipes, errors.
 
 Functions import the libraries that they need, so that a program's `--help` is fast.
 """
@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from fedsplit.errors import error_text
+from fedsplit.errors import error_text, one_line
 
 READER_GONE = 141
 """The exit status after the reader of the output has closed it: 128 + SIGPIPE, as in a shell."""
@@ -72,6 +72,20 @@ def ending_with_its_reader() -> Iterator[None]:
         sys.exit(READER_GONE)
 
 
+def print_error(error: Exception, *, debug: bool, subject: str = "") -> None:
+    """Print an error as one line on stderr.
+
+    Args:
+        error: The error.
+        debug: Whether to print its traceback first.
+        subject: What failed, if it is not the program.
+    """
+    if debug:
+        traceback.print_exception(error)
+    text = one_line(error_text(error))
+    print("error:", f"{subject}: {text}" if subject else text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def ending_with_an_error_line(*, debug: bool) -> Iterator[None]:
     """A context that ends the program with status 1 and the text of an error on stderr.
@@ -85,6 +99,5 @@ def ending_with_an_error_line(*, debug: bool) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        if debug:
-            traceback.print_exc()
-        sys.exit(f"error: {error_text(exc)}")
+        print_error(exc, debug=debug)
+        sys.exit(1)

@@ -5,6 +5,7 @@ The modules that train are imported only for a run in this process, because impo
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,10 +47,16 @@ def run_one(run: RunSpec) -> float:
             print(_why_renamed(asked, folder), flush=True)
         with _printing_rounds(folder):
             carry_out(run, folder)
-        print(f"\n{folder.closing_table}")
+        print(f"\n{_printable(folder.closing_table)}")
         print(f"\nleft in {folder.path}: {left_in(folder.path)}")
         print(_next_commands(run, folder), flush=True)
         return min(stats.eval_loss for stats in evaluated(folder.rounds()))
+
+
+def _printable(text: str) -> str:
+    # The sample may have any character, and the run has its result already.
+    encoding = sys.stdout.encoding
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _why_renamed(asked: RunSpec, folder: RunFolder) -> str:

@@ -1,7 +1,6 @@
 """The `fedsplit` command: typer parses the command line into the object of a command."""
 
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
@@ -14,8 +13,7 @@ from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
 from fedsplit.cli.results import Compare, Plot, Shards
 from fedsplit.cli.serve import Info, Serve
-from fedsplit.console import ending_with_its_reader
-from fedsplit.errors import error_text, one_line
+from fedsplit.console import ending_with_its_reader, print_error
 
 _COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Serve, Generate, Chat)
 _EXAMPLES = (
@@ -58,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # 128 + SIGINT, as shells report it.
         return 130
     except Exception as exc:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {one_line(error_text(exc))}", file=sys.stderr)
+        print_error(exc, debug=debug)
         return 1
 
 

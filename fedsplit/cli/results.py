@@ -68,7 +68,7 @@ class Shards(Command):
             default_factory=list,
             show_default=False,
             metavar="[OVERRIDE]...",
-            help="group=option or field=value, as for a run",
+            help="group=option or field=value, as python -m simulations.run --help lists them",
         ),
     ]
     out: Annotated[

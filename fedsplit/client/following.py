@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import weakref
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -195,6 +195,17 @@ class Follower:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Follower":
         """Itself: a copy of the model has weights of the same trunk's version."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse a pickle of the model, whose hooks hold this object.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "the trunk follows an optimizer of this model, which cannot be pickled meanwhile; "
+            "save its state_dict(), or call remove() on the handle of follow() first"
+        )
 
     def remove(self) -> None:
         """End the contributions, and remove the stand-in."""

@@ -3,7 +3,6 @@
 import itertools
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +16,12 @@ from omegaconf import DictConfig
 
 from fedsplit import atomic
 from fedsplit.config.compose import compose, store_schema
+from fedsplit.config.help import help_page
 from fedsplit.config.location import conf_dir
 from fedsplit.config.overrides import SEARCH_PATH, parse
 from fedsplit.config.paths import with_absolute_paths
 from fedsplit.config.schema import from_dictconfig
+from fedsplit.console import print_error
 from fedsplit.errors import ConfigError, error_text
 from fedsplit.spec import RunSpec, SweepSpec
 
@@ -29,6 +30,7 @@ Variants = dict[str, list[RunSpec]]
 
 _ADD = "add a variant: 'sweep.variants.NAME=\"field=value\"'"
 _MULTIRUN = {"-m", "--multirun"}
+_HELP = {"-h", "--help"}
 _CONFIG_DIR = ("-cd", "--config-dir")
 
 
@@ -39,6 +41,7 @@ class CommandLine:
     Attributes:
         runs: The runs of its jobs. If a sweeper chooses the values, a run for each bound of them.
         variants: The runs of an experiment; empty for a run or a Hydra sweep.
+        help: The help, if it asks for that; otherwise empty.
         is_sweep: Whether it asks for a Hydra sweep (-m).
         debug: Whether errors are reported with a traceback.
         arguments: What Hydra reads.
@@ -46,6 +49,7 @@ class CommandLine:
 
     runs: list[RunSpec]
     variants: Variants
+    help: str
     is_sweep: bool
     debug: bool
     arguments: list[str]
@@ -64,18 +68,20 @@ class CommandLine:
         overrides = parse(words, sweep=is_sweep)
         # All jobs are composed here, so that a wrong one fails before the first one starts.
         jobs = _jobs(overrides) if is_sweep else [_texts(overrides)]
-        runs = [with_absolute_paths(compose(job), Path.cwd()) for job in jobs]
+        composed = [compose(job) for job in jobs]
+        runs = [with_absolute_paths(run, Path.cwd()) for run in composed]
         is_experiment = bool(runs[0].sweep.variants) and _MULTIRUN.issuperset(flags)
         return CommandLine(
             runs=runs,
             variants=_variants(runs, overrides, words) if is_experiment else {},
+            help=help_page(composed[0]) if _HELP & set(flags) else "",
             is_sweep=is_sweep,
             debug=debug,
             arguments=[*flags, *_texts(overrides)],
         )
 
     def launch(self, task: Callable[[RunSpec], float]) -> None:
-        """Call `task` with the run, or with each run of a Hydra sweep (-m), through Hydra.
+        """Call `task` with the run, or with each run of a Hydra sweep (-m), or print the help.
 
         A sweep goes on after a job that failed, and the process ends with status 1 after the last
         job.
@@ -88,6 +94,9 @@ class CommandLine:
             StorageError: The folder of the sweep's runs cannot be made.
             SystemExit: A job failed; its error has been printed.
         """
+        if self.help:
+            print(self.help)
+            return
         if self.is_sweep:
             # Hydra makes it too, but reports a failure with a traceback.
             for folder in {run.launch.run_dir for run in self.runs}:
@@ -116,15 +125,15 @@ class _Job:
             run = from_dictconfig(config)
             return self.task(with_absolute_paths(run, Path(settings.runtime.cwd)))
         except Exception as exc:
-            if self.debug:
-                traceback.print_exc()
-            text = error_text(exc)
+            # Here, because Hydra would print a single run's error with a traceback of its own, and
+            # of a sweep only the first error, after the last job.
             if settings.mode is RunMode.RUN:
-                sys.exit(f"error: {text}")
+                print_error(exc, debug=self.debug)
+                sys.exit(1)
+            job = f"job {settings.job.num}"
             overrides = shlex.join(settings.overrides.task)
-            # Hydra prints only the first job that failed, and that after the last job.
-            print(f"error: job {settings.job.num} ({overrides}): {text}", file=sys.stderr)
-            raise _JobFailed(f"error: job {settings.job.num}: {text}") from exc
+            print_error(exc, debug=self.debug, subject=f"{job} ({overrides})")
+            raise _JobFailed(f"error: {job}: {error_text(exc)}") from exc
 
 
 def _flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

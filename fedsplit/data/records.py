@@ -1,6 +1,5 @@
 """Corpora of records: JSON lines, and all that the `datasets` library reads."""
 
-import errno
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from fedsplit.data.corpora import Document, Turn
 from fedsplit.data.files import existing, files_under, read_text
+from fedsplit.data.hub import is_full
 from fedsplit.errors import DataError, FedsplitError, StorageError
 from fedsplit.spec import DataSpec
 
@@ -105,15 +105,6 @@ def _documents(load: Callable[[Any], Any], spec: DataSpec, labelled: bool) -> Lo
         )
         for number, row in enumerate(rows, start=1)
     )
-
-
-def is_full(exc: BaseException | None) -> bool:
-    """Return whether an error, or one that caused it, is that of a full disk."""
-    while exc:
-        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        exc = exc.__cause__ or exc.__context__
-    return False
 
 
 # --- one record ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedsplit.data.corpora import Corpus
-from fedsplit.data.hub import require_reachable
+from fedsplit.data.hub import offline_reason, reporting_a_full_disk
 from fedsplit.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -75,15 +75,23 @@ def load_tokenizer(pretrained: str, revision: str = "main") -> PreTrainedTokeniz
         DataError: There is no tokenizer, it has no JSON form, or it has no end-of-text token.
         CheckpointError: The name is neither a directory nor a hub id.
         ConnectionLost: The hub does not answer.
+        StorageError: The disk of the hub's cache is full.
     """
-    require_reachable(pretrained, revision)
+    offline = offline_reason(pretrained, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            pretrained, revision=revision, trust_remote_code=False
-        )
+        with reporting_a_full_disk(pretrained):
+            tokenizer = AutoTokenizer.from_pretrained(
+                pretrained,
+                revision=revision,
+                trust_remote_code=False,
+                local_files_only=bool(offline),
+            )
     # transformers raises any of these for a tokenizer that is missing or damaged.
     except (OSError, ValueError, KeyError, ImportError) as exc:
-        raise DataError(f"model.pretrained={pretrained} has no tokenizer to load: {exc}") from exc
+        where = f" from the hub's cache, and {offline}" if offline else ""
+        raise DataError(
+            f"model.pretrained={pretrained} has no tokenizer to load{where}: {exc}"
+        ) from exc
     except Exception as exc:
         # The tokenizers library, which is written in Rust, raises plain `Exception`.
         if type(exc) is Exception:

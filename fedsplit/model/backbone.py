@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.utils.generic import ModelOutput
 
 from fedsplit.errors import ConfigError, UnsupportedModel
@@ -26,6 +26,18 @@ _NOT_SENT = (
     "cu_seq_lens_q",
     "cu_seq_lens_k",
 )
+
+# By whether the caller's cache is a static one.
+_INSTEAD = {
+    True: (
+        "pass model.new_cache(max_length=...), which is a static cache at both sides, or call "
+        'generate(cache_implementation="static")'
+    ),
+    False: (
+        "pass an empty DynamicCache, one that this model has returned, or its new_cache(). Prefix "
+        "tuning makes such a cache; use LoRA or prompt tuning instead"
+    ),
+}
 
 
 @functools.cache
@@ -150,11 +162,10 @@ class _Crossing:
             return slot.remote
         is_plain = type(cache) is DynamicCache and not cache.offloading
         if not is_plain or any(layer.is_initialized for layer in layers):
+            instead = _INSTEAD[isinstance(cache, StaticCache)]
             raise UnsupportedModel(
                 f"past_key_values is a {type(cache).__name__} that was made elsewhere, and the "
-                "trunk takes no keys and values for its blocks; pass an empty DynamicCache, one "
-                "that this model has returned, or its new_cache(). Prefix tuning makes such a "
-                "cache; use LoRA or prompt tuning instead"
+                f"trunk takes no keys and values for its blocks; {instead}"
             )
         own = client_cache(self.backbone.config, self.held_blocks, self.remote, None)
         adopt(cache, own.layers)

@@ -10,7 +10,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
-from fedsplit.model.identity import MEMORY, tensors_digest
+from fedsplit.model.checkpoint_names import compared_parameters
+from fedsplit.model.identity import (
+    MEMORY,
+    VALUES,
+    tensors_digest,
+    values_digest,
+    values_in_memory,
+)
 from fedsplit.model.module_state import copy_state
 from fedsplit.model.plan import model_class_for, plan_for, quantization_of
 from fedsplit.model.source import Source, on_meta
@@ -108,8 +115,10 @@ def _load(
     origin = Source(name=source, revision=revision)
     # transformers writes to the config of a model that it builds, so this model gets a copy.
     tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)))
+    options = {"dtype": origin.dtype(config), **options}
     part = load_tensors(cls, config, tensors, source, new=cls.plan.head, seed=seed, **options)
-    part.identity.update(origin.identity(config))
+    whole = on_meta(cls.family, copy.deepcopy(config))
+    part.identity.update(origin.identity(config, whole, cls.plan.head))
     return _with_generation_config(part, origin)
 
 
@@ -254,10 +263,10 @@ def split_model(
     client = build_client(config, spec, seed=seed, **{**origin, **options})
     trunk = build_trunk(config, spec, **{**origin, **options})
     if isinstance(model, PreTrainedModel):
-        digest = tensors_digest(model.state_dict())
+        identity = _identity(model, client.plan.head)
         for part in (client, trunk):
             copy_state(model, part, dtypes="dtype" not in options)
-            part.identity.update({MEMORY: digest} if digest else {})
+            part.identity.update(identity)
     connect(client, trunk.run, trunk.new_cache)
     return SplitModel(client=client, trunk=trunk)
 
@@ -284,6 +293,16 @@ def _in_memory(
         "dtype": model.dtype,
         "attn_implementation": _attention(config),
     }
+
+
+def _identity(model: PreTrainedModel, head: Sequence[str]) -> dict[str, str]:
+    """The digests of a model in memory, by kind; none of a model on the meta device."""
+    digest = tensors_digest(model.state_dict())
+    if not digest:
+        return {}
+    parameters = compared_parameters(model, head).items()
+    values = ((name, p.shape, values_in_memory(p)) for name, p in parameters)
+    return {MEMORY: digest, VALUES: values_digest(values)}
 
 
 def _plain_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -334,6 +353,7 @@ def load_whole(
     """
     origin = Source(name=source, revision=revision)
     tensors = origin.tensors_of(on_meta(model_class, copy.deepcopy(config)))
+    options = {"dtype": origin.dtype(config), **options}
     whole, _ = _loaded(model_class, config, tensors, source, seed, options)
     return _with_generation_config(whole, origin)
 

@@ -1,5 +1,6 @@
 """Parts on disk: split a checkpoint into part directories, save a part, load it, join two parts."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from fedsplit.model.part_files import (
     require_no_adapter,
     write_files,
 )
-from fedsplit.model.plan import model_class_for
-from fedsplit.model.source import Source, read_tensors, tensor_names
+from fedsplit.model.plan import model_class_for, plan_for
+from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
 from fedsplit.model.stage import ClientPart, TrunkPart
 from fedsplit.spec import SplitSpec
 
@@ -63,7 +64,9 @@ def split_checkpoint(
     # A model that cannot be cut is refused before its files are read.
     model_class = model_class or model_class_for(config)
     # The parts read their own tensors only; the whole is hashed here, where all are needed.
-    identity = origin.identity(config, full=True)
+    whole = on_meta(model_class, copy.deepcopy(config))
+    head = plan_for(model_class, config).head
+    identity = origin.identity(config, whole, head, full=True)
     for name, build in _BUILD.items():
         directory = Path(out_dir) / name
         atomic.make_folder(directory)

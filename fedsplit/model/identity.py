@@ -6,7 +6,9 @@ the parts came from. The parts hold different tensors, so the digests are of the
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +108,28 @@ def _short(value: str | None) -> str:
 
 # --- the weights ------------------------------------------------------------------------------
 
-FULL, SAMPLE, MEMORY, COMMIT = "full", "sample", "memory", "commit"
+FULL, SAMPLE, MEMORY, VALUES, COMMIT = "full", "sample", "memory", "values", "commit"
 ADAPTER = "adapter"
 # The kinds of a weights' digest; two sides compare the first one that both have.
 _OF_WEIGHTS = {
     FULL: "the digest of all their bytes",
     SAMPLE: "the digest of a sample of each tensor",
     MEMORY: "the digest of the model in memory that was split",
+    VALUES: "the digest of a sample of each parameter, rounded to bfloat16,",
     COMMIT: "the commit of the checkpoint on the hub",
 }
 _WHOLE_BYTES, _PIECES, _PIECE_BYTES = 64 << 10, 16, 64
 _CHUNK_BYTES = 1 << 20
+_PIECE_VALUES = 16
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+Values = Callable[[int, int], Tensor]
+"""`values(begin, size)` returns a part of a tensor's values as one vector."""
 
 
 def files_digest(paths: Iterable[Path], *, full: bool = False) -> str:
@@ -141,6 +154,45 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
         f"{name} {t.dtype} {list(t.shape)} {_sampled(reader(t), t.nbytes, full=False)}"
         for name, t in tensors.items()
     )
+
+
+def values_digest(parameters: Iterable[tuple[str, Sequence[int], Values]]) -> str:
+    """16 hex digits of the names, shapes and values of parameters, in files or in memory.
+
+    Of each parameter, 16 pieces of 16 values count. They are rounded, so that the digest is the
+    same for a model in memory that was loaded in bfloat16.
+    """
+    entries = set()
+    for name, shape, values in parameters:
+        size = math.prod(shape)
+        last = max(size - _PIECE_VALUES, 0)
+        starts = sorted({last * i // (_PIECES - 1) for i in range(_PIECES)})
+        sample = torch.cat([values(at, min(_PIECE_VALUES, size)) for at in starts])
+        rounded = sample.to(torch.bfloat16).view(torch.int16)
+        entries.add(f"{name} {list(shape)} {hashlib.sha256(rounded.numpy().tobytes()).hexdigest()}")
+    return _combined(entries)
+
+
+def values_in_memory(tensor: Tensor) -> Values:
+    """The values of a tensor, for `values_digest`."""
+    flat = tensor.detach().reshape(-1)
+    return lambda begin, size: flat[begin : begin + size].cpu()
+
+
+def values_in_file(path: Path) -> Iterator[tuple[str, Sequence[int], Values]]:
+    """Name, shape and values of each tensor of floats in a safetensors file."""
+    for stored in _stored(path):
+        dtype = _FLOATS.get(stored.dtype)
+        if dtype is None:
+            continue
+
+        def values(
+            begin: int, size: int, stored: _Stored = stored, dtype: torch.dtype = dtype
+        ) -> Tensor:
+            read = stored.read(begin * dtype.itemsize, size * dtype.itemsize)
+            return torch.frombuffer(bytearray(read), dtype=dtype)
+
+        yield stored.name, stored.shape, values
 
 
 def adapter_digest(path: Path, settings: Mapping[str, Any]) -> str:
@@ -172,7 +224,19 @@ def misfit(client: Mapping[str, str], trunk: Mapping[str, str]) -> str:
     )
 
 
-def _entries(path: Path, full: bool) -> Iterator[str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """A tensor in an open safetensors file; `read(offset, size)` returns some of its bytes."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    nbytes: int
+    read: Callable[[int, int], bytes]
+
+
+def _stored(path: Path) -> Iterator[_Stored]:
+    # Views of safetensors would take the file's size in memory.
     with path.open("rb") as file:
         start = 8 + (length := int.from_bytes(file.read(8), "little"))
         header: dict[str, Any] = json.loads(file.read(length))
@@ -184,7 +248,19 @@ def _entries(path: Path, full: bool) -> Iterator[str]:
                 file.seek(start + begin + offset)
                 return file.read(size)
 
-            yield f"{name} {tensor['dtype']} {tensor['shape']} {_sampled(read, end - begin, full)}"
+            yield _Stored(
+                name=name,
+                dtype=tensor["dtype"],
+                shape=tensor["shape"],
+                nbytes=end - begin,
+                read=read,
+            )
+
+
+def _entries(path: Path, full: bool) -> Iterator[str]:
+    for stored in _stored(path):
+        digest = _sampled(stored.read, stored.nbytes, full)
+        yield f"{stored.name} {stored.dtype} {stored.shape} {digest}"
 
 
 def _sampled(read: Callable[[int, int], bytes], size: int, full: bool) -> str:

@@ -7,7 +7,7 @@ shards that hold them.
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,23 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import get_state_dict_dtype
 from transformers.utils.hub import cached_file
 
-from fedsplit.data.hub import require_reachable
+from fedsplit.data.hub import offline_reason, reporting_a_full_disk
 from fedsplit.errors import CheckpointError, UnsupportedModel
-from fedsplit.model.identity import COMMIT, FULL, SAMPLE, files_digest
+from fedsplit.model.checkpoint_names import compared_parameters, names_in_memory
+from fedsplit.model.identity import (
+    COMMIT,
+    FULL,
+    SAMPLE,
+    VALUES,
+    Values,
+    files_digest,
+    values_digest,
+    values_in_file,
+)
 from fedsplit.model.part_files import require_whole
 from fedsplit.model.plan import QUANTIZED, quantization_of
 from fedsplit.randomness import process_state
@@ -66,12 +75,17 @@ class Source:
         Raises:
             CheckpointError: transformers cannot read a model's config there.
             ConnectionLost: The hub does not answer.
+            StorageError: The disk of the hub's cache is full.
         """
-        require_reachable(self.name, self.revision)
+        offline = bool(offline_reason(self.name, self.revision))
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.name, revision=self.revision, trust_remote_code=False
-            )
+            with reporting_a_full_disk(self.name):
+                config: PretrainedConfig = AutoConfig.from_pretrained(
+                    self.name,
+                    revision=self.revision,
+                    trust_remote_code=False,
+                    local_files_only=offline,
+                )
         except (OSError, ValueError, KeyError, StrictDataclassError) as exc:
             raise CheckpointError(
                 f"{self.name}: not a model that transformers {transformers.__version__} can read "
@@ -86,12 +100,11 @@ class Source:
             CheckpointError: The file cannot be read.
         """
         # transformers raises OSError for a missing file and for an unreadable one.
-        if self._file(GENERATION) is None:
+        path = self._file(GENERATION)
+        if path is None:
             return None
         try:
-            config: GenerationConfig = GenerationConfig.from_pretrained(
-                self.name, revision=self.revision
-            )
+            config: GenerationConfig = GenerationConfig.from_pretrained(path.parent)
         except (OSError, ValueError, TypeError) as exc:
             raise CheckpointError(f"{self.name}: {GENERATION}: {_first_line(exc)}") from exc
         return config
@@ -121,13 +134,39 @@ class Source:
             tensors.update(read_tensors(path, in_file))
         return tensors
 
-    def identity(self, config: PretrainedConfig, *, full: bool = False) -> dict[str, str]:
+    def dtype(self, config: PretrainedConfig) -> torch.dtype:
+        """The dtype in which transformers loads the whole model.
+
+        It is the config's, or else that of the first tensor. The first tensor of a part may have
+        another one.
+
+        Raises:
+            CheckpointError: There are no safetensors weights, or a file is damaged.
+        """
+        dtype: Any = config.dtype
+        if dtype is None:
+            first = self._shard(min(self._files_by_tensor(config).values()))
+            with _opened(first) as file:
+                dtype = get_state_dict_dtype({n: file.get_tensor(n) for n in file.keys()})
+        found: torch.dtype = dtype
+        return found
+
+    def identity(
+        self,
+        config: PretrainedConfig,
+        whole: PreTrainedModel,
+        head: Iterable[str] = (),
+        *,
+        full: bool = False,
+    ) -> dict[str, str]:
         """The digests of the weights, by kind; see `fedsplit.model.identity`.
 
         Where a part has downloaded its own shards only, the commit is all that is known.
 
         Args:
             config: The source's config.
+            whole: The unsplit model on the meta device.
+            head: Its modules that the source need not have.
             full: Also hash all bytes; downloads all shards.
 
         Raises:
@@ -140,6 +179,7 @@ class Source:
         found = {COMMIT: commit} if commit else {}
         if len(paths) == len(files):
             found[SAMPLE] = files_digest(paths)
+            found[VALUES] = values_digest(_compared_in(paths, whole, head))
         if full:
             found[FULL] = files_digest(paths, full=True)
         return found
@@ -194,8 +234,8 @@ class Source:
             if path is not None:
                 return dict.fromkeys(tensor_names(path), file)
         raise CheckpointError(
-            f"{self.name}: no {named or SINGLE}{self._instead()}; fedsplit reads safetensors only "
-            "and never pickled weights; save the model again with save_pretrained"
+            f"{self.name}: no {named or SINGLE}{self._offline()}{self._instead()}; fedsplit reads "
+            "safetensors only and never pickled weights; save the model again with save_pretrained"
         )
 
     def _in_shards(self, listed: dict[str, str]) -> dict[str, str]:
@@ -211,22 +251,31 @@ class Source:
         found = sorted(p.name for p in folder.glob("*") if p.suffix in _OTHER_WEIGHTS)
         return f", but {', '.join(found)}" if found else ""
 
+    def _offline(self) -> str:
+        """Why a file is missing that the hub may have, for an error."""
+        reason = offline_reason(self.name, self.revision)
+        return f" in the hub's cache ({reason})" if reason else ""
+
     def _shard(self, file: str) -> Path:
         path = self._file(file)
         if path is None:
-            raise CheckpointError(f"{self.name}: {file} is missing, but {INDEX} lists it")
+            raise CheckpointError(
+                f"{self.name}: {file} is missing{self._offline()}, but {INDEX} lists it"
+            )
         return path
 
     def _file(self, file: str, *, here: bool = False) -> Path | None:
         """The local path of a file; `here` downloads nothing."""
+        here = here or bool(offline_reason(self.name, self.revision))
         try:
-            path = cached_file(
-                self.name,
-                file,
-                revision=self.revision,
-                local_files_only=here,
-                _raise_exceptions_for_missing_entries=False,
-            )
+            with reporting_a_full_disk(self.name):
+                path = cached_file(
+                    self.name,
+                    file,
+                    revision=self.revision,
+                    local_files_only=here,
+                    _raise_exceptions_for_missing_entries=False,
+                )
         except OSError as exc:
             raise CheckpointError(f"{self.name}: {_first_line(exc)}") from exc
         return None if path is None else Path(path)
@@ -293,20 +342,23 @@ def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Pre
 
 
 def _names_needed(part: PreTrainedModel, names: list[str]) -> list[str]:
-    """The names of tensors in the files that become tensors of the part.
+    """The names of tensors in the files that become tensors of the part."""
+    held = part.state_dict()
+    return [file for file, name in names_in_memory(part, names).items() if name in held]
 
-    The function uses the renaming of transformers' loader, which also covers older names and fused
-    experts.
-    """
-    changes = get_model_conversion_mapping(part)
-    renamings = [c for c in changes if isinstance(c, WeightRenaming)]
-    converters = [c for c in changes if isinstance(c, WeightConverter)]
-    held, prefix = part.state_dict(), part.base_model_prefix
-    return [
-        name
-        for name in names
-        if rename_source_key(name, renamings, converters, prefix, held)[0] in held
-    ]
+
+def _compared_in(
+    paths: Iterable[Path], whole: PreTrainedModel, head: Iterable[str]
+) -> Iterator[tuple[str, Sequence[int], Values]]:
+    """The compared parameters in safetensors files."""
+    compared, ties = compared_parameters(whole, head), whole.all_tied_weights_keys
+    for path in paths:
+        names = names_in_memory(whole, tensor_names(path))
+        for in_file, shape, values in values_in_file(path):
+            # A file may have a tied tensor under either name.
+            name = ties.get(names[in_file], names[in_file])
+            if name in compared:
+                yield name, shape, values
 
 
 def _first_line(exc: Exception) -> str:

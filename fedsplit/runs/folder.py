@@ -209,6 +209,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def sample(self) -> Path:
+        """File of the words that the trained language model writes, if it writes any."""
+        return self.path / "sample.txt"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the server's checkpoints."""
         return self.path / "checkpoints"
@@ -243,7 +248,8 @@ class RunFolder:
         """The table at the end of the run; the run has a result."""
         config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         vocabulary = config.get("vocab_size", 0) if self.run.task == "causal_lm" else 0
-        return metrics.closing_table(self.rounds(), vocabulary)
+        sample = self.sample.read_text(encoding="utf-8").strip() if self.sample.exists() else None
+        return metrics.closing_table(self.rounds(), vocabulary, sample)
 
     def measured_rounds(self) -> list[RoundStats]:
         """Return the finished rounds of the run, at least one.

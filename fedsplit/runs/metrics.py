@@ -125,13 +125,16 @@ def parse(lines: Iterable[str]) -> list[RoundStats]:
     return [RoundStats(**values) for values in rounds]
 
 
-def closing_table(rounds: Sequence[RoundStats], vocabulary: int = 0) -> str:
+def closing_table(
+    rounds: Sequence[RoundStats], vocabulary: int = 0, sample: str | None = None
+) -> str:
     """Return the table at the end of a run: first, best and last held-out result, and totals.
 
     Args:
         rounds: The run's rounds, at least one.
         vocabulary: The number of tokens of a language model. With it, the table has the result of a
             model that gives each token the same probability, as an untrained one nearly does.
+        sample: The words that the trained model writes; None if it writes none.
     """
     last, measured = rounds[-1], evaluated(rounds)
     best = min(measured, key=lambda stats: stats.eval_loss)
@@ -149,6 +152,7 @@ def closing_table(rounds: Sequence[RoundStats], vocabulary: int = 0) -> str:
         (f"round {measured[0].round}", measured[0].held_out),
         (f"last (round {measured[-1].round})", measured[-1].held_out),
         (f"best (round {best.round})", best.held_out),
+        *([("sample of its text", f'"{sample}"')] if sample is not None else []),
         (f"{measured[-1].unit} trained on", f"{tokens:,} in {seconds:.1f} s"),
         *([] if math.isnan(virtual) else [("virtual time", f"{virtual:.1f} s")]),
         ("activations and gradients up", in_mib(sum(stats.bytes_up for stats in rounds))),

@@ -5,12 +5,12 @@ from transformers import PreTrainedModel, TokenizersBackend
 from fedsplit import atomic
 from fedsplit.data import Corpus, layout_of
 from fedsplit.model import SplitModel
-from fedsplit.model.checkpoint import join_checkpoint
-from fedsplit.model.join import folded_model
+from fedsplit.model.join import folded_model, join_model
 from fedsplit.model.lora import save_adapter
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.loss_plot import plot_losses
 from fedsplit.runs.model_card import model_card
+from fedsplit.runs.sample import sample_of
 from fedsplit.spec import RunSpec
 
 
@@ -42,15 +42,25 @@ def write_result(
     cut = _cut(result) if isinstance(result, SplitModel) else "not split"
     layout = layout_of(corpus, tokenizer, run.data) if tokenizer else "none, but images"
     card = model_card(run, cut, attention, corpus, layout, folder.rounds())
+    if isinstance(result, SplitModel):
+        whole = join_model(result.client, result.trunk)
+    else:
+        whole = folded_model(result)
     # Last, since a run with this folder is finished and is not resumed.
     with atomic.new_folder(folder.model) as model:
-        if isinstance(result, SplitModel):
-            join_checkpoint(result.client, result.trunk, model)
-        else:
-            folded_model(result).save_pretrained(model)
+        whole.save_pretrained(model)
         if tokenizer:
             tokenizer.save_pretrained(model)
         (model / "README.md").write_text(card, encoding="utf-8")
+        if tokenizer and _is_trained(run) and whole.can_generate():
+            sample = sample_of(whole, tokenizer, run.data.sequence_length)
+            if sample is not None:
+                atomic.write_text(folder.sample, f"{sample}\n")
+
+
+def _is_trained(run: RunSpec) -> bool:
+    """Whether the result has no part that stays untrained, because each client keeps its own."""
+    return run.client_weights.personal == "none" and run.baseline != "local"
 
 
 def _cut(result: SplitModel) -> str:

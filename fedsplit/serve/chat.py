@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerFast, TextStreamer
 
+from fedsplit.data.hub import offline_reason, reporting_a_full_disk
 from fedsplit.errors import CheckpointError, ConfigError, DataError, FedsplitError
 from fedsplit.serve.client import Reached
 
@@ -28,15 +29,21 @@ def draft_options(draft: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: The assistant cannot be loaded.
+        ConnectionLost: It is not in the hub's cache here, and the hub does not answer.
+        StorageError: The disk of the hub's cache is full.
     """
     if not draft:
         return {}
     if draft == "prompt":
         return {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
     try:
-        assistant = AutoModelForCausalLM.from_pretrained(draft, trust_remote_code=False)
+        offline = bool(offline_reason(draft))
+        with reporting_a_full_disk(draft):
+            assistant = AutoModelForCausalLM.from_pretrained(
+                draft, trust_remote_code=False, local_files_only=offline
+            )
     # transformers raises ImportError for weights of a quantization that is not installed.
-    except (OSError, ValueError, ImportError) as exc:
+    except (OSError, ValueError, ImportError, CheckpointError) as exc:
         raise CheckpointError(
             f"--draft {draft} is neither `prompt` nor a model: {str(exc).splitlines()[0]}"
         ) from exc

@@ -1,7 +1,12 @@
-"""Range checks of all specs; each error has the field, its value and the allowed values."""
+"""The checks of all specs; each error has the field, its value and the allowed values."""
 
 import math
-from collections.abc import Collection
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_type_hints
 
 from fedsplit.errors import ConfigError
 
@@ -27,39 +32,182 @@ _NUMBERS = {
 """Numbers that are required after a colon: their meaning, the maximum, and an example."""
 
 
-def one_of(name: str, value: str, allowed: Collection[str], later: Collection[str] = ()) -> None:
-    """Raise ConfigError for a word that is not allowed; a planned one has a text of its own."""
-    if value in later:
-        raise ConfigError(f"{name}={value} is not available yet; allowed: {', '.join(allowed)}")
+class Allowed(ABC):
+    """The values that a field of a spec may have, as the metadata of its `Annotated` type."""
+
+    @abstractmethod
+    def check(self, name: str, value: Any) -> None:
+        """Raise ConfigError if the field `name` has a value that is not allowed."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Return the allowed values in words."""
+
+
+class OneOf(Allowed):
+    """One of some words.
+
+    Args:
+        allowed: The words.
+        later: Words that are planned. Their error says that they are not available yet.
+    """
+
+    def __init__(self, *allowed: str, later: Collection[str] = ()) -> None:
+        self._allowed = allowed
+        self._later = later
+
+    def check(self, name: str, value: str) -> None:
+        """Raise ConfigError for a word that is not allowed."""
+        if value in self._later:
+            raise ConfigError(f"{name}={value} is not available yet; allowed: {self}")
+        one_of(name, value, self._allowed)
+
+    def __str__(self) -> str:
+        return ", ".join(self._allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class AtLeast(Allowed):
+    """A finite number from `low` to `most`, both included."""
+
+    low: float
+    most: float = math.inf
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError for a number outside of the range, for NaN and for infinity."""
+        if not (math.isfinite(value) and value >= self.low):
+            raise ConfigError(f"{name}={value} is too small; it must be at least {self.low}")
+        _at_most(name, value, self.most)
+
+    def __str__(self) -> str:
+        return f"at least {self.low}" + _up_to(self.most)
+
+
+@dataclass(frozen=True, slots=True)
+class Positive(Allowed):
+    """A finite number above 0 and at most `most`."""
+
+    most: float = math.inf
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError for a number outside of the range, for NaN and for infinity."""
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name}={value} must be greater than 0")
+        _at_most(name, value, self.most)
+
+    def __str__(self) -> str:
+        return "greater than 0" + _up_to(self.most)
+
+
+@dataclass(frozen=True, slots=True)
+class Within(Allowed):
+    """A number in [low, high)."""
+
+    low: float
+    high: float
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError for a number outside of the range, and for NaN."""
+        # NaN fails this comparison too.
+        if not self.low <= value < self.high:
+            raise ConfigError(
+                f"{name}={value} is out of range; it must be in [{self.low}, {self.high})"
+            )
+
+    def __str__(self) -> str:
+        return f"at least {self.low:g} and below {self.high:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Each(Allowed):
+    """A mapping of which every value is allowed."""
+
+    allowed: Allowed
+
+    def check(self, name: str, value: Mapping[str, Any]) -> None:
+        """Raise ConfigError for the first value that is not allowed, with its key."""
+        for key, one in value.items():
+            self.allowed.check(f"{name} of {key}", one)
+
+    def __str__(self) -> str:
+        return f"each {self.allowed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Matching(Allowed):
+    """Text that a pattern matches; `words` describes it."""
+
+    pattern: re.Pattern[str]
+    words: str
+
+    def check(self, name: str, value: str) -> None:
+        """Raise ConfigError for text that the pattern does not match."""
+        if not self.pattern.fullmatch(value):
+            raise ConfigError(f"{name}={value!r} must be {self.words}")
+
+    def __str__(self) -> str:
+        return self.words
+
+
+class Codec(Allowed):
+    """A codec of the wire, with its option; see `parsed_codec`."""
+
+    def check(self, name: str, value: str) -> None:
+        """Raise ConfigError for text that names no codec, or an option that it does not have."""
+        parsed_codec(name, value)
+
+    def __str__(self) -> str:
+        forms = [
+            _form(codec, option) for codec, options in CODECS.items() for option in options or [""]
+        ]
+        bounds = [
+            f"{option} above 0 and at most {most:g}" for option, (_, most, _) in _NUMBERS.items()
+        ]
+        return "; ".join([", ".join(forms), *bounds])
+
+
+def _form(codec: str, option: str) -> str:
+    if option in _NUMBERS:
+        return f"{codec}:{option}"
+    return f"{codec}[:{option}]" if option else codec
+
+
+# Longer waits raise OverflowError in threads, and gRPC's deadlines wrap around.
+DURATION = Positive(most=MAX_SECONDS)
+"""A time in seconds."""
+
+
+def check_fields(spec: Any, group: str = "") -> None:
+    """Raise ConfigError for the first field whose value its `Annotated` type does not allow.
+
+    Args:
+        spec: A dataclass.
+        group: The group of a run that it is, for the error.
+    """
+    for name, allowed in _allowed(spec.__class__):
+        allowed.check(f"{group}.{name}".lstrip("."), getattr(spec, name))
+
+
+@cache
+def _allowed(spec: type) -> tuple[tuple[str, Allowed], ...]:
+    # Cached, since the types of a class are evaluated and every object is checked.
+    types = get_type_hints(spec, include_extras=True).items()
+    return tuple((name, each) for name, kind in types for each in getattr(kind, "__metadata__", ()))
+
+
+def one_of(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raise ConfigError for a word that is not allowed."""
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is not one of: {', '.join(allowed)}")
 
 
-def at_least(name: str, value: float, low: float) -> None:
-    """Raise ConfigError for a number below `low`, for NaN and for infinity."""
-    if not (math.isfinite(value) and value >= low):
-        raise ConfigError(f"{name}={value} is too small; it must be at least {low}")
+def _at_most(name: str, value: float, most: float) -> None:
+    if value > most:
+        raise ConfigError(f"{name}={value} is too large; it must be at most {most}")
 
 
-def positive(name: str, value: float) -> None:
-    """Raise ConfigError for a number that is not finite and above zero."""
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name}={value} must be greater than 0")
-
-
-def duration(name: str, value: float) -> None:
-    """Raise ConfigError for a time in seconds that is not in (0, `MAX_SECONDS`]."""
-    positive(name, value)
-    # Longer waits raise OverflowError in threads, and gRPC's deadlines wrap around.
-    if value > MAX_SECONDS:
-        raise ConfigError(f"{name}={value} is too large; it must be at most {MAX_SECONDS} seconds")
-
-
-def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError for a number outside of [low, high)."""
-    # NaN fails this comparison too.
-    if not low <= value < high:
-        raise ConfigError(f"{name}={value} is out of range; it must be in [{low}, {high})")
+def _up_to(most: float) -> str:
+    return f" and at most {most}" if math.isfinite(most) else ""
 
 
 def parsed_codec(field: str, text: str) -> tuple[str, str]:

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import at_least, one_of, positive
+from fedsplit.spec.checks import AtLeast, Each, OneOf, Positive, check_fields
 
 POLICIES = ("sync", "async", "quorum")
 """The names of the policies."""
@@ -15,55 +15,55 @@ POLICIES = ("sync", "async", "quorum")
 class PolicySpec:
     """The policy that decides when the trunk steps and when a round closes.
 
-    `sync` waits for all clients, `quorum` for `quorum` of them (a count if it is at least 1, else
-    a fraction), and `async` for no client. At the trunk, a barrier waits at most `deadline_s`
-    seconds after its first contribution. A round closes at most `round_deadline_s` seconds after
-    it began; a reply that arrives later is merged into a later round.
+    A contribution is a gradient at the trunk, or client weights at the server. It is stale if it
+    was computed from an earlier version of the parameters.
 
-    A contribution (a gradient at the trunk, client weights at the server) that is `s` versions
-    old has the weight `discount_of(s)`, and is refused if `s` is above `max_staleness`. With
-    `late=refuse`, the trunk of a quorum refuses every stale gradient. In `async`, client weights
-    are mixed into those of the server with weight `mixing` times the discount (FedAsync),
-    `buffer` of them at a time (FedBuff).
-
-    `sim_slowdown` simulates machines of different speed: for each client that it names, the
-    factor by which its machine is slower than a normal one. The trunk then has a virtual clock,
-    on which a step of a normal machine takes one second, and handles requests in the order of
-    that clock, so the run is reproducible under any policy. All times above are then in virtual
-    seconds.
+    Attributes:
+        kind: The clients that a trunk step and a round wait for: all (sync), policy.quorum of
+            them (quorum), or none (async).
+        deadline_s (seconds): The longest wait of a trunk step after its first contribution.
+        round_deadline_s (seconds): The longest time of a round. A reply that arrives later is
+            merged into a later round.
+        quorum (clients): The size of a quorum: a count if it is at least 1, else a fraction.
+        late: What the trunk of a quorum does with a stale gradient.
+        discount: How the weight of a contribution falls with its age of s versions: not at all
+            (constant), as (s + 1) ** -discount_a (polynomial), or as
+            1 / (discount_a * (s - discount_b) + 1) from discount_b versions on (hinge).
+        discount_a: The strength of the discount.
+        discount_b (versions): The age at which the discount of hinge begins.
+        max_staleness (versions): The age above which a contribution is refused.
+        mixing: The weight, before the discount, with which async mixes client weights into those
+            of the server (FedAsync).
+        buffer (replies): The number of client weights that async mixes at a time (FedBuff).
+        sim_slowdown: Simulates machines of different speed: for each client that it names, such
+            as client-0, the factor by which its machine is slower than a normal one. The trunk
+            then has a virtual clock, on which a step of a normal machine takes one second, and
+            handles requests in its order, so that the run is reproducible under any policy. The
+            times of the policy are then in virtual seconds.
     """
 
-    kind: str = "sync"
-    deadline_s: float = 30.0
-    round_deadline_s: float = 3600.0
-    quorum: float = 0.8
-    late: str = "discount"
-    discount: str = "polynomial"
-    discount_a: float = 0.5
-    discount_b: float = 4.0
-    max_staleness: int = 32
-    mixing: float = 0.6
-    buffer: int = 1
-    sim_slowdown: dict[str, float] = field(default_factory=dict, hash=False)
+    kind: Annotated[str, OneOf(*POLICIES)] = "sync"
+    deadline_s: Annotated[float, Positive()] = 30.0
+    round_deadline_s: Annotated[float, Positive()] = 3600.0
+    quorum: Annotated[float, Positive()] = 0.8
+    late: Annotated[str, OneOf("discount", "refuse")] = "discount"
+    discount: Annotated[str, OneOf("constant", "polynomial", "hinge")] = "polynomial"
+    discount_a: Annotated[float, AtLeast(0)] = 0.5
+    discount_b: Annotated[float, AtLeast(0)] = 4.0
+    max_staleness: Annotated[int, AtLeast(0)] = 32
+    mixing: Annotated[float, Positive(most=1)] = 0.6
+    buffer: Annotated[int, AtLeast(1)] = 1
+    sim_slowdown: Annotated[dict[str, float], Each(AtLeast(1))] = field(
+        default_factory=dict, hash=False
+    )
 
     def __post_init__(self) -> None:
-        one_of("policy", self.kind, POLICIES)
-        one_of("policy.late", self.late, ("discount", "refuse"))
-        one_of("policy.discount", self.discount, ("constant", "polynomial", "hinge"))
-        for name in ("deadline_s", "round_deadline_s", "quorum"):
-            positive(f"policy.{name}", getattr(self, name))
+        check_fields(self, "policy")
         # From 1 on it is a count of clients.
         if self.quorum > 1 and self.quorum != int(self.quorum):
             raise ConfigError(
                 f"policy.quorum={self.quorum} is neither a fraction (below 1) nor a whole number"
             )
-        for name in ("discount_a", "discount_b", "max_staleness"):
-            at_least(f"policy.{name}", getattr(self, name), 0)
-        at_least("policy.buffer", self.buffer, 1)
-        if not 0 < self.mixing <= 1:
-            raise ConfigError(f"policy.mixing={self.mixing} is out of range; it must be in (0, 1]")
-        for client, factor in self.sim_slowdown.items():
-            at_least(f"policy.sim_slowdown of {client}", factor, 1)
 
     def quorum_of(self, num_clients: int) -> int:
         """Return the number of clients, out of `num_clients`, that a step or a round waits for.
@@ -98,16 +98,18 @@ class PolicySpec:
 class ClientWeightsSpec:
     """The treatment of client weights: aggregated by a Flower strategy, or personal.
 
-    `strategy` is the import path of any Flower strategy, and `options` are its arguments.
-    Personal parts (`personal`: bottom, top or both) never leave their client.
+    Attributes:
+        strategy: The import path of the Flower strategy that aggregates client weights.
+        options: The arguments of that strategy.
+        personal: The parts that never leave their client.
     """
 
     strategy: str = "flwr.serverapp.strategy.FedAvg"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    personal: str = "none"
+    personal: Annotated[str, OneOf("none", "bottom", "top", "both")] = "none"
 
     def __post_init__(self) -> None:
-        one_of("client_weights.personal", self.personal, ("none", "bottom", "top", "both"))
+        check_fields(self, "client_weights")
 
     def is_personal(self, place: str) -> bool:
         """Return whether the part `place`, bottom or top, never leaves its client."""
@@ -116,6 +118,10 @@ class ClientWeightsSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategySpec:
-    """The training method: the import path of a Flower strategy for split models."""
+    """The training method.
+
+    Attributes:
+        target: The import path of a Flower strategy for split models.
+    """
 
     target: str = "strategies.SplitFedV2"

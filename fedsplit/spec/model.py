@@ -2,30 +2,33 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import at_least, one_of, within
+from fedsplit.spec.checks import AtLeast, OneOf, Within, check_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSpec:
-    """The number of blocks of each part; `trunk=0` stands for all the other blocks.
+    """The number of blocks of each part.
 
     >>> SplitSpec.parse("1/2/1").cut(4)
     (1, 3)
     >>> SplitSpec.parse("2/*/1").cut(12)
     (2, 11)
+
+    Attributes:
+        bottom (blocks): The first blocks, which the client has.
+        trunk (blocks): The blocks of the trunk (0: all the other blocks).
+        top (blocks): The last blocks, which the client has.
     """
 
-    bottom: int = 1
-    trunk: int = 0
-    top: int = 1
+    bottom: Annotated[int, AtLeast(1)] = 1
+    trunk: Annotated[int, AtLeast(0)] = 0
+    top: Annotated[int, AtLeast(1)] = 1
 
     def __post_init__(self) -> None:
-        at_least("split.bottom", self.bottom, 1)
-        at_least("split.trunk", self.trunk, 0)
-        at_least("split.top", self.top, 1)
+        check_fields(self, "split")
 
     @staticmethod
     def parse(text: str) -> "SplitSpec":
@@ -76,30 +79,30 @@ class SplitSpec:
 class ModelSpec:
     """A checkpoint to start from, or the family and config of a model from scratch.
 
-    `pretrained` is a hub id or a local directory and takes precedence over `family`; `config` has
-    fields of the family's own Hugging Face config.
-
-    `attention` is an implementation of transformers, or `auto` for the fastest of
-    flash_attention_2, sdpa and eager that the family, the device and the precision allow. With
-    `autocast`, weights and the tensors on the wire keep `dtype`, and matrix products of training
-    and evaluation use the smaller type; `auto` is bfloat16 on devices that support it and float16
-    on others, and each side chooses for its own device. If either side uses float16, losses are
-    scaled.
+    Attributes:
+        pretrained: The hub id or local directory of a checkpoint. It takes precedence over
+            model.family.
+        revision: The branch, tag or commit of a hub id.
+        family: The model type in transformers of a model from scratch, such as llama.
+        config: Fields of the family's own Hugging Face config, for a model from scratch.
+        attention: The implementation of attention in transformers. auto is the fastest of
+            flash_attention_2, sdpa and eager that the family, the device and the precision allow.
+        dtype: The type of weights and of the tensors on the wire.
+        autocast: The smaller type of matrix products in training and evaluation. auto is bfloat16
+            on devices that support it and float16 on others, and each side chooses for its own
+            device. If either side uses float16, losses are scaled.
     """
 
     pretrained: str = ""
     revision: str = "main"
     family: str = "gpt2"
     config: dict[str, Any] = field(default_factory=dict, hash=False)
-    attention: str = "sdpa"
-    dtype: str = "float32"
-    autocast: str = "off"
+    attention: Annotated[str, OneOf("auto", "flash_attention_2", "sdpa", "eager")] = "sdpa"
+    dtype: Annotated[str, OneOf("float32", "bfloat16", later=("float16",))] = "float32"
+    autocast: Annotated[str, OneOf("off", "auto", "bfloat16", "float16")] = "off"
 
     def __post_init__(self) -> None:
-        attentions = ("auto", "flash_attention_2", "sdpa", "eager")
-        one_of("model.attention", self.attention, attentions)
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16"), later=("float16",))
-        one_of("model.autocast", self.autocast, ("off", "auto", "bfloat16", "float16"))
+        check_fields(self, "model")
         if not self.pretrained and not self.family:
             raise ConfigError("model.pretrained and model.family are both empty; set one of them")
 
@@ -111,25 +114,30 @@ class ModelSpec:
 class LoraSpec:
     """LoRA adapters in place of full training.
 
-    `targets` names the modules that get an adapter, with commas. As in peft, it may also be
-    `all-linear` (all linear layers but the head) or a regular expression for full names in the
-    unsplit model; `auto` is peft's default for the family. Only the parts whose flag is true get
-    adapters.
+    Attributes:
+        enabled: Whether adapters train in place of all weights.
+        rank: The rank of the adapters' matrices.
+        alpha: The scale of the adapters, which are multiplied by alpha / rank.
+        dropout: The probability of dropout before an adapter.
+        targets: The names of the modules that get an adapter, with commas. As in peft, the
+            value may also be all-linear (all linear layers but the head) or a regular expression
+            for full names in the unsplit model; auto is peft's default for the family.
+        bottom: Whether the bottom gets adapters.
+        trunk: Whether the trunk gets adapters.
+        top: Whether the top gets adapters.
     """
 
     enabled: bool = False
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
+    rank: Annotated[int, AtLeast(1)] = 8
+    alpha: Annotated[int, AtLeast(1)] = 16
+    dropout: Annotated[float, Within(0.0, 1.0)] = 0.0
     targets: str = "auto"
     bottom: bool = True
     trunk: bool = True
     top: bool = True
 
     def __post_init__(self) -> None:
-        at_least("lora.rank", self.rank, 1)
-        at_least("lora.alpha", self.alpha, 1)
-        within("lora.dropout", self.dropout, 0.0, 1.0)
+        check_fields(self, "lora")
         if self.enabled and not (self.bottom or self.trunk or self.top):
             raise ConfigError(
                 "lora.bottom, lora.trunk and lora.top are all false: nothing would train"

@@ -6,10 +6,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Annotated, Any
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import at_least, duration, one_of, parsed_codec, positive
+from fedsplit.spec.checks import (
+    DURATION,
+    AtLeast,
+    Codec,
+    Matching,
+    OneOf,
+    Positive,
+    check_fields,
+)
 from fedsplit.spec.data import TASKS, DataSpec, ShardingSpec
 from fedsplit.spec.federation import ClientWeightsSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
@@ -27,20 +35,30 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireSpec:
-    """The stream between client and trunk. Times are in seconds, sizes in bytes.
+    """The stream between client and trunk: addresses, TLS, codecs and limits.
 
-    `bind` is the address on which the trunk server listens (port 0 picks a free port), and
-    `advertise` the address that clients call, if it differs. TLS needs `tls_cert` and `tls_key`
-    at the server; clients trust `tls_ca`. `call_deadline_s` bounds one call, and `budget_s` one
-    call with all its retries. The server stores at most `stash_bytes` of activations that wait
-    for their backward, each for at most `stash_ttl_s`.
+    The codecs and the history decide numbers; addresses, TLS, times and the stash do not.
 
-    `up` and `down` are the codecs of hidden states, `grad_up` and `grad_down` those of their
-    gradients: none, bf16, fp16, int8 or int4 (both with an optional `:stochastic`), topk:FRACTION,
-    randtopk:FRACTION or huffman:STEP. With `history_bytes` above 0, each side stores so many bytes
-    of the last hidden states of a client's examples, and the wire carries the difference to them.
-    `client_weights` is the codec of the client weights that Flower carries, in both directions:
-    none, fp16 or int8. All of these decide numbers; addresses, TLS, times and the stash do not.
+    Attributes:
+        bind: The address on which the trunk server listens: host:port, where port 0 picks a free
+            one, or unix:path.
+        advertise: The address that clients call, if it differs from wire.bind.
+        tls_cert: The PEM file of the server's certificate chain; wire.tls_key goes with it.
+        tls_key: The PEM file of the server's key.
+        tls_ca: The PEM file of the authority that clients trust.
+        insecure: Whether other machines may connect without TLS.
+        up: The codec of the hidden states that the client sends.
+        down: The codec of the hidden states that the trunk sends.
+        history_bytes (bytes): The most that each side stores of the last hidden states of a
+            client's examples, so that the wire carries the difference to them (0: none).
+        grad_up: The codec of the gradients that the client sends.
+        grad_down: The codec of the gradients that the trunk sends.
+        client_weights: The codec of the client weights that Flower carries, in both directions.
+        call_deadline_s (seconds): The longest time of one call.
+        budget_s (seconds): The longest time of one call with all its retries.
+        stash_ttl_s (seconds): The longest time that the trunk stores activations that wait for
+            their backward.
+        stash_bytes (bytes): The most memory for activations that wait for their backward.
     """
 
     bind: str = "127.0.0.1:0"
@@ -49,30 +67,24 @@ class WireSpec:
     tls_key: str = ""
     tls_ca: str = ""
     insecure: bool = False
-    up: str = "none"
-    down: str = "none"
-    history_bytes: int = 0
-    grad_up: str = "none"
-    grad_down: str = "none"
-    client_weights: str = "none"
-    call_deadline_s: float = 120.0
-    budget_s: float = 300.0
-    stash_ttl_s: float = 300.0
-    stash_bytes: int = 4 << 30
+    up: Annotated[str, Codec()] = "none"
+    down: Annotated[str, Codec()] = "none"
+    history_bytes: Annotated[int, AtLeast(0)] = 0
+    grad_up: Annotated[str, Codec()] = "none"
+    grad_down: Annotated[str, Codec()] = "none"
+    client_weights: Annotated[str, OneOf("none", "fp16", "int8")] = "none"
+    call_deadline_s: Annotated[float, DURATION] = 120.0
+    budget_s: Annotated[float, DURATION] = 300.0
+    stash_ttl_s: Annotated[float, DURATION] = 300.0
+    stash_bytes: Annotated[int, Positive()] = 4 << 30
 
     def __post_init__(self) -> None:
-        for name in ("up", "down", "grad_up", "grad_down"):
-            parsed_codec(f"wire.{name}", getattr(self, name))
-        one_of("wire.client_weights", self.client_weights, ("none", "fp16", "int8"))
-        at_least("wire.history_bytes", self.history_bytes, 0)
+        check_fields(self, "wire")
         if self.history_bytes and "none" in (self.up, self.down):
             raise ConfigError(
                 f"wire.history_bytes is for what is compressed, but wire.up={self.up} and "
                 f"wire.down={self.down}; set both, or wire.history_bytes=0"
             )
-        for name in ("call_deadline_s", "budget_s", "stash_ttl_s"):
-            duration(f"wire.{name}", getattr(self, name))
-        positive("wire.stash_bytes", self.stash_bytes)
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("wire.tls_cert and wire.tls_key go together; set both or neither")
         if not (self.is_local or self.tls_cert or self.insecure):
@@ -97,43 +109,48 @@ class WireSpec:
 class LaunchSpec:
     """The processes and devices of a run; they change no number of it.
 
-    `workers` is the number of simulated clients that work at once (0: all of them), and `run_dir`
-    the folder that has one folder per run. `start_timeout_s` bounds the wait for the first node.
-    `trunk_device` is the torch device of the server's trunk: one, several with commas, or `auto`
-    for all GPUs. `client_device` is that of clients whose node config names none.
+    Attributes:
+        kind: Where the run takes place: in this process (inline), or on a SuperLink (flwr).
+        workers (clients): The simulated clients that work at once (0: all of them).
+        run_dir: The folder that has one folder per run.
+        start_timeout_s (seconds): The longest wait for the first node.
+        trunk_device: The torch device of the server's trunk: one, several with commas, or auto
+            for all GPUs.
+        client_device: The torch device of clients whose node config names none.
     """
 
-    kind: str = "inline"
-    workers: int = 0
+    kind: Annotated[str, OneOf("inline", "flwr")] = "inline"
+    workers: Annotated[int, AtLeast(0)] = 0
     run_dir: str = "runs"
-    start_timeout_s: float = 120.0
+    start_timeout_s: Annotated[float, DURATION] = 120.0
     trunk_device: str = "cpu"
     client_device: str = "cpu"
 
     def __post_init__(self) -> None:
-        one_of("launch", self.kind, ("inline", "flwr"))
-        at_least("launch.workers", self.workers, 0)
-        duration("launch.start_timeout_s", self.start_timeout_s)
+        check_fields(self, "launch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepSpec:
     """An experiment of several runs: each variant with each seed, on top of the run's settings.
 
-    `variants` are overrides by name, as on the command line: `{slow: "policy=sync seed=3"}`.
-    Their result is a table, to which a `kind` other than `compare` adds figures of its own; the
-    kind `memory` trains nothing. `at_once` runs work at a time (0: one for each core).
+    Attributes:
+        kind: The table of the results. Kinds other than compare add figures of their own, and
+            memory trains nothing.
+        at_once (runs): The runs that work at a time (0: one for each core).
+        variants: Overrides by name, as on the command line: {slow: "policy=sync seed=3"}.
+        seeds: The seeds of each variant.
     """
 
-    kind: str = "compare"
-    at_once: int = 0
+    kind: Annotated[str, OneOf("compare", "convergence", "straggler", "noniid", "memory")] = (
+        "compare"
+    )
+    at_once: Annotated[int, AtLeast(0)] = 0
     variants: dict[str, str] = field(default_factory=dict, hash=False)
     seeds: list[int] = field(default_factory=list, hash=False)
 
     def __post_init__(self) -> None:
-        kinds = ("compare", "convergence", "straggler", "noniid", "memory")
-        one_of("sweep.kind", self.kind, kinds)
-        at_least("sweep.at_once", self.at_once, 0)
+        check_fields(self, "sweep")
         for name in self.variants:
             if not NAME_PATTERN.fullmatch(name):
                 raise ConfigError(f"sweep.variants: {name!r} must be of A-Z a-z 0-9 _ - only")
@@ -229,25 +246,33 @@ _CONFLICTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """All settings of one run.
+    """All settings of one run; each group of them has a class of its own.
 
     All of them decide its numbers, except `name`, `launch`, `resume`, `sweep`, `generation` and
     the addresses, TLS files, times and stash of `wire`.
 
-    `task` is the task of the model's head. `baseline` replaces split learning by a method to
-    compare it with: the unsplit model on all data (`central`), FedAvg of whole models (`fedavg`),
-    or each client alone (`local`). `resume` continues the run in a folder; `auto` continues the
-    latest interrupted run of this name, if there is one.
-
     >>> RunSpec(seed=1).fingerprint == RunSpec(seed=1, name="again").fingerprint
     True
+
+    Attributes:
+        name: The name of the run and of its folder.
+        seed: The seed of all random numbers of the run.
+        clients (clients): The number of clients.
+        task: The task of the model's head.
+        baseline: A method to compare split learning with, in place of it: the unsplit model on
+            all data (central), FedAvg of whole models (fedavg), or each client alone (local).
+        resume: The folder of a run to continue; auto continues the latest interrupted run of this
+            name, if there is one.
     """
 
-    name: str = "default"
-    seed: int = 0
-    clients: int = 4
-    task: str = "causal_lm"
-    baseline: str = "none"
+    name: Annotated[str, Matching(NAME_PATTERN, "1 to 64 of the characters A-Z a-z 0-9 _ -")] = (
+        "default"
+    )
+    # NumPy's generators refuse negative seeds, and torch's those of more than 64 bits.
+    seed: Annotated[int, AtLeast(0, most=(1 << 64) - 1)] = 0
+    clients: Annotated[int, AtLeast(1)] = 4
+    task: Annotated[str, OneOf(*TASKS)] = "causal_lm"
+    baseline: Annotated[str, OneOf("none", "central", "fedavg", "local")] = "none"
     resume: str = ""
     model: ModelSpec = field(default_factory=ModelSpec)
     split: SplitSpec = field(default_factory=SplitSpec)
@@ -264,17 +289,7 @@ class RunSpec:
     sweep: SweepSpec = field(default_factory=SweepSpec)
 
     def __post_init__(self) -> None:
-        if not NAME_PATTERN.fullmatch(self.name):
-            raise ConfigError(
-                f"name={self.name!r} must be 1 to 64 of the characters A-Z a-z 0-9 _ -"
-            )
-        # NumPy's generators refuse negative seeds, and torch's those of more than 64 bits.
-        at_least("seed", self.seed, 0)
-        if self.seed >= 1 << 64:
-            raise ConfigError(f"seed={self.seed} is too large; it must be at most {(1 << 64) - 1}")
-        at_least("clients", self.clients, 1)
-        one_of("task", self.task, TASKS)
-        one_of("baseline", self.baseline, ("none", "central", "fedavg", "local"))
+        check_fields(self)
         for conflict in _CONFLICTS:
             conflict.check(self)
         # The virtual clock stops at the next event of a client that waits for a free worker.

@@ -2,106 +2,106 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import at_least, one_of, positive, within
+from fedsplit.spec.checks import AtLeast, OneOf, Positive, Within, check_fields
 
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 """Optimizers that need bitsandbytes."""
 
-_MODES = ("off", "default", "max-autotune-no-cudagraphs")
 # A CUDA graph overwrites its last output, but several outputs wait for their backward here.
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+_COMPILE = OneOf("off", "default", "max-autotune-no-cudagraphs", later=_WITH_CUDA_GRAPHS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:
     """The training settings of a run; clients and trunk use the same ones.
 
-    `batch_size` is in sequences and `accumulation` in batches per optimizer step. Each batch is
-    cut into `micro_batches` pieces, and the three parts process different pieces at the same
-    time; the step is the same, up to the rounding of sums. A client takes `local_steps` optimizer
-    steps per round, or `local_epochs` epochs over its data if that is above 0. Over the whole run
-    it takes at most `max_steps` steps (0: no limit), which then is also the length of the
-    schedule.
-
-    `clip_norm` is the largest norm of the gradient, over all three parts (`clip=global`) or over
-    the client's parts and the trunk separately (`clip=parts`); 0 turns clipping off. `momentum`
-    is for SGD. Weight decay applies to matrices only. `adamw_8bit` stores its moments in 8 bits
-    (extra `optimizers`), and `paged_adamw_8bit` stores them in memory that is paged out to the
-    CPU when the GPU is short of memory.
-
-    `mode` selects the parts that train: `joint` trains all three; `frozen_trunk` trains bottom
-    and top with gradients that pass through a constant trunk; `isolated` trains the top on the
-    trunk's outputs and the bottom on an auxiliary head, and no gradient passes through the trunk.
-    `trunk_steps` is the number of steps that the trunk takes per step of the clients, from stored
-    activations.
-
-    `checkpointing` names the parts that store only the inputs of their blocks for the backward
-    and compute the rest again: `none`, `trunk`, `client` (bottom and top) or `all`; it changes no
-    number. `compile_client` and `compile_trunk` are modes of `torch.compile`, or `off`; if it
-    fails, the part logs that once and trains without it.
-
-    The trunk runs the calls of up to `clients_per_pass` clients, if they have one shape, through
-    its blocks at once; a call waits at most `max_queue_delay_s` seconds for others.
-
-    Held-out loss is measured every `evaluate_every` rounds and in the last one. Training stops
-    early after `patience` measured rounds without improvement (0: never), `load_best` makes the
-    best of them the result, and every `save_every` rounds (0: never) a checkpoint is written that
-    `resume` can continue from.
+    Attributes:
+        rounds (rounds): The number of rounds. Client weights are aggregated after each of them.
+        local_steps (steps): The optimizer steps that a client takes in a round.
+        local_epochs (epochs): The epochs over its data that a client takes in a round, in place of
+            train.local_steps (0: not used).
+        max_steps (steps): The most optimizer steps of a client over the whole run, which then is
+            also the length of the schedule (0: no limit).
+        batch_size (sequences): The size of a batch.
+        accumulation (batches): The number of batches per optimizer step.
+        micro_batches (pieces): The pieces that a batch is cut into. The three parts process
+            different pieces at the same time; the step is the same, up to the rounding of sums.
+        optimizer: The optimizer. adamw_8bit stores its moments in 8 bits (extra optimizers), and
+            paged_adamw_8bit stores them in memory that is paged out to the CPU when the GPU is
+            short of memory.
+        lr: The learning rate after the warm-up.
+        beta1: The decay of Adam's first moment.
+        beta2: The decay of Adam's second moment.
+        eps: The term that Adam adds to its denominator.
+        momentum: The momentum of sgd.
+        weight_decay: The weight decay, which applies to matrices only.
+        label_smoothing: The share of the target that is spread over all tokens or classes.
+        clip_norm: The largest norm of the gradient (0: no clipping).
+        clip: The gradients that train.clip_norm bounds: of all three parts together (global), or
+            of the client's parts and of the trunk separately (parts).
+        schedule: The learning rate after the warm-up: constant, or falling to 0 at the last step,
+            linearly or along half a cosine.
+        warmup_steps (steps): The first steps, over which the learning rate rises linearly.
+        mode: The parts that train. joint trains all three; frozen_trunk trains bottom and top
+            with gradients that pass through a constant trunk; isolated trains the top on the
+            trunk's outputs and the bottom on an auxiliary head, and no gradient passes through
+            the trunk.
+        trunk_steps (steps): The steps that the trunk takes per step of the clients, from stored
+            activations.
+        evaluate_every (rounds): The rounds from one measurement of the held-out loss to the next.
+            It is measured in the last round too.
+        patience (measurements): The measured rounds without improvement after which training
+            stops (0: it does not stop early).
+        load_best: Whether the best measured round is the result, and not the last one.
+        save_every (rounds): The rounds from one checkpoint, which resume continues from, to the
+            next (0: no checkpoints).
+        checkpointing: The parts that store only the inputs of their blocks for the backward and
+            compute the rest again; client is bottom and top. It changes no number.
+        compile_client: The mode of torch.compile for bottom and top. If it fails, the part logs
+            that once and trains without it.
+        compile_trunk: The mode of torch.compile for the trunk.
+        clients_per_pass (clients): The most clients whose calls, if they have one shape, the
+            trunk runs through its blocks at once.
+        max_queue_delay_s (seconds): The longest wait of a call for those of other clients.
     """
 
-    rounds: int = 16
-    local_steps: int = 15
-    local_epochs: float = 0.0
-    max_steps: int = 0
-    batch_size: int = 8
-    accumulation: int = 1
-    micro_batches: int = 1
-    optimizer: str = "adamw"
-    lr: float = 3e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    clip_norm: float = 1.0
-    clip: str = "global"
-    schedule: str = "cosine"
-    warmup_steps: int = 40
-    mode: str = "joint"
-    trunk_steps: int = 1
-    evaluate_every: int = 1
-    patience: int = 0
+    rounds: Annotated[int, AtLeast(1)] = 16
+    local_steps: Annotated[int, AtLeast(1)] = 15
+    local_epochs: Annotated[float, AtLeast(0)] = 0.0
+    max_steps: Annotated[int, AtLeast(0)] = 0
+    batch_size: Annotated[int, AtLeast(1)] = 8
+    accumulation: Annotated[int, AtLeast(1)] = 1
+    micro_batches: Annotated[int, AtLeast(1)] = 1
+    optimizer: Annotated[str, OneOf("adamw", "adam", "sgd", *EIGHT_BIT)] = "adamw"
+    lr: Annotated[float, Positive()] = 3e-3
+    beta1: Annotated[float, Within(0.0, 1.0)] = 0.9
+    beta2: Annotated[float, Within(0.0, 1.0)] = 0.95
+    eps: Annotated[float, Positive()] = 1e-8
+    momentum: Annotated[float, Within(0.0, 1.0)] = 0.0
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    label_smoothing: Annotated[float, Within(0.0, 1.0)] = 0.0
+    clip_norm: Annotated[float, AtLeast(0)] = 1.0
+    clip: Annotated[str, OneOf("global", "parts")] = "global"
+    schedule: Annotated[str, OneOf("constant", "linear", "cosine")] = "cosine"
+    warmup_steps: Annotated[int, AtLeast(0)] = 40
+    mode: Annotated[str, OneOf("joint", "frozen_trunk", "isolated")] = "joint"
+    trunk_steps: Annotated[int, AtLeast(1)] = 1
+    evaluate_every: Annotated[int, AtLeast(1)] = 1
+    patience: Annotated[int, AtLeast(0)] = 0
     load_best: bool = False
-    save_every: int = 0
-    checkpointing: str = "none"
-    compile_client: str = "off"
-    compile_trunk: str = "off"
-    clients_per_pass: int = 1
-    max_queue_delay_s: float = 0.2
+    save_every: Annotated[int, AtLeast(0)] = 0
+    checkpointing: Annotated[str, OneOf("none", "trunk", "client", "all")] = "none"
+    compile_client: Annotated[str, _COMPILE] = "off"
+    compile_trunk: Annotated[str, _COMPILE] = "off"
+    clients_per_pass: Annotated[int, AtLeast(1)] = 1
+    max_queue_delay_s: Annotated[float, Positive()] = 0.2
 
     def __post_init__(self) -> None:
-        counts = ("rounds", "local_steps", "batch_size", "accumulation", "micro_batches")
-        for name in (*counts, "trunk_steps", "clients_per_pass"):
-            at_least(f"train.{name}", getattr(self, name), 1)
-        one_of("train.optimizer", self.optimizer, ("adamw", "adam", "sgd", *EIGHT_BIT))
-        one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
-        one_of("train.clip", self.clip, ("global", "parts"))
-        one_of("train.mode", self.mode, ("joint", "frozen_trunk", "isolated"))
-        one_of("train.checkpointing", self.checkpointing, ("none", "trunk", "client", "all"))
-        for name in ("compile_client", "compile_trunk"):
-            one_of(f"train.{name}", getattr(self, name), _MODES, later=_WITH_CUDA_GRAPHS)
-        positive("train.lr", self.lr)
-        positive("train.eps", self.eps)
-        positive("train.max_queue_delay_s", self.max_queue_delay_s)
-        for name in ("beta1", "beta2", "momentum", "label_smoothing"):
-            within(f"train.{name}", getattr(self, name), 0.0, 1.0)
-        bounds = ("local_epochs", "max_steps", "warmup_steps", "patience", "save_every")
-        for name in ("weight_decay", "clip_norm", *bounds):
-            at_least(f"train.{name}", getattr(self, name), 0)
-        at_least("train.evaluate_every", self.evaluate_every, 1)
+        check_fields(self, "train")
         # lr_at needs the total number of steps, except for a constant rate.
         if self.local_epochs and not self.max_steps and self.schedule != "constant":
             raise ConfigError(

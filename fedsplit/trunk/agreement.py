@@ -9,6 +9,12 @@ from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.wire.messages import OpenRequest
 
+_TRAINED = (
+    ". The trunk has trained since, to version {version}, and its digest is still that of the "
+    "weights that it started from. A client of a joined model has others: build it from the "
+    "trunk's start, and load its trained weights with load_state_dict"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
@@ -40,10 +46,14 @@ class Agreement:
             identity=trunk.identity,
         )
 
-    def check(self, request: OpenRequest) -> None:
+    def check(self, request: OpenRequest, version: int) -> None:
         """Refuse a client that has another model, cut or run, or other weights.
 
         Clients that only evaluate or generate may be of any run.
+
+        Args:
+            request: The client's.
+            version: The version of the trunk's parameters, 0 before its first step.
 
         Raises:
             ModelMismatch: The message names what differs, with both values.
@@ -56,7 +66,8 @@ class Agreement:
             fingerprint = self.run.fingerprint
             _require_same("run configuration (fingerprint)", request.config, fingerprint, settings)
         if found := misfit(request.identity, self.identity):
-            raise ModelMismatch(found)
+            trained = _TRAINED.format(version=version) if version else ""
+            raise ModelMismatch(f"{found}{trained}")
 
 
 def _require_same(

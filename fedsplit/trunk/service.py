@@ -226,7 +226,7 @@ class TrunkService:
             )
         if request.client != client:
             raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
-        self._agreement.check(request)
+        self._agreement.check(request, self.engine.version)
         if request.cache_tokens > self.limits.session_tokens:
             raise TooLarge(
                 f"a cache of {request.cache_tokens} tokens was asked for; a session of this trunk "

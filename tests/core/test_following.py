@@ -1,6 +1,7 @@
 """Loops that are not ours over a remote trunk, against the same loop on the unsplit model."""
 
 import copy
+import pickle
 import warnings
 from dataclasses import replace
 
@@ -354,6 +355,15 @@ def test_peft_trains_its_adapters_at_the_client_through_follow(tiny_llama, tmp_p
             with pytest.raises(CheckpointError, match="do not say with which version"):
                 trainer._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
         assert not same(here.trunk_weights(), before)
+
+
+def test_a_followed_model_is_not_pickled(tiny_llama):
+    with world(tiny_llama(), small_run()) as here:
+        alice = here.add("alice")
+        with alice.trunk.session(), alice.trunk.follow(sgd(alice.model.parameters())):
+            with pytest.raises(ConfigError, match="cannot be pickled meanwhile; save its"):
+                pickle.dumps(alice.model)
+        pickle.dumps(alice.model)
 
 
 # --- a trunk that nothing steps --------------------------------------------------------------

@@ -4,21 +4,22 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.errors import ConfigError, ModelMismatch
 from fedsplit.link import LocalLink
 from fedsplit.model import build_client, build_trunk, connect, join_model, split_model
 from fedsplit.model.checkpoint import join_checkpoint, split_checkpoint
-from fedsplit.model.identity import files_digest, misfit, model_fingerprint
+from fedsplit.model.identity import files_digest, misfit, model_fingerprint, tensors_digest
 from fedsplit.model.lora import add_adapters, load_adapter, save_adapter
-from fedsplit.model.source import Source
+from fedsplit.model.source import Source, on_meta
 from fedsplit.spec import LoraSpec, SplitSpec
 from fedsplit.trunk.service import TrunkService
 from simulations.families import random_model
-from tests.core.worlds import small_run, world
+from simulations.tiny import tiny_config
+from tests.core.worlds import batch, small_run, world
 
 SPLIT = SplitSpec.parse("1/2/1")
 RUN = small_run(split=SPLIT)
@@ -147,6 +148,43 @@ def test_a_client_of_another_model_in_memory_is_refused(tiny_llama):
         join_model(two.client, one.trunk)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "olmoe"])  # one is tied, the other has fused experts
+def test_a_model_in_memory_is_compared_with_its_files(family, tmp_path):
+    config = tiny_config(family, num_hidden_layers=4)
+    random_model(config).save_pretrained(tmp_path)
+    # Files of other programs have extra tensors, and tied ones twice.
+    tensors = load_file(tmp_path / "model.safetensors")
+    if family == "gpt2":
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    client = build_client(AutoConfig.from_pretrained(tmp_path), SPLIT, source=str(tmp_path))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    _opened(client, split_model(whole, SPLIT).trunk)
+    with torch.no_grad():
+        next(p for name, p in whole.named_parameters() if ".1." in name).add_(0.01)
+    with pytest.raises(ModelMismatch, match="the weights differ: the digest of a sample of each"):
+        _opened(client, split_model(whole, SPLIT).trunk)
+
+
+def test_a_client_of_the_joined_model_of_a_run_is_told_of_the_trunk_s_start(tiny_llama):
+    with world(tiny_llama()) as here:
+        ann = here.add("ann")
+        start = tensors_digest(join_model(ann.model, here.parts.trunk).state_dict())
+        ann.trainer.fit([[batch()]])
+        client = split_model(join_model(ann.model, here.parts.trunk), here.run.split).client
+        link = LocalLink(here.service, here.service.admit("bob"))
+        text = (
+            rf"and {start} at the trunk; .* has trained since, to version 1, .* build it from the "
+            "trunk's start, and load its trained weights with load_state_dict"
+        )
+        with pytest.raises(ModelMismatch, match=text):
+            RemoteTrunk(link, client, here.run, client="bob").open()
+        initial = here.add("cy")
+        initial.model.load_state_dict(client.state_dict())
+        initial.trunk.open()
+
+
 def test_parts_on_disk_know_all_weights_of_their_model(folders):
     made = {
         name: split_checkpoint(str(folders / name), SPLIT, folders / f"{name}-parts")
@@ -231,4 +269,5 @@ def test_a_source_without_the_trunk_s_shards_is_not_hashed(folders):
     config = LlamaConfig.from_pretrained(folders / "shards")
     for path in list((folders / "shards").glob("model-*"))[:1]:
         path.unlink()
-    assert Source(name=str(folders / "shards")).identity(config) == {}
+    whole = on_meta(LlamaForCausalLM, config)
+    assert Source(name=str(folders / "shards")).identity(config, whole) == {}

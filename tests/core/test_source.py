@@ -55,7 +55,17 @@ def _name_the_file(folder):
     _edit(folder / "config.json", transformers_weights="own.safetensors")
 
 
+def _mix_dtypes(folder):
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if ".layers.1." in name:
+            tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _edit(folder / "config.json", dtype=None)
+
+
 READ = {
+    "two dtypes, and none in the config": _mix_dtypes,
     "one file beside old shards": _leave_shards_of_another,
     "one file beside an old index": _leave_an_index,
     "shards with a wrong index": _mix_up_the_index,

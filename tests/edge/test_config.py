@@ -104,9 +104,9 @@ def test_override(overrides, fields):
 
 
 REFUSED = {
-    "policy.kind=eager": "policy='eager' is not one of: sync, async, quorum",
-    "policy=eager": "policy='eager' is not one of: sync, async, quorum",
-    "sharding=random": "sharding='random' is not one of: iid, natural, dirichlet",
+    "policy.kind=eager": "policy.kind='eager' is not one of: sync, async, quorum",
+    "policy=eager": "policy.kind='eager' is not one of: sync, async, quorum",
+    "sharding=random": "sharding.kind='random' is not one of: iid, natural, dirichlet",
     "wire.up=zip": "wire.up='zip' is not one of: none, bf16, fp16",
     "model=gpt2": "model=gpt2 is not one of: gpt2_124m, llama_1b, llama_7b, pretrained, tiny_bert, "
     "tiny_gpt2, tiny_llama, tiny_vit; or set one of its fields: model.pretrained",
@@ -232,7 +232,7 @@ def test_config_wins_over_keys():
 @pytest.mark.parametrize(
     ("run_config", "message"),
     [
-        ({"policy": "eager"}, "policy='eager' is not one of: sync, async, quorum"),
+        ({"policy": "eager"}, "policy.kind='eager' is not one of: sync, async, quorum"),
         ({"seed": True}, "seed=True must be a whole number"),
         ({"clients": 2.5}, "clients=2.5 must be a whole number"),
         ({"train.lr": 1.0}, "unknown keys train.lr; allowed: name, seed, .*overrides, config"),
@@ -431,7 +431,18 @@ def test_help_lists_every_group_and_option_and_three_examples(tmp_path):
         for file in OPTIONS:
             assert file.parent.name != group or file.stem in entry
     assert text.count("python -m simulations.run ") == 1 + 3
-    assert "strategy: flwr.serverapp.strategy.FedAvg" in text
+
+
+def test_help_describes_every_field_with_its_value_within_the_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = CommandLine.read(["--help", "train=sgd", "experiment=toy"]).help
+    fields = text.partition("\nFields ")[2]
+    assert re.findall(r"^  ([\w.]+)=", fields, re.MULTILINE) == list(field_names())
+    assert "\n  train.lr=0.1                  The learning rate" in text
+    assert "  launch.run_dir=runs " in text
+    assert f"{'':32}(a whole number of sequences, at least 1)\n" in text
+    assert "\n  client_weights.strategy=flwr.serverapp.strategy.FedAvg\n" in text
+    assert text.isascii() and max(map(len, text.splitlines())) <= 80
 
 
 # --- names of the last release ----------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Tables as text: aligned, whole, and nothing but what is in their cells."""
+"""Tables are aligned, whole, and nothing but what is in their cells; errors are one line."""
 
-from fedsplit.console import table_text
+from fedsplit.console import print_error, table_text
 
 ROWS = [("client", "bytes", "labels"), ("client-0", "1,024", "[red] b"), ("all", "2", "")]
 
@@ -21,3 +21,10 @@ def test_a_row_is_one_line_however_narrow_the_terminal(monkeypatch):
 
 def test_no_rows_are_no_text():
     assert table_text([]) == ""
+
+
+def test_an_error_is_one_line_that_names_what_failed(capsys):
+    error = RuntimeError("no room:\n  2 of 3 tensors")
+    print_error(error, debug=False, subject="job 1 (seed=2)")
+    told = "RuntimeError: no room: 2 of 3 tensors (--debug shows the traceback)"
+    assert capsys.readouterr().err == f"error: job 1 (seed=2): {told}\n"

@@ -189,7 +189,9 @@ def test_personal_parts_do_not_travel(tmp_path: Path, place: str) -> None:
         return reply
 
     run = spec_for(tmp_path, f"client_weights.personal={place}", "train.rounds=2", "train.lr=0.01")
-    first, last = federate(run, client_that(train=train)).rounds()
+    folder = federate(run, client_that(train=train))
+    first, last = folder.rounds()
+    assert not folder.sample.exists(), "a part of model/ is untrained"
     assert last.eval_loss < first.eval_loss
     assert (set(sent) == {0}) == (place == "both")
     assert (first.client_weights_bytes == 0) == (place == "both")

@@ -43,7 +43,9 @@ def folder(run: RunSpec) -> RunFolder:
 
 def test_a_run_leaves_what_the_readme_promises(run: RunSpec, folder: RunFolder) -> None:
     left = {path.name for path in folder.path.iterdir()}
-    assert left == {"run.json", "config.yaml", "metrics.jsonl", "loss.png", "model"}
+    assert left == {"run.json", "config.yaml", "metrics.jsonl", "loss.png", "model", "sample.txt"}
+    sample = (folder.path / "sample.txt").read_text(encoding="utf-8").strip()
+    assert f'sample of its text              "{sample}"' in folder.closing_table
     kept = from_yaml((folder.path / "config.yaml").read_text(encoding="utf-8"))
     assert (kept, kept.fingerprint) == (run, run.fingerprint)
 
@@ -149,7 +151,7 @@ def test_two_runs_at_once_print_and_leave_their_own(tmp_path: Path) -> None:
         folder = RunFolder(tmp_path / "runs" / name)
         assert rounds == [stats.line for stats in folder.rounds()]
         assert "last (round " in stdout
-        left = "config.yaml loss.png metrics.jsonl model/ run.json"
+        left = "config.yaml loss.png metrics.jsonl model/ run.json sample.txt"
         assert stdout.splitlines()[-4:] == [
             f"left in {folder.path}: {left}",
             f"compare it: fedsplit compare {folder.path} ANOTHER_RUN",
@@ -235,11 +237,13 @@ def test_a_run_ends_quietly_and_whole_when_nobody_reads_it_any_more(tmp_path: Pa
     assert 3 < rounds < 5000 and rounds - 1 <= folder.last_checkpoint <= rounds
 
 
-def test_help_lists_the_groups_with_examples() -> None:
-    code, stdout, stderr = start("--help").end()
-    assert (code, stderr) == (0, "")
+def test_help_lists_the_groups_with_examples_and_loads_no_torch() -> None:
+    code = "import sys, simulations.run as run; run.main(); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
     for (
         group
     ) in "model split lora data sharding train policy wire strategy launch experiment".split():
-        assert f"\n  {group} " in stdout
-    assert stdout.count("\n  python -m simulations.run ") == 3
+        assert f"\n  {group} " in shown.stdout
+    assert shown.stdout.count("\n  python -m simulations.run ") == 3

@@ -49,6 +49,7 @@ def main() -> None:
     if not passed:
         sys.exit("no test passes with whole models; pytest's output above says why")
     print(f"{asked.suite}: {passed} tests pass with whole models, {len(lost)} are lost\n")
+    print_counts(whole, lost)
     unexplained = print_table(lost)
     sys.exit(f"{unexplained} losses are not explained" if unexplained else 0)
 
@@ -86,15 +87,26 @@ def is_lost(whole: dict[str, Any], split: dict[str, Any] | None) -> bool:
     return whole["outcome"] == "passed" and split is not None and split["outcome"] == "failed"
 
 
+def print_counts(whole: Outcomes, lost: Outcomes) -> None:
+    """Print how many tests of each class of the suite pass, are lost, and are refused."""
+    print("| suite | pass with whole models | lost | of these refused |\n|---|---|---|---|")
+    for suite in sorted({name.partition("::")[0] for name in whole}):
+        passed = [n for n, o in whole.items() if f"{suite}::" in n and o["outcome"] == "passed"]
+        refused = [lost[name]["refused"] for name in passed if name in lost]
+        print(f"| {suite} | {len(passed)} | {len(refused)} | {sum(refused)} |")
+    print()
+
+
 def print_table(lost: Outcomes) -> int:
     """Print the lost tests, those of one cause together; return how many have no explanation."""
     causes: dict[tuple[str, str, str], int] = {}
     unexplained = 0
     for name, outcome in sorted(lost.items()):
-        test = re.split(r"\[|_\d\d_", name.rpartition("::")[2])[0]
+        test = re.split(r"\[|_\d+_(?=fp|bf)", name.rpartition("::")[2])[0]
         reason = "refused" if outcome["refused"] else EXPLAINED.get(test, "")
         unexplained += not reason
-        row = test, reason or "NOT EXPLAINED", f"{outcome['error']}: {outcome['text']}"[:160]
+        error = re.sub(r"/\S*/tmp\w{8}", "DIRECTORY", f"{outcome['error']}: {outcome['text']}")
+        row = test, reason or "NOT EXPLAINED", error[:160]
         causes[row] = causes.get(row, 0) + 1
     print("| test | times | why | error |\n|---|---|---|---|")
     for (test, reason, error), times in causes.items():

@@ -8,4 +8,8 @@ EXPLAINED = {
     "test_all_tensors_are_parameter_or_buffer": (
         "a part refers to the modules of the other part on the meta device, for their attributes"
     ),
+    "test_sliding_window_mask": "the test reads the attentions of all blocks; those of the trunk's "
+    "are None",
+    "test_eager_matches_batched_and_grouped_inference": "the test counts calls in this "
+    "process, and `set_experts_implementation` of the client leaves the trunk's blocks their own",
 }

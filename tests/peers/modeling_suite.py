@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
+from transformers_tests import test_modeling_common
 from transformers_tests.test_modeling_common import ModelTesterMixin
 
 from fedsplit.model import model_class_for
 from simulations.tiny import tiny_config
-from tests.peers.splitting import split_class
+from tests.peers.splitting import connected_copy, split_class
 
 FAMILIES = os.environ["PEERS_FAMILIES"].split(",")
 IS_SPLIT = os.environ["PEERS_MODELS"] == "split"
+# The suite compares copies of a model under two implementations of attention.
+test_modeling_common.deepcopy = connected_copy
 
 
 class ModelTester:

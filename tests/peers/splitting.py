@@ -1,5 +1,6 @@
 """Models of a family that are split as they are made, for suites that make models themselves."""
 
+import copy
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,14 @@ def client_of(whole: PreTrainedModel) -> ClientPart:
         connect(parts.client, trunk)
         weakref.finalize(parts.client, opening.pop_all().close)
     return parts.client
+
+
+def connected_copy(original: Any) -> Any:
+    """A copy; that of a client's part is connected to the trunk of the original."""
+    copied = copy.deepcopy(original)
+    if isinstance(original, ClientPart):
+        copied.remote.connection = original.remote.connection
+    return copied
 
 
 def split_class(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
