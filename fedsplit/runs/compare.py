@@ -127,7 +127,8 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 def grouped(runs: Iterable[Run]) -> list[Group]:
     """Group runs by all settings except the seed, and name each group by what differs.
 
-    Of two runs with equal settings, the last one counts.
+    If that is more than a few settings, each group has the name of its first run's folder. Of two
+    runs with equal settings, the last one counts.
     """
     # By JSON, since settings have lists and dicts, which cannot be keys.
     by_settings: dict[str, dict[int, Run]] = {}
@@ -135,10 +136,21 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
         by_settings.setdefault(json.dumps(_settings(run.spec)), {})[run.spec.seed] = run
     same = [[by_seed[seed] for seed in sorted(by_seed)] for by_seed in by_settings.values()]
     differing = differences([members[0].spec for members in same])
-    return [
-        Group(name=_words(settings) or members[0].spec.name, runs=members)
-        for settings, members in zip(differing, same, strict=True)
-    ]
+    pairs = zip(differing, same, strict=True)
+    names = [_words(settings) or members[0].spec.name for settings, members in pairs]
+    if any(len(settings) > _MOST_SETTINGS for settings in differing):
+        names = _folder_names([members[0].path for members in same])
+    return [Group(name=name, runs=members) for name, members in zip(names, same, strict=True)]
+
+
+_MOST_SETTINGS = 4
+"""With more settings, a row's name would be wider than the table and the legend of the plot."""
+
+
+def _folder_names(paths: Sequence[Path]) -> list[str]:
+    names = [path.name for path in paths]
+    # Runs in folders of their own may have one name.
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _words(settings: dict[str, Any]) -> str:

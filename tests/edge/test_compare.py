@@ -71,6 +71,15 @@ def test_rows_are_named_by_what_differs(leave: Leave) -> None:
     ]
 
 
+def test_rows_that_differ_in_many_settings_are_named_by_their_runs(leave: Leave) -> None:
+    data = DataSpec(sequence_length=64, held_out=0.2, vocabulary=300, special_tokens="none")
+    paths = [leave("a", SYNC, [1.0]), leave("b", replace(ASYNC, data=data), [1.0])]
+    assert [group.name for group in grouped(read_runs(paths))] == ["a", "b"]
+    other = leave("c/a", replace(ASYNC, data=data), [1.0])
+    names = [group.name for group in grouped(read_runs([paths[0], other]))]
+    assert names == [str(paths[0]), str(other)]
+
+
 def test_a_run_that_was_repeated_counts_once(leave: Leave) -> None:
     paths = [leave("a", SYNC, [1.0]), leave("b", SYNC, [3.0])]
     (row,) = rows_of(grouped(read_runs([*paths, paths[0]])))
