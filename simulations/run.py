@@ -8,6 +8,7 @@ python -m simulations.run --help
 
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -83,7 +84,7 @@ def main() -> None:
         # Found in the file system, because jobs may run in other processes.
         new = _folders(line.runs) - before
         if line.is_sweep and len(new) > 1:
-            print(f"\ncompare them: fedsplit compare {' '.join(sorted(new))}", flush=True)
+            print(f"\ncompare them: fedsplit compare {shlex.join(sorted(new))}", flush=True)
 
 
 def _folders(runs: Sequence[RunSpec]) -> set[str]:

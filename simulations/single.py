@@ -4,6 +4,7 @@ The modules that train are imported only for a run in this process, because impo
 """
 
 import logging
+import shlex
 import signal
 import sys
 import threading
@@ -67,10 +68,11 @@ def _why_renamed(asked: RunSpec, folder: RunFolder) -> str:
 
 
 def _next_commands(run: RunSpec, folder: RunFolder) -> str:
-    words = [f"compare it: fedsplit compare {folder.path} ANOTHER_RUN"]
+    path = shlex.quote(str(folder.path))
+    words = [f"compare it: fedsplit compare {path} ANOTHER_RUN"]
     if run.task == "causal_lm" and run.baseline == "none":
-        words.append(f"generate with it: fedsplit serve {folder.path}")
-        words.append(f'  and beside it: fedsplit generate --run {folder.path} "SOME TEXT"')
+        words.append(f"generate with it: fedsplit serve {path}")
+        words.append(f'  and beside it: fedsplit generate --run {path} "SOME TEXT"')
     return "\n".join(words)
 
 

@@ -142,7 +142,7 @@ class Follower:
         step: How many optimizer steps this client has taken before.
 
     Raises:
-        ConfigError: The trunk does not train, or follows an optimizer already.
+        ConfigError: The trunk does not train, or follows an optimizer already; or this is none.
     """
 
     def __init__(
@@ -165,6 +165,11 @@ class Follower:
         assert model is not None, "its optimizer is here"
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                f"follow needs an optimizer of torch, not {type(optimizer).__name__}; that of a "
+                "Trainer is made by trainer.create_optimizer()"
+            )
         _warn_of_difference(optimizer, train)
         self.steps = step
         self._has_stepped = False

@@ -393,7 +393,7 @@ class RemoteTrunk:
 
     def _open_session(self) -> ClientSession:
         if not self._session:
-            raise ProtocolError("no session with the trunk is open; call open() first")
+            raise ProtocolError("no session is open; use `with trunk.session():` or trunk.open()")
         return self._session
 
     def _named_session(self) -> str:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import yaml
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -21,6 +22,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_OF_PLUGINS = ("hydra/launcher", "hydra/sweeper")
 
 
 def make_schema() -> DictConfig:
@@ -90,6 +92,14 @@ def as_config_error(exc: Exception) -> ConfigError:
     # Hydra wraps errors of OmegaConf, which have the key.
     if isinstance(exc.__cause__, OmegaConfBaseException):
         return as_config_error(exc.__cause__)
+    if isinstance(exc, MissingConfigException) and exc.missing_cfg_file:
+        group, _, option = exc.missing_cfg_file.rpartition("/")
+        if group in _OF_PLUGINS:
+            plugin = f"hydra-{option.partition('_')[0]}-{group.removeprefix('hydra/')}"
+            return ConfigError(
+                f"{group}={option}: no plugin of Hydra that is installed here has it; plugins are "
+                f"named as in: pip install {plugin}"
+            )
     key = getattr(exc, "full_key", None) or ""
     if isinstance(exc, ConfigKeyError | ConfigAttributeError):
         return ConfigError(f"there is no field {key}; {hint(key, list(field_names()), _groups())}")

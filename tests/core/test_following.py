@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from fedsplit.errors import CheckpointError, ConfigError, NonFinite
+from fedsplit.errors import CheckpointError, ConfigError, NonFinite, ProtocolError
 from fedsplit.model import join_model
 from fedsplit.spec import TrainSpec
 from tests.core.worlds import batch, same, small_run, world
@@ -253,6 +253,11 @@ def test_follow_leaves_no_trace_and_is_refused_where_the_trunk_does_not_train(ti
         alice = here.add("alice")
         names = [name for name, _ in alice.model.named_parameters()]
         optimizer = sgd(alice.model.parameters())
+        with pytest.raises(ProtocolError, match=r"no session is open; use `with trunk.session"):
+            alice.model(**batch().inputs)
+        # A Trainer has none before it trains.
+        with pytest.raises(ConfigError, match=r"not NoneType; .* trainer.create_optimizer\(\)"):
+            alice.trunk.follow(None)
         followed = alice.trunk.follow(optimizer)
         assert alice.model.state_dict().keys() == {*names, "trunk_version"}
         with pytest.raises(ConfigError, match="the trunk follows an optimizer already"):

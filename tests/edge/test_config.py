@@ -154,6 +154,7 @@ REFUSED = {
     "~model": "~model: a run has all its fields",
     "train.lr=${nope}": "Interpolation key 'nope' not found",
     "policy@elsewhere=sync": "policy@elsewhere",
+    "hydra/launcher=rq_far": "hydra/launcher=rq_far: no plugin .* pip install hydra-rq-launcher",
 }
 
 
