@@ -276,7 +276,7 @@ def _file(name: str, text: str) -> Callable[[Path], object]:
 REFUSED = {
     "a wrong path": (
         "split nowhere --split 1/2/1 --out new",
-        r"nowhere: not a model that transformers .* can read .*; give a directory with config.json",
+        r"nowhere: there is no such directory here, .*HF_HUB_OFFLINE is set; correct the path",
     ),
     "a bad split": (
         "split whole --split 1-2-1 --out new",
