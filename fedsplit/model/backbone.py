@@ -27,17 +27,14 @@ _NOT_SENT = (
     "cu_seq_lens_k",
 )
 
-# By whether the caller's cache is a static one.
-_INSTEAD = {
-    True: (
-        "pass model.new_cache(max_length=...), which is a static cache at both sides, or call "
-        'generate(cache_implementation="static")'
-    ),
-    False: (
-        "pass an empty DynamicCache, one that this model has returned, or its new_cache(). Prefix "
-        "tuning makes such a cache; use LoRA or prompt tuning instead"
-    ),
-}
+_INSTEAD_OF_STATIC = (
+    "pass model.new_cache(max_length=...), which is a static cache at both sides, or call "
+    'generate(cache_implementation="static")'
+)
+_INSTEAD_OF_FILLED = (
+    "pass an empty DynamicCache, one that this model has returned, or its new_cache(). Prefix "
+    "tuning makes such a cache; use LoRA or prompt tuning instead"
+)
 
 
 @functools.cache
@@ -162,7 +159,8 @@ class _Crossing:
             return slot.remote
         is_plain = type(cache) is DynamicCache and not cache.offloading
         if not is_plain or any(layer.is_initialized for layer in layers):
-            instead = _INSTEAD[isinstance(cache, StaticCache)]
+            is_static = isinstance(cache, StaticCache)
+            instead = _INSTEAD_OF_STATIC if is_static else _INSTEAD_OF_FILLED
             raise UnsupportedModel(
                 f"past_key_values is a {type(cache).__name__} that was made elsewhere, and the "
                 f"trunk takes no keys and values for its blocks; {instead}"

@@ -121,12 +121,13 @@ _OF_WEIGHTS = {
 _WHOLE_BYTES, _PIECES, _PIECE_BYTES = 64 << 10, 16, 64
 _CHUNK_BYTES = 1 << 20
 _PIECE_VALUES = 16
-_FLOATS = {
+FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+"""The dtypes of floats by their names in safetensors files."""
 
 Values = Callable[[int, int], Tensor]
 """`values(begin, size)` returns a part of a tensor's values as one vector."""
@@ -182,7 +183,7 @@ def values_in_memory(tensor: Tensor) -> Values:
 def values_in_file(path: Path) -> Iterator[tuple[str, Sequence[int], Values]]:
     """Name, shape and values of each tensor of floats in a safetensors file."""
     for stored in _stored(path):
-        dtype = _FLOATS.get(stored.dtype)
+        dtype = FLOATS.get(stored.dtype)
         if dtype is None:
             continue
 

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_utils import get_state_dict_dtype
 from transformers.utils.hub import cached_file
 
 from fedsplit.data.hub import offline_reason, reporting_a_full_disk
@@ -28,6 +27,7 @@ from fedsplit.errors import CheckpointError, UnsupportedModel
 from fedsplit.model.checkpoint_names import compared_parameters, names_in_memory
 from fedsplit.model.identity import (
     COMMIT,
+    FLOATS,
     FULL,
     SAMPLE,
     VALUES,
@@ -137,8 +137,8 @@ class Source:
     def dtype(self, config: PretrainedConfig) -> torch.dtype:
         """The dtype in which transformers loads the whole model.
 
-        It is the config's, or else that of the first tensor. The first tensor of a part may have
-        another one.
+        It is the config's, or else that of the first tensor of floats. The first one of a part may
+        have another dtype.
 
         Raises:
             CheckpointError: There are no safetensors weights, or a file is damaged.
@@ -147,7 +147,9 @@ class Source:
         if dtype is None:
             first = self._shard(min(self._files_by_tensor(config).values()))
             with _opened(first) as file:
-                dtype = get_state_dict_dtype({n: file.get_tensor(n) for n in file.keys()})
+                # Only the header is read: a shard may be larger than the memory of a client.
+                kinds = [file.get_slice(name).get_dtype() for name in file.keys()]
+            dtype = next((FLOATS[kind] for kind in kinds if kind in FLOATS), torch.float32)
         found: torch.dtype = dtype
         return found
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from fedsplit.errors import ConfigError, ProtocolError, UnsupportedModel
 from fedsplit.model import connect, split_model
@@ -126,6 +126,16 @@ def test_an_empty_cache_of_transformers_is_taken(family):
             asked = {"past_key_values": cache, "attention_mask": torch.ones_like(ids_1T)}
             assert torch.equal(alice.says(ids_1T, **asked), here.wanted(ids_1T))
             assert cache.get_seq_length() == 9 + 8 - 1
+
+
+def test_a_static_cache_of_transformers_is_refused_with_the_way_out():
+    client = parts_of("llama").client
+    cache = StaticCache(config=client.config, max_cache_len=16)
+    told = r"StaticCache that was made elsewhere.* pass model.new_cache\(max_length=...\)"
+    with torch.no_grad(), pytest.raises(UnsupportedModel, match=told):
+        client(prompt(), past_key_values=cache)
+    out = client(prompt(), past_key_values=client.new_cache(max_length=16))
+    assert torch.equal(out.logits, whole_of("llama")(prompt()).logits)
 
 
 def test_a_forward_without_a_second_one_opens_no_cache_at_the_trunk():

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,38 +145,17 @@ SLOW_HUB = """
 import gc, http.server, os, sys, threading
 gc.disable()  # it would take a fifth of the time of the imports
 from pathlib import Path
+from tests.core.hubs import hub_of
 
 files, downloads = Path(sys.argv[1]), {}
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.answer()
+def wait(path):
+    if path.endswith(".safetensors"):
+        asked, done = downloads[path.split("/")[2]]
+        asked.set()
+        done.wait()
 
-    def do_GET(self):
-        if self.path.endswith(".safetensors"):
-            asked, done = downloads[self.path.split("/")[2]]
-            asked.set()
-            done.wait()
-        self.answer()
-
-    def answer(self):
-        file = files / self.path.rpartition("/")[2]
-        found = "/resolve/" in self.path and file.is_file()
-        body = file.read_bytes() if found else b""
-        self.send_response(200 if found else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", file.name)
-        if not found:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *told):
-        pass
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub_of(files, wait))
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 
@@ -214,6 +194,7 @@ def test_others_build_while_a_model_is_downloaded(tiny_gpt2, tmp_path):
     told = subprocess.run(
         [sys.executable, "-c", SLOW_HUB, str(tmp_path / "hub")],
         capture_output=True, text=True, timeout=120, env={**os.environ, **online},
+        cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     lines = []

@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,9 @@ from fedsplit.model.source import Source
 from fedsplit.serve.chat import draft_options
 from fedsplit.spec import SplitSpec
 from simulations.families import random_model
+from tests.core.hubs import COMMIT, hub_of
 
 NO_DIRECTORY = ("/no/such", "no/such/folder", "./none", "a b")
-COMMIT = "0" * 40
 
 
 @pytest.mark.parametrize("name", NO_DIRECTORY)
@@ -115,37 +115,10 @@ def test_a_model_in_the_cache_needs_no_hub(cache, files, silent):
     assert 1 <= len(silent) <= 2
 
 
-class Hub(BaseHTTPRequestHandler):
-    """A hub with the files of one folder."""
-
-    folder: Path
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        file = self.folder / self.path.rpartition("/")[2]
-        found = "/resolve/" in self.path and file.is_file()
-        self.send_response(200 if found else 404)
-        body = file.read_bytes() if found else b""
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", file.name)
-        if not found:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Be quiet."""
-
-
 @pytest.fixture
 def hub(monkeypatch, files) -> Iterator[None]:
     """A hub that has the files."""
-    handler = type("Hub", (Hub,), {"folder": files})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), hub_of(files)) as server:
         endpoint = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
