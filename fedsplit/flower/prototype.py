@@ -1,6 +1,6 @@
 """A client's model for one message: built, or copied from a prototype that the process keeps.
 
-Building takes about ten times as long as copying, and a simulation has many messages in one
+Building takes several times as long as copying, and a simulation has many messages in one
 process. A copy is a new model, so nothing that one message does to its model reaches the next.
 """
 

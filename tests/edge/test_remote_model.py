@@ -109,7 +109,7 @@ def test_it_does_not_train(folder, address):
 
 def test_who_trains_and_opens_no_session_is_told(folder, address):
     with reach(str(folder / "model"), address) as reached:
-        with pytest.raises(ProtocolError, match=r"call open\(\) first"):
+        with pytest.raises(ProtocolError, match=r"use `with trunk.session\(\):` or trunk.open"):
             reached.model(prompt(), labels=prompt(), use_cache=False)
 
 
