@@ -21,6 +21,7 @@ from fedsplit.spec.checks import (
 from fedsplit.spec.data import TASKS, DataSpec, ShardingSpec
 from fedsplit.spec.federation import ClientWeightsSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
+from fedsplit.spec.limits import LimitsSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
 
@@ -248,8 +249,8 @@ _CONFLICTS = (
 class RunSpec:
     """All settings of one run; each group of them has a class of its own.
 
-    All of them decide its numbers, except `name`, `launch`, `resume`, `sweep`, `generation` and
-    the addresses, TLS files, times and stash of `wire`.
+    All of them decide its numbers, except `name`, `launch`, `resume`, `sweep`, `generation`,
+    `limits` and the addresses, TLS files, times and stash of `wire`.
 
     >>> RunSpec(seed=1).fingerprint == RunSpec(seed=1, name="again").fingerprint
     True
@@ -284,6 +285,7 @@ class RunSpec:
     client_weights: ClientWeightsSpec = field(default_factory=ClientWeightsSpec)
     wire: WireSpec = field(default_factory=WireSpec)
     generation: GenerationSpec = field(default_factory=GenerationSpec)
+    limits: LimitsSpec = field(default_factory=LimitsSpec)
     strategy: StrategySpec = field(default_factory=StrategySpec)
     launch: LaunchSpec = field(default_factory=LaunchSpec)
     sweep: SweepSpec = field(default_factory=SweepSpec)
@@ -318,7 +320,7 @@ class RunSpec:
     @property
     def settings(self) -> dict[str, Any]:
         """All settings that decide the run's numbers, by dotted name."""
-        left_out = ("name", "launch", "resume", "sweep", "generation")
+        left_out = ("name", "launch", "resume", "sweep", "generation", "limits")
         nested = {name: value for name, value in asdict(self).items() if name not in left_out}
         wire = nested["wire"].items()
         nested["wire"] = {name: value for name, value in wire if name not in _CHANGES_NO_NUMBER}

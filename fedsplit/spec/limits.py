@@ -1,0 +1,31 @@
+"""The settings of a trunk server's budgets: how much one client, and all together, may take up."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fedsplit.spec.checks import Positive, check_fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsSpec:
+    """Budgets of a trunk server per client and in total; they change no number of a run.
+
+    A client over a budget loses its own least recently used state first, or is asked to wait.
+
+    Attributes:
+        clients (clients): The most clients that a trunk server without rounds remembers.
+        sessions (sessions): The most open sessions of a trunk. Over this limit, the client with
+            the most sessions loses its least recently used one that generates.
+        sessions_per_client (sessions): The most open sessions of a client. Over this limit, its
+            least recently used one that generates is dropped; the client replays it.
+        reply_bytes (bytes): The largest reply of generation that is kept in case it has to be sent
+            again. If a larger one is lost, the client replays its session.
+    """
+
+    clients: Annotated[int, Positive()] = 1024
+    sessions: Annotated[int, Positive()] = 1024
+    sessions_per_client: Annotated[int, Positive()] = 64
+    reply_bytes: Annotated[int, Positive()] = 4 << 20
+
+    def __post_init__(self) -> None:
+        check_fields(self, "limits")
