@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _INFO_DEADLINE_S = 10.0
+_WAKE_S = 1.0
 _TRY = '"Once upon a time"'
 
 Words = Annotated[
@@ -163,7 +164,9 @@ class Serve(Command):
             source = ["--run", folders[0]] if finished else ["--trunk", address]
             # Flushed, since other programs wait for this line.
             print(self._ready_line(served, run, address, source), flush=True)
-            stopped.wait()
+            # Not without a timeout: a signal can reach the process without waking this thread.
+            while not stopped.wait(_WAKE_S):
+                pass
         if failed.is_set():
             raise Internal(
                 "all trunks of this server have failed; the tracebacks above have the reasons"
