@@ -7,13 +7,15 @@ the libraries that they need, so that `fedsplit --help` is fast.
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, FedsplitError
 
 TOKEN_VARIABLE = "FEDSPLIT_TOKEN"
 
@@ -63,6 +65,22 @@ def quiet() -> None:
     from fedsplit.console import quiet_libraries
 
     quiet_libraries()
+
+
+CLIENT_OPTIONS = {"wire.tls_ca": "--tls-ca"}
+"""The options of commands that call a trunk server, by the field of a run that each one sets."""
+
+
+@contextmanager
+def naming(options: Mapping[str, str]) -> Iterator[None]:
+    """A context whose errors name a command's options in place of the fields of a run."""
+    try:
+        yield
+    except FedsplitError as exc:
+        text = str(exc)
+        for field, option in options.items():
+            text = text.replace(field, option)
+        raise type(exc)(text) from exc
 
 
 def read_token(file: str) -> str:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import typer
 from click import UsageError
 
-from fedsplit.cli.command import Command, Revision, TlsCa, TokenFile, quiet, read_token
+from fedsplit.cli.command import (
+    CLIENT_OPTIONS,
+    Command,
+    Revision,
+    TlsCa,
+    TokenFile,
+    naming,
+    quiet,
+    read_token,
+)
 from fedsplit.errors import ConfigError
 from fedsplit.spec import ModelSpec, RunSpec
 
@@ -160,7 +169,7 @@ class Generate(_Prompting):
 
     def run(self) -> None:
         """Print the completion of the prompt."""
-        with self._writer(beams=self.beams) as writer:
+        with naming(CLIENT_OPTIONS), self._writer(beams=self.beams) as writer:
             from fedsplit.serve.chat import complete
 
             complete(writer, self.prompt)
@@ -174,7 +183,7 @@ class Chat(_Prompting):
 
     def run(self) -> None:
         """Answer each line of stdin."""
-        with self._writer() as writer:
+        with naming(CLIENT_OPTIONS), self._writer() as writer:
             from fedsplit.serve.chat import converse, typed_lines
 
             converse(writer, typed_lines("> " if sys.stdin.isatty() else ""))

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fedsplit.cli.command import Command, Revision, TlsCa, TokenFile, quiet, read_token
+from fedsplit.cli.command import (
+    CLIENT_OPTIONS,
+    Command,
+    Revision,
+    TlsCa,
+    TokenFile,
+    naming,
+    quiet,
+    read_token,
+)
 from fedsplit.errors import ConfigError, Internal, one_line
 from fedsplit.spec import RunSpec, WireSpec
 
@@ -109,14 +118,8 @@ class Serve(Command):
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
-        try:
+        with naming(_OPTIONS):
             self._serve()
-        except ConfigError as exc:
-            # Errors name the fields of a run, which are options here.
-            text = str(exc)
-            for field, option in _OPTIONS.items():
-                text = text.replace(field, option)
-            raise ConfigError(text) from exc
 
     def _serve(self) -> None:
         quiet()
@@ -249,7 +252,7 @@ class Info(Command):
         from fedsplit.wire.messages import ServiceInfoRequest
 
         wire = WireSpec(tls_ca=self.tls_ca, call_deadline_s=_INFO_DEADLINE_S)
-        with closing(GrpcLink(self.address, wire=wire)) as link:
+        with naming(CLIENT_OPTIONS), closing(GrpcLink(self.address, wire=wire)) as link:
             info = link.exchange(ServiceInfoRequest())
         limits = info.limits
         rows = {

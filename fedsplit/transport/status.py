@@ -20,15 +20,15 @@ _FALLBACKS: tuple[tuple[str, str, type[FedsplitError], str], ...] = (
         _TLS,
         errors.TlsFailed,
         "no encrypted connection to {address}: {details}; check that the trunk server has TLS on, "
-        "that wire.tls_ca is its authority's certificate and that the name in its own is this "
-        "address",
+        "that wire.tls_ca is its authority's certificate and that its own certificate has not "
+        "expired and names this address",
     ),
     (
         "UNAVAILABLE|CANCELLED",
         "",
         errors.ConnectionLost,
         "no trunk answers at {address}: {details}; check that the trunk server is running, that "
-        "this is its address, and that both sides agree on TLS",
+        "this is its address, and that both sides agree on TLS (wire.tls_ca)",
     ),
     (
         "DEADLINE_EXCEEDED",

@@ -322,7 +322,11 @@ REFUSED = {
     ),
     "no file of an authority": (
         "info 127.0.0.1:1 --tls-ca none.pem",
-        r"tls_ca=none.pem cannot be read",
+        r"error: --tls-ca=none.pem cannot be read",
+    ),
+    "a file of an authority that has none": (
+        "info 127.0.0.1:1 --tls-ca whole/config.json",
+        r"error: --tls-ca=whole/config.json has no certificate that can be read",
     ),
     "no run's folder": ("plot whole", r"whole is not a run's folder: it has no config.yaml"),
 }

@@ -424,12 +424,23 @@ def test_a_missing_tls_file_is_named(name: str, service: EchoService, tmp_path: 
         GrpcLink("127.0.0.1:9", wire=WireSpec(tls_ca="/no/file"))
 
 
-def test_a_tls_file_that_is_no_certificate_is_refused(service: EchoService, tmp_path: Path) -> None:
-    files = self_signed(tmp_path, "trunk")
-    Path(files.tls_cert).write_text("no certificate")
+@pytest.mark.parametrize("found", ["no certificate", "the certificate of another key"])
+def test_tls_files_that_do_not_belong_together_are_named(
+    found: str, service: EchoService, tmp_path: Path
+) -> None:
+    files, other = self_signed(tmp_path, "trunk"), self_signed(tmp_path, "other")
+    text = found if found == "no certificate" else Path(other.tls_cert).read_text()
+    Path(files.tls_cert).write_text(text)
     server = GrpcServer(service, wire=files, limits=LIMITS, max_clients=1)
-    with pytest.raises(errors.ConfigError, match="cannot be listened on"):
+    named = f"wire.tls_cert={files.tls_cert} and wire.tls_key={files.tls_key} are not a certificate"
+    with pytest.raises(errors.ConfigError, match=named):
         server.start()
+
+
+def test_an_authority_that_is_no_certificate_is_refused_at_once(tmp_path: Path) -> None:
+    files = self_signed(tmp_path, "trunk")
+    with pytest.raises(errors.ConfigError, match="has no certificate that can be read.*authority"):
+        GrpcLink("127.0.0.1:9", wire=WireSpec(tls_ca=files.tls_key))
 
 
 # --- sessions and streams, health, shutdown ---------------------------------------------------
