@@ -7,10 +7,10 @@ trunk's gradient. The loop treats it as any other parameter, and its gradient th
 loop did to all gradients.
 """
 
-import functools
 import logging
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -18,15 +18,14 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fedsplit.client.trunk_version import STAND_IN, VersionStamp
 from fedsplit.errors import CheckpointError, ConfigError, NonFinite
-from fedsplit.model.part_files import TRUNK_VERSION
 from fedsplit.model.stage import ClientPart
 from fedsplit.optimization import clip_coefficient, squared_norm
 from fedsplit.spec import TrainSpec
 
 log = logging.getLogger(__name__)
 
-STAND_IN = "trunk_stand_in"
 # Two different numbers, so that an operation that does not scale both alike is noticed.
 _SHARES = torch.tensor([0.6, 0.8])
 _SAMPLED = 8
@@ -132,7 +131,7 @@ class FollowedTrunk(Protocol):
         """Contribute the accumulated gradient to the trunk's next step."""
 
 
-class Follower:
+class Follower(VersionStamp):
     """The handle that `RemoteTrunk.follow` returns; `remove()` or the end of a `with` ends it.
 
     Args:
@@ -182,13 +181,10 @@ class Follower:
         model.register_parameter(STAND_IN, self._stand_in)
         # A loss scaler finds infinities in the gradients of the optimizer's parameters.
         optimizer.param_groups[-1]["params"].append(self._stand_in)
-        module: Any = model
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            # torch sets an attribute of the hook, which a bound method does not take.
-            module.register_state_dict_post_hook(functools.partial(self._add_version)),
-            module.register_load_state_dict_pre_hook(self._require_version),
+            *self.stamp_state_dicts(model),
         ]
 
     def __enter__(self) -> "Follower":
@@ -196,10 +192,6 @@ class Follower:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Follower":
-        """Itself: a copy of the model has weights of the same trunk's version."""
-        return self
 
     def __reduce__(self) -> NoReturn:
         """Refuse a pickle of the model, whose hooks hold this object.
@@ -351,37 +343,36 @@ class Follower:
 
     # --- state dicts --------------------------------------------------------------------------
 
-    def _add_version(
-        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any
-    ) -> None:
-        state_dict.pop(prefix + STAND_IN, None)
-        state_dict[prefix + TRUNK_VERSION] = torch.tensor([self._trunk.version, self.steps])
+    @property
+    def stamp(self) -> Sequence[int]:
+        """The trunk's present version, and the client's steps."""
+        return self._trunk.version, self.steps
 
-    def _require_version(
-        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-    ) -> None:
-        """Refuse weights of another version of the trunk; continue from their step."""
-        # torch reports a parameter that is missing.
-        state_dict[prefix + STAND_IN] = self._stand_in.detach()
-        saved, version = state_dict.pop(prefix + TRUNK_VERSION, None), self._trunk.version
+    def load_stamp(self, saved: Sequence[int]) -> None:
+        """Continue from the step of the weights.
+
+        Raises:
+            CheckpointError: They were saved with another version of the trunk.
+        """
+        version = self._trunk.version
         way_out = (
             "Load the trunk's state of that version at the server first, or call remove() on the "
             "handle of follow() to mix the two on purpose. The Trainer loads earlier weights with "
             "load_best_model_at_end and resume_from_checkpoint"
         )
-        if saved is None and self._has_stepped:
+        if not saved and self._has_stepped:
             raise CheckpointError(
                 f"these weights do not say with which version of the trunk they were saved, and "
                 f"the trunk has since moved to version {version}. {way_out}"
             )
-        if saved is None:
+        if not saved:
             log.warning(
                 "the loaded weights do not say with which version of the trunk they were saved; "
                 "the trunk is at version %d and must be that one",
                 version,
             )
             return
-        saved_version, steps = saved.tolist()
+        saved_version, steps = saved
         if saved_version != version:
             raise CheckpointError(
                 f"these weights were saved with version {saved_version} of the trunk, which is at "

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fedsplit.errors import CheckpointError, ConfigError, NonFinite, ProtocolError
@@ -344,6 +345,25 @@ def test_earlier_weights_are_not_loaded_beside_the_present_trunk(tiny_llama, tmp
             with pytest.raises(CheckpointError, match="do not say with which version"):
                 alice.model.load_state_dict(wanted)
             alice.model.load_state_dict(alice.model.state_dict())
+
+
+def test_a_copy_tells_the_version_of_the_trunk_that_its_weights_belong_to(tiny_llama, tmp_path):
+    with world(tiny_llama(), small_run(train=SGD)) as here:
+        alice = here.add("alice")
+        optimizer = sgd(alice.model.parameters())
+        with alice.trunk.session(), alice.trunk.follow(optimizer):
+            loop(alice.model, optimizer, BATCHES[:1])
+            copied = copy.deepcopy(alice.model)
+            loop(alice.model, optimizer, BATCHES[1:])
+            copied.save_pretrained(tmp_path)
+            saved = load_file(tmp_path / "part.safetensors")
+            assert saved["trunk_version"].tolist() == [1, 1]
+            with pytest.raises(CheckpointError, match=r"version 1 of the trunk, .* at version 3"):
+                alice.model.load_state_dict(copied.state_dict())
+            copied.load_state_dict(alice.model.state_dict())
+        restored = pickle.loads(pickle.dumps(copied))
+    for model in (copied, restored):
+        assert model.state_dict()["trunk_version"].tolist() == [3, 3]
 
 
 def test_peft_trains_its_adapters_at_the_client_through_follow(tiny_llama, tmp_path):
