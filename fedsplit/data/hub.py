@@ -54,14 +54,40 @@ def offline_reason(name: str, revision: str = "main") -> str:
         if not cached:
             raise CheckpointError(f"{missing}{reason}; correct the path, or unset HF_HUB_OFFLINE")
         return reason
-    period = int(time.monotonic() // _ASKED_AGAIN_AFTER_S)
-    reason = _no_answer(constants.ENDPOINT, period)
+    reason = _no_answer_lately()
     if reason and not cached:
         raise ConnectionLost(
             f"{missing}{reason}; check the path or the network, or download the model where there "
             "is one and give its directory"
         )
     return reason
+
+
+def require_data_set(name: str) -> None:
+    """Refuse a data set of the hub that cannot be loaded, instead of trying for half a minute.
+
+    Args:
+        name: A directory, or a hub id.
+
+    Raises:
+        ConnectionLost: The data set was never asked for here, and the hub does not answer.
+    """
+    # The `datasets` library reports these at once.
+    if Path(name).is_dir() or not _HUB_ID.fullmatch(name) or constants.HF_HUB_OFFLINE:
+        return
+    # The library asks for this file first. If it is missing, the cache remembers that.
+    if try_to_load_from_cache(name, constants.REPOCARD_NAME, repo_type="dataset") is not None:
+        return
+    if reason := _no_answer_lately():
+        raise ConnectionLost(
+            f"data.path={name}: there is no such directory here, the data set is not in the hub's "
+            f"cache, and {reason}; check the path or the network, or download the data set where "
+            "there is one and give its directory"
+        )
+
+
+def _no_answer_lately() -> str:
+    return _no_answer(constants.ENDPOINT, int(time.monotonic() // _ASKED_AGAIN_AFTER_S))
 
 
 @functools.lru_cache(maxsize=1)

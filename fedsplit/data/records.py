@@ -7,9 +7,12 @@ from typing import Any
 
 from fedsplit.data.corpora import Document, Turn
 from fedsplit.data.files import existing, files_under, read_text
-from fedsplit.data.hub import is_full
+from fedsplit.data.hub import is_full, require_data_set
 from fedsplit.errors import DataError, FedsplitError, StorageError
 from fedsplit.spec import DataSpec
+
+# The usual name of the field that has a conversation.
+_MESSAGES = "messages"
 
 Loaded = tuple[str, Iterable[Document]]
 """The corpus's name, and its documents."""
@@ -26,11 +29,12 @@ def jsonl(spec: DataSpec, labelled: bool) -> Loaded:
 def hub(spec: DataSpec, labelled: bool) -> Loaded:
     """A data set of the hub; `data.path` is its id, or `id:configuration` if it has several."""
     repository, _, configuration = spec.path.partition(":")
-    return _documents(
-        lambda datasets: datasets.load_dataset(repository, configuration or None, split=spec.split),
-        spec,
-        labelled,
-    )
+
+    def load(datasets: Any) -> Any:
+        require_data_set(repository)
+        return datasets.load_dataset(repository, configuration or None, split=spec.split)
+
+    return _documents(load, spec, labelled)
 
 
 def table(spec: DataSpec, labelled: bool) -> Loaded:
@@ -179,9 +183,10 @@ def _turns(messages: list[Any], where: str) -> tuple[Turn, ...]:
 def _field(record: dict[str, Any], name: str, setting: str, where: str) -> Any:
     if name not in record:
         found = ", ".join(map(repr, record)) or "none"
-        raise DataError(
-            f"{where} has no field {name!r}: found {found}; set {setting} to another field"
-        )
+        way_out = f"set {setting} to another field"
+        if setting == "data.field" and _MESSAGES in record:
+            way_out = f"set data.field={_MESSAGES} to train on these conversations"
+        raise DataError(f"{where} has no field {name!r}: found {found}; {way_out}")
     return record[name]
 
 

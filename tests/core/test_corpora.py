@@ -176,6 +176,7 @@ BAD_LINES = {
     "list": ("[1, 2]", r"line 2 is not a JSON object: found '\[1, 2\]'"),
     "other_field": ('{"a": "", "b": ""}', "line 2 has no field 'text': found 'a', 'b'; set data.f"),
     "no_field": ("{}", "line 2 has no field 'text': found none"),
+    "chat": ('{"messages": []}', "no field 'text': found 'messages'; set data.field=messages to"),
     "number": ('{"text": 3}', r"line 2, field 'text' is not a string: found '3' \(int\); set data"),
     "null": ('{"text": null}', r"line 2, field 'text' is not a string: found 'None' \(NoneType\)"),
     "surrogate": ('{"text": "\\ud800"}', "line 2, field 'text' is not Unicode text"),
@@ -186,7 +187,7 @@ BAD_LINES = {
 def test_jsonl_names_the_bad_line(tmp_path, line, message):
     path = tmp_path / "docs.jsonl"
     path.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(DataError, match=f"docs.jsonl, {message}"):
+    with pytest.raises(DataError, match=f"docs.jsonl, .*{message}"):
         load_corpus(DataSpec(kind="jsonl", path=str(path)))
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from fedsplit.data import load_tokenizer, train_tokenizer
+from fedsplit.data import load_corpus, load_tokenizer, train_tokenizer
 from fedsplit.data.corpora import Corpus, Document
 from fedsplit.errors import CheckpointError, ConnectionLost, StorageError
 from fedsplit.model import build_client
 from fedsplit.model.source import Source
 from fedsplit.serve.chat import draft_options
-from fedsplit.spec import SplitSpec
+from fedsplit.spec import DataSpec, SplitSpec
 from simulations.families import random_model
 from tests.core.hubs import COMMIT, hub_of
 
@@ -113,6 +113,15 @@ def test_a_model_in_the_cache_needs_no_hub(cache, files, silent):
         loads("a/b", config)[-1]()
     # Once a minute, and the libraries would try each of the files that are missing six times.
     assert 1 <= len(silent) <= 2
+
+
+def test_a_data_set_that_is_not_in_the_cache_is_asked_for_once(cache, silent):
+    pytest.importorskip("datasets")
+    told = "^data.path=a/b: there is no such directory .* the hub http://127.0.0.1:[0-9]+ does not"
+    with pytest.raises(ConnectionLost, match=told):
+        load_corpus(DataSpec(kind="hub", path="a/b:configuration"))
+    # The library would ask six times, with pauses of up to eight seconds.
+    assert len(silent) == 1
 
 
 @pytest.fixture
