@@ -9,6 +9,7 @@ import typer
 from click import ClickException
 
 from fedsplit.cli.command import Command
+from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
 from fedsplit.cli.results import Compare, Plot, Shards
@@ -94,5 +95,8 @@ def _app() -> typer.Typer:
     )
     for command in _COMMANDS:
         name = command.__name__.lower()
-        app.command(name, epilog=f"example: fedsplit {name} {command.example}")(command)
+        lines = [f"example: fedsplit {name} {command.example}"]
+        if command is Serve:
+            lines += served_fields()
+        app.command(name, epilog="\n\n".join(lines))(command)
     return app

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from fedsplit.cli import main
 from fedsplit.config import (
     CommandLine,
     build,
@@ -444,6 +445,15 @@ def test_help_describes_every_field_with_its_value_within_the_width(monkeypatch)
     assert f"{'':32}(a whole number of sequences, at least 1)\n" in text
     assert "\n  client_weights.strategy=flwr.serverapp.strategy.FedAvg\n" in text
     assert text.isascii() and max(map(len, text.splitlines())) <= 80
+
+
+def test_help_of_serve_describes_the_fields_that_it_takes(capsys):
+    assert main(["serve", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "generation.chunk_tokens=256: The most tokens of prompts that a pass processes." in words
+    assert "train.lr=0.003: The learning rate after the warm-up." in words
+    # Options take the place of these.
+    assert "wire.bind=" not in words and "wire.down=none: The codec" in words
 
 
 # --- names of the last release ----------------------------------------------------------------
