@@ -180,13 +180,17 @@ def _inline(run: RunSpec, folder: RunFolder) -> None:
     # The program prints each round itself.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     quiet_libraries()
-    run_inline(
-        server_app.app,
-        client_app.app,
-        num_clients=run.num_nodes,
-        run_config=_run_config(run, folder),
-        workers=run.launch.workers,
-    )
+    try:
+        run_inline(
+            server_app.app,
+            client_app.app,
+            num_clients=run.num_nodes,
+            run_config=_run_config(run, folder),
+            workers=run.launch.workers,
+        )
+    finally:
+        # Programs that go on after a run, such as sweeps, need the memory.
+        client_app.PROTOTYPE.clear()
 
 
 def _flwr(run: RunSpec, folder: RunFolder) -> None:

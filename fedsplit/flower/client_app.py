@@ -56,7 +56,8 @@ Numbers = dict[str, int | float | list[int] | list[float]]
 
 app = ClientApp()
 
-_PROTOTYPE = Prototype()
+PROTOTYPE = Prototype()
+"""The model of the clients of this process, from which each message copies its own."""
 
 
 @app.query("hello")
@@ -210,7 +211,7 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
     memory = _memory(context, node, run, join)
     config = config_of(run, tokenizer_of(run, preparation), join.labels)
     build = client_of if run.baseline == "none" else whole_of
-    model = _PROTOTYPE.model_of(
+    model = PROTOTYPE.model_of(
         (join.run_id, run, node.device), lambda: build(run, config, node.device)
     )
     if run.baseline != "none":

@@ -38,6 +38,11 @@ class Prototype:
                 self._model = build()
             return _copy_of(self._model)
 
+    def clear(self) -> None:
+        """Release the memory of the model."""
+        with self._lock:
+            self._key = self._model = None
+
 
 def _copy_of(model: PreTrainedModel) -> PreTrainedModel:
     # Frozen parameters share their memory, since nothing writes into them. They are objects of

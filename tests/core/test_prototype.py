@@ -57,3 +57,12 @@ def test_another_run_has_another_model(build):
     for key in ("a", "a", "b", "b", "a"):
         prototype.model_of(key, build)
     assert len(build.builds) == 5
+
+
+def test_after_a_run_the_model_is_released(build):
+    prototype = Prototype()
+    for key in ("a", "a"):
+        prototype.model_of(key, build)
+    prototype.clear()
+    prototype.model_of("a", build)
+    assert len(build.builds) == 3
