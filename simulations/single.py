@@ -21,6 +21,8 @@ from fedsplit.spec import RunSpec
 from simulations.launch import run_flwr
 
 _APP = Path(__file__).resolve().parent.parent
+# Reading the data imports for seconds. Fewer clients of a SuperLink report its errors as soon.
+_MANY_CLIENTS = 1000
 _POLL_S = 0.2
 """Seconds between two looks at the run's folder for new rounds."""
 
@@ -143,7 +145,15 @@ def claim(run: RunSpec) -> tuple[RunSpec, RunFolder]:
 
     Returns:
         The run under the folder's name, and the folder.
+
+    Raises:
+        DataError: The data is not enough for the clients; raised before they are made.
     """
+    if run.launch.kind == "inline" or run.clients > _MANY_CLIENTS:
+        from fedsplit.flower.node import partitions_of
+
+        # Clients in this process get these, so nothing is read twice.
+        partitions_of(run.data, run.task, run.sharding, run.clients, run.seed)
     resumed = RunFolder.to_resume(run)
     if resumed:
         # Refused here, before this process writes its log into the folder of a run in progress.

@@ -52,8 +52,10 @@ def micro_batches(
         number: Number of pieces.
         num_predictions: Returns the number of predictions of labels; `Task.num_predictions`.
     """
-    inputs = {name: tensor.tensor_split(number) for name, tensor in batch.inputs.items()}
-    examples = batch.examples_B.tensor_split(number)
+    # Of more pieces, the others would be empty.
+    sections = min(number, len(batch.labels))
+    inputs = {name: tensor.tensor_split(sections) for name, tensor in batch.inputs.items()}
+    examples = batch.examples_B.tensor_split(sections)
     pieces = [
         Batch(
             inputs={name: parts[i] for name, parts in inputs.items()},
@@ -62,7 +64,7 @@ def micro_batches(
             num_bytes=0,
             examples_B=examples[i],
         )
-        for i, labels in enumerate(batch.labels.tensor_split(number))
+        for i, labels in enumerate(batch.labels.tensor_split(sections))
     ]
     # The mean loss of a piece without predictions would be NaN.
     return [piece for piece in pieces if piece.num_tokens] if number > 1 else [batch]

@@ -150,8 +150,9 @@ def _shards(
 def _partitioner(
     corpus: Corpus, spec: ShardingSpec, num_clients: int, order: random.Random
 ) -> list[Items]:
-    seed = order.getrandbits(32)
-    return load_partitions(_items(corpus), spec.target, spec.options, num_clients, seed)
+    items, seed = _items(corpus), order.getrandbits(32)
+    _check(corpus, spec, len(items), _noun(corpus), num_clients, "more data")
+    return load_partitions(items, spec.target, spec.options, num_clients, seed)
 
 
 _PARTITIONERS: dict[str, Partitioner] = {
@@ -183,8 +184,9 @@ def _draw_labels(
     A pool has each label once, except labels that are already drawn as often as they have items.
     """
     left, pool = Counter(counts), list[str]()
-    drawn: list[list[str]] = [[] for _ in range(num_clients)]
-    for labels in drawn:
+    drawn: list[list[str]] = []
+    for _ in range(num_clients):
+        labels: list[str] = []
         while len(labels) < classes:
             if not any(label not in labels for label in pool):
                 pool = [label for label in counts if left[label]]
@@ -199,6 +201,7 @@ def _draw_labels(
             pool.remove(fresh[0])
             left[fresh[0]] -= 1
             labels.append(fresh[0])
+        drawn.append(labels)
     return drawn
 
 

@@ -40,7 +40,8 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        # The trainer reserves memory for all tokens, and a merge of two takes a byte of the corpus.
+        vocab_size=min(vocabulary, 257 + corpus.num_bytes),
         special_tokens=[END_OF_TEXT],
         # alphabet() has no fixed order, and the order decides the numbers of tokens.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

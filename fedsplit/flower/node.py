@@ -160,11 +160,19 @@ class Share:
         Raises:
             ConfigError: `train.batch_size` is larger; the text has both numbers.
         """
-        smallest, size = min(map(len, self.training)), self.run.train.batch_size
-        if size > smallest:
+        train, smallest = self.run.train, min(map(len, self.training))
+        if train.batch_size > smallest:
             raise ConfigError(
-                f"{client} has {smallest} training examples, but train.batch_size={size}; set "
-                f"train.batch_size={smallest} or less, or give the client more data"
+                f"{client} has {smallest} training examples, but train.batch_size="
+                f"{train.batch_size}; set train.batch_size={smallest} or less, or give the client "
+                "more data"
+            )
+        if train.batch_size * train.accumulation > smallest:
+            raise ConfigError(
+                f"{client} has {smallest} training examples, but train.accumulation="
+                f"{train.accumulation} batches of train.batch_size={train.batch_size} are "
+                f"{train.batch_size * train.accumulation}; lower one of them, or give the client "
+                "more data"
             )
 
     def groups(self, start: int, num_steps: int) -> Iterator[Sequence[Batch]]:

@@ -30,9 +30,13 @@ from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.plan import classifier_fields, model_class_for, plan_for
 from fedsplit.model.source import Source
 from fedsplit.model.stage import ClientPart, TrunkPart, connect
-from fedsplit.spec import RunSpec
+from fedsplit.spec import ModelSpec, RunSpec
 
 log = logging.getLogger(__name__)
+
+# Each block takes memory and time before it has weights, and a million of them a whole day.
+MAX_BLOCKS = 4096
+_BLOCKS = "num_hidden_layers"
 
 
 def config_of(
@@ -59,6 +63,7 @@ def config_of(
         near = difflib.get_close_matches(model.family, list(CONFIG_MAPPING), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"model.family={model.family} is not a model type of transformers{hint}")
+    _require_few_blocks(model)
     # The user's own fields come last, so that they override all others.
     fields = {**(_ids_of(tokenizer) if tokenizer else {}), **classes, **model.config}
     try:
@@ -66,6 +71,17 @@ def config_of(
     except (ValueError, TypeError) as exc:
         raise ConfigError(f"model.family={model.family}: {str(exc).splitlines()[0]}") from exc
     return config
+
+
+def _require_few_blocks(model: ModelSpec) -> None:
+    alias = CONFIG_MAPPING[model.family].attribute_map.get(_BLOCKS, _BLOCKS)
+    for name in (_BLOCKS, alias):
+        blocks = model.config.get(name, 0)
+        if isinstance(blocks, int) and blocks > MAX_BLOCKS:
+            raise ConfigError(
+                f"model.config.{name}={blocks} is too large; a new model has at most {MAX_BLOCKS} "
+                "blocks"
+            )
 
 
 def parts_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> SplitModel:

@@ -22,6 +22,9 @@ CODECS = {
 }
 """The codecs of the wire by name, each with the options that it allows after a colon."""
 
+MAX_INTEGER = (1 << 63) - 1
+"""The largest whole number of a setting without a limit of its own: messages have 64 bits."""
+
 MAX_SECONDS = 100_000_000
 """The longest time that a setting allows: three years."""
 
@@ -75,7 +78,7 @@ class AtLeast(Allowed):
 
     def check(self, name: str, value: float) -> None:
         """Raise ConfigError for a number outside of the range, for NaN and for infinity."""
-        if not (math.isfinite(value) and value >= self.low):
+        if not self.low <= value < math.inf:
             raise ConfigError(f"{name}={value} is too small; it must be at least {self.low}")
         _at_most(name, value, self.most)
 
@@ -91,7 +94,7 @@ class Positive(Allowed):
 
     def check(self, name: str, value: float) -> None:
         """Raise ConfigError for a number outside of the range, for NaN and for infinity."""
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:
             raise ConfigError(f"{name}={value} must be greater than 0")
         _at_most(name, value, self.most)
 
@@ -202,6 +205,8 @@ def one_of(name: str, value: str, allowed: Collection[str]) -> None:
 
 
 def _at_most(name: str, value: float, most: float) -> None:
+    if isinstance(value, int) and not math.isfinite(most):
+        most = MAX_INTEGER
     if value > most:
         raise ConfigError(f"{name}={value} is too large; it must be at most {most}")
 

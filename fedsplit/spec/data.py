@@ -43,8 +43,9 @@ class DataSpec:
     field: str = "text"
     label: str = "label"
     split: str = "train"
-    # A language model predicts from the second token on.
-    sequence_length: Annotated[int, AtLeast(2)] = 128
+    # A language model predicts from the second token on. The last sequence is padded to the length,
+    # so an absurd one takes all memory before it is found that no data is as long.
+    sequence_length: Annotated[int, AtLeast(2, most=1 << 20)] = 128
     # Byte-level BPE has a token for each byte, and there is one special token.
     vocabulary: Annotated[int, AtLeast(257)] = 1024
     held_out: Annotated[float, Within(0.0, 1.0)] = 0.1
@@ -78,10 +79,12 @@ class ShardingSpec:
     kind: Annotated[
         str, OneOf("iid", "natural", "dirichlet", "pathological", "shards", "partitioner")
     ] = "natural"
-    alpha: Annotated[float, Positive()] = 0.5
+    # The sum of larger draws is infinite.
+    alpha: Annotated[float, Positive(most=1e12)] = 0.5
     classes: Annotated[int, AtLeast(1)] = 2
     shards: Annotated[int, AtLeast(1)] = 2
-    skew: Annotated[float, AtLeast(0)] = 0.0
+    # With a larger one, the shares of the last of many clients round to 0.
+    skew: Annotated[float, AtLeast(0, most=16)] = 0.0
     target: str = ""
     # A dict has no hash.
     options: dict[str, Any] = field(default_factory=dict, hash=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import AtLeast, Each, OneOf, Positive, check_fields
+from fedsplit.spec.checks import DURATION, AtLeast, Each, OneOf, Positive, check_fields
 
 POLICIES = ("sync", "async", "quorum")
 """The names of the policies."""
@@ -43,8 +43,8 @@ class PolicySpec:
     """
 
     kind: Annotated[str, OneOf(*POLICIES)] = "sync"
-    deadline_s: Annotated[float, Positive()] = 30.0
-    round_deadline_s: Annotated[float, Positive()] = 3600.0
+    deadline_s: Annotated[float, DURATION] = 30.0
+    round_deadline_s: Annotated[float, DURATION] = 3600.0
     quorum: Annotated[float, Positive()] = 0.8
     late: Annotated[str, OneOf("discount", "refuse")] = "discount"
     discount: Annotated[str, OneOf("constant", "polynomial", "hinge")] = "polynomial"

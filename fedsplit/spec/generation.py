@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from fedsplit.spec.checks import AtLeast, Positive, check_fields
+from fedsplit.spec.checks import DURATION, MAX_SECONDS, AtLeast, Positive, check_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +26,9 @@ class GenerationSpec:
 
     session_tokens: Annotated[int, Positive()] = 16384
     cache_bytes: Annotated[int, Positive()] = 2 << 30
-    ttl_s: Annotated[float, Positive()] = 600.0
+    ttl_s: Annotated[float, DURATION] = 600.0
     chunk_tokens: Annotated[int, Positive()] = 256
-    max_queue_delay_s: Annotated[float, AtLeast(0)] = 0.01
+    max_queue_delay_s: Annotated[float, AtLeast(0, most=MAX_SECONDS)] = 0.01
     stateless_bytes: Annotated[int, Positive()] = 256 << 20
 
     def __post_init__(self) -> None:

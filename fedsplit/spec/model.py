@@ -37,7 +37,8 @@ class SplitSpec:
         Raises:
             ConfigError: The text is not three numbers.
         """
-        found = re.fullmatch(r"(\d+)/(\d+|\*)/(\d+)", text.strip())
+        # Python reads no number of thousands of digits.
+        found = re.fullmatch(r"(\d{1,18})/(\d{1,18}|\*)/(\d{1,18})", text.strip())
         if not found:
             raise ConfigError(
                 f"split={text!r} is not of the form bottom/trunk/top, e.g. 1/2/1 or 1/*/1"

@@ -32,6 +32,7 @@ _CHANGES_NO_NUMBER = (
 )
 # Names of runs and variants become names of folders.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CLIENT = re.compile(r"client-(0|[1-9][0-9]{0,18})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,12 +301,13 @@ class RunSpec:
                 f"policy.sim_slowdown needs all {self.clients} clients at work at once, but "
                 f"launch.workers={self.launch.workers}; set launch.workers=0"
             )
-        names = [f"client-{number}" for number in range(self.clients)]
-        if strangers := sorted(set(self.policy.sim_slowdown) - set(names)):
-            raise ConfigError(
-                f"policy.sim_slowdown names {strangers[0]}, but the clients of this run are "
-                f"{names[0]} to {names[-1]}"
-            )
+        for name in sorted(self.policy.sim_slowdown):
+            found = _CLIENT.fullmatch(name)
+            if not found or int(found[1]) >= self.clients:
+                raise ConfigError(
+                    f"policy.sim_slowdown names {name}, but the clients of this run are client-0 "
+                    f"to client-{self.clients - 1}"
+                )
 
     @property
     def num_nodes(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import AtLeast, OneOf, Positive, Within, check_fields
+from fedsplit.spec.checks import DURATION, AtLeast, OneOf, Positive, Within, check_fields
 
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 """Optimizers that need bitsandbytes."""
@@ -71,7 +71,8 @@ class TrainSpec:
 
     rounds: Annotated[int, AtLeast(1)] = 16
     local_steps: Annotated[int, AtLeast(1)] = 15
-    local_epochs: Annotated[float, AtLeast(0)] = 0.0
+    # A number that is almost infinite gives no number of steps.
+    local_epochs: Annotated[float, AtLeast(0, most=1_000_000)] = 0.0
     max_steps: Annotated[int, AtLeast(0)] = 0
     batch_size: Annotated[int, AtLeast(1)] = 8
     accumulation: Annotated[int, AtLeast(1)] = 1
@@ -98,7 +99,7 @@ class TrainSpec:
     compile_client: Annotated[str, _COMPILE] = "off"
     compile_trunk: Annotated[str, _COMPILE] = "off"
     clients_per_pass: Annotated[int, AtLeast(1)] = 1
-    max_queue_delay_s: Annotated[float, Positive()] = 0.2
+    max_queue_delay_s: Annotated[float, DURATION] = 0.2
 
     def __post_init__(self) -> None:
         check_fields(self, "train")

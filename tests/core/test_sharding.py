@@ -168,15 +168,20 @@ TOO_MANY = {
     "a lower sharding.shards",
     "pathological": "the 3 paragraphs of sample are too few for 4 clients with 2 labels each; "
     "lower clients or sharding.classes",
+    "partitioner": "3 paragraphs of sample allow at most 3 clients, 4 asked for; lower clients",
 }
 
 
+# So many clients do not fit into memory, so nothing is made for each of them.
+@pytest.mark.parametrize("clients", [4, 10**15])
 @pytest.mark.parametrize(("kind", "message"), TOO_MANY.items(), ids=TOO_MANY)
-def test_too_many_clients_says_how_many_are_allowed(kind, message):
+def test_too_many_clients_says_how_many_are_allowed(kind, message, clients):
     documents = tuple(Document(text=f"text {i}", group=f"g{i}") for i in range(3))
     corpus = Corpus(name="sample", documents=documents)
+    spec = ShardingSpec(kind=kind, target="a.B" if kind == "partitioner" else "")
+    message = message.replace("4", str(clients))
     with pytest.raises(DataError, match=f"^sharding={kind}: {message}"):
-        shard(corpus, ShardingSpec(kind=kind), 4, seed=0)
+        shard(corpus, spec, clients, seed=0)
 
 
 # --- natural and iid --------------------------------------------------------------------------

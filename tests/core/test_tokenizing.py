@@ -60,6 +60,11 @@ def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
+def test_a_vocabulary_beyond_the_corpus_takes_no_memory():
+    corpus = corpus_of("to be or not to be")
+    assert len(train_tokenizer(corpus, 10**15)) == len(train_tokenizer(corpus, 1000))
+
+
 def test_same_corpus_same_tokenizer_in_another_process(tokenizer):
     code = (
         "import gc; gc.disable()  # it would take a fifth of the time of the imports\n"
