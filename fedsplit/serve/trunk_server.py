@@ -125,7 +125,7 @@ def hosted(
         each.name: TrunkService(trunk, run, update=update)
         for each, trunk in trunks_of(served, run, device)
     }
-    router = TrunkRouter(services, token=token)
+    router = TrunkRouter(services, token=token, max_clients=run.limits.clients)
     clients = max(_MAX_CLIENTS, 2 * run.clients)
     server = GrpcServer(router, wire=wire, limits=router.limits, max_clients=clients)
 

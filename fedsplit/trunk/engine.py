@@ -209,7 +209,6 @@ class TrunkEngine:
 
     def _expire(self) -> None:
         self.training.drop_expired()
-        self._generation.drop_idle()
         self._on_turn()
 
     def _end(self) -> None:

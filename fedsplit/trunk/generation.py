@@ -9,6 +9,7 @@ engine's thread uses this module.
 import functools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,13 +48,14 @@ _SINGLE_PASSES = 64
 class _Pending:
     """A call in progress: the rest of its input, and its output so far.
 
-    `since` is the time of its arrival, in seconds.
+    `since` is the time of its arrival, in seconds, and `num_bytes` what its cache will take.
     """
 
     call: Call
     sequences: SequenceCache
     left_BTD: Tensor
     since: float
+    num_bytes: int
     out: list[Tensor] = field(default_factory=list)
 
     @property
@@ -104,19 +106,7 @@ class Generation:
 
     def forget(self, session: str) -> None:
         """Drop the state of a session, and fail its request."""
-        self._caches.pop(session, None)
-        self._awaited.discard(session)
-        if pending := self._waiting.pop(session, None):
-            pending.call.future.set_exception(SessionLost(f"session {session} was closed"))
-
-    def drop_idle(self) -> None:
-        """Drop sessions that were not used for `generation.ttl_s` seconds."""
-        oldest = self._clock() - self._spec.ttl_s
-        for session in [name for name, each in self._caches.items() if each.used < oldest]:
-            # The name of a session is a secret that grants access to it, so it is not logged.
-            client = self._caches[session].client
-            log.info("dropped a cache of %s, which was idle for %g s", client, self._spec.ttl_s)
-            self.forget(session)
+        self._lose(session, f"session {session} was closed")
 
     def add(self, call: Call) -> None:
         """Add a request to the next passes.
@@ -137,6 +127,7 @@ class Generation:
             sequences=sequences,
             left_BTD=request.smashed_BTD.to(self._device),
             since=sequences.used,
+            num_bytes=max(sequences.num_bytes, self._bytes_with(sequences, request)),
         )
 
     def due_in(self) -> float:
@@ -156,6 +147,7 @@ class Generation:
         shares = self._next_shares()
         # Stored before the pass runs, so that `fail_pass` finds it.
         self._in_pass = [pending for pending, _ in shares]
+        self._reserve()
         segments = [self._next_piece(pending, tokens) for pending, tokens in shares]
         if self._trunk.training:
             self._trunk.train(False)
@@ -164,7 +156,17 @@ class Generation:
         self._awaited = set()
         for pending, segment, out_BTD in zip(self._in_pass, segments, outputs, strict=True):
             self._append_output(pending, segment, out_BTD)
-        self._evict({pending.call.session for pending in self._in_pass})
+        self._make_room()
+
+    def _reserve(self) -> None:
+        """Make room for the caches of the pass, before they grow."""
+        beside = 0
+        for pending in self._in_pass:
+            if pending.call.request.stateless:
+                beside += pending.num_bytes
+            else:
+                pending.sequences.num_bytes = pending.num_bytes
+        self._make_room(beside)
 
     def fail_pass(self, failure: Exception) -> None:
         """Drop the caches of a pass that failed, and fail its requests.
@@ -247,12 +249,18 @@ class Generation:
                 f"{rows} sequences of {room} tokens were asked for; a session of this trunk holds "
                 f"at most {self._spec.session_tokens}; raise generation.session_tokens at the trunk"
             )
-        needed = rows * num_bytes_of(self._probe, sequences.cache_tokens or capacity(tokens))
+        needed = self._bytes_with(sequences, request)
         if needed > self._spec.cache_bytes:
             raise TooLarge(
                 f"this session's cache would take {needed} bytes; all sessions of this trunk may "
                 f"take {self._spec.cache_bytes}; raise generation.cache_bytes at the trunk"
             )
+
+    def _bytes_with(self, sequences: SequenceCache, request: GenerateRequest) -> int:
+        """Return the bytes of a cache once it holds the tokens of a request."""
+        rows, tokens = request.smashed_BTD.shape[:2]
+        room = sequences.cache_tokens or capacity(request.past + tokens)
+        return rows * num_bytes_of(self._probe, room)
 
     @functools.cached_property
     def _probe(self) -> Any:
@@ -271,13 +279,17 @@ class Generation:
     def _next_shares(self) -> list[tuple[_Pending, int]]:
         """Return the requests of the next pass, each with the number of tokens that it runs."""
         # Single tokens always run; prompts share `chunk_tokens`, so that the pass stays short.
-        room = self._spec.chunk_tokens
+        room, room_bytes = self._spec.chunk_tokens, self._spec.cache_bytes
         shares = []
         waiting = list(self._waiting.values())
         if self._single_passes_left:
             self._single_passes_left -= 1
             waiting = waiting[:1]
         for pending in waiting:
+            # The first in the queue always runs, so each gets its turn.
+            if shares and pending.num_bytes > room_bytes:
+                continue
+            room_bytes -= pending.num_bytes
             tokens = pending.tokens_left
             if tokens > 1:
                 if room <= 0:
@@ -347,19 +359,37 @@ class Generation:
         reply_BTD = out_BTD[:, -request.logits_to_keep :].contiguous().cpu()
         pending.call.future.set_result(GenerateReply(trunk_out_BTD=reply_BTD, entries=entries))
 
-    def _evict(self, busy: set[str]) -> None:
-        """Drop the least recently used caches until the rest fits the budget."""
-        over = self.num_bytes - self._spec.cache_bytes
-        by_use = sorted((each.used, name) for name, each in self._caches.items())
-        # Those of the last pass are dropped last: each is about to send its next token.
-        for _, session in sorted(by_use, key=lambda each: each[1] in busy):
-            if over <= 0 or len(self._caches) == 1:
-                return
+    def _make_room(self, beside: int = 0) -> None:
+        """Drop caches until the rest fits the budget, with `beside` bytes of other caches."""
+        over = self.num_bytes + beside - self._spec.cache_bytes
+        while over > 0 and (session := self._first_to_go()):
             over -= self._caches[session].num_bytes
             log.info("dropped a cache of %s to make room", self._caches[session].client)
-            if pending := self._waiting.pop(session, None):
-                pending.call.future.set_exception(
-                    SessionLost("other sessions needed the memory; send its tokens again")
-                )
-            self._caches.pop(session)
-            self._awaited.discard(session)
+            self._lose(session, "other sessions needed the memory; send its tokens again")
+
+    def _first_to_go(self) -> str:
+        """Return the session whose cache is dropped next; empty if none should be."""
+        held: Counter[str] = Counter()
+        for each in self._caches.values():
+            held[each.client] += each.num_bytes
+        busy = {pending.call.session for pending in self._in_pass}
+        candidates = {name: each for name, each in self._caches.items() if each.num_bytes}
+        if len(candidates) == 1 and candidates.keys() <= busy:
+            return ""
+        # Those of the pass last: each is about to send its next token. Not simply the least
+        # recently used: then a client with many caches could evict those of all others.
+        return min(
+            candidates,
+            key=lambda name: (
+                name in busy,
+                -held[candidates[name].client],
+                candidates[name].used,
+            ),
+            default="",
+        )
+
+    def _lose(self, session: str, why: str) -> None:
+        self._caches.pop(session, None)
+        self._awaited.discard(session)
+        if pending := self._waiting.pop(session, None):
+            pending.call.future.set_exception(SessionLost(why))

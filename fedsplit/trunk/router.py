@@ -9,20 +9,25 @@ from dataclasses import dataclass, field, fields, replace
 from threading import Lock
 from typing import Any
 
-from fedsplit.errors import ConfigError, ModelMismatch, SessionLost, Unauthenticated
+from fedsplit.errors import ConfigError, ModelMismatch, Overloaded, SessionLost, Unauthenticated
 from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.sessions import no_session
 from fedsplit.wire import messages as m
 
+_RETRY_S = 1.0
+"""How long a client waits before it asks again for a session."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Member:
-    """A client of one trunk: its token at this trunk, and its sessions."""
+    """A client of the trunk `name`: its token there, and its sessions, of which some may open."""
 
+    name: str
     client: str
     service: TrunkService
     token: str
     heard_at: float
+    opening: int = 0
     sessions: set[str] = field(default_factory=set)
 
 
@@ -38,6 +43,8 @@ class TrunkRouter:
         token: The token that every client must present; empty to accept all clients.
         clock: Seconds that do not run backwards.
         forget_after_s: Seconds of silence after which a client without a session is forgotten.
+        max_clients: The most clients to remember. To remember another one, the client without a
+            session that is silent for the longest time is forgotten.
 
     Raises:
         ConfigError: There is no trunk.
@@ -50,6 +57,7 @@ class TrunkRouter:
         token: str = "",
         clock: Callable[[], float] = time.monotonic,
         forget_after_s: float = 600.0,
+        max_clients: int = 1024,
     ) -> None:
         if not services:
             raise ConfigError("there is no trunk to serve; name at least one")
@@ -57,6 +65,8 @@ class TrunkRouter:
         self._token = token
         self._clock = clock
         self._forget_after_s = forget_after_s
+        self._max_clients = max_clients
+        # The client that is silent for the longest time first.
         self._clients: dict[tuple[str, str], _Member] = {}
         self._sessions: dict[str, _Member] = {}
         self._lock = Lock()
@@ -133,10 +143,14 @@ class TrunkRouter:
     def _open(self, request: m.OpenRequest) -> m.OpenReply:
         member = self._admitted(self._name(request.served_model_name), request.client)
         # Not under the lock: Open waits for the engine, and other trunks' clients must not.
-        reply: Any = member.service.handle(request, member.token)
-        with self._lock:
-            member.sessions.add(reply.session)
-            self._sessions[reply.session] = member
+        try:
+            reply: Any = member.service.handle(request, member.token)
+            with self._lock:
+                member.sessions.add(reply.session)
+                self._sessions[reply.session] = member
+        finally:
+            with self._lock:
+                member.opening -= 1
         return reply  # type: ignore[no-any-return]
 
     def _name(self, served_model_name: str) -> str:
@@ -152,14 +166,20 @@ class TrunkRouter:
             self._forget_absent()
             member = self._clients.get((name, client))
             if member is None:
+                self._require_room()
                 service = self._services[name]
                 member = self._clients[name, client] = _Member(
+                    name=name,
                     client=client,
                     service=service,
                     token=service.admit(client),
                     heard_at=self._clock(),
                 )
-            member.heard_at = self._clock()
+            self._heard(member)
+            member.opening += 1
+            # The service ends sessions that are idle, or that make room for others.
+            for session in [each for each in member.sessions if not member.service.has(each)]:
+                self._forget_session(session)
             return member
 
     def _member_of(self, session: str) -> _Member:
@@ -167,19 +187,47 @@ class TrunkRouter:
             member = self._sessions.get(session)
             if member is None:
                 raise no_session(session)
-            member.heard_at = self._clock()
+            self._heard(member)
             return member
+
+    def _heard(self, member: _Member) -> None:
+        member.heard_at = self._clock()
+        key = member.name, member.client
+        # A request of a client that was forgotten a moment ago finds no session.
+        if key in self._clients:
+            self._clients[key] = self._clients.pop(key)
 
     def _end(self, session: str) -> None:
         with self._lock:
-            if member := self._sessions.pop(session, None):
-                member.sessions.discard(session)
+            self._forget_session(session)
+
+    def _forget_session(self, session: str) -> None:
+        if member := self._sessions.pop(session, None):
+            member.sessions.discard(session)
 
     def _forget_absent(self) -> None:
         # Not at once: a client that was disconnected may repeat the request of its last step.
         oldest = self._clock() - self._forget_after_s
-        for key, member in list(self._clients.items()):
-            if member.heard_at < oldest and member.service.forget(member.client):
-                del self._clients[key]
-                for session in member.sessions:
-                    self._sessions.pop(session, None)
+        for member in list(self._clients.values()):
+            if member.heard_at >= oldest:
+                return
+            self._forget(member)
+
+    def _require_room(self) -> None:
+        if len(self._clients) < self._max_clients:
+            return
+        if not any(self._forget(member) for member in list(self._clients.values())):
+            raise Overloaded(
+                f"{self._max_clients} clients have sessions here, which is the most "
+                "(limits.clients); try again when one has left, or raise the limit at the trunk",
+                retry_after_s=_RETRY_S,
+            )
+
+    def _forget(self, member: _Member) -> bool:
+        """Forget a client; return False if it has a session, or opens one."""
+        if member.opening or not member.service.forget(member.client):
+            return False
+        del self._clients[member.name, member.client]
+        for session in list(member.sessions):
+            self._forget_session(session)
+        return True

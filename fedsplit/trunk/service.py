@@ -7,7 +7,6 @@ step is remembered after its session has ended.
 
 import math
 import secrets
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -32,7 +31,8 @@ from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.guard import require_dtype
 from fedsplit.trunk.registry import ClientRegistry
-from fedsplit.trunk.sessions import Session, SessionInfo, Steps, no_session
+from fedsplit.trunk.session_table import SessionTable
+from fedsplit.trunk.sessions import Session, SessionInfo, Steps
 from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.wire import messages as m
 from fedsplit.wire.delta import DeltaDecoder
@@ -77,9 +77,8 @@ class TrunkService:
         self._round = 0
         self._clients = ClientRegistry()
         self.decoder = DeltaDecoder(run.wire.history_bytes, max_clients=run.clients)
-        self._sessions: dict[str, Session] = {}
+        self._sessions = SessionTable(run, clock)
         self._last_steps: dict[str, Steps] = {}
-        self._lock = threading.Lock()
         self._answers: dict[type, Callable[[Any, Any], Any]] = {
             m.ForwardRequest: self._forward,
             m.BackwardRequest: self._backward,
@@ -105,23 +104,18 @@ class TrunkService:
 
     def forget(self, client: str) -> bool:
         """Forget a client and drop its replica; return False if it still has a session."""
-        with self._lock:
-            if any(each.info.client == client for each in self._sessions.values()):
-                return False
-            self._clients.forget(client)
-            self._last_steps.pop(client, None)
-            self.decoder.forget(client)
+        if self._sessions.has_client(client):
+            return False
+        self._clients.forget(client)
+        self._last_steps.pop(client, None)
+        self.decoder.forget(client)
         if not self.engine.ended.done():
             self.engine.run(lambda: self.engine.training.forget_client(client))
         return True
 
     def expire_sessions(self) -> None:
         """Drop the sessions that have expired."""
-        now = self._clock()
-        with self._lock:
-            silent = [each for each in self._sessions.values() if each.expires_at <= now]
-        for session in silent:
-            session.expires_at = math.inf
+        for session in self._sessions.expired():
             self._end(session)
 
     def expect(
@@ -180,6 +174,10 @@ class TrunkService:
         """
         self._wait(self.engine.run(lambda: self.engine.training.average(weights)))
 
+    def has(self, session: str) -> bool:
+        """Return whether a session is open."""
+        return session in self._sessions
+
     @property
     def num_sessions(self) -> int:
         """The number of open sessions."""
@@ -206,15 +204,13 @@ class TrunkService:
             return self._open(request, client)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
             return self._wait(step)  # type: ignore[return-value]
-        session = self._session(request.session, client)  # type: ignore[attr-defined]
+        session = self._sessions.of(request.session, client)  # type: ignore[attr-defined]
         reply: m.R = self._answers[type(request)](session, request)
         return reply
 
     def disconnected(self, session: str) -> None:
         """Let a session expire in `policy.deadline_s`, unless its client sends a request."""
-        with self._lock:
-            if (open_ := self._sessions.get(session)) and open_.expires_at == math.inf:
-                open_.expires_at = self._clock() + self._run.policy.deadline_s
+        self._sessions.disconnected(session)
 
     # --- one method a request -----------------------------------------------------------------
 
@@ -240,15 +236,9 @@ class TrunkService:
             training=request.training and not request.generating,
             generating=request.generating,
         )
-        with self._lock:
-            replaced = [each for each in self._sessions.values() if each.info.is_like(info)]
-            self._sessions[info.name] = Session(
-                info=info,
-                at_once=self._run.train.micro_batches,
-                expires_at=self._clock() + self._run.wire.stash_ttl_s,
-            )
-        for old in replaced:
-            self._drop(old, replaced=True)
+        session = Session(info=info, at_once=self._run.train.micro_batches)
+        for old in self._sessions.add(session):
+            self._drop(old, replaced=old.info.is_like(info))
         if info.generating:
             self._wait(self.engine.open_cache(client, info.name, request.cache_tokens))
         version = self._wait(self.engine.join(client)) if info.training else self.engine.version
@@ -265,10 +255,8 @@ class TrunkService:
         if request.training and not session.info.training:
             raise ProtocolError("this session was not opened for training; open another session")
         if not request.training:
-            info = session.info
-            call = Call(kind=Kind.EVALUATE, client=info.client, round=info.round, request=request)
-            reply: m.ForwardReply = self._wait(self.engine.submit(call))
-            return reply
+            evaluated: Future[m.ForwardReply] = session.evaluate(request, self.engine.submit)
+            return self._wait(evaluated)
         if request.bases_B is None:
             future: Future[m.ForwardReply] = session.once(Kind.FORWARD, request, self.engine.submit)
             return self._wait(future)
@@ -299,12 +287,16 @@ class TrunkService:
             require_dtype("values_BHTE", entry.values_BHTE.dtype, self._dtype)
         if not session.info.generating:
             raise ProtocolError("this session was not opened to generate; open another session")
-        future: Future[m.GenerateReply] = session.once(Kind.GENERATE, request, self.engine.submit)
         try:
-            return self._wait(future)
+            future: Future[m.GenerateReply] = session.once(
+                Kind.GENERATE, request, self.engine.submit
+            )
+            reply = self._wait(future)
         except SessionLost:  # without its cache, the session has no purpose
             self._drop(session)
             raise
+        session.keep_if_small(request.call, reply, self._run.limits.reply_bytes)
+        return reply
 
     def _close(self, session: Session, request: m.CloseRequest) -> m.CloseReply:
         self._drop(session)
@@ -344,16 +336,6 @@ class TrunkService:
 
     # --- sessions -----------------------------------------------------------------------------
 
-    def _session(self, name: str, client: str) -> Session:
-        with self._lock:
-            session = self._sessions.get(name)
-            if session is None:
-                raise no_session(name)
-            if session.info.client != client:
-                raise Forbidden(f"session {name} belongs to another client")
-            session.expires_at = math.inf
-            return session
-
     def _last_step(self, request: m.StepRequest, client: str) -> "Future[m.StepReply] | None":
         """Return a step of the client's last ended session, whose reply may have been lost."""
         return self._last_steps.get(client, {}).get((request.session, request.call))
@@ -374,7 +356,7 @@ class TrunkService:
         # A client that has returned does not wait for its own LEAVE, which may be at a later time.
         if not (is_leaving and replaced):
             self._wait(leaving)
-            self._gone(session)
+            self._sessions.remove(session.info.name)
 
     def _end(self, session: Session, *, replaced: bool = False) -> "Future[None]":
         """Let the engine drop a session; a client that is not `replaced` leaves its barrier."""
@@ -388,9 +370,6 @@ class TrunkService:
                     kind=Kind.CLOSE, client=info.client if leaves else "", session=info.name
                 )
                 session.leaving = self.engine.submit(call)
-                session.leaving.add_done_callback(lambda _: self._gone(session))
+                # Only then has the engine dropped its state.
+                session.leaving.add_done_callback(lambda _: self._sessions.remove(info.name))
         return session.leaving
-
-    def _gone(self, session: Session) -> None:
-        with self._lock:  # only now has the engine dropped its state
-            self._sessions.pop(session.info.name, None)

@@ -8,13 +8,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsplit.errors import SessionLost
+from fedsplit.errors import Overloaded, SessionLost
 from fedsplit.trunk.call import Call, Kind
-from fedsplit.wire.messages import StepReply, StepRequest
+from fedsplit.wire.messages import GenerateReply, GenerateRequest, StepReply, StepRequest
 from fedsplit.wire.session import Event, SessionState, advance
 
 Steps = dict[tuple[str, int], "Future[StepReply]"]
 """The remembered steps of a session, by session and call."""
+
+_RETRY_S = 0.1
+"""How long a client waits before it repeats a request that came too early."""
 
 _EVENTS = {
     Kind.FORWARD: Event.FORWARD,
@@ -47,7 +50,9 @@ class Session:
     """A session of a client; `lock` is held while a request is checked.
 
     The session is dropped at `expires_at` unless a request arrives before. `leaving` is then the
-    future of its end. A client has at most `at_once` calls outstanding, and may repeat each.
+    future of its end, and `used_at` is the time of the last request, in seconds. A client has at
+    most `at_once` calls outstanding, and may repeat each. `in_progress` are the calls that the
+    engine has not answered, and `too_large` the last call whose reply was too large to keep.
     """
 
     info: SessionInfo
@@ -56,7 +61,10 @@ class Session:
     replies: "OrderedDict[tuple[type, int], Future[Any]]" = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     expires_at: float = math.inf
+    used_at: float = 0.0
     leaving: "Future[None] | None" = None
+    in_progress: "set[Future[Any]]" = field(default_factory=set)
+    too_large: int = -1
 
     def once(
         self, kind: Kind, request: Any, submit: "Callable[[Call], Future[Any]]"
@@ -65,34 +73,92 @@ class Session:
 
         Raises:
             ProtocolError: The request is not legal now.
-            SessionLost: The session has ended.
+            Overloaded: Too many other requests of this session have no answer yet.
+            SessionLost: The session has ended, or the reply was too large to be kept.
         """
         name = type(request), request.call
         # Two copies of one request may arrive at a time; the lock lets one of them submit.
         with self.lock:
-            if self.leaving:
-                raise no_session(self.info.name)
             future = self.replies.get(name)
-            if future is None:
+            if future is None or self.leaving:
+                self._require_room()
+                if kind is Kind.GENERATE and request.call == self.too_large:
+                    raise SessionLost(
+                        f"the reply to call {request.call} is larger than limits.reply_bytes and "
+                        "was not kept; send the session's tokens again"
+                    )
                 self.state = advance(self.state, _EVENTS[kind], request.call)
-                info = self.info
-                call = Call(
-                    kind=kind,
-                    client=info.client,
-                    session=info.name,
-                    round=info.round,
-                    request=request,
-                )
-                future = self.replies[name] = submit(call)
-                # Replies hold tensors: those that may be repeated are kept, and as many to spare.
-                while len(self.replies) > 2 * self.at_once:
-                    self.replies.popitem(last=False)
+                future = self.replies[name] = self._submit(kind, request, submit)
+                self._drop_replies()
         return future
+
+    def evaluate(self, request: Any, submit: "Callable[[Call], Future[Any]]") -> "Future[Any]":
+        """Return the future of a forward that changes no state, so that each copy is a call.
+
+        Raises:
+            Overloaded: Too many other requests of this session have no answer yet.
+            SessionLost: The session has ended.
+        """
+        with self.lock:
+            self._require_room()
+            return self._submit(Kind.EVALUATE, request, submit)
+
+    def _require_room(self) -> None:
+        if self.leaving:
+            raise no_session(self.info.name)
+        # A future is done before the callback that removes it has run.
+        unanswered = sum(not each.done() for each in tuple(self.in_progress))
+        # The tokens of a request follow those of the one before, so one at a time is generated. A
+        # client that trains may have given up requests that still wait at the barrier.
+        most = 1 if self.info.generating else 2 * self.at_once
+        if unanswered >= most:
+            raise Overloaded(
+                f"{unanswered} requests of this session have no answer yet, which is "
+                "the most; wait for their replies",
+                retry_after_s=_RETRY_S,
+            )
+
+    def _submit(
+        self, kind: Kind, request: Any, submit: "Callable[[Call], Future[Any]]"
+    ) -> "Future[Any]":
+        info = self.info
+        future = submit(
+            Call(
+                kind=kind,
+                client=info.client,
+                session=info.name,
+                round=info.round,
+                request=request,
+            )
+        )
+        self.in_progress.add(future)
+        # Removed at once, because a reply holds tensors.
+        future.add_done_callback(self.in_progress.discard)
+        return future
+
+    def _drop_replies(self) -> None:
+        # Replies hold tensors: those that may be repeated are kept, and as many to spare. A client
+        # that generates has read the reply before it sends the next tokens.
+        most = 1 if self.info.generating else 2 * self.at_once
+        for name in [name for name, each in self.replies.items() if each.done()]:
+            if len(self.replies) > most:
+                del self.replies[name]
 
     def forget(self, kind: type, call: int) -> None:
         """Drop a reply whose request will not be repeated."""
         with self.lock:
             self.replies.pop((kind, call), None)
+
+    def keep_if_small(self, call: int, reply: GenerateReply, most_bytes: int) -> None:
+        """Drop the reply to a call that generates if it has more than `most_bytes` bytes."""
+        tensors = [reply.trunk_out_BTD]
+        tensors += [
+            each for entry in reply.entries for each in (entry.keys_BHTE, entry.values_BHTE)
+        ]
+        if sum(each.nbytes for each in tensors) > most_bytes:
+            with self.lock:
+                self.replies.pop((GenerateRequest, call), None)
+                self.too_large = max(self.too_large, call)
 
     def take_back(self, kind: type, call: int, future: "Future[Any]") -> None:
         """Undo a backward whose graph was gone, so that the client can repeat the forward."""

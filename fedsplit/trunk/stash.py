@@ -36,8 +36,8 @@ class Stash:
 
     Args:
         budget_bytes: The most that all graphs may hold together. To make room for a new graph, the
-            oldest graphs of the session that holds most are dropped, each with all others of its
-            batched pass.
+            oldest graphs of the session that would hold most are dropped. Those of a batched pass
+            are dropped together, and after the others of the session.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -54,7 +54,7 @@ class Stash:
         dropped = self.drop(session, call)
         # The new graph is kept even if it alone is over the budget, or no step could be made.
         while self._graphs and _bytes_of([*self._graphs.values(), graph]) > self._budget:
-            dropped += self._drop_pass(self._first_to_go())
+            dropped += self._drop_pass(self._first_to_go(session, graph.num_bytes))
         self._graphs[session, call] = graph
         self.num_bytes = _bytes_of(self._graphs.values())
         return dropped
@@ -109,14 +109,18 @@ class Stash:
         ]
         return [graph for each in members or [key] for graph in self.drop(*each)]
 
-    def _first_to_go(self) -> tuple[str, int]:
-        """Return the key of the oldest graph of the session that holds most."""
+    def _first_to_go(self, session: str, num_bytes: int) -> tuple[str, int]:
+        """Return the key of the graph to drop for a new one of `session`."""
         # Not simply the oldest graph: then one client with many graphs could evict all others.
-        held: Counter[str] = Counter()
-        for (session, _), graph in self._graphs.items():
-            held[session] += graph.num_bytes
-        most = max(held.values())
-        return next(key for key in self._graphs if held[key[0]] == most)
+        passes = Counter(id(graph.batched) for graph in self._graphs.values() if graph.batched)
+        held: Counter[str] = Counter({session: num_bytes})
+        for (owner, _), graph in self._graphs.items():
+            # What remains of a pass is held by those whose graphs remain.
+            whole = graph.batched.num_bytes // passes[id(graph.batched)] if graph.batched else 0
+            held[owner] += whole or graph.num_bytes
+        greediest = max((owner for owner, _ in self._graphs), key=lambda owner: held[owner])
+        own = [key for key in self._graphs if key[0] == greediest]
+        return min(own, key=lambda key: passes[id(self._graphs[key].batched)] > 1)
 
 
 def _bytes_of(graphs: Collection[Graph]) -> int:

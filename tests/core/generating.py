@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.link import Link, LocalLink
 from fedsplit.model import ClientPart, SplitModel, TrunkPart, connect, split_model
-from fedsplit.spec import GenerationSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
+from fedsplit.spec import GenerationSpec, LimitsSpec, PolicySpec, RunSpec, SplitSpec, WireSpec
 from fedsplit.trunk.service import TrunkService
 from simulations.families import random_model
 from simulations.tiny import tiny_config
@@ -126,6 +126,7 @@ def scene(
     *,
     budget_s: float = 10.0,
     deadline_s: float = 30.0,
+    limits: LimitsSpec | None = None,
     **budgets: Any,
 ) -> Iterator[Scene]:
     """Serve the trunk of a model of this family with these budgets of `GenerationSpec`."""
@@ -134,6 +135,7 @@ def scene(
         generation=GenerationSpec(**budgets),
         wire=WireSpec(budget_s=budget_s),
         policy=PolicySpec(deadline_s=deadline_s),
+        limits=limits or LimitsSpec(),
     )
     trunk = copy.deepcopy(parts_of(model_type).trunk)
     with TrunkService(trunk, run, clock) as service:

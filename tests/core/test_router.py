@@ -99,7 +99,7 @@ def test_a_session_that_its_trunk_has_lost_is_forgotten_at_once(here):
     trunk = arrive(here, "ann")
     trunk.open()
     session = trunk._named_session()
-    here.services["one"]._drop(here.services["one"]._sessions[session])
+    here.services["one"]._drop(here.services["one"]._sessions._open[session])
     with pytest.raises(SessionLost):
         trunk.training_state()
     assert session not in here.router._sessions
@@ -111,7 +111,7 @@ def test_who_left_is_forgotten_after_a_while_and_who_is_there_is_not(here):
         trunk.open()
     gone.close()
     cut_off_session = cut_off._named_session()
-    here.services["one"]._drop(here.services["one"]._sessions[cut_off_session])
+    here.services["one"]._drop(here.services["one"]._sessions._open[cut_off_session])
     here.clock.now = 599.0
     arrive(here, "other").open()
     assert here.router.num_clients == 4
@@ -139,9 +139,9 @@ def test_a_broken_connection_is_told_to_the_right_trunk(here):
     session = trunk._named_session()
     here.router.disconnected("never-there")
     here.router.disconnected(session)
-    assert here.services["two"]._sessions[session].expires_at < math.inf
+    assert here.services["two"]._sessions._open[session].expires_at < math.inf
     trunk.training_state()
-    assert here.services["two"]._sessions[session].expires_at == math.inf
+    assert here.services["two"]._sessions._open[session].expires_at == math.inf
 
 
 def test_a_trunk_that_failed_leaves_the_others_at_work(here):

@@ -81,6 +81,20 @@ def test_a_joint_pass_makes_way_as_a_whole():
     assert (stash.take("c", 0), stash.take("d", 0)) == (alone, new)
 
 
+def test_a_client_at_its_share_is_not_dropped_for_one_that_wants_more():
+    stash, mine, yours = Stash(20), graph(), graph()
+    stash.put("quiet", 0, mine), stash.put("flood", 0, yours)
+    assert stash.put("flood", 1, graph()) == [yours]
+    assert stash.take("quiet", 0) is mine
+
+
+def test_a_client_that_floods_drops_its_own_graphs_before_those_of_a_joint_pass():
+    stash, (mine, yours), alone = Stash(35), pass_of_two(), graph()
+    stash.put("quiet", 0, mine), stash.put("flood", 0, yours), stash.put("flood", 1, alone)
+    assert stash.put("flood", 2, graph()) == [alone]
+    assert stash.take("quiet", 0) is mine
+
+
 def test_old_graphs_of_a_replica_go():
     stash = Stash(100)
     graphs = [graph(barrier=barrier) for barrier in range(4)]

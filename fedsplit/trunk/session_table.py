@@ -1,0 +1,120 @@
+"""The open sessions of a trunk: their clients, when they expire, and which make room for others."""
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+from fedsplit.errors import Forbidden, Overloaded
+from fedsplit.spec import RunSpec
+from fedsplit.trunk.sessions import Session, no_session
+
+_RETRY_S = 1.0
+"""How long a client waits before it asks again for a session."""
+
+
+class SessionTable:
+    """The open sessions of a trunk, the least recently used first; several threads may use it.
+
+    Args:
+        run: The run; its `limits` bound the sessions of a client, and those of all clients.
+        clock: Seconds that do not run backwards.
+    """
+
+    def __init__(self, run: RunSpec, clock: Callable[[], float]) -> None:
+        self._run = run
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._open: dict[str, Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._open
+
+    def has_client(self, client: str) -> bool:
+        """Return whether a client has a session."""
+        with self._lock:
+            return any(each.info.client == client for each in self._open.values())
+
+    def add(self, session: Session) -> list[Session]:
+        """Add a session; return those to end: the one it replaces, and the one that makes room.
+
+        The session that makes room is the least recently used one that generates: of this client
+        if it has as many as it may have, else of the client that has most.
+
+        Raises:
+            Overloaded: None can make room, because those that train are not ended.
+        """
+        client = session.info.client
+        with self._lock:
+            replaced = [each for each in self._open.values() if each.info.is_like(session.info)]
+            kept = [each for each in self._open.values() if each not in replaced]
+            held = Counter(each.info.client for each in kept)
+            evicted = []
+            if held[client] >= self._run.limits.sessions_per_client:
+                own = [each for each in kept if each.info.client == client]
+                evicted = [_first_to_go(own, held, "limits.sessions_per_client")]
+            elif len(kept) >= self._run.limits.sessions:
+                held[client] += 1
+                evicted = [_first_to_go(kept, held, "limits.sessions")]
+            for each in evicted:
+                del self._open[each.info.name]
+            session.used_at = self._clock()
+            session.expires_at = session.used_at + self._run.wire.stash_ttl_s
+            self._open[session.info.name] = session
+        return replaced + evicted
+
+    def of(self, name: str, client: str) -> Session:
+        """Return a session for a request of its client; it is then the most recently used.
+
+        Raises:
+            SessionLost: There is no such session.
+            Forbidden: It belongs to another client.
+        """
+        with self._lock:
+            session = self._open.get(name)
+            if session is None:
+                raise no_session(name)
+            if session.info.client != client:
+                raise Forbidden(f"session {name} belongs to another client")
+            session.expires_at, session.used_at = math.inf, self._clock()
+            self._open[name] = self._open.pop(name)
+            return session
+
+    def disconnected(self, name: str) -> None:
+        """Let a session expire in `policy.deadline_s`, unless its client sends a request."""
+        with self._lock:
+            if (session := self._open.get(name)) and session.expires_at == math.inf:
+                session.expires_at = self._clock() + self._run.policy.deadline_s
+
+    def expired(self) -> list[Session]:
+        """Return the sessions to end: disconnected ones, and idle ones that generate."""
+        now = self._clock()
+        idle = now - self._run.generation.ttl_s
+        with self._lock:
+            return [
+                each
+                for each in self._open.values()
+                if not each.leaving
+                and (each.expires_at <= now or (each.info.generating and each.used_at < idle))
+            ]
+
+    def remove(self, name: str) -> None:
+        """Remove a session that has ended; a second call does nothing."""
+        with self._lock:
+            self._open.pop(name, None)
+
+
+def _first_to_go(sessions: list[Session], held: Counter[str], limit: str) -> Session:
+    """Return the first session that generates, of the client that holds most."""
+    generating = [each for each in sessions if each.info.generating]
+    if not generating:
+        raise Overloaded(
+            f"{len(sessions)} sessions are open, which is the most ({limit}); try again when one "
+            "has ended, or raise the limit at the trunk",
+            retry_after_s=_RETRY_S,
+        )
+    # The first of several that are equal, which is the least recently used.
+    return max(generating, key=lambda each: held[each.info.client])
