@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.client.autograd import without_gradient
+from fedsplit.client.precision import autocast_on
 from fedsplit.client.sent_tokens import SentTokens
 from fedsplit.errors import ProtocolError, SessionLost
 from fedsplit.wire import messages as m
@@ -50,6 +51,7 @@ class TrunkCache:
         self._session = new_session()
         self._must_replay = False
         self._record_past = False
+        self._autocast = ""
         self._sent = SentTokens()
         self._mask_BT: Tensor | None = None
         self._rows_B: Tensor | None = None
@@ -73,6 +75,7 @@ class TrunkCache:
             FedsplitError: The trunk refused, or could not be reached.
         """
         past, (B, T, _) = self.num_tokens, hidden_BTD.shape
+        self._autocast = autocast_on(hidden_BTD.device)
         if past and B != self._sent.num_sequences:
             raise ProtocolError(
                 f"{B} sequences came for a cache of {self._sent.num_sequences}; make a new cache"
@@ -253,6 +256,7 @@ class TrunkCache:
             record_past=self._record_past,
             stateless=self._stateless,
             entries=self._entries_to_send(),
+            autocast=self._autocast,
         )
         reply = self._session.exchange(request)
         self._add_entries(reply)

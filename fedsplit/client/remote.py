@@ -23,6 +23,7 @@ from fedsplit.client.autograd import (
 )
 from fedsplit.client.following import Follower, StepReminder
 from fedsplit.client.kv_session import CacheSession, TrunkCache
+from fedsplit.client.precision import Precision
 from fedsplit.client.rpc import RpcClient
 from fedsplit.errors import FedsplitError, ModelMismatch, ProtocolError, SessionLost
 from fedsplit.link import Link
@@ -55,8 +56,8 @@ class RemoteTrunk:
     Attributes:
         client: The client's name.
         draws: Whether a training forward of the model draws random numbers.
-        autocast: The precision of the trunk's matrix products, known once a session is open; empty
-            for the precision of its weights.
+        autocast: The precision that the trunk's run sets, known once a session is open; empty if
+            it sets none, and the trunk's is that of the client.
         round, version: The session's round, and the trunk's version after this client's last step.
         watch: Follows an optimizer, or warns if nothing asks the trunk for a step.
     """
@@ -102,7 +103,7 @@ class RemoteTrunk:
         self._rpc = RpcClient(link, run, client=client, encoder=self._encoder)
         self._session: ClientSession | None = None
         self.round = self.version = 0
-        self.autocast = ""
+        self._precision, self.autocast = Precision(run.model), ""
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
         """Open a session in place of the previous one; return the trunk's parameter version.
@@ -184,6 +185,7 @@ class RemoteTrunk:
             FedsplitError: The trunk refused, or could not be reached within the budget.
         """
         dtype = hidden_BTD.dtype
+        self._precision.check_cut(hidden_BTD, self._dtype)
         # A model may be converted later, and under autocast some families leave another dtype.
         hidden_BTD = hidden_BTD.to(self._dtype)
         if cache is not None:
@@ -206,6 +208,7 @@ class RemoteTrunk:
             position_ids_BT=position_ids_BT,
             codec=self._wire.up,
             other_mode=keeps_graph != in_training,
+            autocast=self._precision.of_forward(hidden_BTD.device, self.autocast),
         )
         run = self._run_with_graph if keeps_graph else self._run_without_graph
         return run(session, request, hidden_BTD).to(dtype)
@@ -384,11 +387,7 @@ class RemoteTrunk:
             self.exchange(m.CloseRequest(session=session))
 
     def exchange(self, request: m.Request[m.R]) -> m.R:
-        """Send a request, retry it if need be, and return its reply.
-
-        Raises:
-            FedsplitError: The last failure.
-        """
+        """Send a request, retry it if need be; return its reply, or raise the last failure."""
         return self._rpc.exchange(request)
 
     def _open_session(self) -> ClientSession:

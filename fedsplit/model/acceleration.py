@@ -54,7 +54,11 @@ def autocast(model: ModelSpec, device: torch.device) -> AbstractContextManager[N
 
     Use it for forwards only: autograd computes a backward in the precision of its forward.
     """
-    precision = precision_of(model, device)
+    return autocast_to(precision_of(model, device), device)
+
+
+def autocast_to(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """A context like `autocast` for the name of a dtype; without autocast if it is empty."""
     dtype = getattr(torch, precision) if precision else None
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 

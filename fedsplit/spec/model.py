@@ -91,7 +91,8 @@ class ModelSpec:
         dtype: The type of weights and of the tensors on the wire.
         autocast: The smaller type of matrix products in training and evaluation. auto is bfloat16
             on devices that support it and float16 on others, and each side chooses for its own
-            device. If either side uses float16, losses are scaled.
+            device. If either side uses float16, losses are scaled. With off, the trunk does as
+            torch.autocast around the client's model says.
     """
 
     pretrained: str = ""

@@ -187,7 +187,7 @@ class OpenReply(_message.Message):
     def __init__(self, session: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec", "bases_B", "references", "other_mode", "calls_ago")
+    __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec", "bases_B", "references", "other_mode", "calls_ago", "autocast")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class ForwardRequest(_message.Message):
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
     OTHER_MODE_FIELD_NUMBER: _ClassVar[int]
     CALLS_AGO_FIELD_NUMBER: _ClassVar[int]
+    AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     training: bool
@@ -210,7 +211,8 @@ class ForwardRequest(_message.Message):
     references: _containers.RepeatedCompositeFieldContainer[TensorMeta]
     other_mode: bool
     calls_ago: int
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., codec: _Optional[str] = ..., bases_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., references: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., other_mode: bool = ..., calls_ago: _Optional[int] = ...) -> None: ...
+    autocast: str
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., training: bool = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., codec: _Optional[str] = ..., bases_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., references: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., other_mode: bool = ..., calls_ago: _Optional[int] = ..., autocast: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
     __slots__ = ("trunk_out_BTD", "version", "codec")
@@ -279,7 +281,7 @@ class KVCacheEntry(_message.Message):
     def __init__(self, block: _Optional[int] = ..., keys_BHTE: _Optional[_Union[TensorMeta, _Mapping]] = ..., values_BHTE: _Optional[_Union[TensorMeta, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("session", "call", "past", "logits_to_keep", "smashed_BTD", "rows_B", "attention_mask_BT", "position_ids_BT", "record_past", "stateless", "entries")
+    __slots__ = ("session", "call", "past", "logits_to_keep", "smashed_BTD", "rows_B", "attention_mask_BT", "position_ids_BT", "record_past", "stateless", "entries", "autocast")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     PAST_FIELD_NUMBER: _ClassVar[int]
@@ -291,6 +293,7 @@ class GenerateRequest(_message.Message):
     RECORD_PAST_FIELD_NUMBER: _ClassVar[int]
     STATELESS_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     past: int
@@ -302,7 +305,8 @@ class GenerateRequest(_message.Message):
     record_past: bool
     stateless: bool
     entries: _containers.RepeatedCompositeFieldContainer[KVCacheEntry]
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., past: _Optional[int] = ..., logits_to_keep: _Optional[int] = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., rows_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., record_past: bool = ..., stateless: bool = ..., entries: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ...) -> None: ...
+    autocast: str
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., past: _Optional[int] = ..., logits_to_keep: _Optional[int] = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., rows_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., record_past: bool = ..., stateless: bool = ..., entries: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ..., autocast: _Optional[str] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("trunk_out_BTD", "entries")

@@ -56,6 +56,7 @@ class BatchedForward:
     trunk_out_BTD: Tensor
     num_bytes: int
     rows: tuple[int, ...]
+    autocast: str
     module_calls: list[_ModuleCall] = field(default_factory=list)
     broken: bool = False
 
@@ -92,13 +93,14 @@ class BatchedPass:
     def forward(
         self, members: Sequence[Inputs], versions: ParameterVersions, version: int
     ) -> BatchedForward:
-        """Run the forwards of all members, which agree in mode and in the shapes of tensors."""
+        """Run the forwards of all members, which agree in mode, precision and shapes."""
         inputs = Inputs(
             smashed_BTD=torch.cat([each.smashed_BTD.detach() for each in members]),
             attention_mask_BT=_cat([each.attention_mask_BT for each in members]),
             position_ids_BT=_cat([each.position_ids_BT for each in members]),
             dropout="",
             train_mode=members[0].train_mode,
+            autocast=members[0].autocast,
         )
         module_calls: list[_ModuleCall] = []
         with self._recording(module_calls):
@@ -108,6 +110,7 @@ class BatchedPass:
             trunk_out_BTD=output.trunk_out_BTD,
             num_bytes=output.num_bytes,
             rows=tuple(len(each.smashed_BTD) for each in members),
+            autocast=inputs.autocast,
             module_calls=module_calls,
         )
 
@@ -163,7 +166,7 @@ class BatchedPass:
             module, names = self._trunk.get_submodule(call.module), self._owners[call.module]
             inputs, grads = (_split_rows(t, batched.rows) for t in (call.input, call.grad_output))
             for total, input_, grad in zip(own, inputs, grads, strict=True):
-                with self._compute.autocast():
+                with self._compute.autocast(batched.autocast):
                     gradients = _gradients(module, names, input_, grad)
                 # Summed over calls: a module may run several times in one forward.
                 for name, gradient in gradients.items():

@@ -75,7 +75,8 @@ class Call:
         # The version is in the key, because a pass runs on one set of parameters.
         present = inputs.attention_mask_BT is not None, inputs.position_ids_BT is not None
         replica, version = id(self.work.replica), self.work.version
-        return replica, version, inputs.train_mode, inputs.tables, shape_TD, present
+        kind = inputs.train_mode, inputs.autocast, inputs.tables
+        return replica, version, kind, shape_TD, present
 
     @property
     def batch_order(self) -> Any:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import ConfigError
-from fedsplit.model.acceleration import apply_training_options, autocast, checkpoints
+from fedsplit.model.acceleration import (
+    apply_training_options,
+    autocast_to,
+    checkpoints,
+    precision_of,
+)
 from fedsplit.model.memory import ByteCount
 from fedsplit.model.rope import tables_of
 from fedsplit.model.stage import TrunkPart
@@ -26,8 +31,8 @@ from fedsplit.wire.messages import ForwardRequest
 class Inputs:
     """The tensors of a forward, on the trunk's device.
 
-    `dropout` is the seed of its dropout, which it has in `train_mode`, and `tables` a key of the
-    rotary tables for its own positions.
+    `dropout` is the seed of its dropout, which it has in `train_mode`, `tables` a key of the rotary
+    tables for its own positions, and `autocast` the precision that the client asks for.
     """
 
     smashed_BTD: Tensor
@@ -36,6 +41,7 @@ class Inputs:
     dropout: str
     train_mode: bool = True
     tables: tuple[int, ...] = ()
+    autocast: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,7 +74,7 @@ class Compute:
                 "with; load the part, or call to_empty and set its parameters, before it is served"
             )
         self._trunk = trunk
-        self._precision = run.model
+        self._autocast = precision_of(run.model, self.device)
         self._seed = run.seed
         self.draws = draws(trunk)
         # A backward that recomputes activations draws their dropout again.
@@ -94,6 +100,7 @@ class Compute:
             dropout=f"trunk/{self._seed}/{client}/{round}/{request.call - request.calls_ago}",
             train_mode=request.training != request.other_mode,
             tables=tables_of(self._trunk.config, largest),
+            autocast=request.autocast,
         )
 
     def evaluate(self, inputs: Inputs, versions: ParameterVersions) -> Tensor:
@@ -139,12 +146,15 @@ class Compute:
                 output_BTD, wanted, grad_output_BTD.to(self.device), allow_unused=True
             )
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Return a context in which operations have the precision of forwards."""
-        return autocast(self._precision, self.device)
+    def autocast(self, asked: str) -> AbstractContextManager[None]:
+        """Return a context in which operations have the precision of a forward.
+
+        That is the run's, or else the one that the client asked for.
+        """
+        return autocast_to(self._autocast or asked, self.device)
 
     def _run(self, inputs: Inputs) -> Tensor:
-        with self.autocast():
+        with self.autocast(inputs.autocast):
             out_BTD: Tensor = self._trunk(
                 inputs.smashed_BTD, inputs.attention_mask_BT, inputs.position_ids_BT
             )

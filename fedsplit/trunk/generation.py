@@ -339,6 +339,7 @@ class Generation:
             ),
             past=sequences.tokens,
             cache=sequences.cache,
+            autocast=request.autocast,
         )
 
     def _append_output(self, pending: _Pending, segment: Segment, out_BTD: Tensor) -> None:
@@ -351,7 +352,8 @@ class Generation:
         del self._waiting[pending.call.session]
         entries: tuple[KVCacheEntry, ...] = ()
         if request.stateless:
-            entries = last_entries(sequences.cache, request.smashed_BTD.shape[1])
+            sent_BTD = request.smashed_BTD
+            entries = last_entries(sequences.cache, sent_BTD.shape[1], sent_BTD.dtype)
         else:
             sequences.num_bytes = num_bytes(sequences.cache)
         self._awaited.add(pending.call.session)

@@ -168,13 +168,16 @@ def fill(cache: Any, entries: Sequence[KVCacheEntry], past: int, probe: Any) -> 
     return cache
 
 
-def last_entries(cache: Any, tokens: int) -> tuple[KVCacheEntry, ...]:
-    """Return the keys and values of the last `tokens` tokens, as far as the cache holds them."""
+def last_entries(cache: Any, tokens: int, dtype: torch.dtype) -> tuple[KVCacheEntry, ...]:
+    """Return the keys and values of the last `tokens` tokens, as far as the cache holds them.
+
+    They travel in `dtype`, the wire's. Autocast makes some in a smaller one, which that holds.
+    """
     return tuple(
         KVCacheEntry(
             block=index,
-            keys_BHTE=layer.keys[:, :, -tokens:].contiguous().cpu(),
-            values_BHTE=layer.values[:, :, -tokens:].contiguous().cpu(),
+            keys_BHTE=layer.keys[:, :, -tokens:].to("cpu", dtype).contiguous(),
+            values_BHTE=layer.values[:, :, -tokens:].to("cpu", dtype).contiguous(),
         )
         for index, layer in _attention_layers(cache)
     )

@@ -21,6 +21,7 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fedsplit.model.acceleration import autocast_to
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.model.rope import by_length, tables_of
 from fedsplit.model.stage import TrunkPart
@@ -40,7 +41,8 @@ _TRIAL = ((3, 5), (1, 2), (1, 1))
 class Segment:
     """The next tokens of one session.
 
-    `past` tokens are in its cache already. The mask covers these and the new ones.
+    `past` tokens are in its cache already. The mask covers these and the new ones. `autocast` is
+    the precision of its matrix products; empty for that of the weights.
     """
 
     hidden_BTD: Tensor
@@ -48,6 +50,7 @@ class Segment:
     position_ids_BT: Tensor | None
     past: int
     cache: Any
+    autocast: str = ""
 
     @property
     def largest_position(self) -> int:
@@ -62,7 +65,7 @@ class SharedPass:
 
     A trial with two random sessions decides it, at the first pass of several sessions. If the
     family does not allow it, each session has a pass of its own. Sessions share a pass only if
-    their rotary tables are the same.
+    their rotary tables and their precision are the same.
 
     Args:
         trunk: The trunk part, on its device.
@@ -78,7 +81,8 @@ class SharedPass:
             return [self._alone(segment) for segment in segments]
         groups: dict[Hashable, list[int]] = {}
         for place, segment in enumerate(segments):
-            groups.setdefault(self._tables(segment), []).append(place)
+            key = segment.autocast, self._tables(segment)
+            groups.setdefault(key, []).append(place)
         outs: dict[int, Tensor] = {}
         for places in groups.values():
             group = [segments[place] for place in places]
@@ -102,12 +106,19 @@ class SharedPass:
         return self._is_possible
 
     def _alone(self, segment: Segment) -> Tensor:
-        return self._trunk.run(
+        return self._run(
+            segment.autocast,
             segment.hidden_BTD,
             attention_mask_BT=segment.attention_mask_BT,
             position_ids_BT=segment.position_ids_BT,
             cache=segment.cache,
         )
+
+    def _run(self, autocast: str, hidden_BTD: Tensor, **options: Any) -> Tensor:
+        with autocast_to(autocast, hidden_BTD.device):
+            out_BTD = self._trunk.run(hidden_BTD, **options)
+        # Under autocast some families return the lower precision; the wire has the weights' dtype.
+        return out_BTD.to(hidden_BTD.dtype)
 
     def _together(self, segments: Sequence[Segment]) -> list[Tensor]:
         config = self._trunk.config
@@ -120,7 +131,8 @@ class SharedPass:
         config._attn_implementation = _NAME
         _CURRENT.cache = cache
         try:
-            out_1ND = self._trunk.run(
+            out_1ND = self._run(
+                segments[0].autocast,
                 hidden_1ND,
                 position_ids_BT=positions_1N,
                 cache=cache,

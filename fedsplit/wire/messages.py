@@ -10,8 +10,11 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of the messages in this file; both sides must have the same."""
+
+AUTOCAST = ("bfloat16", "float16")
+"""The precisions of matrix products that a client may ask for."""
 
 STAYS = {"stays": True}
 """Metadata of a field that is not sent: it tells the encoder how to encode the others."""
@@ -110,7 +113,9 @@ class ForwardRequest(Request[ForwardReply]):
 
     The trunk's modules are in training mode if `training` is set, and in evaluation mode if not;
     with `other_mode` it is the other way round. Dropout depends on the number of the call
-    `calls_ago` calls before: 0, or the distance of the forward that this one repeats.
+    `calls_ago` calls before: 0, or the distance of the forward that this one repeats. `autocast` is
+    the precision of the client's matrix products, for a trunk whose run has none; empty for that of
+    the weights.
 
     The mask is absent if it is all ones, and positions are absent if the family makes its own.
 
@@ -131,6 +136,7 @@ class ForwardRequest(Request[ForwardReply]):
     references: tuple[Tensor, ...] = ()
     other_mode: bool = False
     calls_ago: int = 0
+    autocast: str = ""
     base_BTD: Tensor | None = field(default=None, metadata=STAYS)
 
 
@@ -214,7 +220,8 @@ class GenerateRequest(Request[GenerateReply]):
     request can go back.
 
     A `stateless` request carries the whole cache in `entries` and the mask over all tokens; the
-    trunk keeps nothing.
+    trunk keeps nothing. `autocast` is the precision of the client's matrix products, and empty for
+    that of the weights.
     """
 
     session: str
@@ -228,6 +235,7 @@ class GenerateRequest(Request[GenerateReply]):
     record_past: bool = False
     stateless: bool = False
     entries: tuple[KVCacheEntry, ...] = ()
+    autocast: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

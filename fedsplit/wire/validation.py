@@ -13,6 +13,7 @@ from fedsplit.errors import BadTensor, ProtocolError, TooLarge
 from fedsplit.spec import NAME_PATTERN
 from fedsplit.wire.codec import NAMES
 from fedsplit.wire.messages import (
+    AUTOCAST,
     BackwardReply,
     BackwardRequest,
     ForwardReply,
@@ -57,6 +58,9 @@ def check_request(request: Request[Any], limits: Limits) -> None:
         # Written so that NaN fails.
         if not value >= least:
             raise ProtocolError(f"{name}={value} must be at least {least}")
+    autocast = getattr(request, "autocast", "")
+    if autocast not in ("", *AUTOCAST):
+        raise ProtocolError(f"autocast={autocast[:64]!r} must be {' or '.join(AUTOCAST)}, or empty")
     if check := _SHAPES.get(type(request)):
         check(request, limits)
 

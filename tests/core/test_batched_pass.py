@@ -200,13 +200,14 @@ def test_what_does_not_go_together_is_refused(train, policy):
         RunSpec(train=TrainSpec(clients_per_pass=2, **train), policy=PolicySpec(**policy))
 
 
-def test_forwards_in_different_modes_do_not_share_a_pass(tiny_llama):
+@pytest.mark.parametrize("other", [{"other_mode": True}, {"autocast": "bfloat16"}], ids=str)
+def test_forwards_in_different_modes_do_not_share_a_pass(tiny_llama, other):
     with world(tiny_llama(), joint_run()) as here:
         keys = []
-        for name, other_mode in (("a", False), ("b", True), ("c", False)):
+        for name, changes in (("a", {}), ("b", other), ("c", {})):
             member = here.add(name)
             member.trunk.open()
-            request = forward_of(member, other_mode=other_mode)
+            request = forward_of(member, **changes)
             call = Call(kind=Kind.FORWARD, client=name, session=request.session, request=request)
             engine = here.service.engine
             engine.run(partial(engine.training.prepare_forward, call)).result()

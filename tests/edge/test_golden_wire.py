@@ -96,6 +96,9 @@ MESSAGES: dict[str, Body] = {
     "forward_request of another mode that repeats one": m.ForwardRequest(
         **NOT_COUNTED, smashed_BTD=values(1, 1, 1), other_mode=True, calls_ago=2
     ),
+    "forward_request in the precision of its client": m.ForwardRequest(
+        **NOT_COUNTED, smashed_BTD=values(1, 1, 1), autocast="bfloat16"
+    ),
     "forward_reply": m.ForwardReply(trunk_out_BTD=values(2, 3, 8), version=MANY, codec="fp16"),
     "forward_reply with defaults": m.ForwardReply(trunk_out_BTD=values(1, 1, 1), version=0),
     "backward_request": m.BackwardRequest(
@@ -131,6 +134,14 @@ MESSAGES: dict[str, Body] = {
     ),
     "generate_request with defaults": m.GenerateRequest(
         session="", call=0, past=0, logits_to_keep=0, smashed_BTD=values(1, 1, 1)
+    ),
+    "generate_request in the precision of its client": m.GenerateRequest(
+        session="",
+        call=0,
+        past=0,
+        logits_to_keep=0,
+        smashed_BTD=values(1, 1, 1),
+        autocast="bfloat16",
     ),
     "generate_reply": m.GenerateReply(trunk_out_BTD=values(1, 1, 8), entries=(ENTRY,)),
     "generate_reply with defaults": m.GenerateReply(trunk_out_BTD=values(1, 1, 1)),
