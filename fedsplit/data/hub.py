@@ -72,8 +72,8 @@ def require_data_set(name: str) -> None:
     Raises:
         ConnectionLost: The data set was never asked for here, and the hub does not answer.
     """
-    # The `datasets` library reports these at once.
-    if Path(name).is_dir() or not _HUB_ID.fullmatch(name) or constants.HF_HUB_OFFLINE:
+    # The `datasets` library reports other names at once.
+    if Path(name).is_dir() or not _HUB_ID.fullmatch(name):
         return
     # The library asks for this file first. If it is missing, the cache remembers that.
     if try_to_load_from_cache(name, constants.REPOCARD_NAME, repo_type="dataset") is not None:

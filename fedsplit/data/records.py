@@ -31,7 +31,9 @@ def hub(spec: DataSpec, labelled: bool) -> Loaded:
     repository, _, configuration = spec.path.partition(":")
 
     def load(datasets: Any) -> Any:
-        require_data_set(repository)
+        # Offline, the library reads its own cache, and fails at once.
+        if not datasets.config.HF_HUB_OFFLINE:
+            require_data_set(repository)
         return datasets.load_dataset(repository, configuration or None, split=spec.split)
 
     return _documents(load, spec, labelled)

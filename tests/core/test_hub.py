@@ -115,8 +115,9 @@ def test_a_model_in_the_cache_needs_no_hub(cache, files, silent):
     assert 1 <= len(silent) <= 2
 
 
-def test_a_data_set_that_is_not_in_the_cache_is_asked_for_once(cache, silent):
-    pytest.importorskip("datasets")
+def test_a_data_set_that_is_not_in_the_cache_is_asked_for_once(monkeypatch, cache, silent):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     told = "^data.path=a/b: there is no such directory .* the hub http://127.0.0.1:[0-9]+ does not"
     with pytest.raises(ConnectionLost, match=told):
         load_corpus(DataSpec(kind="hub", path="a/b:configuration"))
