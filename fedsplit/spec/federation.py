@@ -53,7 +53,7 @@ class PolicySpec:
     max_staleness: Annotated[int, AtLeast(0)] = 32
     mixing: Annotated[float, Positive(most=1)] = 0.6
     buffer: Annotated[int, AtLeast(1)] = 1
-    sim_slowdown: Annotated[dict[str, float], Each(AtLeast(1))] = field(
+    sim_slowdown: Annotated[dict[str, float], Each(AtLeast(1, most=1_000_000))] = field(
         default_factory=dict, hash=False
     )
 

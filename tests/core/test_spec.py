@@ -98,6 +98,7 @@ REFUSED = [
     (lambda: PolicySpec(buffer=0), "policy.buffer=0 is too small"),
     (lambda: PolicySpec(discount="log"), "policy.discount='log' is not one of: constant"),
     (lambda: PolicySpec(sim_slowdown={"client-0": 0.5}), "sim_slowdown of client-0=0.5 is too sm"),
+    (lambda: PolicySpec(sim_slowdown={"client-0": 1e308}), r"client-0=1e\+308 is too large; it"),
     (
         lambda: ClientWeightsSpec(personal="head"),
         "client_weights.personal='head' is not one of: none, bottom",
