@@ -87,11 +87,20 @@ def read_token(file: str) -> str:
     """Return the token of a file, or of the environment if `file` is ""; "" without a token.
 
     Raises:
-        ConfigError: The file is empty.
+        ConfigError: The file cannot be read, is empty, or is not in ASCII.
     """
     if not file:
         return os.environ.get(TOKEN_VARIABLE, "")
-    token = Path(file).read_text(encoding="utf-8").strip()
+    try:
+        token = Path(file).read_text(encoding="ascii").strip()
+    except OSError as exc:
+        raise ConfigError(f"--token-file {file} cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        # gRPC's metadata, which carry the token, are ASCII.
+        raise ConfigError(
+            f"--token-file {file} has characters outside ASCII; make a token with "
+            "openssl rand -hex 32"
+        ) from exc
     if not token:
         raise ConfigError(f"--token-file {file} is empty; put the token there")
     return token

@@ -432,6 +432,14 @@ REFUSED = {
         "serve --model model --bind 192.0.2.1:9500 --insecure --token-file empty",
         r"--token-file empty is empty; put the token there",
     ),
+    "no file of a token": (
+        "serve --model model --token-file none.txt",
+        r"--token-file none.txt cannot be read: No such file or directory",
+    ),
+    "a token that gRPC cannot send": (
+        "serve --model model --token-file model/model.safetensors",
+        r"--token-file model/model.safetensors has characters outside ASCII; make a token with",
+    ),
     "an address in use": (
         "serve --model model --bind {at}",
         r"--bind=127.0.0.1:\d+ cannot be listened on: Address already in use; choose another",
