@@ -2,14 +2,16 @@
 
 `pip install --no-deps trl` (the development environment has all that it needs), then
 `python -m tests.peers.trl_sft`. SFTTrainer trains, and DPOTrainer, whose reference is a split model
-too. The program ends with status 1 if a loss of the split model differs from the whole model's by
-more than 1e-4.
+too: in float32, clipped as by trl's default, and in bfloat16, trl's default, without clipping. The
+factor of clipping may differ in its last bit, which roundings to bfloat16 enlarge. The program ends
+with status 1 if a loss of the split model differs from the whole model's by more than 1e-4.
 """
 
 import random
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,24 @@ from simulations.families import random_model
 from simulations.tiny import tiny_config
 
 FAMILIES = ("gpt2", "llama")
+TRAINERS = ("sft", "dpo")
+PRECISIONS = {
+    "float32": {"bf16": False, "max_grad_norm": 1.0},
+    "bfloat16": {"bf16": True, "max_grad_norm": 0.0},
+}
 STEPS = 30
 TOLERANCE = 1e-4
 
-# The trunk's optimizer, with trl's defaults for the client's. A batch of DPO holds the chosen and
-# the rejected answers: twice trl's batch size.
+# The trunk's optimizer, with trl's defaults for the client's; the trainers clip at both sides. A
+# batch of DPO holds the chosen and the rejected answers: twice trl's batch size.
 TRAIN = TrainSpec(
-    lr=3e-3, beta2=0.999, schedule="linear", warmup_steps=0, max_steps=STEPS, batch_size=16
+    lr=3e-3,
+    beta2=0.999,
+    schedule="linear",
+    warmup_steps=0,
+    max_steps=STEPS,
+    batch_size=16,
+    clip_norm=0.0,
 )
 RUN = RunSpec(split=SplitSpec.parse("1/2/1"), model=ModelSpec(attention="auto"), train=TRAIN)
 WORDS = "the a client server model trunk gives takes sends weight layer loss and of to".split()
@@ -64,13 +77,18 @@ def trained(family: str, temporary: str) -> Iterator[tuple[str, tuple[list[float
     source = str(Path(temporary, family))
     save_model(family, source)
     # Each trainer trains a trunk of its own; nobody trains the reference of DPO.
-    served = [Served(name=name, model=source) for name in ("sft", "dpo", "reference")]
+    names = {
+        f"{name}-{precision}": partial(trainer_of, name, source, options)
+        for name in TRAINERS
+        for precision, options in PRECISIONS.items()
+    }
+    served = [Served(name=name, model=source) for name in (*names, "reference")]
     with hosted(served, RUN, WireSpec(bind="127.0.0.1:0")) as address:
-        for name in ("sft", "dpo"):
-            wanted = losses_of(trainer_of(name, whole_model(source), whole_model(source), source))
+        for name, make in names.items():
+            wanted = losses_of(make(whole_model(source), whole_model(source)))
             reference = remote_model(source, address, served_model_name="reference")
             with reach(source, address, served_model_name=name, run=RUN) as reached:
-                trainer = trainer_of(name, reached.model, reference, source)
+                trainer = make(reached.model, reference)
                 optimizer = trainer.create_optimizer()
                 with reached.trunk.session(), reached.trunk.follow(optimizer):
                     found = losses_of(trainer)
@@ -94,13 +112,15 @@ def whole_model(source: str) -> PreTrainedModel:
     return model
 
 
-def trainer_of(name: str, model: Any, reference: Any, source: str) -> Trainer:
-    """A trainer of trl; its rate, length and precision are not the defaults."""
+def trainer_of(
+    name: str, source: str, precision: dict[str, Any], model: Any, reference: Any
+) -> Trainer:
+    """A trainer of trl; its rate and length are not the defaults."""
     options: dict[str, Any] = {
+        **precision,
         "output_dir": f"{source}-{name}",
         "learning_rate": TRAIN.lr,
         "max_steps": STEPS,
-        "bf16": False,
         "use_cpu": True,
         "logging_steps": 1,
         "save_strategy": "no",
