@@ -118,6 +118,10 @@ class Serve(Command):
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
+        for word in self.words:
+            for setting, option in _OPTIONS.items():
+                if word.partition("=")[0] == setting.partition("=")[0]:
+                    raise ConfigError(f"{word!r} is not used by serve; set the option {option}")
         with naming(_OPTIONS):
             self._serve()
 

@@ -556,6 +556,12 @@ def test_adapters_of_a_model_are_served_on_the_same_weights(tmp_path):
     assert not {id(p) for p in base.values()} & {id(p) for p in a.values()}, "it trains in full"
 
 
+def test_a_field_that_an_option_sets_is_refused(capfd):
+    assert main(["serve", "--model", "m", "wire.insecure=false"]) == 1
+    expected = "'wire.insecure=false' is not used by serve; set the option --insecure"
+    assert expected in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "models, adapters, names",
     [
