@@ -215,7 +215,7 @@ def update_of(run: RunSpec) -> "type[TrunkUpdate]":
 
     method, target = resolve(run.strategy.target), run.strategy.target
     update: type[TrunkUpdate] | None = getattr(method, "update", None)
-    if update is None:
+    if not (isinstance(update, type) and issubclass(update, TrunkUpdate)):
         raise ConfigError(
             f"strategy.target={target} does not say how the trunk steps; name a subclass of "
             "fedsplit.flower.strategy.SplitStrategy"

@@ -7,7 +7,7 @@ errors become `ConfigError`, with the field, the value and the allowed values.
 from fedsplit.config.commandline import CommandLine, Variants
 from fedsplit.config.compose import changed, compose, from_run_config
 from fedsplit.config.schema import from_dictconfig, from_yaml, to_yaml
-from fedsplit.config.targets import build, resolve
+from fedsplit.config.targets import build, resolve, resolve_class
 
 __all__ = [
     "CommandLine",
@@ -19,5 +19,6 @@ __all__ = [
     "from_run_config",
     "from_yaml",
     "resolve",
+    "resolve_class",
     "to_yaml",
 ]

@@ -12,7 +12,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsplit.config.location import conf_dir
-from fedsplit.config.overrides import RunConfig, check, from_keys, is_group, parse
+from fedsplit.config.overrides import (
+    RunConfig,
+    check,
+    from_keys,
+    is_group,
+    parse,
+    require_portable,
+)
 from fedsplit.config.schema import as_config_error, from_dictconfig, from_yaml, make_schema
 from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec
@@ -80,15 +87,20 @@ def from_run_config(run_config: RunConfig) -> RunSpec:
     `run-dir`, the folder for results.
 
     Raises:
-        ConfigError: A key or a value is not allowed.
+        ConfigError: A key or a value is not allowed, or a value is an interpolation.
     """
     # Flower requires a default for every key, and pyproject.toml has empty ones.
     keys = {key: value for key, value in run_config.items() if value != ""}
     text, run_dir = keys.pop("config", None), keys.pop("run-dir", None)
-    spec = compose(from_keys(keys)) if text is None else _parsed(str(text))
+    spec = _composed(from_keys(keys)) if text is None else _parsed(str(text))
     if run_dir is None:
         return spec
     return replace(spec, launch=replace(spec.launch, run_dir=str(run_dir)))
+
+
+def _composed(words: Sequence[str]) -> RunSpec:
+    require_portable(words)
+    return compose(words)
 
 
 def store_schema() -> None:

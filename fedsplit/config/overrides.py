@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsplit.config.location import conf_dir
 from fedsplit.config.renamed import current_name
-from fedsplit.config.schema import as_config_error, field_names, make_schema
+from fedsplit.config.schema import as_config_error, field_names, has_interpolation, make_schema
 from fedsplit.errors import ConfigError
 from fedsplit.spec import RunSpec, SplitSpec
 
@@ -80,7 +80,8 @@ def _parse_one(text: str, sweep: bool) -> list[Override]:
     parser = OverridesParser.create()
     try:
         override = parser.parse_override(text)
-    except HydraException as exc:
+    # Deeply nested brackets raise RecursionError.
+    except (HydraException, RecursionError) as exc:
         hint = f"put the value in quotes: {_quoted(text)}" if "=" in text[1:] else _FORM
         raise ConfigError(f"{text!r} cannot be read; {hint}") from exc
     if not override.key_or_group:
@@ -129,6 +130,41 @@ def check(overrides: Sequence[Override]) -> None:
         _check(override, schema, folders)
 
 
+def require_portable(words: Sequence[str]) -> None:
+    """Refuse overrides that mean something else on each machine that reads them.
+
+    Args:
+        words: The overrides of a run config, which Flower sends to every client's machine.
+
+    Raises:
+        ConfigError: A value has an interpolation or begins with `~`, or a setting is Hydra's own.
+    """
+    for word in words:
+        if _at_home(word) != word:
+            raise ConfigError(f"{word}: ~ is another folder on each machine; write the whole path")
+        if "${" in word:
+            raise _interpolated(word)
+    for override in parse(words):
+        text = str(override.input_line)
+        # An escaped bracket becomes an interpolation when Hydra reads it.
+        if has_interpolation(override.value()):
+            raise _interpolated(text)
+        if _is_of_hydra(str(override.key_or_group)):
+            raise ConfigError(f"{text}: a run config has fields of a run only; leave it out")
+
+
+def _interpolated(text: str) -> ConfigError:
+    return ConfigError(
+        f"{text} has an interpolation, which every client's machine would resolve for itself; "
+        "write the value"
+    )
+
+
+def _is_of_hydra(key: str) -> bool:
+    """Return whether a key is one of Hydra's own settings, such as hydra.sweep.dir."""
+    return bool(re.match(r"hydra\b", key))
+
+
 def _search_path(overrides: Iterable[Override]) -> list[Path]:
     values = [o.value() for o in overrides if o.key_or_group == SEARCH_PATH]
     listed = [str(url) for value in values if isinstance(value, list) for url in value]
@@ -137,8 +173,7 @@ def _search_path(overrides: Iterable[Override]) -> list[Path]:
 
 def _check(override: Override, schema: DictConfig, folders: Sequence[Path]) -> None:
     key = str(override.key_or_group)
-    # Hydra's own settings, such as hydra.sweep.dir.
-    if re.match(r"hydra\b", key):
+    if _is_of_hydra(key):
         return
     if override.is_delete():
         # In a field with free keys, Hydra removes the key.

@@ -75,16 +75,31 @@ def from_yaml(text: str) -> RunSpec:
     Raises:
         ConfigError: The text is not YAML of plain values, or not a run.
     """
-    # An interpolation of OmegaConf can read the environment of this process.
-    if "${" in text:
-        raise ConfigError("config holds '${', but a resolved run has no interpolations")
     try:
         loaded = yaml.safe_load(text)
         if not isinstance(loaded, dict):
             raise ConfigError(f"config is {loaded!r}, but a run is a mapping of fields")
+        # An interpolation of OmegaConf can read the environment of this process. It is searched in
+        # the values, since YAML can write its characters as escapes.
+        if has_interpolation(loaded):
+            raise ConfigError("config holds '${', but a resolved run has no interpolations")
         return from_dictconfig(OmegaConf.create(with_current_names(loaded)))
-    except (yaml.YAMLError, OmegaConfBaseException) as exc:
+    # Deeply nested brackets raise RecursionError.
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as exc:
         raise ConfigError(f"config is not YAML of plain values: {_first_line(exc)}") from exc
+
+
+def has_interpolation(value: object) -> bool:
+    """Return whether a value, or one in it, is text that OmegaConf would resolve.
+
+    >>> has_interpolation({"name": ["a", "${oc.env:HOME}"]}), has_interpolation("$HOME")
+    (True, False)
+    """
+    if isinstance(value, Mapping):
+        return any(map(has_interpolation, [*value.keys(), *value.values()]))
+    if isinstance(value, list):
+        return any(map(has_interpolation, value))
+    return isinstance(value, str) and "${" in value
 
 
 def as_config_error(exc: Exception) -> ConfigError:

@@ -1,6 +1,7 @@
 """Import paths in a config, such as that of a strategy: resolved to objects."""
 
 import importlib
+import inspect
 import pkgutil
 import sys
 import threading
@@ -54,22 +55,45 @@ def _import_ours() -> None:
             sys.path.remove(_BESIDE_US)
 
 
-def build(target: str, **options: Any) -> Any:
-    """Call the class or function at an import path, and return the result.
+def resolve_class(target: str, base: type) -> Any:
+    """Return the subclass of `base` at an import path; nothing is called.
 
-    >>> build("fractions.Fraction", numerator=1, denominator=2)
+    >>> from numbers import Number
+    >>> resolve_class("fractions.Fraction", Number)
+    <class 'fractions.Fraction'>
+
+    Args:
+        target: Such as `flwr.serverapp.strategy.FedAvg`.
+        base: The class that it must be, or be a subclass of.
+
+    Raises:
+        ConfigError: The path cannot be imported, or has something else.
+    """
+    found = resolve(target)
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise ConfigError(
+            f"{target!r} is {found!r}; name a subclass of {base.__module__}.{base.__qualname__}"
+        )
+    return found
+
+
+def build(target: str, base: type, **options: Any) -> Any:
+    """Call the subclass of `base` at an import path, and return the object.
+
+    >>> from numbers import Number
+    >>> build("fractions.Fraction", Number, numerator=1, denominator=2)
     Fraction(1, 2)
 
     Args:
         target: Such as `flwr.serverapp.strategy.FedAvg`.
+        base: The class that it must be, or be a subclass of; otherwise it is not called.
         options: Its keyword arguments.
 
     Raises:
-        ConfigError: The path cannot be imported or called, or the call fails for these options.
+        ConfigError: The path cannot be imported or has something else, or the call fails for these
+            options.
     """
-    found = resolve(target)
-    if not callable(found):
-        raise ConfigError(f"{target!r} is {found!r}, which cannot be called; name a class")
+    found = resolve_class(target, base)
     try:
         return found(**options)
     # Our own errors may be ValueErrors too, and are clear already.

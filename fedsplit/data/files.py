@@ -1,6 +1,9 @@
 """The files of a corpus: which ones there are, and their text."""
 
+import io
 import logging
+import os
+import stat
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +22,22 @@ def existing(path: str, kind: str, needs: str) -> Path:
         needs: The kinds of paths that are allowed, for the error.
 
     Raises:
-        DataError: There is nothing at the path.
+        DataError: There is nothing at the path, or neither a file nor a directory.
     """
-    found = Path(path).expanduser()
-    if not found.exists():
+    try:
+        found = Path(path).expanduser()
+        mode = found.stat().st_mode
+    # A null character raises ValueError, and a home that does not exist RuntimeError.
+    except (FileNotFoundError, NotADirectoryError, ValueError, RuntimeError) as exc:
         raise DataError(
             f"data.path={path} does not exist (looked from {Path.cwd()}); data={kind} needs {needs}"
+        ) from exc
+    except OSError as exc:
+        raise _unreadable(found, exc) from exc
+    # To open a pipe can take forever, and a device may have no end.
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(
+            f"data.path={path} is a pipe, a socket or a device; data={kind} needs {needs}"
         )
     return found
 
@@ -73,11 +86,24 @@ def read_text(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        DataError: It cannot be read, or is not UTF-8 text.
+        DataError: It cannot be read, does not fit into memory, or is not UTF-8 text.
     """
     try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            # Some files of the operating system have no end, and their size is 0.
+            data = file.read(size + 1)
+        if len(data) > size:
+            raise DataError(
+                f"{path} has more bytes than its size, {size}; copy it to a file that does not "
+                "change"
+            )
         # Without the -sig, a byte order mark would be part of the text.
-        text = path.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+    except MemoryError as exc:
+        raise DataError(
+            f"{path} has {size} bytes, which do not fit into memory; cut it into smaller files"
+        ) from exc
     except UnicodeDecodeError as exc:
         raise DataError(
             f"{path} is not UTF-8 text: found byte {exc.object[exc.start]:#04x} at offset "

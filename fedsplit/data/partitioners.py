@@ -34,8 +34,8 @@ def load_partitions(
         Each client's items, in the partitioner's order.
 
     Raises:
-        DataError: The class cannot be imported, it refuses the options or the data, or its
-            partitions are not `num_clients` disjoint and non-empty sets of items.
+        DataError: The class cannot be imported or is no partitioner, it refuses the options or
+            the data, or its partitions are not `num_clients` disjoint and non-empty sets of items.
     """
     make, as_dataset = _resolve(target)
     defaults = {"num_partitions": num_clients, "partition_by": "label", "seed": seed}
@@ -62,9 +62,10 @@ def load_partitions(
 
 
 def _resolve(target: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the class, and the function that makes a data set of columns."""
+    """Return the class, and the function that makes a data set of columns; nothing is called."""
     try:
         from datasets import Dataset
+        from flwr_datasets.partitioner import Partitioner
 
         partitioner = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as exc:
@@ -73,8 +74,11 @@ def _resolve(target: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
             "flwr_datasets.partitioner.LinearPartitioner, which needs: "
             "pip install 'fedsplit[partitioners]'"
         ) from exc
-    if not inspect.isclass(partitioner):
-        raise DataError(f"sharding.target={target} is {partitioner!r}; give the path of a class")
+    if not (inspect.isclass(partitioner) and issubclass(partitioner, Partitioner)):
+        raise DataError(
+            f"sharding.target={target} is {partitioner!r}; name a subclass of "
+            "flwr_datasets.partitioner.Partitioner"
+        )
     return partitioner, Dataset.from_dict
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -20,7 +21,7 @@ from fedsplit.client.objective import ClientObjective
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer, FitStats
 from fedsplit.client.unsplit import NoTrunk
-from fedsplit.config import from_run_config, resolve
+from fedsplit.config import from_run_config, resolve_class
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import ModelMismatch
 from fedsplit.flower.client_arrays import packed, unpacked
@@ -43,6 +44,8 @@ from fedsplit.flower.records import (
     load_arrays,
     to_arrays,
 )
+from fedsplit.flower.strategy import SplitStrategy
+from fedsplit.flower.withheld import withholding
 from fedsplit.model import ClientPart, connect
 from fedsplit.model.describe import client_of, config_of, personal, shared, whole_of
 from fedsplit.model.limits import require_rows
@@ -73,20 +76,28 @@ def hello(message: Message, context: Context) -> Message:
         return reply
     # An error in the data is reported before the first round, not in the middle of one.
     preparation = Preparation(tokenizer=hello.tokenizer, labels=hello.labels)
-    share, tokenizer = share_of(run, node, preparation), tokenizer_of(run, preparation)
+    with withholding(node):
+        share, tokenizer = share_of(run, node, preparation), tokenizer_of(run, preparation)
     share.require_full_batches(node.name)
-    # A client loads the tokenizer of a pretrained model by itself.
-    require_rows(config_of(run, tokenizer, hello.labels), tokenizer, hello.labels)
+    with withholding(node):
+        # A client loads the tokenizer of a pretrained model by itself.
+        require_rows(config_of(run, tokenizer, hello.labels), tokenizer, hello.labels)
     if run.train.save_every:
         folder = node.checkpoints_of(run, hello.run_id)
-        if hello.resumed:
-            # Only a check: a missing or damaged checkpoint is an error now, not in the round.
-            Memory.restore(folder, hello.resumed, run)
-        elif Memory.of(context.state) is None and not folder.exists():
-            remove_old_runs(folder.parent, time.time())
-            # A client that is first selected after the resumed round starts from this checkpoint.
-            Memory().save(folder, 0, run)
+        with withholding(node):
+            _begin_checkpoints(folder, run, hello, context)
     return reply
+
+
+def _begin_checkpoints(folder: Path, run: RunSpec, hello: Hello, context: Context) -> None:
+    """Write the first checkpoint of a client's run, or check that of a resumed one."""
+    if hello.resumed:
+        # Only a check: a missing or damaged checkpoint is an error now, not in the round.
+        Memory.restore(folder, hello.resumed, run)
+    elif Memory.of(context.state) is None and not folder.exists():
+        remove_old_runs(folder.parent, time.time())
+        # A client that is first selected after the resumed round starts from this checkpoint.
+        Memory().save(folder, 0, run)
 
 
 @app.train()
@@ -118,7 +129,9 @@ def train(message: Message, context: Context) -> Message:
     )
     memory.put_into(context.state)
     if run.train.save_every:
-        memory.save(session.node.checkpoints_of(run, session.join.run_id), session.join.round, run)
+        folder = session.node.checkpoints_of(run, session.join.run_id)
+        with withholding(session.node):
+            memory.save(folder, session.join.round, run)
     content = RecordDict({METRICS: MetricRecord(session.numbers_of(stats, memory, begin))})
     # With client_weights.personal=both all client weights stay at the client.
     if session.shared:
@@ -206,6 +219,14 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
             "both from the same code, conf/ and overrides"
         )
     node = Node.of(context, run)
+    with withholding(node), _built(context, node, run, join, message.content) as session:
+        yield session
+
+
+@contextmanager
+def _built(
+    context: Context, node: Node, run: RunSpec, join: JoinInfo, content: RecordDict
+) -> Iterator[_ClientSession]:
     preparation = Preparation(tokenizer=join.tokenizer, labels=join.labels)
     share = share_of(run, node, preparation)
     memory = _memory(context, node, run, join)
@@ -219,10 +240,10 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
         # model keeps its setting, because it is saved.
         model.config.use_cache = False
     on_device(model, node.device)
-    if ARRAYS in message.content:
+    if ARRAYS in content:
         weights = shared(model, run)
         shapes = {name: tuple(parameter.shape) for name, parameter in weights.items()}
-        received = message.content.array_records[ARRAYS]
+        received = content.array_records[ARRAYS]
         load_arrays(weights, unpacked(received, run.wire.client_weights, shapes))
     with torch.no_grad():
         for name, parameter in personal(model, run).items():
@@ -237,7 +258,8 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
         return
     # Each machine has its own file of trusted roots; all other settings are the run's.
     wire = replace(run.wire, tls_ca=node.tls_ca)
-    with closing(GrpcLink(join.address, token=join.token, wire=wire)) as link:
+    address = node.address_of_trunk(join.address)
+    with closing(GrpcLink(address, token=join.token, wire=wire)) as link:
         trunk = RemoteTrunk(
             link,
             model,
@@ -262,8 +284,8 @@ def _objective(run: RunSpec) -> type[ClientObjective]:
     """Return the objective of the run's strategy; a baseline uses the default objective."""
     if run.baseline != "none":
         return ClientObjective
-    objective: type[ClientObjective] = resolve(run.strategy.target).client_objective
-    return objective
+    method: type[SplitStrategy] = resolve_class(run.strategy.target, SplitStrategy)
+    return method.client_objective
 
 
 def _proximal_mu(content: RecordDict) -> float:

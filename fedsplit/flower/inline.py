@@ -105,7 +105,12 @@ def _nodes(
     nodes = {}
     for partition in range(num_clients):
         node_id = SUPERLINK_NODE_ID + 1 + partition
-        config: UserConfig = {PARTITION_ID_KEY: partition, NUM_PARTITIONS_KEY: num_clients}
+        # The client works in the process of the user who wrote the run.
+        config: UserConfig = {
+            PARTITION_ID_KEY: partition,
+            NUM_PARTITIONS_KEY: num_clients,
+            "trust-runs": True,
+        }
         nodes[node_id] = _Node(client_app, _context(run_id, run_config, node_id, config))
     return nodes
 

@@ -1,17 +1,21 @@
 """The node of a client: its configuration from Flower, and its share of the data."""
 
 import logging
+import re
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, UserConfig
 from transformers import TokenizersBackend
 
 from fedsplit import atomic
+from fedsplit.config.authority import NODE_KEYS, Bounds
 from fedsplit.data import (
     TASKS,
     Batch,
@@ -26,7 +30,7 @@ from fedsplit.data import (
     tokenizer_from_json,
     training_batches,
 )
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, ProtocolError
 from fedsplit.runs.folder import is_run_id
 from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
 
@@ -37,6 +41,11 @@ KEPT_RUNS = 3
 ACTIVE_S = 7 * 86_400.0
 """Seconds for which the checkpoints of a run are kept, however many newer runs there are."""
 
+# The words are schemes of gRPC, so that unix:80 would be a path.
+_HOST_AND_PORT = re.compile(
+    r"(?!(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):)(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
@@ -44,8 +53,9 @@ class Node:
 
     `partition` of `partitions` is the node's share of a corpus that all clients have. With a
     `data_path` the node trains on all text in that path instead. `device` is the name of a torch
-    device, `tls_ca` a file of trusted roots, and `state_dir` the folder of the checkpoints from
-    which a run is resumed.
+    device, `tls_ca` a file of trusted roots, `state_dir` the folder of the checkpoints from which
+    a run is resumed, and `trunk_address` the address of the trunk, in place of the server's word.
+    If the machine `trusts_runs`, a run may name anything on it.
     """
 
     partition: int
@@ -54,22 +64,36 @@ class Node:
     device: str
     tls_ca: str
     state_dir: str
+    trunk_address: str
+    trusts_runs: bool
 
     @staticmethod
     def of(context: Context, run: RunSpec) -> "Node":
-        """Read the node's config.
+        """Read the node's config, and refuse a run that asks for more than it allows.
 
         Raises:
-            ConfigError: The config does not give the node a partition of the run.
+            ConfigError: The config does not give the node a partition of the run, or the run names
+                something on this machine that the config does not allow.
         """
         settings = context.node_config
+        trusts_runs = settings.get("trust-runs", _is_simulated())
+        if not isinstance(trusts_runs, bool):
+            raise ConfigError(
+                f"trust-runs={trusts_runs!r} in the node's config must be true or false"
+            )
+        # A run that is not trusted sets no path and no device here.
+        machine = run if trusts_runs else RunSpec()
+        if not trusts_runs:
+            _warn_of_no_effect(run, settings)
         node = Node(
             partition=int(settings.get("partition-id", -1)),
             partitions=int(settings.get("num-partitions", run.num_nodes)),
             data_path=str(settings.get("data-path", "")),
-            device=str(settings.get("device", run.launch.client_device)),
-            tls_ca=str(settings.get("tls-ca", run.wire.tls_ca)),
+            device=str(settings.get("device", machine.launch.client_device)),
+            tls_ca=str(settings.get("tls-ca", machine.wire.tls_ca)),
             state_dir=str(settings.get("state-dir", "")),
+            trunk_address=str(settings.get("trunk-address", "")),
+            trusts_runs=trusts_runs,
         )
         if not 0 <= node.partition < run.num_nodes or node.partitions != run.num_nodes:
             raise ConfigError(
@@ -78,6 +102,12 @@ class Node:
                 f"num-partitions={run.num_nodes}', or a simulation with --federation-config "
                 f"'num-supernodes={run.num_nodes}'"
             )
+        if not trusts_runs:
+            Bounds(
+                path=str(settings.get("allowed-path", "")),
+                targets=tuple(str(settings.get("targets", "")).split()),
+                reads_corpus=not node.data_path,
+            ).check(run)
         return node
 
     @property
@@ -91,7 +121,8 @@ class Node:
         Each run has its own folder, so runs of the same name do not overwrite one another.
 
         Raises:
-            ConfigError: The server sent a run id in another format.
+            ConfigError: The server sent a run id in another format, or the node's config has no
+                folder for them.
         """
         # The id comes from a peer and becomes part of a path, so only hex digits are accepted.
         if not is_run_id(run_id):
@@ -99,9 +130,49 @@ class Node:
                 f"the server sent the run id {run_id!r}, but an id is 16 hex digits; start both "
                 "sides from the same code"
             )
+        if not (self.state_dir or self.trusts_runs):
+            raise ConfigError(
+                f"train.save_every={run.train.save_every} saves the state of {self.name}, and its "
+                "machine names no folder for it; start its SuperNode with state-dir in "
+                "--node-config, or set train.save_every=0"
+            )
         shared = Path(run.launch.run_dir) / run.name / "clients"
         parent = Path(self.state_dir) / run.name if self.state_dir else shared
         return parent / self.name / run_id
+
+    def address_of_trunk(self, given: str) -> str:
+        """Return the address at which this client calls the trunk.
+
+        Args:
+            given: The address that the server sent.
+
+        Raises:
+            ProtocolError: The server sent no host and port.
+        """
+        # gRPC also takes paths of sockets of this machine, such as unix:/var/run/docker.sock.
+        if not (self.trunk_address or self.trusts_runs or _HOST_AND_PORT.fullmatch(given)):
+            raise ProtocolError(
+                f"the server sent the address {given!r} of its trunk, but a client's machine calls "
+                "host:port only; set wire.advertise=host:port"
+            )
+        return self.trunk_address or given
+
+
+def _warn_of_no_effect(run: RunSpec, settings: UserConfig) -> None:
+    """Log the run's settings that only this machine may set, if it does not."""
+    # The server's machine uses launch.run_dir in any case.
+    for field in ("wire.tls_ca", "launch.client_device"):
+        value, key = attrgetter(field)(run), NODE_KEYS[field]
+        if value != attrgetter(field)(RunSpec()) and key not in settings:
+            text = "%s=%s of the run has no effect on this machine; --node-config sets it as %s"
+            log.warning(text, field, value, key)
+
+
+def _is_simulated() -> bool:
+    """Return whether Flower simulates the node, in a process of the user who started the run."""
+    # Flower's simulations work in processes of Ray, and a SuperNode's do not.
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def remove_old_runs(parent: Path, now: float) -> None:

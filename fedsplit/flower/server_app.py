@@ -22,6 +22,7 @@ from fedsplit.data import (
 )
 from fedsplit.flower.records import WEIGHT
 from fedsplit.flower.run_recorder import RunRecorder
+from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.model.describe import config_of, parts_of, whole_of
 from fedsplit.model.limits import require_positions, require_rows
 from fedsplit.model.placement import devices_of, placed
@@ -56,6 +57,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     method = build(
         run.strategy.target if parts else "fedsplit.flower.strategy.Unsplit",
+        SplitStrategy,
         client_strategy=_client_strategy(run),
         trunk=placed(parts.trunk, device) if parts else None,
         run=run,
@@ -91,5 +93,5 @@ def _client_strategy(run: RunSpec) -> Strategy:
     # that never returns would block every later round.
     minimums = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
     options = {"weighted_by_key": WEIGHT, **minimums, **run.client_weights.options}
-    strategy: Strategy = build(run.client_weights.strategy, **options)
+    strategy: Strategy = build(run.client_weights.strategy, Strategy, **options)
     return strategy

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fedsplit.errors import ConfigError
-from fedsplit.spec.checks import AtLeast, OneOf, Within, check_fields
+from fedsplit.spec.checks import AtLeast, Matching, OneOf, Within, check_fields
+
+# The hub's cache has a file of this name.
+_REVISION = re.compile(r"(?!.*\.\.)[\w@][\w@/.+-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +99,10 @@ class ModelSpec:
     """
 
     pretrained: str = ""
-    revision: str = "main"
+    revision: Annotated[
+        str,
+        Matching(_REVISION, "letters, digits and any of _ @ / . + -, without two dots in a row"),
+    ] = "main"
     family: str = "gpt2"
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     attention: Annotated[str, OneOf("auto", "flash_attention_2", "sdpa", "eager")] = "sdpa"

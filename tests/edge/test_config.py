@@ -8,6 +8,7 @@ import textwrap
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from numbers import Number
 from operator import attrgetter
 from pathlib import Path
 
@@ -303,8 +304,9 @@ def test_threads_compose_at_the_same_time():
         assert list(pool.map(seed, range(16))) == list(range(16))
 
 
-def refuses_the_corpus() -> None:
-    raise DataError("the corpus is empty")
+class Refusing:
+    def __init__(self) -> None:
+        raise DataError("the corpus is empty")
 
 
 @pytest.mark.parametrize(
@@ -313,19 +315,21 @@ def refuses_the_corpus() -> None:
         ("nowhere.at.all", {}, "'nowhere.at.all' cannot be imported .*give an import path"),
         ("fractions.Fractured", {}, "cannot be imported .*no attribute 'Fractured'"),
         ("", {}, "'' cannot be imported"),
-        ("math.pi", {}, "'math.pi' is 3.14.*, which cannot be called; name a class"),
+        ("math.pi", {}, "'math.pi' is 3.14.*; name a subclass of numbers.Number"),
+        ("os.getcwd", {}, "'os.getcwd' is <built-in function getcwd>; name a subclass of numbers"),
+        ("pathlib.Path", {}, "'pathlib.Path' is <class 'pathlib.Path'>; name a subclass of numb"),
         ("fractions.Fraction", {"top": 1}, r"fractions.Fraction refuses the options \['top'\]"),
     ],
     ids=str,
 )
 def test_build_refuses(target, options, message):
     with pytest.raises(ConfigError, match=message):
-        build(target, **options)
+        build(target, Number, **options)
 
 
 def test_build_lets_our_own_errors_through():
     with pytest.raises(DataError, match="the corpus is empty"):
-        build(f"{__name__}.refuses_the_corpus")
+        build(f"{__name__}.Refusing", Refusing)
 
 
 # --- the command line -------------------------------------------------------------------------

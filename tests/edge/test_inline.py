@@ -125,7 +125,13 @@ def test_a_node_has_its_partition_and_the_run_config() -> None:
 
     replies = one_query(client_of(answer), run_config={"config": "a: 1\nb: '\"'\n", "n": 3})
     assert [dict(reply.content["c"]) for reply in replies] == [
-        {"partition-id": i, "num-partitions": 4, "config": "a: 1\nb: '\"'\n", "n": 3}
+        {
+            "partition-id": i,
+            "num-partitions": 4,
+            "trust-runs": True,
+            "config": "a: 1\nb: '\"'\n",
+            "n": 3,
+        }
         for i in range(4)
     ]
     assert len({reply.metadata.src_node_id for reply in replies}) == 4

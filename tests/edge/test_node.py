@@ -41,6 +41,8 @@ def node(partition: int, data_path: str = "") -> Node:
         device="cpu",
         tls_ca="",
         state_dir="",
+        trunk_address="",
+        trusts_runs=True,
     )
 
 

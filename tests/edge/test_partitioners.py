@@ -232,11 +232,11 @@ REFUSED = {
     ),
     "no class": (
         ShardingSpec(kind="partitioner", target="math.pi"),
-        "sharding.target=math.pi is 3.14.*; give the path of a class",
+        "sharding.target=math.pi is 3.14.*; name a subclass of flwr_datasets.partitioner.Part",
     ),
     "no partitioner": (
         ShardingSpec(kind="partitioner", target="fractions.Fraction"),
-        "fractions.Fraction with {} cannot partition 10 items",
+        "sharding.target=fractions.Fraction is <class .*; name a subclass of flwr_datasets",
     ),
     "options that it does not take": (
         by("IidPartitioner", alpha=1),

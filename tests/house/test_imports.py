@@ -16,7 +16,7 @@ LIBRARIES |= {"huggingface_hub", "jinja2"}  # whose errors transformers lets thr
 EXTRAS = {  # imported by the function that needs them
     "fedsplit/data/sources.py": {"sklearn"},
     "fedsplit/data/records.py": {"datasets"},
-    "fedsplit/data/partitioners.py": {"datasets"},
+    "fedsplit/data/partitioners.py": {"datasets", "flwr_datasets"},
     "fedsplit/optimization.py": {"bitsandbytes"},
 }
 
