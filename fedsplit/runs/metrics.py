@@ -31,6 +31,10 @@ class RoundStats:
         accuracy: The held-out accuracy of a classifier.
         steps: The optimizer steps of all clients.
         refused: The steps that the trunk refused.
+        short_steps: The steps of the trunk without a client that was awaited, because the client
+            had not contributed within `policy.deadline_s`.
+        refused_replies: The number of replies, in training and evaluation, that were refused
+            because a number or an array of them was impossible.
         virtual_seconds: The duration on the virtual clock, if machines are simulated.
         client_bytes: The largest memory of one client for weights, gradients, moments and
             activations.
@@ -53,6 +57,8 @@ class RoundStats:
     accuracy: float = math.nan
     steps: int = 0
     refused: int = 0
+    short_steps: int = 0
+    refused_replies: int = 0
     virtual_seconds: float = math.nan
     client_bytes: int = 0
 
@@ -66,8 +72,14 @@ class RoundStats:
             f"round {self.round:>3}/{self.rounds}  loss {self.loss:.4f}  {self.held_out}  "
             f"{self.tokens / max(self.seconds, 1e-9):>7.0f} {self.unit}/s{virtual}  "
             f"up {in_mib(self.bytes_up)}  down {in_mib(self.bytes_down)}  "
-            f"clients {self.clients} in, {self.late} late, {self.failed} failed"
+            f"clients {self.clients} in, {self.late} late, {self.failed} failed{self._troubles}"
         )
+
+    @property
+    def _troubles(self) -> str:
+        # Only where there are some: they are rare, and the line is long.
+        found = {"refused": self.refused_replies, "steps without a client": self.short_steps}
+        return "".join(f", {count} {what}" for what, count in found.items() if count)
 
     @property
     def held_out(self) -> str:
@@ -142,6 +154,7 @@ def closing_table(
     virtual = sum(stats.virtual_seconds for stats in rounds)
     tokens = sum(stats.tokens for stats in rounds)
     steps = sum(stats.steps for stats in rounds)
+    short = sum(stats.short_steps for stats in rounds)
     through_flower = sum(stats.client_weights_bytes for stats in rounds)
     rows = [
         (
@@ -160,6 +173,7 @@ def closing_table(
         ("client weights through Flower", in_mib(through_flower)),
         ("memory of a client", in_mib(max(stats.client_bytes for stats in rounds))),
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
+        *([("steps without a client", f"{short:,}")] if short else []),
     ]
     return table_text(rows)
 

@@ -26,7 +26,7 @@ tags: [split-learning, federated-learning, fedsplit]
 | sharding | {sharding} over {clients} clients, {held_out:.0%} held out |
 | policy | {policy}, strategy {strategy} with {client_strategy} for the client weights |
 | attention at the trunk | {attention} |
-| rounds | {rounds} of {local_steps} steps per client, {version} trunk steps, {tokens:,} {unit} |
+| rounds | {rounds} of {local_steps} steps per client, {trunk_steps}, {tokens:,} {unit} |
 | held out | {first} in round {first_round}, {last} in round {last_round} |
 | activations and gradients on the wire | {up} up, {down} down |
 | client weights through Flower | {client_weights_bytes} |
@@ -81,7 +81,7 @@ def model_card(
         client_strategy=run.client_weights.strategy,
         rounds=len(rounds),
         local_steps=run.train.local_steps,
-        version=rounds[-1].version,
+        trunk_steps=_trunk_steps(rounds),
         unit=measured[-1].unit,
         tokens=sum(stats.tokens for stats in rounds),
         first=measured[0].held_out.removeprefix("held-out "),
@@ -93,6 +93,12 @@ def model_card(
         client_weights_bytes=in_mib(sum(stats.client_weights_bytes for stats in rounds)),
         fingerprint=run.fingerprint,
     )
+
+
+def _trunk_steps(rounds: Sequence[RoundStats]) -> str:
+    short = sum(stats.short_steps for stats in rounds)
+    without = f" ({short:,} of them without a client that was awaited)" if short else ""
+    return f"{rounds[-1].version} trunk steps{without}"
 
 
 def _how(run: RunSpec) -> str:

@@ -4,7 +4,8 @@ It is a pure state machine, without torch, threads and clock, and serves all pol
 collects contributions. It closes with a step as soon as `policy.quorum_of` the awaited clients have
 contributed (all of them in `sync`, one in `async`), or `deadline_s` after the first contribution. A
 client that has not contributed at the deadline is not awaited again until it contributes or joins.
-A client that is late for a quorum is still awaited.
+Until then, or until it leaves, steps are counted as short. A client that is late for a quorum is
+still awaited.
 
 A contribution that was made some steps ago is discounted. In a step with other contributions, it
 has a lower weight than theirs. In `async` it is the only one of its step, and an optimizer that
@@ -99,6 +100,8 @@ class Barrier:
     `version` barriers have closed before this one. `present` clients are at work, `expected`
     clients have not joined yet, and at most `room` of both work at a time. `contributions` are
     those of this barrier so far. `deadline` is the time at which waiting ends, in seconds.
+    `missing` clients were awaited until a deadline and have not come since, and `short` is the
+    number of barriers that have closed without such a client.
     """
 
     version: int = 0
@@ -107,6 +110,8 @@ class Barrier:
     room: int = 0
     contributions: tuple[Contribution, ...] = ()
     deadline: float = math.inf
+    missing: frozenset[str] = frozenset()
+    short: int = 0
 
     @property
     def contributors(self) -> frozenset[str]:
@@ -155,12 +160,12 @@ def advance(
             )
             room = at_once + len(others.present) + others.about_to_join
             expected = (state.expected | clients) - state.present
-            state = replace(state, expected=expected, room=room)
+            missing = state.missing - clients
+            state = replace(state, expected=expected, room=room, missing=missing)
         case Joined(client=client):
             state = _with(state, client)
         case Left(client=client):
-            left = {client}
-            state = replace(state, present=state.present - left, expected=state.expected - left)
+            state = _without(state, client)
         case Contributed(client=client, version=version, num_tokens=num_tokens):
             staleness = state.version - version
             # One contribution per client and barrier, as a second one would count twice in the sum.
@@ -177,8 +182,18 @@ def advance(
 
 
 def _with(state: Barrier, client: str) -> Barrier:
-    joined = {client}
-    return replace(state, present=state.present | joined, expected=state.expected - joined)
+    state = _without(state, client)
+    return replace(state, present=state.present | {client})
+
+
+def _without(state: Barrier, client: str) -> Barrier:
+    left = {client}
+    return replace(
+        state,
+        present=state.present - left,
+        expected=state.expected - left,
+        missing=state.missing - left,
+    )
 
 
 def _close_if_due(state: Barrier, now: float, policy: PolicySpec) -> tuple[Barrier, Decision]:
@@ -189,7 +204,11 @@ def _close_if_due(state: Barrier, now: float, policy: PolicySpec) -> tuple[Barri
     # At the deadline, so that a client that has failed delays the others only once.
     if not enough:
         present = state.present & state.contributors
-        following = replace(following, present=present, expected=frozenset())
+        # Without room for a further client, those that are expected were not awaited yet.
+        awaited = state.present | (state.expected if state.about_to_join else frozenset())
+        missing = state.missing | awaited - state.contributors
+        following = replace(following, present=present, expected=frozenset(), missing=missing)
+    following = replace(following, short=state.short + bool(following.missing))
     return following, _step(state.contributions, policy)
 
 

@@ -25,6 +25,7 @@ from fedsplit.trunk.scheduler import Scheduler
 from fedsplit.trunk.training import Training
 from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.trunk.virtual_time import VirtualTimeScheduler
+from fedsplit.trunk.work_counts import WorkCounts
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class TrunkEngine:
         training: Parameters, graphs and contributions; for the engine's thread alone.
         submit: Queues a call and returns its future; raises the reason if the engine has ended.
         ended: Has a result after the engine was stopped, or the exception that it failed with.
+        work: Counts the work of each client; any thread may take a count.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class TrunkEngine:
     ) -> None:
         self.training = Training(trunk, run, clock, update)
         self.ended: Future[None] = Future()
+        self.work = WorkCounts()
         self._generation = Generation(trunk, run.generation, clock)
         self._is_virtual = bool(run.policy.sim_slowdown)
         self._scheduler = _scheduler_for(run, clock)
@@ -151,6 +154,11 @@ class TrunkEngine:
         return self.training.version
 
     @property
+    def short_steps(self) -> int:
+        """The number of steps without a client that was awaited until `policy.deadline_s`."""
+        return self.training.barrier.short
+
+    @property
     def steps(self) -> int:
         """The position of the learning rate schedule: the largest step count of the clients."""
         return self.training.steps
@@ -234,6 +242,8 @@ class TrunkEngine:
             return
         # Not strict: calls whose replies come later return none here.
         for call, reply in zip(calls, replies, strict=False):
+            # Before the reply, so that a client that has all its replies is counted in full.
+            self.work.add(call)
             call.future.set_result(reply)
 
     def _replies(self, calls: list[Call]) -> list[Any]:

@@ -171,6 +171,29 @@ def test_a_client_counts_once_in_a_barrier(policy):
     assert state.contributors == {"a"}
 
 
+def test_steps_without_an_awaited_client_are_counted_until_it_comes_or_leaves():
+    state, _ = play(SYNC, expected("a", "b"), *joined("a"), (1.0, gave("a")), (11.0, Ticked()))
+    assert (state.short, state.missing) == (1, {"b"})
+    state, _ = play(SYNC, (12.0, gave("a", version=1)), state=state)
+    assert state.short == 2, "its first step too, and those after it"
+    came, _ = play(SYNC, (13.0, Joined(client="b")), state=state)
+    both = (14.0, gave("a", version=2)), (15.0, gave("b", version=2))
+    assert play(SYNC, *both, state=came)[0].short == 2
+    left, _ = play(SYNC, (13.0, Left(client="b")), (14.0, gave("a", version=2)), state=state)
+    assert left.short == 2, "its work has ended"
+
+
+def test_a_client_without_room_is_not_awaited_yet():
+    state, _ = play(
+        SYNC,
+        expected("a", "b", "c", at_once=2),
+        *joined("a", "b"),
+        (1.0, gave("a")),
+        (11.0, Ticked()),
+    )
+    assert state.missing == {"b"}
+
+
 # --- quorum ----------------------------------------------------------------------------------
 
 

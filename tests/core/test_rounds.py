@@ -262,6 +262,20 @@ def test_a_client_without_tokens_has_nothing_to_merge() -> None:
     assert weights(play.reply("b")) == {"b": 1.0}
 
 
+def test_replies_without_tokens_do_not_end_a_round_for_the_others() -> None:
+    play = Play(ASYNC)
+    play.open("a", "b", "idle")
+    assert play.reply("idle", tokens=0).send == (), "or it would reply at once, again and again"
+    play.reply("a"), play.reply("b")
+    assert play.state.is_open and play.state.num_replies == 2
+    assert play.reply("a").closed
+    play = Play(QUORUM)
+    play.open("a", "b", "idle")
+    play.reply("idle", tokens=0)
+    assert not play.reply("a").closed
+    assert weights(play.reply("b")) == pytest.approx({"a": 0.5, "b": 0.5})
+
+
 @pytest.mark.parametrize("number", [0, 2], ids=["an earlier round", "while one is open"])
 def test_a_round_cannot_be_opened_out_of_turn(number: int) -> None:
     play = Play(SYNC)

@@ -64,7 +64,7 @@ def replies(run: RunSpec) -> dict[str, Noting]:
 
 def test_every_number_of_a_reply_is_used(run: RunSpec, replies: dict[str, Noting]) -> None:
     metrics = RoundMetrics(**{kind: [("a", numbers)] for kind, numbers in replies.items()})
-    metrics.stats(run, 1, seconds=1.0, virtual_seconds=1.0, version=1)
+    metrics.stats(run, 1, seconds=1.0, virtual_seconds=1.0, version=1, short_steps=0)
     unread = {kind: numbers.keys() - numbers.read for kind, numbers in replies.items()}
     assert unread == USED_ELSEWHERE
 

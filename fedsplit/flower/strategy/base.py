@@ -21,7 +21,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from fedsplit.client.objective import ClientObjective
-from fedsplit.errors import ConfigError, Diverged
+from fedsplit.errors import ConfigError
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Hello, JoinInfo
 from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_discount, with_dtypes_of
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
@@ -168,7 +168,7 @@ class SplitStrategy(Strategy):
         Raises:
             DeadlineExceeded: Too few clients connected in time.
             ModelMismatch: A client is configured for another run.
-            Diverged: No client finished a round.
+            Diverged: No client finished a round; see `RoundCoordinator.require_progress`.
         """
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
@@ -289,15 +289,10 @@ class SplitStrategy(Strategy):
         # Before `catch_up`: late replies that arrive between two rounds count in the new round.
         coordinator.metrics = RoundMetrics()
         self._metrics, self._aggregated = [], None
-        begin, virtual_begin = time.monotonic(), service.now()
+        begin, virtual_begin, short = time.monotonic(), service.now(), service.engine.short_steps
         arrays = self.train(number, coordinator.catch_up(result.arrays), configs[0])
         seconds, virtual_seconds = time.monotonic() - begin, service.now() - virtual_begin
-        if not coordinator.metrics.trained:
-            reason = next(iter(coordinator.metrics.reasons), "nothing before the deadline")
-            raise Diverged(
-                f"round {number}, training: none of {self._num_working} clients finished; the "
-                f"first said: {reason}"
-            )
+        coordinator.require_progress(number)
         result.arrays = arrays
         if self._metrics and self._aggregated is None:
             self._aggregated = aggregate_metricrecords(self._metrics, WEIGHT)
@@ -315,6 +310,7 @@ class SplitStrategy(Strategy):
             seconds=seconds,
             virtual_seconds=virtual_seconds if self.run.policy.sim_slowdown else math.nan,
             version=service.engine.version,
+            short_steps=service.engine.short_steps - short,
         )
         self._is_over = self._early_stopping.stops(stats) or is_last
         self._on_round(stats, arrays)

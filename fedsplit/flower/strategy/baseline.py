@@ -13,9 +13,11 @@ from typing import cast
 
 from torch import Tensor
 
+from fedsplit.flower.reply import MAX_NUMBER
 from fedsplit.flower.strategy.base import SplitStrategy
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model.stage import TrunkPart
+from fedsplit.trunk.work_counts import WorkCount
 
 
 class Unsplit(SplitStrategy):
@@ -35,15 +37,15 @@ class NoTrunkHost:
     """The interface of `TrunkServer`, its service and its engine, without a trunk."""
 
     address = ""
-    version = 0
+    version = short_steps = 0
 
     @property
     def service(self) -> "NoTrunkHost":
         """The object itself."""
         return self
 
-    # The interface is small, so one object is the server, its service and its engine.
-    engine = service
+    # The interface is small, so one object is the server, its service, its engine and its counts.
+    engine = work = service
 
     def __enter__(self) -> "NoTrunkHost":
         return self
@@ -64,6 +66,10 @@ class NoTrunkHost:
     def forget(self, client: str) -> bool:
         """Return True: nothing is kept for a client."""
         return True
+
+    def take(self, client: str) -> WorkCount:
+        """Return a count that bounds no reply: nothing counts the work of a client here."""
+        return WorkCount(steps=MAX_NUMBER, tokens=MAX_NUMBER, positions=MAX_NUMBER)
 
     def now(self) -> float:
         """Return seconds of a monotonic clock."""

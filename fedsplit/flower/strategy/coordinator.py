@@ -3,17 +3,17 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from logging import INFO, WARNING
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedsplit.errors import BadTensor, Diverged, FedsplitError
+from fedsplit.errors import Diverged
 from fedsplit.flower.client_arrays import packed, shapes_of, unpacked
-from fedsplit.flower.npy import values_of
 from fedsplit.flower.records import ARRAYS, WEIGHT
+from fedsplit.flower.reply import evaluation_content, training_content
 from fedsplit.flower.strategy.nodes import NodeRegistry
 from fedsplit.flower.strategy.round_metrics import RoundMetrics, numbers_of
 from fedsplit.flower.strategy.round_policy import (
@@ -35,6 +35,9 @@ from fedsplit.spec import RunSpec
 
 _MISSED_ROUNDS = 3
 """Rounds in a row after which a client whose node is missing has left the run."""
+
+_FRUITLESS_ROUNDS = 3
+"""Rounds in a row after which a run ends if none of their clients has finished."""
 
 _STALLED_S = 3600.0
 """Real seconds after which a round on a virtual clock is closed, whatever the virtual time is."""
@@ -78,12 +81,14 @@ class RoundCoordinator:
         self.metrics = RoundMetrics()
         self._done: set[str] = set()
         self._missed: Counter[str] = Counter()
+        self._fruitless = 0
         self._registry = registry
         self._run = run
         self._service = trunk_server.service
         self._add_join_info = add_join_info
         self._merge = merge
         self._is_virtual = bool(run.policy.sim_slowdown)
+        self._is_stepped = run.baseline == "none" and run.train.mode == "joint"
         # A deadline in seconds of a virtual clock says nothing about real seconds.
         limit = _STALLED_S if self._is_virtual else run.policy.round_deadline_s
         self.timeout_s = limit if timeout_s is None else timeout_s
@@ -177,18 +182,49 @@ class RoundCoordinator:
             for work in self.rounds.awaited:
                 self.metrics.reasons.append("no reply in time")
                 log(WARNING, "round %s: %s is given up: no reply in time", number, work.client)
+                # It is not of the next round, so the steps of that one are not without it.
+                self._service.release(work.client)
         return arrays
+
+    def require_progress(self, number: int) -> None:
+        """Raise an error if no client finished the round, and the next one would be no better.
+
+        Clients can fail by themselves, or on purpose. So a round that had some of the clients only
+        does not end the run, unless it is the third such round in a row.
+
+        Raises:
+            Diverged: All clients of the run failed in this round, or some in each of three rounds.
+        """
+        if self.metrics.trained:
+            self._fruitless = 0
+            return
+        self._fruitless += 1
+        asked = self.metrics.asked | {work.client for work in self.rounds.busy}
+        reason = next(iter(self.metrics.reasons), "nothing before the deadline")
+        problem = (
+            f"round {number}, training: none of {len(asked)} clients finished; the first said: "
+            f"{reason}"
+        )
+        if asked.issuperset(self._registry.names) or self._fruitless == _FRUITLESS_ROUNDS:
+            raise Diverged(problem)
+        log(WARNING, "%s", problem)
 
     def evaluate(self, number: int, messages: Sequence[Message]) -> list[Message]:
         """Have clients evaluate, and return their replies sorted by client.
 
+        A reply without a token, which has no weight in any mean, is left out. There is no reply if
+        all of these clients fail and the run has others.
+
         Raises:
-            Diverged: No client replied.
+            Diverged: All clients of the run failed.
         """
         replies: list[tuple[str, Message]] = []
         reasons = []
         for message in messages:
-            self._add_join_info(message, self.name_of(message), number)
+            name = self.name_of(message)
+            self._add_join_info(message, name, number)
+            # A count of earlier work must not bound this reply.
+            self._service.engine.work.take(name)
             self._pack(message)
             self.metrics.count_arrays(message)
         asked = dict(zip(self.tracker.send(messages), messages, strict=True))
@@ -196,20 +232,25 @@ class RoundCoordinator:
         while asked and time.monotonic() < until:
             for i, reply in self.tracker.collect(asked).items():
                 name = self.name_of(asked.pop(i))
-                if reply.has_error():
-                    reasons.append(f"{reply.error.reason}")
-                    log(WARNING, "round %s, evaluation: %s failed: %s", number, name, reasons[-1])
+                check = partial(evaluation_content, work=self._service.engine.work.take(name))
+                where = f"round {number}, evaluation"
+                if problem := self.metrics.problem_with(reply, check, name, where):
+                    reasons.append(problem)
                 else:
                     replies.append((name, reply))
                     self.metrics.evaluated.append((name, numbers_of(reply)))
         self.tracker.give_up(asked)
         if not replies:
-            raise Diverged(
+            problem = (
                 f"round {number}, evaluation: none of {len(messages)} clients finished; the first "
                 f"said: {next(iter(reasons), 'nothing before the deadline')}"
             )
+            if {self.name_of(m) for m in messages}.issuperset(self._registry.names):
+                raise Diverged(problem)
+            log(WARNING, "%s", problem)
         # Sums of floats depend on the order, and the order of arrival is random.
-        return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
+        replies.sort(key=lambda pair: pair[0])
+        return [reply for _, reply in replies if numbers_of(reply)[WEIGHT]]
 
     def _poll(self, arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
         """Collect replies and act on the policy's decisions.
@@ -257,8 +298,11 @@ class RoundCoordinator:
         for work in works:
             message = self._sent[work.client] = messages[work.client]
             self._add_join_info(message, work.client, work.round)
+            # A count of earlier work must not become the weight of this one.
+            self._service.engine.work.take(work.client)
             self._started[work.number] = self._pack(message)
             self.metrics.count_arrays(message)
+            self.metrics.asked.add(work.client)
             out.append(message)
         # Before the messages: a client could otherwise reach the trunk before its announcement.
         self._announce([work.client for work in works], at_once=at_once, failures=failures)
@@ -315,12 +359,19 @@ class RoundCoordinator:
 
     def _event_of(self, work: Work, reply: Message) -> Event:
         self.metrics.count_arrays(reply)
-        if problem := self._unpack(reply, self._started[work.number]):
+        check = partial(
+            training_content,
+            sent=self._started[work.number],
+            codec=self._run.wire.client_weights,
+            work=self._service.engine.work.take(work.client),
+            is_stepped=self._is_stepped,
+        )
+        where = f"round {work.round}, training"
+        if problem := self.metrics.problem_with(reply, check, work.client, where):
             # The trunk's barrier must not wait for a client that has failed.
             self._service.release(work.client)
             del self._started[work.number]
             self.metrics.reasons.append(problem)
-            log(WARNING, "round %s, training: %s failed: %s", work.round, work.client, problem)
             return Failed(number=work.number)
         numbers = numbers_of(reply)
         self._replies[work.number] = reply
@@ -333,42 +384,5 @@ class RoundCoordinator:
             again=work.client not in self._done,
         )
 
-    def _unpack(self, reply: Message, started: ArrayRecord) -> str:
-        """Decompress a reply's client weights.
-
-        Returns:
-            Why the reply cannot be used; empty if it can.
-        """
-        if reply.has_error():
-            return f"{reply.error.reason}"
-        if self._run.wire.client_weights != "none" and ARRAYS in reply.content:
-            carried = reply.content.array_records[ARRAYS]
-            try:
-                whole = unpacked(carried, self._run.wire.client_weights, shapes_of(started))
-            except FedsplitError as refusal:
-                return str(refusal)
-            reply.content = RecordDict({**reply.content, ARRAYS: whole})
-        return _problem_with(reply, started)
-
     def _take(self, work: Work) -> tuple[ArrayRecord, Message]:
         return self._started.pop(work.number), self._replies.pop(work.number)
-
-
-def _problem_with(reply: Message, started: ArrayRecord) -> str:
-    """Return why a reply cannot be used; empty if it can."""
-    missing = {WEIGHT, "loss", "done"} - numbers_of(reply).keys()
-    if missing:
-        return f"its reply has no number {sorted(missing)[0]!r}"
-    returned = reply.content.array_records.get(ARRAYS, ArrayRecord())
-    if shapes_of(returned) != shapes_of(started):
-        return f"its reply has {len(returned)} arrays, not the {len(started)} that were sent"
-    try:
-        for name, array in returned.items():
-            # In the dtype that was sent, since the average is cast to it: 1e300 is Inf in float32.
-            with np.errstate(over="ignore"):
-                values = values_of(array).astype(started[name].dtype)
-            if not np.isfinite(values).all():
-                return f"its weights hold NaN or Inf in {values.dtype}"
-    except BadTensor as refusal:
-        return str(refusal)
-    return ""

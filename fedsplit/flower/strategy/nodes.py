@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from logging import WARNING
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedsplit.errors import ConfigError, DeadlineExceeded, FedsplitError, ModelMismatch
 from fedsplit.flower.records import Hello
+from fedsplit.flower.reply import content_of, identity_of, peer_text
 from fedsplit.flower.strategy.tracker import MessageTracker
 from fedsplit.model.identity import difference
 from fedsplit.spec import RunSpec
@@ -34,6 +35,7 @@ class NodeRegistry:
         self._grid = grid
         self._run = run
         self._hello = hello
+        self._clients = frozenset(f"client-{number}" for number in range(run.num_nodes))
         self._names: dict[int, str] = {}
         self._first_messages = MessageTracker(grid)
         self._asked: set[int] = set()
@@ -56,14 +58,14 @@ class NodeRegistry:
         self._ask(nodes)
         errors = self._answers_of(nodes, wanted)
         names = [self._names[node] for node in nodes if node in self._names]
+        if len(set(names)) >= wanted:
+            self._log(errors)
+            return
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(
                 f"{len(nodes)} nodes are connected, but more than one says it is "
                 f"{sorted(twice)[0]}; give each its own partition-id"
             )
-        if len(names) >= wanted:
-            self._log(errors)
-            return
         for error in errors.values():
             raise error
         silent = [str(node) for node in nodes if node not in self._names]
@@ -83,7 +85,12 @@ class NodeRegistry:
         new = [node for node in nodes if node not in self._asked]
         self._ask(new)
         self._log(self._answers_of(new, len(new)))
-        return {name: node for name, node in sorted((self.name_of(n), n) for n in nodes) if name}
+        found: dict[str, int] = {}
+        # In the order of registration: a node cannot take the name of one that is connected.
+        for node, name in self._names.items():
+            if node in nodes:
+                found.setdefault(name, node)
+        return dict(sorted(found.items()))
 
     @property
     def names(self) -> list[str]:
@@ -138,21 +145,31 @@ class NodeRegistry:
         errors: dict[int, FedsplitError] = {}
         for message_id, reply in self._first_messages.collect(self._waiting).items():
             node = self._waiting.pop(message_id)
-            if reply.has_error():
-                errors[node] = ConfigError(f"a client cannot take part: {reply.error.reason}")
-                continue
-            hello = reply.content.config_records["hello"]
-            if hello["config"] != self._run.fingerprint:
-                settings = reply.content.config_records.get("settings", ConfigRecord())
-                theirs = {name: str(value) for name, value in settings.items()}
-                errors[node] = ModelMismatch(
-                    f"{hello['client']!s} runs configuration {hello['config']!s}, the server "
-                    f"{self._run.fingerprint} ({difference(theirs, self._run.texts)}); start both "
-                    "from the same code, conf/ and overrides"
-                )
-                continue
-            self._names[node] = str(hello["client"])
+            try:
+                self._names[node] = self._name_in(reply)
+            except FedsplitError as error:
+                errors[node] = error
         return errors
+
+    def _name_in(self, reply: Message) -> str:
+        """Return the name of the client that sent this first reply.
+
+        Raises:
+            ConfigError: It cannot take part.
+            ModelMismatch: It is configured for another run.
+            ProtocolError: The reply has no name of a client of this run.
+        """
+        if reply.has_error():
+            raise ConfigError(f"a client cannot take part: {peer_text(reply.error.reason)}")
+        identity = identity_of(content_of(reply), self._clients)
+        if identity.config != self._run.fingerprint:
+            settings = peer_text(difference(identity.settings, self._run.texts))
+            raise ModelMismatch(
+                f"{identity.client} runs configuration {peer_text(identity.config)}, the server "
+                f"{self._run.fingerprint} ({settings}); start both from the same code, conf/ and "
+                "overrides"
+            )
+        return identity.client
 
     def _log(self, errors: dict[int, FedsplitError]) -> None:
         for node, error in errors.items():

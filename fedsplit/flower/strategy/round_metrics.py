@@ -1,13 +1,17 @@
 """The metrics of one round, summed over the clients' replies into a `RoundStats`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from logging import WARNING
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
 
 from fedsplit.data import TASKS
+from fedsplit.errors import FedsplitError
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes
+from fedsplit.flower.reply import content_of, peer_text
 from fedsplit.runs.metrics import RoundStats, bits_per_byte
 from fedsplit.spec import RunSpec
 
@@ -19,14 +23,17 @@ class RoundMetrics:
     """The metrics of a round while it runs.
 
     `trained` and `evaluated` hold the replies' metrics with the client's name; one client's
-    entries are in the order of arrival. `reasons` are the reasons of failures. Sums are in the
-    order of names, because a sum of floats depends on its order and the order of arrival is
-    random.
+    entries are in the order of arrival. `asked` are the clients that were sent work. `reasons` are
+    the reasons of failures in training, and `refused_replies` the number of replies, in training
+    and evaluation, that were refused. Sums are in the order of names, because a sum of floats
+    depends on its order and the order of arrival is random.
     """
 
     trained: list[tuple[str, Numbers]] = field(default_factory=list)
     evaluated: list[tuple[str, Numbers]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    refused_replies: int = 0
+    asked: set[str] = field(default_factory=set)
     arrays_bytes: int = 0
 
     def count_arrays(self, message: Message) -> None:
@@ -35,8 +42,37 @@ class RoundMetrics:
             arrays = message.content.array_records.get(ARRAYS, ArrayRecord())
             self.arrays_bytes += num_bytes(arrays)
 
+    def problem_with(
+        self, reply: Message, check: Callable[[RecordDict], RecordDict], client: str, where: str
+    ) -> str:
+        """Check a reply, and put the checked content in place of its own.
+
+        Returns:
+            Why the reply cannot be used; empty if it can.
+        """
+        if reply.has_error():
+            problem = peer_text(reply.error.reason)
+            log(WARNING, "%s: %s failed: %s", where, client, problem)
+            return problem
+        try:
+            reply.content = check(content_of(reply))
+        except FedsplitError as refusal:
+            # The text quotes the reply.
+            problem = peer_text(str(refusal))
+            self.refused_replies += 1
+            log(WARNING, "%s: %s is refused (%s): %s", where, client, refusal.code, problem)
+            return problem
+        return ""
+
     def stats(
-        self, run: RunSpec, number: int, *, seconds: float, virtual_seconds: float, version: int
+        self,
+        run: RunSpec,
+        number: int,
+        *,
+        seconds: float,
+        virtual_seconds: float,
+        version: int,
+        short_steps: int,
     ) -> RoundStats:
         """Return the round's record."""
         trained, evaluated = _by_name(self.trained), _by_name(self.evaluated)
@@ -61,8 +97,10 @@ class RoundMetrics:
             late=sum(numbers["repeated"] > 0 for numbers in trained),
             failed=len(self.reasons),
             version=version,
+            short_steps=short_steps,
             steps=int(_sum(trained, "steps")),
             refused=int(_sum(trained, "refused")),
+            refused_replies=self.refused_replies,
             client_bytes=int(max((n["peak-bytes"] for n in trained), default=0)),
         )
 

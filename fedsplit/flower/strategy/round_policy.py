@@ -68,12 +68,17 @@ class Opened:
 class Replied:
     """A client has trained on `num_tokens` tokens and replied (0: there is nothing to merge).
 
-    With `again` the client may get new work.
+    With `again` the client may get new work, unless there is nothing to merge.
     """
 
     number: int
     num_tokens: int
     again: bool = True
+
+    @property
+    def gets_work(self) -> bool:
+        """Whether the client may get new work in the same round."""
+        return self.again and self.num_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +187,7 @@ def advance(
             state, decision = _without(state, number), Decision()
         case Ticked():
             decision = Decision()
-    again = isinstance(event, Replied) and event.again and _continues(state, policy)
+    again = isinstance(event, Replied) and event.gets_work and _continues(state, policy)
     waits = again or _awaited(state, policy)
     over = state.is_open and (now >= state.deadline or not waits)
     due = len(state.arrived) >= policy.buffer if policy.kind == "async" else over
@@ -229,6 +234,9 @@ def _take(
 ) -> tuple[RoundState, Decision]:
     work = state.work(event.number)
     state = _without(state, event.number)
+    # A client could otherwise end a round, for all others, by replies without any work.
+    if not event.num_tokens:
+        return state, Decision(dropped=(work,))
     # A late reply of an earlier round counts in this one only where rounds are not synchronized.
     fresh = state.is_open and work.number >= state.first
     counts = fresh or policy.kind == "async"
@@ -236,7 +244,7 @@ def _take(
     state = replace(state, num_replies=state.num_replies + counts, returned=returned)
     most = 0 if policy.kind == "sync" else policy.max_staleness
     is_late = state.version - work.version > most or (policy.kind == "sync" and not fresh)
-    if is_late or not event.num_tokens:
+    if is_late:
         return state, Decision(dropped=(work,))
     return replace(state, arrived=(*state.arrived, (work, event.num_tokens))), Decision()
 

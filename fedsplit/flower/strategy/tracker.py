@@ -61,8 +61,10 @@ class MessageTracker:
         """
         waiting = {i for i in ids if i in self._out}
         replies = {i: _not_taken(self._lost.pop(i)) for i in waiting & self._lost.keys()}
-        found = self._grid.pull_messages(waiting - replies.keys()) if waiting else ()
-        replies |= {reply.metadata.reply_to_message_id: reply for reply in found}
+        for reply in self._grid.pull_messages(waiting - replies.keys()) if waiting else ():
+            # Only the first reply counts, and only one that was asked for.
+            if (i := reply.metadata.reply_to_message_id) in waiting:
+                replies.setdefault(i, reply)
         for i in replies:
             del self._out[i]
         if replies or not waiting:
