@@ -244,6 +244,7 @@ class Info(Command):
 
     address: Annotated[str, typer.Argument(metavar="ADDRESS", help="host:port, or unix:path")]
     tls_ca: TlsCa = ""
+    token_file: TokenFile = ""
 
     def run(self) -> None:
         """Print a line for each property of the server."""
@@ -256,7 +257,11 @@ class Info(Command):
         from fedsplit.wire.messages import ServiceInfoRequest
 
         wire = WireSpec(tls_ca=self.tls_ca, call_deadline_s=_INFO_DEADLINE_S)
-        with naming(CLIENT_OPTIONS), closing(GrpcLink(self.address, wire=wire)) as link:
+        token = read_token(self.token_file)
+        with (
+            naming(CLIENT_OPTIONS),
+            closing(GrpcLink(self.address, token=token, wire=wire)) as link,
+        ):
             info = link.exchange(ServiceInfoRequest())
         limits = info.limits
         rows = {
@@ -270,6 +275,7 @@ class Info(Command):
             "wire protocol": info.protocol,
             "server_instance_id of the server": info.server_instance_id,
         }
+        rows |= {f"in use: {name}": value for name, value in sorted(info.budgets.items())}
         if info.served_model_names:
             rows["trunks here, by name"] = ", ".join(info.served_model_names)
         # The server's texts may have control characters of terminals.

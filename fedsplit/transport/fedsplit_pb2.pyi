@@ -376,7 +376,14 @@ class ServiceInfoRequest(_message.Message):
     def __init__(self, served_model_name: _Optional[str] = ...) -> None: ...
 
 class ServiceInfoReply(_message.Message):
-    __slots__ = ("protocol", "server_instance_id", "model", "family", "blocks", "version", "sessions", "limits", "served_model_names")
+    __slots__ = ("protocol", "server_instance_id", "model", "family", "blocks", "version", "sessions", "limits", "served_model_names", "budgets")
+    class BudgetsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -386,6 +393,7 @@ class ServiceInfoReply(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVED_MODEL_NAMES_FIELD_NUMBER: _ClassVar[int]
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server_instance_id: str
     model: str
@@ -395,4 +403,5 @@ class ServiceInfoReply(_message.Message):
     sessions: int
     limits: Limits
     served_model_names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served_model_names: _Optional[_Iterable[str]] = ...) -> None: ...
+    budgets: _containers.ScalarMap[str, str]
+    def __init__(self, protocol: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served_model_names: _Optional[_Iterable[str]] = ..., budgets: _Optional[_Mapping[str, str]] = ...) -> None: ...

@@ -63,6 +63,7 @@ class TrunkEngine:
     ) -> None:
         self.training = Training(trunk, run, clock, update)
         self.ended: Future[None] = Future()
+        self._run = run
         self.work = WorkCounts()
         self._generation = Generation(trunk, run.generation, clock)
         self._is_virtual = bool(run.policy.sim_slowdown)
@@ -172,6 +173,15 @@ class TrunkEngine:
     def cache_bytes(self) -> int:
         """Bytes of keys and values of the sessions that generate."""
         return self._generation.num_bytes
+
+    def in_use(self) -> dict[str, str]:
+        """Return how much of each budget is in use, by the setting that limits it."""
+        generation, tokens = self._run.generation, self._generation.most_tokens
+        return {
+            "wire.stash_bytes": f"{self.stashed_bytes} of {self._run.wire.stash_bytes}",
+            "generation.cache_bytes": f"{self.cache_bytes} of {generation.cache_bytes}",
+            "generation.session_tokens": f"{tokens} of {generation.session_tokens}",
+        }
 
     @property
     def num_waiting(self) -> int:

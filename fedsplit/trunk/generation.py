@@ -9,7 +9,6 @@ engine's thread uses this module.
 import functools
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,8 @@ from fedsplit.trunk.kv_cache import (
     check_entries,
     crop,
     fill,
+    first_to_go,
+    has_fixed_caches,
     last_entries,
     num_bytes,
     num_bytes_of,
@@ -92,11 +93,26 @@ class Generation:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values of all sessions."""
-        return sum(sequences.num_bytes for sequences in self._caches.values())
+        """Bytes of keys and values of all sessions; any thread may ask."""
+        return sum(sequences.num_bytes for sequences in tuple(self._caches.values()))
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens of the session that holds most; any thread may ask."""
+        caches = tuple(self._caches.values())
+        return max((each.rows * each.tokens for each in caches), default=0)
 
     def open(self, client: str, session: str, cache_tokens: int) -> None:
-        """Open a cache of `cache_tokens` tokens per sequence; a cache of 0 grows as needed."""
+        """Open a cache of `cache_tokens` tokens per sequence; a cache of 0 grows as needed.
+
+        Raises:
+            ProtocolError: The family has no caches of a fixed size.
+        """
+        if cache_tokens and not self._has_fixed_caches:
+            raise ProtocolError(
+                f"{self._trunk.family.__name__} has no caches of a fixed size; generate without "
+                "cache_implementation='static'"
+            )
         self._caches[session] = SequenceCache(
             client=client,
             cache_tokens=cache_tokens,
@@ -263,6 +279,10 @@ class Generation:
         return rows * num_bytes_of(self._probe, room)
 
     @functools.cached_property
+    def _has_fixed_caches(self) -> bool:
+        return has_fixed_caches(self._trunk)
+
+    @functools.cached_property
     def _probe(self) -> Any:
         """A cache with one token, which has the shapes and devices of the blocks' states."""
         cache = self._new_cache(0)
@@ -364,31 +384,11 @@ class Generation:
     def _make_room(self, beside: int = 0) -> None:
         """Drop caches until the rest fits the budget, with `beside` bytes of other caches."""
         over = self.num_bytes + beside - self._spec.cache_bytes
-        while over > 0 and (session := self._first_to_go()):
+        busy = {pending.call.session for pending in self._in_pass}
+        while over > 0 and (session := first_to_go(self._caches, busy)):
             over -= self._caches[session].num_bytes
             log.info("dropped a cache of %s to make room", self._caches[session].client)
             self._lose(session, "other sessions needed the memory; send its tokens again")
-
-    def _first_to_go(self) -> str:
-        """Return the session whose cache is dropped next; empty if none should be."""
-        held: Counter[str] = Counter()
-        for each in self._caches.values():
-            held[each.client] += each.num_bytes
-        busy = {pending.call.session for pending in self._in_pass}
-        candidates = {name: each for name, each in self._caches.items() if each.num_bytes}
-        if len(candidates) == 1 and candidates.keys() <= busy:
-            return ""
-        # Those of the pass last: each is about to send its next token. Not simply the least
-        # recently used: then a client with many caches could evict those of all others.
-        return min(
-            candidates,
-            key=lambda name: (
-                name in busy,
-                -held[candidates[name].client],
-                candidates[name].used,
-            ),
-            default="",
-        )
 
     def _lose(self, session: str, why: str) -> None:
         self._caches.pop(session, None)

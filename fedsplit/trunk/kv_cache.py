@@ -3,7 +3,8 @@
 Shapes: B sequences, H heads, T tokens, E width of a head. The cache itself is transformers' own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.cache_utils import (
 from fedsplit.errors import BadTensor, ProtocolError, SessionLost
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.model.kv_cache import EmptyCacheLayer, GrowingLayer
+from fedsplit.model.stage import TrunkPart
 from fedsplit.trunk.guard import require_finite
 from fedsplit.wire.messages import KVCacheEntry
 
@@ -54,6 +56,45 @@ class SequenceCache:
         if new is None:
             new = like.new_ones(self.rows, tokens)
         self.mask_BT = torch.cat((before, new), dim=1)
+
+
+def first_to_go(caches: Mapping[str, SequenceCache], busy: Collection[str]) -> str:
+    """Return the session whose cache makes room for others; empty if none should.
+
+    Args:
+        caches: The caches of all sessions.
+        busy: The sessions of the present pass.
+    """
+    held: Counter[str] = Counter()
+    for each in caches.values():
+        held[each.client] += each.num_bytes
+    candidates = {name: each for name, each in caches.items() if each.num_bytes}
+    if len(candidates) == 1 and candidates.keys() <= set(busy):
+        return ""
+    # Those of the pass last: each is about to send its next token. Not simply the least recently
+    # used: then a client with many caches could evict those of all others.
+    return min(
+        candidates,
+        key=lambda name: (
+            name in busy,
+            -held[candidates[name].client],
+            candidates[name].used,
+        ),
+        default="",
+    )
+
+
+def has_fixed_caches(trunk: TrunkPart) -> bool:
+    """Return whether a trunk's family can use a cache of a fixed size, with a mask; tries it."""
+    like = next(trunk.parameters())
+    hidden_BTD = like.new_zeros(1, 2, trunk.config.hidden_size)
+    mask_BT = torch.ones(1, 2, dtype=torch.int64, device=like.device)
+    try:
+        with torch.no_grad():
+            trunk.run(hidden_BTD, mask_BT, cache=trunk.new_cache(4))
+    except FAMILY_ERRORS:
+        return False
+    return True
 
 
 def attends_only(cache: Any) -> bool:

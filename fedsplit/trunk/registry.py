@@ -28,6 +28,10 @@ class ClientRegistry:
             for token in [t for t, name in self._clients.items() if name == client]:
                 del self._clients[token]
 
+    def knows(self, token: str) -> bool:
+        """Return whether a token belongs to a client."""
+        return token in self._clients
+
     def client_of(self, token: str) -> str:
         """Return the client that a token belongs to.
 

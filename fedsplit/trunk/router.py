@@ -115,8 +115,7 @@ class TrunkRouter:
         """Answer one request; see `fedsplit.link.Service`."""
         if isinstance(request, m.ServiceInfoRequest):
             # Before the token is checked: any client may ask which trunks are served.
-            info = self._services[self._name(request.served_model_name)].handle(request, "")
-            return replace(info, served_model_names=tuple(self._services))  # type: ignore[return-value]
+            return self._info(request, token)  # type: ignore[return-value]
         self.check_token(token)
         if isinstance(request, m.OpenRequest):
             return self._open(request)  # type: ignore[return-value]
@@ -137,6 +136,16 @@ class TrunkRouter:
             member = self._sessions.get(session)
         if member:
             member.service.disconnected(session)
+
+    def _info(self, request: m.ServiceInfoRequest, token: str) -> m.ServiceInfoReply:
+        service = self._services[self._name(request.served_model_name)]
+        info = replace(service.handle(request, ""), served_model_names=tuple(self._services))
+        try:
+            self.check_token(token)
+        except Unauthenticated:
+            return info
+        clients = f"{self.num_clients} of {self._max_clients}"
+        return replace(info, budgets={"limits.clients": clients, **service.budgets()})
 
     # --- clients and sessions -----------------------------------------------------------------
 

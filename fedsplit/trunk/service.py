@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fedsplit.errors import (
@@ -30,6 +31,7 @@ from fedsplit.trunk.agreement import Agreement
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.guard import require_dtype
+from fedsplit.trunk.positions import num_positions, require_positions
 from fedsplit.trunk.registry import ClientRegistry
 from fedsplit.trunk.session_table import SessionTable
 from fedsplit.trunk.sessions import Session, SessionInfo, Steps
@@ -73,6 +75,7 @@ class TrunkService:
         self._agreement = Agreement.of(trunk, run)
         self._family = str(trunk.config.model_type)
         self._dtype = trunk.dtype
+        self._num_positions = num_positions(trunk)
         self._autocast = precision_of(run.model, trunk.device)
         self._round = 0
         self._clients = ClientRegistry()
@@ -183,6 +186,15 @@ class TrunkService:
         """The number of open sessions."""
         return len(self._sessions)
 
+    def budgets(self) -> dict[str, str]:
+        """Return how much of each budget is in use, by the setting that limits it."""
+        history_bytes = self._run.wire.history_bytes * self._run.clients
+        return {
+            **self._sessions.in_use(),
+            **self.engine.in_use(),
+            "wire.history_bytes": f"{self.decoder.num_bytes} of {history_bytes}",
+        }
+
     # --- fedsplit.link.Service ----------------------------------------------------------------
 
     @property
@@ -198,7 +210,10 @@ class TrunkService:
         """Answer one request; see `fedsplit.link.Service`."""
         check_request(request, self.limits)
         if isinstance(request, m.ServiceInfoRequest):
-            return self._info()  # type: ignore[return-value]
+            reply = self._info()
+            # How busy others are is told to clients alone.
+            known = self._clients.knows(token)
+            return replace(reply, budgets=self.budgets()) if known else reply  # type: ignore[return-value]
         client = self._clients.client_of(token)
         if isinstance(request, m.OpenRequest):
             return self._open(request, client)  # type: ignore[return-value]
@@ -251,7 +266,7 @@ class TrunkService:
         )
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:
-        require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
+        self._check(request, past=0)
         if request.training and not session.info.training:
             raise ProtocolError("this session was not opened for training; open another session")
         if not request.training:
@@ -264,6 +279,11 @@ class TrunkService:
         return forward.encode(
             self._wait(session.once(Kind.FORWARD, forward.whole, self.engine.submit))
         )
+
+    def _check(self, request: m.ForwardRequest | m.GenerateRequest, *, past: int) -> None:
+        require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
+        tokens = request.smashed_BTD.shape[1]
+        require_positions(request.position_ids_BT, past, tokens, self._num_positions)
 
     def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
         require_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD.dtype, self._dtype)
@@ -281,7 +301,7 @@ class TrunkService:
         return self._wait(future)
 
     def _generate(self, session: Session, request: m.GenerateRequest) -> m.GenerateReply:
-        require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
+        self._check(request, past=request.past)
         for entry in request.entries:
             require_dtype("keys_BHTE", entry.keys_BHTE.dtype, self._dtype)
             require_dtype("values_BHTE", entry.values_BHTE.dtype, self._dtype)

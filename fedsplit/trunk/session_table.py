@@ -101,6 +101,21 @@ class SessionTable:
                 and (each.expires_at <= now or (each.info.generating and each.used_at < idle))
             ]
 
+    def in_use(self) -> dict[str, str]:
+        """Return how much of each budget is in use, by the setting that limits it."""
+        with self._lock:
+            sessions = list(self._open.values())
+        held = Counter(each.info.client for each in sessions)
+        replies = [each.reply_bytes() for each in sessions]
+        limits = self._run.limits
+        return {
+            "limits.sessions": f"{len(sessions)} of {limits.sessions}",
+            "limits.sessions_per_client": (
+                f"{max(held.values(), default=0)} of {limits.sessions_per_client}"
+            ),
+            "limits.reply_bytes": f"{max(replies, default=0)} of {limits.reply_bytes}",
+        }
+
     def remove(self, name: str) -> None:
         """Remove a session that has ended; a second call does nothing."""
         with self._lock:

@@ -151,14 +151,17 @@ class Session:
 
     def keep_if_small(self, call: int, reply: GenerateReply, most_bytes: int) -> None:
         """Drop the reply to a call that generates if it has more than `most_bytes` bytes."""
-        tensors = [reply.trunk_out_BTD]
-        tensors += [
-            each for entry in reply.entries for each in (entry.keys_BHTE, entry.values_BHTE)
-        ]
-        if sum(each.nbytes for each in tensors) > most_bytes:
+        if _bytes_of(reply) > most_bytes:
             with self.lock:
                 self.replies.pop((GenerateRequest, call), None)
                 self.too_large = max(self.too_large, call)
+
+    def reply_bytes(self) -> int:
+        """Return the bytes of the largest reply of generation that is kept."""
+        with self.lock:
+            kept = [each for (kind, _), each in self.replies.items() if kind is GenerateRequest]
+        answered = [each for each in kept if each.done() and not each.exception()]
+        return max((_bytes_of(each.result()) for each in answered), default=0)
 
     def take_back(self, kind: type, call: int, future: "Future[Any]") -> None:
         """Undo a backward whose graph was gone, so that the client can repeat the forward."""
@@ -175,6 +178,12 @@ class Session:
             for (kind, call), future in self.replies.items()
             if kind is StepRequest
         }
+
+
+def _bytes_of(reply: GenerateReply) -> int:
+    tensors = [reply.trunk_out_BTD]
+    tensors += [each for entry in reply.entries for each in (entry.keys_BHTE, entry.values_BHTE)]
+    return sum(each.nbytes for each in tensors)
 
 
 def no_session(name: str) -> SessionLost:

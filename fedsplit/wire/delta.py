@@ -215,7 +215,7 @@ class DeltaDecoder:
     @property
     def num_bytes(self) -> int:
         """Bytes of the references of all clients."""
-        return sum(references.num_bytes for references in self._clients.values())
+        return sum(references.num_bytes for references in tuple(self._clients.values()))
 
     def decode(self, client: str, request: ForwardRequest) -> "DecodedForward":
         """The decoded forward of a client; it also encodes the reply.

@@ -289,7 +289,8 @@ class ServiceInfoReply(Reply):
     """Description of the server. No token is needed for it, so it contains no secret.
 
     `served_model_names` has the names of all trunks of the server; the other fields describe the
-    trunk that the request names.
+    trunk that the request names. `budgets`, by the setting that limits each, say how much is in
+    use; they are empty for callers without a token, because they tell how busy others are.
     """
 
     protocol: int
@@ -301,6 +302,7 @@ class ServiceInfoReply(Reply):
     sessions: int
     limits: Limits
     served_model_names: tuple[str, ...]
+    budgets: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 Shapes: B sequences, T tokens, D hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from fedsplit.wire.messages import (
 
 _IDS = ("session", "client", "model")
 _NAMES_OR_NONE = ("config", "served_model_name")
+_INTEGERS = (torch.int64, torch.int32)
+_OF_MASKS = (*_INTEGERS, torch.bool)
 _LEAST = {
     "call": 0,
     "step": 0,
@@ -94,7 +96,7 @@ def _check_forward(request: ForwardRequest, limits: Limits) -> None:
     else:
         _check_evaluated(B, T, limits)
     if (mask_BT := request.attention_mask_BT) is not None:
-        _check_integers("attention_mask", mask_BT)
+        _check_integers("attention_mask", mask_BT, _OF_MASKS)
         if tuple(mask_BT.shape) != (B, T):
             raise BadTensor(
                 f"attention_mask of shape {tuple(mask_BT.shape)} does not fit {B} sequences "
@@ -163,18 +165,18 @@ def _check_generate(request: GenerateRequest, limits: Limits) -> None:
             f"logits_to_keep={request.logits_to_keep} must be at most {T}, the number of tokens"
         )
     if (rows_B := request.rows_B) is not None:
-        if rows_B.is_floating_point() or tuple(rows_B.shape) != (B,):
+        if rows_B.dtype not in _INTEGERS or tuple(rows_B.shape) != (B,):
             raise BadTensor(
                 f"rows_B is {NAMES[rows_B.dtype]} of shape {tuple(rows_B.shape)}; one integer for "
                 f"each of {B} sequences is needed"
             )
     masked = request.past + T if request.stateless else T
-    for name, tensor_BT, tokens in (
-        ("attention_mask", request.attention_mask_BT, masked),
-        ("position_ids", request.position_ids_BT, T),
+    for name, tensor_BT, tokens, dtypes in (
+        ("attention_mask", request.attention_mask_BT, masked, _OF_MASKS),
+        ("position_ids", request.position_ids_BT, T, _INTEGERS),
     ):
         if tensor_BT is not None:
-            _check_integers(name, tensor_BT)
+            _check_integers(name, tensor_BT, dtypes)
             if tuple(tensor_BT.shape) != (B, tokens):
                 raise BadTensor(
                     f"{name} of shape {tuple(tensor_BT.shape)} does not fit {B} sequences of "
@@ -220,8 +222,11 @@ def _check_width(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
         raise BadTensor(f"{name} is {NAMES[tensor_BTD.dtype]}; a float dtype is needed")
 
 
-def _check_integers(name: str, tensor_BT: Tensor) -> None:
-    if tensor_BT.is_floating_point() or tensor_BT.dim() != 2:
+def _check_integers(
+    name: str, tensor_BT: Tensor, dtypes: Collection[torch.dtype] = _INTEGERS
+) -> None:
+    # Families compute with positions and index with them, which torch does not do with bools.
+    if tensor_BT.dtype not in dtypes or tensor_BT.dim() != 2:
         raise BadTensor(
             f"{name} is {NAMES[tensor_BT.dtype]} of shape {tuple(tensor_BT.shape)}; "
             "integers of shape (sequences, tokens) are needed"

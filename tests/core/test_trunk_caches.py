@@ -246,7 +246,8 @@ def test_a_lost_reply_is_answered_again_without_growing_the_cache(mode):
         got = alice.says(ids_1T, **asked)
         names = [(request.session, request.call) for request in alice.sent(m.GenerateRequest)]
         assert len(set(names)) < len(names)
-        assert len(passes) <= len(set(names)) + 1  # and the one that measures a token
+        # And one that measures a token, and one that tries a cache of a fixed size.
+        assert len(passes) <= len(set(names)) + 2
         assert torch.equal(got, here.wanted(ids_1T, **asked))
         assert len(alice.sent(m.OpenRequest)) == 1
 

@@ -174,6 +174,18 @@ MESSAGES: dict[str, Body] = {
         limits=LIMITS,
         served_model_names=("gpt2", "llama"),
     ),
+    "service_info_reply with budgets": m.ServiceInfoReply(
+        protocol=m.PROTOCOL,
+        server_instance_id="i1",
+        model="m",
+        family="gpt2",
+        blocks="1/2/1",
+        version=0,
+        sessions=1,
+        limits=LIMITS,
+        served_model_names=(),
+        budgets={"limits.sessions": "1 of 1024"},
+    ),
     "service_info_reply with defaults": m.ServiceInfoReply(
         protocol=0,
         server_instance_id="",

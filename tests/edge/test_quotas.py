@@ -1,5 +1,6 @@
 """One client that takes all it can get; another beside it gets the same tokens as if alone."""
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +8,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fedsplit.errors import Overloaded, SessionLost
+from fedsplit.cli import main
+from fedsplit.cli.command import TOKEN_VARIABLE
+from fedsplit.errors import BadTensor, Overloaded, ProtocolError, SessionLost
 from fedsplit.link import LocalLink
 from fedsplit.model import initial_parts
 from fedsplit.spec import LimitsSpec
+from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.router import TrunkRouter
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
@@ -226,6 +230,102 @@ def test_a_reply_that_is_too_large_to_keep_is_not_sent_twice():
         alice.turn()
 
 
+# --- values -----------------------------------------------------------------------------------
+
+LARGEST = torch.iinfo(torch.int64).max
+BOOLS_BT, BOOLS_B = torch.ones(2, 3, dtype=torch.bool), torch.tensor([True, False])
+
+VALUES = {
+    "bool positions": ({"position_ids_BT": BOOLS_BT}, "position_ids is bool"),
+    "bool rows": ({"rows_B": BOOLS_B}, "rows_B is bool"),
+    "float rows": ({"rows_B": torch.zeros(2)}, "rows_B is float32"),
+    "positions before the table": (
+        {"position_ids_BT": torch.full((2, 3), -1)},
+        "are -1 to -1, but this model has those from 0 to 127",
+    ),
+    "positions after the table": (
+        {"position_ids_BT": torch.full((2, 3), LARGEST)},
+        f"are {LARGEST} to {LARGEST}, but",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["generate", "evaluate", "train"])
+def test_values_that_a_family_cannot_compute_with_are_refused(kind, caplog):
+    """GPT-J indexes a table with positions; most families compute with them."""
+    with scene("gptj") as here:
+        alice, mallory = Honest(here), mallory_at(here)
+        for changes, text in VALUES.values():
+            if kind == "generate":
+                answer = mallory.ask(mallory.generate(mallory.open(), **changes))
+            elif "rows_B" in changes:
+                continue
+            else:
+                session = mallory.open(generating=False, training=kind == "train")
+                answer = mallory.ask(mallory.forward(session, training=kind == "train", **changes))
+            assert isinstance(answer, BadTensor) and text in str(answer)
+        alice.turn()
+    assert not caplog.records
+
+
+def test_a_mask_of_bools_or_of_other_numbers_is_one_of_ones_and_zeros():
+    with scene("llama") as here:
+        mallory = mallory_at(here)
+        plain_BT = torch.tensor([[0, 1, 1], [1, 1, 1]])
+        masks = (plain_BT, plain_BT.bool(), -7 * plain_BT, plain_BT.int() * 3)
+        outs = [
+            mallory.ask(mallory.generate(mallory.open(), attention_mask_BT=mask_BT)).trunk_out_BTD
+            for mask_BT in masks
+        ]
+        assert all(torch.equal(out, outs[0]) for out in outs[1:])
+
+
+def test_a_cache_of_fixed_size_is_refused_where_the_family_has_none():
+    with scene("bloom") as here:
+        alice = Honest(here)
+        with pytest.raises(ProtocolError, match="has no caches of a fixed size; generate without"):
+            mallory_at(here).open(cache_tokens=8)
+        alice.turn()
+
+
+# --- what is in use ---------------------------------------------------------------------------
+
+
+def test_clients_see_how_much_of_each_budget_is_in_use_and_strangers_do_not():
+    with scene("llama", limits=FEW, session_tokens=100) as here:
+        Honest(here)
+        mallory = mallory_at(here)
+        for _ in range(FEW.sessions_per_client):
+            mallory.ask(mallory.generate(session := mallory.open()))
+        budgets = mallory.ask(m.ServiceInfoRequest()).budgets
+        assert budgets["limits.sessions"] == f"4 of {FEW.sessions}"
+        assert budgets["limits.sessions_per_client"] == f"3 of {FEW.sessions_per_client}"
+        assert budgets["generation.session_tokens"] == "19 of 100"
+        engine, run = here.service.engine, here.run
+        assert budgets["generation.cache_bytes"] == (
+            f"{engine.cache_bytes} of {run.generation.cache_bytes}"
+        )
+        assert budgets["wire.stash_bytes"] == f"0 of {run.wire.stash_bytes}"
+        reply = mallory.ask(mallory.generate(session, call=1))
+        assert budgets["limits.reply_bytes"] == f"{reply.trunk_out_BTD.nbytes} of {4 << 20}"
+        assert LocalLink(here.service).exchange(m.ServiceInfoRequest()).budgets == {}
+
+
+def test_info_shows_how_much_of_each_limit_is_in_use(monkeypatch, capfd):
+    with scene("llama", limits=FEW) as here:
+        limits = here.service.limits
+        server = GrpcServer(here.service, wire=here.run.wire, limits=limits, max_clients=4)
+        address = server.start()
+        monkeypatch.setenv(TOKEN_VARIABLE, here.service.admit("mallory"))
+        mallory_at(here).open()
+        try:
+            assert main(["info", address]) == 0
+        finally:
+            server.stop(grace_s=0.0)
+    told = dict(re.findall(r"^in use: (\S+) +(.+)$", capfd.readouterr().out, re.MULTILINE))
+    assert told["limits.sessions"] == f"1 of {FEW.sessions}"
+
+
 # --- one token for all ------------------------------------------------------------------------
 
 
@@ -245,6 +345,7 @@ def test_a_server_remembers_only_so_many_clients_and_sessions(tiny_llama):
             mallory.open()
         assert len(router._sessions) <= 1 + FEW.sessions_per_client + 1
         assert isinstance(alice.ask(alice.generate(session)), m.GenerateReply)
+        assert alice.ask(m.ServiceInfoRequest()).budgets["limits.clients"] == "3 of 3"
         HostileClient(link, config, run, "malcolm").open()
         with pytest.raises(Overloaded, match=r"3 clients have sessions here, .*limits.clients"):
             HostileClient(link, config, run, "mordred").open()
