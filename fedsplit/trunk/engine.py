@@ -253,7 +253,11 @@ class TrunkEngine:
         # Not strict: calls whose replies come later return none here.
         for call, reply in zip(calls, replies, strict=False):
             # Before the reply, so that a client that has all its replies is counted in full.
-            self.work.add(call)
+            match call.kind:
+                case Kind.STEP:
+                    self.work.stepped(call.client, call.request.num_tokens)
+                case Kind.FORWARD | Kind.EVALUATE:
+                    self.work.passed(call.client, call.request.smashed_BTD.shape[:2].numel())
             call.future.set_result(reply)
 
     def _replies(self, calls: list[Call]) -> list[Any]:

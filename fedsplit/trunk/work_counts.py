@@ -3,8 +3,6 @@
 import threading
 from dataclasses import dataclass
 
-from fedsplit.trunk.call import Call, Kind
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkCount:
@@ -33,23 +31,19 @@ class WorkCounts:
         self._counts: dict[str, WorkCount] = {}
         self._lock = threading.Lock()
 
-    def add(self, call: Call) -> None:
-        """Count a call that was answered without an error."""
-        if (count := _work_of(call)) is None:
-            return
-        with self._lock:
-            self._counts[call.client] = self._counts.get(call.client, WorkCount()) + count
+    def stepped(self, client: str, num_tokens: int) -> None:
+        """Count a step that was accepted."""
+        self._add(client, WorkCount(steps=1, tokens=num_tokens))
+
+    def passed(self, client: str, positions: int) -> None:
+        """Count a forward."""
+        self._add(client, WorkCount(positions=positions))
 
     def take(self, client: str) -> WorkCount:
         """Return a client's work since the last call for this client."""
         with self._lock:
             return self._counts.pop(client, WorkCount())
 
-
-def _work_of(call: Call) -> WorkCount | None:
-    match call.kind:
-        case Kind.STEP:
-            return WorkCount(steps=1, tokens=call.request.num_tokens)
-        case Kind.FORWARD | Kind.EVALUATE:
-            return WorkCount(positions=call.request.smashed_BTD.shape[:2].numel())
-    return None
+    def _add(self, client: str, count: WorkCount) -> None:
+        with self._lock:
+            self._counts[client] = self._counts.get(client, WorkCount()) + count

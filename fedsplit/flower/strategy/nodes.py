@@ -76,7 +76,7 @@ class NodeRegistry:
         )
 
     def present(self) -> dict[str, int]:
-        """Return the connected nodes by name, sorted by name; new nodes are registered first.
+        """Return the connected nodes that have answered by name, sorted by name; ask new ones.
 
         Raises:
             DeadlineExceeded: No node is connected for `launch.start_timeout_s`.
@@ -84,7 +84,9 @@ class NodeRegistry:
         nodes = self._wait_for(1)
         new = [node for node in nodes if node not in self._asked]
         self._ask(new)
-        self._log(self._answers_of(new, len(new)))
+        # A new node that does not answer must not hold up the others.
+        is_known = not self._names.keys().isdisjoint(nodes)
+        self._log(self._take_answers() if is_known else self._answers_of(new, len(new)))
         found: dict[str, int] = {}
         # In the order of registration: a node cannot take the name of one that is connected.
         for node, name in self._names.items():
