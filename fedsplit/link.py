@@ -27,8 +27,11 @@ class Service(Protocol):
         """
         ...
 
-    def check_token(self, token: str) -> None:
-        """Check a caller's token before its requests are read.
+    def check_token(self, token: str) -> str:
+        """Check a caller's token before anything else of its call is read; must not block.
+
+        Returns:
+            The caller's name; empty if callers share a token, or need none.
 
         Raises:
             Unauthenticated: The token belongs to no client.

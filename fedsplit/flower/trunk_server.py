@@ -32,9 +32,14 @@ class TrunkServer:
 
     def __enter__(self) -> "TrunkServer":
         wire, limits = self._run.wire, self.service.limits
-        # Training and evaluating sessions of all clients, and as many streams on their way out.
+        # Training and evaluating sessions of all clients, and streams on their way out: one that
+        # was lost while a request was in work ends when the request does.
         server = GrpcServer(
-            self.service, wire=wire, limits=limits, max_clients=2 * self._run.clients
+            self.service,
+            wire=wire,
+            limits=limits,
+            max_clients=4 * self._run.clients,
+            budgets=self._run.limits,
         )
         with ExitStack() as opening:
             opening.enter_context(self.service)

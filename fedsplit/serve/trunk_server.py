@@ -127,7 +127,9 @@ def hosted(
     }
     router = TrunkRouter(services, token=token, max_clients=run.limits.clients)
     clients = max(_MAX_CLIENTS, 2 * run.clients)
-    server = GrpcServer(router, wire=wire, limits=router.limits, max_clients=clients)
+    server = GrpcServer(
+        router, wire=wire, limits=router.limits, max_clients=clients, budgets=run.limits
+    )
 
     def check_failed(_: "Future[None]") -> None:
         trunks = router.trunks.values()

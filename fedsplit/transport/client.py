@@ -20,10 +20,12 @@ from torch import Tensor
 from fedsplit.errors import FedsplitError, ProtocolError
 from fedsplit.link import Link, Stream
 from fedsplit.spec import WireSpec
+from fedsplit.transport.address import check_port
 from fedsplit.transport.frames import (
     ALIGNMENT,
     CALLS,
     FRAME_BYTES,
+    HEADER_BYTES,
     SERVICE,
     Body,
     Reader,
@@ -52,6 +54,8 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5000),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.max_receive_message_length", FRAME_BYTES),
+    # A message that gRPC decompresses may have a thousand times the bytes that were received.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # Links to the same address would share one connection otherwise.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
@@ -72,10 +76,11 @@ class GrpcLink(Link):
         ca: The PEM certificate of the authority to trust, in place of `wire.tls_ca`.
 
     Raises:
-        ConfigError: `wire.tls_ca` cannot be read.
+        ConfigError: `wire.tls_ca` cannot be read, or the port of the address does not exist.
     """
 
     def __init__(self, address: str, *, token: str = "", wire: WireSpec, ca: bytes = b"") -> None:
+        check_port("the trunk's address ", address)
         self.bytes_up = 0
         self.bytes_down = 0
         self._address = address
@@ -198,7 +203,7 @@ class _ExchangeStream(Stream):
     def __init__(
         self, link: GrpcLink, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]
     ) -> None:
-        self.broken = False
+        self._broken = False
         self._link = link
         self._expired = False
         self._outbox: SimpleQueue[Iterator[bytes] | None] = SimpleQueue()
@@ -228,6 +233,11 @@ class _ExchangeStream(Stream):
                 self._await_next()
         return lambda: self._link.checked(request, self._answer(is_next, request))
 
+    @property
+    def broken(self) -> bool:
+        """Whether no more replies can be read; a server may have ended the stream while idle."""
+        return self._broken or not (self._unanswered or self._frames.is_active())
+
     def _counted(self, frames: Iterator[bytes]) -> Iterator[bytes]:
         for frame in frames:
             self._link.count(len(frame), 0)
@@ -243,17 +253,19 @@ class _ExchangeStream(Stream):
             raise self._link.error_of(exc, expired=self._expired) from exc
         finally:
             if body is None:  # it failed, or this thread was interrupted
-                self.broken = True
+                self._broken = True
                 # The rest of this reply would be read as the next one otherwise.
                 self._frames.cancel()
             with self._lock:
                 self._unanswered.remove(is_next)
                 self._await_next()
-                self.broken |= self._expired
+                self._broken |= self._expired
         return body
 
     def _read(self, request: Request[Any]) -> Body:
-        reader = Reader(_max_reply_bytes(request))
+        # The gradients' names are in the header.
+        names = isinstance(request, GradientsRequest)
+        reader = Reader(_max_reply_bytes(request), FRAME_BYTES if names else HEADER_BYTES)
         for frame in self._frames:
             self._link.count(0, len(frame))
             if (body := reader.feed(frame)) is not None:

@@ -7,37 +7,75 @@ result is the same valid protobuf.
 
 from google.protobuf.message import DecodeError
 
-from fedsplit.errors import ProtocolError
+from fedsplit.errors import ProtocolError, TooLarge
 from fedsplit.transport import fedsplit_pb2 as pb
+
+_HEADER_TAG, _PAYLOAD_TAG = 0x0A, 0x12  # fields 1 and 2, both length-delimited
+_FIXED_BYTES = {1: 8, 5: 4}
+_MAX_FIELDS = 16
+"""The most fields of a frame of another writer, which may have fields that are unknown here."""
 
 
 def write_frame(header: pb.Header, payload: list[memoryview]) -> bytes:
     """The frame of a header and the pieces of its payload, which are copied once."""
     head = header.SerializeToString()
-    # 0x0a and 0x12 are the tags of fields 1 (header) and 2 (payload), both length-delimited.
-    start = b"\x0a" + _varint(len(head)) + head
+    start = _varint(_HEADER_TAG) + _varint(len(head)) + head
     if not payload:
         return start
-    return b"".join((start, b"\x12", _varint(sum(map(len, payload))), *payload))
+    return b"".join((start, _varint(_PAYLOAD_TAG), _varint(sum(map(len, payload))), *payload))
 
 
-def read_frame(frame: bytes) -> tuple[pb.Header, memoryview]:
-    """Header and payload, without a copy if the frame has the layout of `write_frame`.
+def read_frame(frame: bytes, max_header: int) -> tuple[pb.Header, memoryview]:
+    """Header and payload, without a copy of the payload.
+
+    Protobuf reads the header only, once its length is known: its objects for a repeated empty
+    message take 30 times the bytes of the message.
+
+    Args:
+        frame: The bytes of the frame.
+        max_header: The longest header to read, in bytes.
 
     Raises:
         ProtocolError: The bytes are not a frame.
+        TooLarge: The header is longer than `max_header`.
     """
-    view = memoryview(frame)
-    start, end = _span(view, 0, 0x0A)
-    begin, stop = (end, end) if end == len(view) else _span(view, end, 0x12)
     try:
-        if start and stop == len(view):
-            return pb.Header.FromString(frame[start:end]), view[begin:stop]
-        # Legal protobuf of another writer: fields in another order, or unknown ones.
-        other = pb.Frame.FromString(frame)
-        return other.header, memoryview(other.payload)
+        headers, payload = _split(memoryview(frame))
+        if (length := sum(map(len, headers))) > max_header:
+            raise TooLarge(
+                f"a frame with a header of {length} bytes came; at most {max_header} are allowed"
+            )
+        # Protobuf merges a field that comes twice, as if its bytes were joined.
+        return pb.Header.FromString(b"".join(headers)), payload
     except DecodeError as exc:
         raise ProtocolError(f"{len(frame)} bytes came that are not a frame") from exc
+
+
+def _split(view: memoryview) -> tuple[list[memoryview], memoryview]:
+    """The bytes of the fields 1 and 2 of a frame; other fields are skipped."""
+    headers: list[memoryview] = []
+    payload, at = view[:0], 0
+    for _ in range(_MAX_FIELDS):
+        if at >= len(view):
+            break
+        tag, begin = _read_varint(view, at)
+        kind = tag & 7
+        if kind == 0:
+            at = _read_varint(view, begin)[1]
+        elif kind == 2:
+            length, begin = _read_varint(view, begin)
+            at = begin + length
+        elif kind in _FIXED_BYTES:
+            at = begin + _FIXED_BYTES[kind]
+        else:
+            break
+        if tag == _HEADER_TAG:
+            headers.append(view[begin:at])
+        elif tag == _PAYLOAD_TAG:
+            payload = view[begin:at]
+    if at != len(view):
+        raise DecodeError("a field does not end where the frame ends")
+    return headers, payload
 
 
 def _varint(value: int) -> bytes:
@@ -49,14 +87,12 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _span(view: memoryview, at: int, tag: int) -> tuple[int, int]:
-    """Begin and end of the length-delimited field at `at`; (0, 0) if `tag` is not there."""
-    if at >= len(view) or view[at] != tag:
-        return 0, 0
-    length = 0
+def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
+    """The number at `at`, and the place after it."""
+    value = 0
     # Five bytes of a varint hold 35 bits, more than any frame's length.
-    for i, byte in enumerate(view[at + 1 : at + 6]):
-        length |= (byte & 0x7F) << (7 * i)
+    for i, byte in enumerate(view[at : at + 5]):
+        value |= (byte & 0x7F) << (7 * i)
         if byte < 0x80:
-            return at + 2 + i, at + 2 + i + length
-    return 0, 0
+            return value, at + i + 1
+    raise DecodeError("a number is too long, or cut off")

@@ -25,6 +25,11 @@ CHUNK_BYTES = 1 << 20
 FRAME_BYTES = 4 << 20
 """The longest frame that either side receives."""
 
+HEADER_BYTES = 256 << 10
+"""The longest header of a frame, except the header that names the gradients of a reply.
+
+Protobuf takes about 30 times the bytes of a header that repeats an empty message."""
+
 ALIGNMENT = 8
 """Tensors begin at multiples of this, so that views of the buffer are aligned for any dtype."""
 
@@ -210,10 +215,12 @@ class Reader:
 
     Args:
         max_bytes: The longest payload to allocate memory for, in bytes, encoded and decoded.
+        max_header: The longest header of a frame, in bytes.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_header: int = HEADER_BYTES) -> None:
         self.max_bytes = max_bytes
+        self._max_header = max_header
         self._pending: _Pending | None = None
 
     def feed(self, frame: bytes) -> Body | None:
@@ -222,9 +229,9 @@ class Reader:
         Raises:
             ProtocolError: The bytes are not a frame, or not one that is legal here.
             BadTensor: The header's tensors and the payload do not agree.
-            TooLarge: The payload is longer than `max_bytes`.
+            TooLarge: The payload is longer than `max_bytes`, or a header than `max_header`.
         """
-        header, payload = read_frame(frame)
+        header, payload = read_frame(frame, self._max_header)
         if header.WhichOneof("body") == "chunk":
             if self._pending is None:
                 raise ProtocolError("a chunk came without a message before it")

@@ -1,7 +1,6 @@
 """The conversion of our errors to gRPC's and back; clients decide by our code only."""
 
 import re
-from typing import NoReturn
 
 import grpc
 
@@ -59,8 +58,8 @@ _FALLBACKS: tuple[tuple[str, str, type[FedsplitError], str], ...] = (
 """Our errors for gRPC's own: status, pattern of its text, our class and our text; first match."""
 
 
-def abort(context: grpc.ServicerContext, error: FedsplitError) -> NoReturn:
-    """End a call with the error's gRPC status, and its code in the trailing metadata."""
+def set_status(context: grpc.ServicerContext, error: FedsplitError) -> None:
+    """Give a call the error's gRPC status, and its code in the trailing metadata."""
     # Metadata values must be ASCII on one line.
     detail = str(error).encode("ascii", "backslashreplace").decode().replace("\n", " ")
     detail = detail[:_MAX_DETAIL]
@@ -72,7 +71,8 @@ def abort(context: grpc.ServicerContext, error: FedsplitError) -> NoReturn:
             ("fedsplit-detail", detail),
         )
     )
-    context.abort(grpc.StatusCode[error.status], detail)
+    context.set_code(grpc.StatusCode[error.status])
+    context.set_details(detail)
 
 
 def from_rpc_error(exc: grpc.RpcError, address: str, deadline_s: float) -> FedsplitError:

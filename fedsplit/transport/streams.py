@@ -3,14 +3,12 @@
 import threading
 from collections.abc import Callable
 
-from fedsplit.errors import Overloaded
-
 SESSIONS = 1024
 """The most sessions of one stream."""
 
 
 class Streams:
-    """The open streams of a server, at most `limit` of them.
+    """The open streams of a server.
 
     A session belongs to the stream of its last successful request. So another client cannot claim
     it, and the end of a stream that was replaced before does not end the session.
@@ -19,12 +17,10 @@ class Streams:
     at most `SESSIONS` sessions; beyond that, its least recently used one is reported as lost.
 
     Args:
-        limit: The most streams at a time.
         lost: Called with the name of each session that lost its stream; must not block.
     """
 
-    def __init__(self, limit: int, lost: Callable[[str], None]) -> None:
-        self._limit = limit
+    def __init__(self, lost: Callable[[str], None]) -> None:
         self._lost = lost
         self._lock = threading.Lock()
         # Of each open stream, the least recently used session first.
@@ -32,18 +28,8 @@ class Streams:
         self._carrier: dict[str, object] = {}
 
     def enter(self, stream: object) -> None:
-        """Add a new stream.
-
-        Raises:
-            Overloaded: There are `limit` streams already.
-        """
+        """Add a new stream."""
         with self._lock:
-            if len(self._sessions) >= self._limit:
-                raise Overloaded(
-                    f"{self._limit} clients are connected, which is the most; try again later, or "
-                    "raise `clients` at the trunk",
-                    retry_after_s=1.0,
-                )
             self._sessions[stream] = {}
 
     def carry(self, session: str, stream: object) -> None:

@@ -202,9 +202,9 @@ class TrunkService:
         """The one trunk, without a name; see `fedsplit.link.Service`."""
         return {"": self.engine.ended}
 
-    def check_token(self, token: str) -> None:
+    def check_token(self, token: str) -> str:
         """Refuse clients that are not of this run; see `fedsplit.link.Service`."""
-        self._clients.client_of(token)
+        return self._clients.client_of(token)
 
     def handle(self, request: m.Request[m.R], token: str) -> m.R:
         """Answer one request; see `fedsplit.link.Service`."""

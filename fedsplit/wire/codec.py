@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import BadTensor
-from fedsplit.wire.compression import READERS, writer
+from fedsplit.wire.compression import MAX_WIDTH, READERS, writer
 from fedsplit.wire.messages import STAYS, KVCacheEntry
 
 M = TypeVar("M")
@@ -83,6 +83,11 @@ class TensorMeta:
         if not DTYPES[self.dtype].is_floating_point:
             raise BadTensor(f"codec {self.codec} is for floats, but the tensor is {self.dtype}")
         READERS[self.codec].check(self.nbytes, *self.rows)
+        if self.shape[-1] > MAX_WIDTH:
+            raise BadTensor(
+                f"a row of {self.shape[-1]} values was sent with codec {self.codec}; at most "
+                f"{MAX_WIDTH} are allowed"
+            )
 
 
 def encode_tensor(
@@ -135,8 +140,8 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
         )
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=meta.nbytes, offset=offset)
     if meta.codec != "none":
-        rows_ND = READERS[meta.codec].decode(flat, *meta.rows)
-        return rows_ND.view(meta.shape).to(DTYPES[meta.dtype])
+        rows_ND = READERS[meta.codec].decode(flat, *meta.rows, DTYPES[meta.dtype])
+        return rows_ND.view(meta.shape)
     if meta.dtype == "bool":  # in torch a bool that is neither byte 0 nor 1 is undefined
         return flat.ne(0).view(meta.shape)
     return flat.view(DTYPES[meta.dtype]).view(meta.shape)

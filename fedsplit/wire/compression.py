@@ -9,8 +9,10 @@ so that the trunk's guard can refuse it.
 import math
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,10 @@ from fedsplit.wire.packing import (
 
 _SCALE_BYTES = 2
 _SEED_BYTES = 4
+_VALUES_AT_ONCE = 1 << 18
+
+MAX_WIDTH = 1 << 20
+"""The longest row that a peer may send; rows are decoded whole."""
 
 
 class Codec(ABC):
@@ -54,13 +60,24 @@ class Codec(ABC):
             whole_ND: The rows themselves, if `rows_ND` are their differences from a base.
         """
 
-    @abstractmethod
-    def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
-        """The rows of `width` values in float32; `check` has accepted the number of bytes.
+    def decode(
+        self, bytes_M: Tensor, num_rows: int, width: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The rows of `width` values; `check` has accepted the number of bytes.
 
         Raises:
             BadTensor: The bytes are no output of `encode`.
         """
+        rows_ND, end = torch.empty(num_rows, width, dtype=dtype), 0
+        # In pieces, since a codec's intermediate values take several times the memory of the rows.
+        for piece_ND in self.pieces(bytes_M, num_rows, width):
+            begin, end = end, end + len(piece_ND)
+            rows_ND[begin:end] = piece_ND
+        return rows_ND
+
+    @abstractmethod
+    def pieces(self, bytes_M: Tensor, num_rows: int, width: int) -> Iterator[Tensor]:
+        """The rows in float32, `rows_at_once(width)` at a time; see `decode`."""
 
 
 class RowCodec(Codec):
@@ -75,9 +92,10 @@ class RowCodec(Codec):
             )
         self.check_row(row_bytes, width)
 
-    def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
+    def pieces(self, bytes_M: Tensor, num_rows: int, width: int) -> Iterator[Tensor]:
         """See `Codec`."""
-        return self.decode_rows(bytes_M.view(num_rows, -1), width)
+        for bytes_NM in bytes_M.view(num_rows, -1).split(rows_at_once(width)):
+            yield self.decode_rows(bytes_NM, width)
 
     @abstractmethod
     def check_row(self, row_bytes: int, width: int) -> None:
@@ -89,7 +107,7 @@ class RowCodec(Codec):
 
     @abstractmethod
     def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
-        """As `decode`, with one row of bytes for each row of values."""
+        """Some of the rows in float32, with one row of bytes for each row of values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +257,11 @@ class Huffman(Codec):
             raise BadTensor(
                 f"{nbytes} bytes are too few for the Huffman codes of {symbols} symbols"
             )
+        # Deflate stores what it cannot make shorter; a few bytes more hurt nobody.
+        if nbytes > symbols + symbols // 8 + (1 << 16):
+            raise BadTensor(
+                f"{nbytes} bytes are too many for the Huffman codes of {symbols} symbols"
+            )
 
     def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
         """See `Codec`."""
@@ -253,14 +276,18 @@ class Huffman(Codec):
             packed += deflate.flush(zlib.Z_BLOCK)
         return torch.frombuffer(packed + deflate.flush(), dtype=torch.uint8)
 
-    def decode(self, bytes_M: Tensor, num_rows: int, width: int) -> Tensor:
+    def pieces(self, bytes_M: Tensor, num_rows: int, width: int) -> Iterator[Tensor]:
         """See `Codec`."""
         seed = int.from_bytes(bytes_M[:_SEED_BYTES].numpy(), "little")
         symbols = inflated(bytes_M[_SEED_BYTES:], num_rows * (_SCALE_BYTES + width))
-        high_N, low_N, numbers = torch.split(symbols, [num_rows, num_rows, num_rows * width])
-        steps_N1 = torch.stack([low_N, high_N], dim=1).view(torch.bfloat16).float()
-        rows_ND = numbers.view(num_rows, width).float().sub_(_INT8.max_number)
-        return rows_ND.sub_(dither(rows_ND.shape, seed, rows_ND)).mul_(steps_N1)
+        high_N, low_N, numbers = np.split(symbols, [num_rows, 2 * num_rows])
+        numbers_ND = numbers.reshape(num_rows, width)
+        for begin in range(0, num_rows, rows_at_once(width)):
+            some = slice(begin, begin + rows_at_once(width))
+            steps_N2 = torch.from_numpy(np.stack([low_N[some], high_N[some]], axis=1))
+            rows_ND = torch.from_numpy(numbers_ND[some].astype(np.float32)).sub_(_INT8.max_number)
+            rows_ND.sub_(dither(rows_ND.shape, seed, rows_ND, skip=begin * width))
+            yield rows_ND.mul_(steps_N2.view(torch.bfloat16).float())
 
     def _steps(self, rows_ND: Tensor, whole_ND: Tensor | None) -> Tensor:
         """The step of every row, large enough for its largest value to be an integer in range."""
@@ -312,6 +339,11 @@ def writer(name: str) -> tuple[str, Codec]:
     if kind in ("int8", "int4"):
         return kind, Int(int(kind[-1]), stochastic=bool(option))
     return kind, READERS[kind]
+
+
+def rows_at_once(width: int) -> int:
+    """The number of rows of `width` values that are decoded at once."""
+    return max(1, _VALUES_AT_ONCE // width)
 
 
 def _check_length(row_bytes: int, expected: int, width: int) -> None:

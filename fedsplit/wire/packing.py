@@ -29,18 +29,18 @@ def numbers_of(steps_ND: Tensor, max_number: int) -> Tensor:
     return whole_ND.add_(max_number).to(torch.uint8)
 
 
-def inflated(bytes_M: Tensor, length: int) -> Tensor:
+def inflated(bytes_M: Tensor, length: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
     """The symbols that were deflated to these bytes; allocates memory for `length` of them only."""
     inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
     try:
-        symbols = bytearray(inflate.decompress(bytes_M.numpy().data, length))
+        symbols = inflate.decompress(bytes_M.numpy().data, length)
         # Reads the end of the stream; a byte that comes out here is one too many.
         more = inflate.decompress(inflate.unconsumed_tail, 1)
     except zlib.error as exc:
         raise BadTensor(f"{len(bytes_M)} bytes are no Huffman codes: {exc}") from exc
     if more or inflate.unused_data or not inflate.eof or len(symbols) != length:
         raise BadTensor(f"{len(bytes_M)} bytes are not the code of exactly {length} symbols")
-    return torch.frombuffer(symbols, dtype=torch.uint8)
+    return np.frombuffer(symbols, dtype=np.uint8)
 
 
 def largest(rows_ND: Tensor) -> Tensor:
@@ -75,10 +75,20 @@ def noise(rows_ND: Tensor) -> Tensor:
     return torch.rand(rows_ND.shape, generator=generator).to(rows_ND.device)
 
 
-def dither(shape: torch.Size, seed: int, like: Tensor) -> Tensor:
-    """Numbers in (-1/2, 1/2), from raw integers that numpy keeps the same in all its versions."""
-    raw = np.random.PCG64(seed).random_raw(-(-shape.numel() // 4)).view(np.int16)
-    numbers = torch.from_numpy(raw)[: shape.numel()].view(shape).to(like)
+def dither(shape: torch.Size, seed: int, like: Tensor, *, skip: int = 0) -> Tensor:
+    """Numbers in (-1/2, 1/2), from raw integers that numpy keeps the same in all its versions.
+
+    Args:
+        shape: How many of them.
+        seed: The seed of their sequence.
+        like: A tensor with the dtype and the device that they get.
+        skip: How many numbers of the sequence come before them.
+    """
+    # Each raw integer has 64 bits, which are four numbers.
+    ahead, skip = divmod(skip, 4)
+    end = skip + shape.numel()
+    raw = np.random.PCG64(seed).advance(ahead).random_raw(-(-end // 4)).view(np.int16)
+    numbers = torch.from_numpy(raw)[skip:end].view(shape).to(like)
     return numbers.add_(0.5).div_(1 << 16)
 
 

@@ -35,9 +35,10 @@ class EchoService:
         self._gone: list[str] = []
         self._changed = threading.Condition()
 
-    def check_token(self, token: str) -> None:
+    def check_token(self, token: str) -> str:
         if token != TOKEN:
             raise Unauthenticated("the token is wrong")
+        return ""
 
     def handle(self, request: Any, token: str) -> Any:
         self.check_token(token)

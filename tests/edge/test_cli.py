@@ -159,8 +159,8 @@ def test_info_says_what_the_server_is(kind, here, tiny_gpt2, capfd):
 class Rude(EchoService):
     """Lets anybody in, and answers with what a terminal would obey."""
 
-    def check_token(self, token: str) -> None:
-        pass
+    def check_token(self, token: str) -> str:
+        return ""
 
     def ServiceInfoRequest(self, request: m.ServiceInfoRequest) -> m.ServiceInfoReply:
         return replace(super().ServiceInfoRequest(request), family="\x1b[2Jgpt2\nblocks  all")

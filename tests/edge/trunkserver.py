@@ -27,9 +27,10 @@ class OneClient:
         self.trunks = service.trunks
         self._token = service.admit(client)
 
-    def check_token(self, token: str) -> None:
+    def check_token(self, token: str) -> str:
         if token != TOKEN:
             raise Unauthenticated("the token is wrong")
+        return ""
 
     def handle(self, request: m.Request[m.R], token: str) -> m.R:
         self.check_token(token)

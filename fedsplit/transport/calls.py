@@ -1,0 +1,249 @@
+"""The calls of the trunk's service: which are admitted, and how requests get to the service.
+
+The token is in a call's metadata, so it is checked before anything else of the call is read. A
+caller without a token may only ask for the service's info and health. Such calls have slots of
+their own, and so do calls with one request, and streams.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import grpc
+from grpc_health.v1 import health
+
+from fedsplit.errors import Draining, FedsplitError, Internal, ProtocolError, Unauthenticated
+from fedsplit.link import Service
+from fedsplit.spec import LimitsSpec
+from fedsplit.transport.frames import (
+    CALLS,
+    SERVICE,
+    Body,
+    Call,
+    Reader,
+    from_frame,
+    to_frame,
+    to_frames,
+)
+from fedsplit.transport.rpcs import HealthCheck, Refusal, Rpc
+from fedsplit.transport.slots import Slots
+from fedsplit.transport.status import TOKEN_KEY
+from fedsplit.transport.streams import Streams
+from fedsplit.wire.messages import (
+    CloseRequest,
+    Reply,
+    Request,
+    ServiceInfoReply,
+    ServiceInfoRequest,
+)
+
+log = logging.getLogger(__name__)
+
+SPARE_CALLS = 8
+"""Slots for calls with one request, beside one for each stream."""
+
+STRANGERS = 16
+"""Slots for callers without a token."""
+
+
+class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
+    """Admits calls, and passes their requests to the service.
+
+    Args:
+        service: The trunk service.
+        servicer: The status of the health service.
+        limits: What a client may take up.
+        max_bytes: The longest payload of a request.
+        max_streams: The most streams at a time.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        servicer: health.HealthServicer,
+        limits: LimitsSpec,
+        *,
+        max_bytes: int,
+        max_streams: int,
+    ) -> None:
+        self.max_bytes = max_bytes
+        self.limits = limits
+        self.sessions = Streams(service.disconnected)
+        self.check_token = service.check_token
+        self._service = service
+        self._servicer = servicer
+        body_s, calls = limits.body_s, limits.calls_per_client
+        self.streams = Slots(
+            "streams",
+            total=max_streams,
+            per_client=limits.streams_per_client,
+            settled_s=body_s,
+        )
+        self.calls = Slots(
+            "calls", total=max_streams + SPARE_CALLS, per_client=calls, settled_s=body_s
+        )
+        self.strangers = Slots(
+            "calls without a token", total=STRANGERS, per_client=STRANGERS, settled_s=body_s
+        )
+        self._methods: dict[str, Callable[[str], Rpc]] = {
+            f"/{SERVICE}/Exchange": lambda token: _Exchange(self, token),
+            f"/{health.SERVICE_NAME}/Check": lambda _: HealthCheck(
+                self._servicer, self.strangers, self.limits
+            ),
+            **{f"/{SERVICE}/{call.method}": self._unary(call) for call in CALLS.values()},
+        }
+        self._draining = False
+        self._in_work = 0
+        self._changed = threading.Condition()
+
+    # --- admission, in the one thread of gRPC that takes calls --------------------------------
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
+        """Admit or refuse a call, of which only the metadata has arrived."""
+        method = self._methods.get(handler_call_details.method)
+        if method is None:
+            return None
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        rpc: Rpc | Refusal
+        try:
+            rpc = method(str(metadata.get(TOKEN_KEY, "")))
+        except FedsplitError as error:
+            rpc = Refusal(error)
+        # For gRPC every call is a stream, so that it does not wait for the body.
+        return grpc.stream_stream_rpc_method_handler(rpc)
+
+    def _unary(self, call: Call) -> Callable[[str], Rpc]:
+        def admitted(token: str) -> Rpc:
+            try:
+                client = self.check_token(token)
+            except Unauthenticated:
+                if call.request is not ServiceInfoRequest:
+                    raise
+                return _Unary(self, call, token, "", self.strangers, max_bytes=0)
+            return _Unary(self, call, token, client, self.calls, max_bytes=self.max_bytes)
+
+        return admitted
+
+    # --- the way to the service ---------------------------------------------------------------
+
+    def answer(self, message: Body, token: str) -> Reply:
+        """The service's reply to a request.
+
+        Raises:
+            FedsplitError: The request is refused.
+        """
+        if not isinstance(message, Request):
+            raise ProtocolError(f"{type(message).__name__} is not a request")
+        try:
+            reply: Reply = self._service.handle(message, token)
+        except FedsplitError:
+            raise
+        except Exception as exc:
+            log.exception("a %s failed", type(message).__name__)
+            raise Internal("the trunk server failed; its log has the details") from exc
+        if isinstance(message, CloseRequest):
+            self.sessions.close(message.session)
+        if isinstance(reply, ServiceInfoReply) and reply.budgets:
+            in_use = {**self.streams.in_use(), **self.calls.in_use()}
+            return replace(reply, budgets={**reply.budgets, **in_use})
+        return reply
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """A context in which a request is in work, so that a drain waits for it.
+
+        Raises:
+            Draining: The server shuts down.
+        """
+        with self._changed:
+            if self._draining:
+                raise Draining("the trunk server is shutting down; try again when it is back")
+            self._in_work += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_work -= 1
+                self._changed.notify_all()
+
+    def drain(self, grace_s: float) -> None:
+        """Refuse requests from now on, and wait up to `grace_s` seconds for those in work."""
+        with self._changed:
+            self._draining = True
+            self._changed.wait_for(lambda: self._in_work == 0, timeout=grace_s)
+
+    def expire(self) -> None:
+        """End the calls whose peers are late."""
+        for slots in (self.streams, self.calls, self.strangers):
+            slots.expire()
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """The slots that are taken, by what holds them."""
+        return {slots.what: len(slots) for slots in (self.streams, self.calls, self.strangers)}
+
+
+class _Unary(Rpc):
+    """A call with one request and one reply, each in one frame."""
+
+    def __init__(
+        self, calls: Calls, call: Call, token: str, client: str, slots: Slots, *, max_bytes: int
+    ) -> None:
+        self._calls = calls
+        self._call = call
+        self._token = token
+        self._max_bytes = max_bytes
+        super().__init__(slots, calls.limits, client)
+
+    def serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> None:
+        """See `Rpc`."""
+        frame = self.receive(frames)
+        if frame is None:
+            raise ProtocolError(f"{self._call.method} came without a message")
+        message = from_frame(frame, self._max_bytes)
+        if not isinstance(message, self._call.request):
+            raise ProtocolError(f"{self._call.method} takes a {self._call.request.__name__}")
+        with self._calls.working():
+            reply = self._calls.answer(message, self._token)
+        self.send(to_frame(reply))
+
+
+class _Exchange(Rpc):
+    """A stream of requests, answered one after another in their order."""
+
+    def __init__(self, calls: Calls, token: str) -> None:
+        self._calls = calls
+        self._token = token
+        super().__init__(calls.streams, calls.limits, calls.check_token(token))
+
+    def serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> None:
+        """See `Rpc`."""
+        sessions, reader, idle = self._calls.sessions, Reader(self._calls.max_bytes), False
+        sessions.enter(self)
+        # Runs when the client goes away, while this thread may wait in the service.
+        context.add_callback(lambda: sessions.leave(self))
+        try:
+            while (frame := self.receive(frames, idle=idle)) is not None:
+                message = reader.feed(frame)
+                if idle := message is not None:
+                    # Until the reply is sent: a drain waits for that as well.
+                    with self._calls.working():
+                        for reply in to_frames(self._answer(message)):
+                            self.send(reply)
+        finally:
+            sessions.leave(self)
+
+    def _answer(self, message: Body) -> Body:
+        try:
+            reply = self._calls.answer(message, self._token)
+        except FedsplitError as error:
+            return error
+        self.settle()
+        session = getattr(message, "session", "")
+        if session and not isinstance(message, CloseRequest):
+            self._calls.sessions.carry(session, self)
+        return reply
