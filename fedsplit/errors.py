@@ -136,6 +136,20 @@ class NonFinite(FedsplitError):
     status = "INVALID_ARGUMENT"
 
 
+class GradExploded(FedsplitError):
+    """A gradient is far larger than those before it; it was refused, and nothing has changed."""
+
+    code = "GRAD_EXPLODED"
+    status = "INVALID_ARGUMENT"
+
+
+class Quarantined(FedsplitError):
+    """The client is excluded for some time, because its contributions were refused in a row."""
+
+    code = "QUARANTINED"
+    status = "PERMISSION_DENIED"
+
+
 # --- client and server do not agree, or one of them failed ------------------------------------
 
 

@@ -26,7 +26,7 @@ from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch, micro_batches
 from fedsplit.data.tasks import COUNTS, TASKS
-from fedsplit.errors import NonFinite, SessionLost, StaleVersion
+from fedsplit.errors import GradExploded, NonFinite, SessionLost, StaleVersion
 from fedsplit.model.acceleration import apply_training_options, autocast, precision_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient, unscale
@@ -36,7 +36,7 @@ from fedsplit.spec import RunSpec
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
-"""The most attempts at one step, and the most steps in a row that may not be finite."""
+"""The most attempts at one step, and the most steps in a row that may not be finite or refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,8 @@ class FitStats:
     """The steps of a call to `fit`: their mean loss in nats per token, their tokens, their number.
 
     `steps` counts the steps that were taken, `repeated` the attempts at them that failed before,
-    `refused` the steps that were stale at every attempt, and `skipped` those with NaN or Inf.
+    `refused` the steps that were stale at every attempt, and `skipped` those with NaN or Inf and
+    those whose gradient the trunk found far too large.
     `peak_bytes` is the memory of weights, gradients, optimizer moments and saved activations
     together, measured in the first step.
     """
@@ -135,6 +136,7 @@ class ClientTrainer:
         Raises:
             StaleVersion: The trunk has a newer version; no parameter of the client has changed.
             NonFinite: A tensor held NaN or Inf; no parameter of the client has changed.
+            GradExploded: The trunk refused a far too large gradient; as above.
         """
         num_tokens = sum(batch.num_tokens for batch in batches)
         self._model.train()
@@ -157,6 +159,7 @@ class ClientTrainer:
 
         Raises:
             NonFinite: Three steps in a row were not finite, and the loss scale cannot fall.
+            GradExploded: Three steps in a row had a gradient that the trunk refused.
             FedsplitError: The trunk cannot be reached, or refuses with an error that is final.
         """
         done: list[StepStats] = []
@@ -175,10 +178,11 @@ class ClientTrainer:
                 except StaleVersion as reason:
                     log.warning("%s gives up a step: %s", self._trunk.client, reason)
                     refused += 1
-                except NonFinite as reason:
+                except (NonFinite, GradExploded) as reason:
                     log.warning("%s skips a step: %s", self._trunk.client, reason)
                     skipped, in_a_row = skipped + 1, in_a_row + 1
-                    if self._is_scaled and self.loss_scale.can_fall:
+                    is_overflow = isinstance(reason, NonFinite) and self._is_scaled
+                    if is_overflow and self.loss_scale.can_fall:
                         self.loss_scale, in_a_row = self.loss_scale.after_overflow(), 0
                         log.warning(
                             "%s lowers the loss scale to %g",

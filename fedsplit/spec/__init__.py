@@ -7,6 +7,7 @@ allowed value is defined here. A planned value that does not work yet has an err
 from fedsplit.spec.data import DataSpec, ShardingSpec
 from fedsplit.spec.federation import ClientWeightsSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
+from fedsplit.spec.guard import GuardSpec
 from fedsplit.spec.limits import LimitsSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.run import NAME_PATTERN, LaunchSpec, RunSpec, SweepSpec, WireSpec
@@ -16,6 +17,7 @@ __all__ = [
     "NAME_PATTERN",
     "DataSpec",
     "GenerationSpec",
+    "GuardSpec",
     "ClientWeightsSpec",
     "LaunchSpec",
     "LimitsSpec",

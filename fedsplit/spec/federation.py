@@ -10,6 +10,9 @@ from fedsplit.spec.checks import DURATION, AtLeast, Each, OneOf, Positive, check
 POLICIES = ("sync", "async", "quorum")
 """The names of the policies."""
 
+COMBINATIONS = ("mean", "median", "trimmed")
+"""The names of the combinations of gradients."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySpec:
@@ -32,6 +35,9 @@ class PolicySpec:
         discount_a: The strength of the discount.
         discount_b (versions): The age at which the discount of hinge begins.
         max_staleness (versions): The age above which a contribution is refused.
+        combine: How the trunk combines the gradients of a step: their mean, weighted by tokens, or
+            without weights the median of each number (median) or its mean without the largest and
+            smallest quarter (trimmed).
         mixing: The weight, before the discount, with which async mixes client weights into those
             of the server (FedAsync).
         buffer (replies): The number of client weights that async mixes at a time (FedBuff).
@@ -51,6 +57,7 @@ class PolicySpec:
     discount_a: Annotated[float, AtLeast(0)] = 0.5
     discount_b: Annotated[float, AtLeast(0)] = 4.0
     max_staleness: Annotated[int, AtLeast(0)] = 32
+    combine: Annotated[str, OneOf(*COMBINATIONS)] = "mean"
     mixing: Annotated[float, Positive(most=1)] = 0.6
     buffer: Annotated[int, AtLeast(1)] = 1
     sim_slowdown: Annotated[dict[str, float], Each(AtLeast(1, most=1_000_000))] = field(
@@ -59,6 +66,11 @@ class PolicySpec:
 
     def __post_init__(self) -> None:
         check_fields(self, "policy")
+        if self.combine != "mean" and self.kind == "async":
+            raise ConfigError(
+                f"policy.combine={self.combine} combines several gradients, and policy=async steps "
+                "with one; use policy.combine=mean, policy=sync or policy=quorum"
+            )
         # From 1 on it is a count of clients.
         if self.quorum > 1 and self.quorum != int(self.quorum):
             raise ConfigError(

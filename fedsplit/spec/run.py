@@ -21,6 +21,7 @@ from fedsplit.spec.checks import (
 from fedsplit.spec.data import TASKS, DataSpec, ShardingSpec
 from fedsplit.spec.federation import ClientWeightsSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
+from fedsplit.spec.guard import GuardSpec
 from fedsplit.spec.limits import LimitsSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
 from fedsplit.spec.train import TrainSpec
@@ -251,7 +252,7 @@ class RunSpec:
     """All settings of one run; each group of them has a class of its own.
 
     All of them decide its numbers, except `name`, `launch`, `resume`, `sweep`, `generation`,
-    `limits` and the addresses, TLS files, times and stash of `wire`.
+    `limits`, `guard` and the addresses, TLS files, times and stash of `wire`.
 
     >>> RunSpec(seed=1).fingerprint == RunSpec(seed=1, name="again").fingerprint
     True
@@ -287,6 +288,7 @@ class RunSpec:
     wire: WireSpec = field(default_factory=WireSpec)
     generation: GenerationSpec = field(default_factory=GenerationSpec)
     limits: LimitsSpec = field(default_factory=LimitsSpec)
+    guard: GuardSpec = field(default_factory=GuardSpec)
     strategy: StrategySpec = field(default_factory=StrategySpec)
     launch: LaunchSpec = field(default_factory=LaunchSpec)
     sweep: SweepSpec = field(default_factory=SweepSpec)
@@ -322,7 +324,7 @@ class RunSpec:
     @property
     def settings(self) -> dict[str, Any]:
         """All settings that decide the run's numbers, by dotted name."""
-        left_out = ("name", "launch", "resume", "sweep", "generation", "limits")
+        left_out = ("name", "launch", "resume", "sweep", "generation", "limits", "guard")
         nested = {name: value for name, value in asdict(self).items() if name not in left_out}
         wire = nested["wire"].items()
         nested["wire"] = {name: value for name, value in wire if name not in _CHANGES_NO_NUMBER}

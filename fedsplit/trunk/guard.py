@@ -1,10 +1,12 @@
 """Checks that refuse NaN, Inf, wrong dtypes and impossible counts before they reach a parameter."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fedsplit.data.tasks import TASKS
 from fedsplit.errors import BadTensor, NonFinite, ProtocolError
 from fedsplit.spec import RunSpec
 from fedsplit.wire.messages import StepRequest
@@ -76,8 +78,7 @@ def require_plausible(request: StepRequest, num_positions: int, run: RunSpec) ->
             f"num_tokens={request.num_tokens} for a step of {num_positions} positions; count the "
             "tokens of the batches that went through the trunk since the last step"
         )
-    # The largest step sets the schedule's position for all clients. Where no client waits for
-    # another, a fast client may take the steps of all.
+    # Where no client waits for another, a fast client may take the steps of all.
     train, most = run.train, run.train.total_steps * run.clients
     # With `local_epochs` the number of steps depends on the clients' data, so it has no limit here.
     if request.step > most and (train.max_steps or not train.local_epochs):
@@ -85,3 +86,15 @@ def require_plausible(request: StepRequest, num_positions: int, run: RunSpec) ->
             f"step={request.step}, but the {run.clients} clients of this run take at most {most} "
             "steps together; count the optimizer steps of this client from 0"
         )
+
+
+def counted(request: StepRequest, run: RunSpec) -> StepRequest:
+    """Return a step with at most the tokens that a client of this run processes in a step.
+
+    Tokens are the client's weight, and a client may send more backwards than the run asks for.
+    """
+    train = run.train
+    # The first token of a sequence is not predicted, and a classifier makes one prediction a row.
+    per_row = 1 if TASKS[run.task].pools else run.data.sequence_length - 1
+    most = train.batch_size * train.accumulation * per_row
+    return replace(request, num_tokens=min(request.num_tokens, most))

@@ -4,6 +4,7 @@ A session accumulates gradients in its `Work` between two steps. A step request 
 a `Contribution`, which waits until the aggregator decides to step.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,8 @@ from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.compute import Compute
 from fedsplit.trunk.guard import require_finite
+from fedsplit.trunk.norm_guard import Bounds, NormGuard, require_in_proportion
+from fedsplit.trunk.schedule import Schedule
 from fedsplit.trunk.update import (
     Contribution,
     Gradients,
@@ -29,6 +32,8 @@ from fedsplit.trunk.update import (
 from fedsplit.trunk.versions import ParameterVersions
 from fedsplit.wire.messages import StepReply, StepRequest
 
+_GUARD = "guard/"
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Work:
@@ -36,7 +41,8 @@ class Work:
 
     `barrier_version` is the number of barriers that had closed when the work began,
     `num_positions` the sequences times tokens of its backwards, and `sq_norm` the squared norm of
-    its `gradients`. Work that is `outdated` has lost its version and cannot continue.
+    its `gradients`. Work that is `outdated` has lost its version and cannot continue; that which
+    `is_clipped` was above a bound of the guard.
     """
 
     replica: "Replica"
@@ -47,6 +53,7 @@ class Work:
     sq_norm: float = 0.0
     passes: list[StoredPass] = field(default_factory=list)
     outdated: bool = False
+    is_clipped: bool = False
 
     def __post_init__(self) -> None:
         self.replica.versions.pin(self.version)
@@ -85,8 +92,8 @@ class Work:
 class Replica:
     """Trains one set of parameters.
 
-    `barrier` is the aggregator's state, `steps` the number of optimizer steps taken, and `position`
-    the position of the learning rate schedule, which is the largest step count of the clients.
+    `barrier` is the aggregator's state, `steps` the number of optimizer steps taken, `schedule` the
+    clients' places in the learning rate schedule, and `guard` the norms of contributions.
 
     Args:
         versions: The parameters.
@@ -101,7 +108,9 @@ class Replica:
         self.versions = versions
         self.barrier = aggregator.Barrier()
         self.steps = 0
-        self.position = 0
+        self.schedule = Schedule()
+        # A median is halved in the time of a round.
+        self.guard = NormGuard(run.guard, memory=run.train.local_steps * run.clients)
         self._run = run
         self._compute = compute
         self._update = update
@@ -124,12 +133,15 @@ class Replica:
             self._due = decision
         return decision
 
-    def contribute(self, client: str, work: Work, request: StepRequest, now: float) -> StepReply:
+    def contribute(
+        self, client: str, work: Work, request: StepRequest, bounds: Bounds, now: float
+    ) -> StepReply:
         """Add the clipped gradients of a session to the barrier, and end its work.
 
         Raises:
             StaleVersion: They are too old, or the client's second ones for this barrier.
             NonFinite: Their norm is NaN or Inf.
+            GradExploded: Their norm is far larger than that of the contributions before them.
         """
         work.end()
         trunk_sq_norm = work.sq_norm
@@ -139,7 +151,10 @@ class Replica:
             trunk_sq_norm = squared_norm(work.gradients.values())
         sq_norm = total_sq_norm(trunk_sq_norm, request.client_sq_norm, self._run.train)
         require_finite(torch.tensor(sq_norm, dtype=torch.float64), "the squared gradient norm")
-        clip(work.gradients.values(), sq_norm, self._run.train)
+        norm = math.sqrt(trunk_sq_norm)
+        require_in_proportion(client, norm, bounds)
+        work.is_clipped = norm > bounds.clip
+        clip(work.gradients.values(), sq_norm, trunk_sq_norm, bounds.clip, self._run.train)
         decision = self.notify(
             aggregator.Contributed(
                 client=client, version=work.barrier_version, num_tokens=request.num_tokens
@@ -151,13 +166,17 @@ class Replica:
                 f"step {request.step} of {client} was made with version {work.barrier_version}, "
                 f"but the trunk is at {decision.current}; repeat the step"
             )
+        place = self.schedule.place_of(client, request.step)
+        self.schedule.accepted(client, place)
         self._contributions[client] = Contribution(
             client=client,
             gradients=work.gradients,
             sq_norm=sq_norm,
             client_sq_norm=request.client_sq_norm,
+            norm=min(norm, bounds.clip),
+            most=bounds.clip,
             loss_scale=request.loss_scale,
-            step=request.step,
+            step=place,
             passes=work.passes,
         )
         return StepReply(version=self.versions.current + 1)
@@ -168,8 +187,11 @@ class Replica:
             return False
         due, self._due = self._due, None
         contributions = [self._contributions.pop(client) for client in due.weights]
-        self.position = max(self.position, *(each.step + 1 for each in contributions))
-        # `due.weights` is sorted by client, and so are the contributions.
+        # `due.weights` is sorted by client, and so are the contributions. Their norms are added
+        # here, so that the bounds of a barrier do not depend on the order of arrival.
+        for each in contributions:
+            self.schedule.taken(each.step)
+            self.guard.add(each.client, each.norm)
         step = TrunkStep(
             contributions,
             due.weights,
@@ -185,8 +207,17 @@ class Replica:
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the state of training, by name; no client may be at work."""
-        counts = {"barrier": self.barrier.version, "steps": self.steps, "position": self.position}
-        return self.versions.state() | {k: torch.tensor(v) for k, v in counts.items()}
+        counts = {
+            "barrier": self.barrier.version,
+            "steps": self.steps,
+            "position": self.schedule.position,
+        }
+        guard = {_GUARD + name: value for name, value in self.guard.state().items()}
+        return {
+            **self.versions.state(),
+            **{name: torch.tensor(count) for name, count in counts.items()},
+            **{name: torch.tensor(value, dtype=torch.float64) for name, value in guard.items()},
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state that `state` returned.
@@ -196,4 +227,6 @@ class Replica:
         """
         self.versions.load_state(state)
         self.barrier = replace(self.barrier, version=int(state["barrier"]))
-        self.steps, self.position = int(state["steps"]), int(state["position"])
+        self.steps, self.schedule = int(state["steps"]), Schedule(int(state["position"]))
+        guard = {k: v.item() for k, v in state.items() if k.startswith(_GUARD)}
+        self.guard.load_state({k.removeprefix(_GUARD): v for k, v in guard.items()})

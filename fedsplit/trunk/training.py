@@ -4,12 +4,21 @@ Shapes: B sequences, T tokens, D hidden width. There is no thread and no queue h
 engine's thread calls it.
 """
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor
 
-from fedsplit.errors import BadTensor, CheckpointError, ConfigError, ProtocolError
+from fedsplit.errors import (
+    BadTensor,
+    CheckpointError,
+    GradExploded,
+    NonFinite,
+    ProtocolError,
+)
 from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
@@ -17,14 +26,16 @@ from fedsplit.trunk import aggregator
 from fedsplit.trunk.batched_pass import BackwardResult, BatchedForward, BatchedPass
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.compute import Compute
-from fedsplit.trunk.guard import require_finite, require_like, require_plausible
+from fedsplit.trunk.guard import counted, require_finite, require_like, require_plausible
+from fedsplit.trunk.norm_guard import Quarantine
 from fedsplit.trunk.replica import Replica, Work
+from fedsplit.trunk.replicas import Replicas
 from fedsplit.trunk.stash import Graph, Stash
 from fedsplit.trunk.update import StoredPass, TrunkUpdate
 from fedsplit.trunk.versions import ParameterVersions
 from fedsplit.wire.messages import BackwardReply, ForwardReply, StepReply
 
-_SHARED, _REPLICA = "trunk/", "replica/"
+log = logging.getLogger(__name__)
 
 
 class Training:
@@ -46,9 +57,13 @@ class Training:
         self._stash = Stash(run.wire.stash_bytes)
         self._trained = tuple(trainable(trunk))
         self._batched = BatchedPass(trunk, self._compute, self._trained)
-        self._shared = self._new_replica(resident=True)
-        self._replicas: dict[str, Replica] = {}
+        self._replicas = Replicas(self._new_replica, one_each=self._update.replicas)
+        self._shared = self._replicas.shared
         self._works: dict[str, Work] = {}
+        self.quarantine = Quarantine(run.guard)
+        self._may_overflow = run.model.autocast in ("float16", "auto") or (
+            run.model.dtype == "float16"
+        )
 
     # --- state --------------------------------------------------------------------------------
 
@@ -60,12 +75,12 @@ class Training:
     @property
     def version(self) -> int:
         """The number of optimizer steps taken, summed over replicas."""
-        return sum(replica.steps for replica in self._all())
+        return self._replicas.version
 
     @property
     def steps(self) -> int:
         """The position of the learning rate schedule: the largest step count of the clients."""
-        return max(replica.position for replica in self._all())
+        return self._replicas.position
 
     @property
     def stashed_bytes(self) -> int:
@@ -88,19 +103,28 @@ class Training:
 
     def notify(self, event: aggregator.Expected | aggregator.Ticked, now: float) -> None:
         """Notify the barrier at which clients wait for one another."""
+        if isinstance(event, aggregator.Expected):
+            time = self._clock()
+            free = {each for each in event.clients if self.quarantine.is_free(each, time)}
+            event = replace(event, clients=frozenset(free))
         # A client with a replica is the only one at its barrier, and waits for no event.
         if not self._update.replicas:
             self._shared.notify(event, now)
 
     def join(self, client: str, now: float) -> int:
-        """Add a client to its barrier; return the version that it begins with."""
-        replica = self._replica_of(client)
+        """Add a client to its barrier; return the version that it begins with.
+
+        Raises:
+            Quarantined: The client is in quarantine.
+        """
+        self.quarantine.require_free(client, self._clock())
+        replica = self._replicas.of(client)
         replica.notify(aggregator.Joined(client=client), now)
         return replica.versions.current
 
     def leave(self, client: str, now: float) -> None:
         """Remove a client from its barrier."""
-        self._replica_of(client).notify(aggregator.Left(client=client), now)
+        self._replicas.of(client).notify(aggregator.Left(client=client), now)
 
     def with_current(self, work: Callable[[], None]) -> None:
         """Run `work` while the module holds the current version."""
@@ -115,10 +139,7 @@ class Training:
 
     def forget_client(self, client: str) -> None:
         """Drop the replica of a client; a client that returns begins with the mean."""
-        if replica := self._replicas.pop(client, None):
-            # The version counts the steps of all replicas, and must not fall.
-            self._shared.steps += replica.steps
-            self._shared.position = max(self._shared.position, replica.position)
+        self._replicas.forget(client)
 
     def drop_expired(self) -> None:
         """Drop expired graphs."""
@@ -128,7 +149,7 @@ class Training:
 
     def evaluate(self, call: Call) -> ForwardReply:
         """Run smashed data through the trunk without a graph."""
-        versions = self._replicas.get(call.client, self._shared).versions
+        versions = self._replicas.read_by(call.client).versions
         inputs = self._compute.inputs(call.request, call.client, call.round)
         out_BTD = self._compute.evaluate(inputs, versions)
         return ForwardReply(
@@ -141,11 +162,13 @@ class Training:
         Raises:
             StaleVersion: The trunk has taken too many steps since the session's step began.
             NonFinite: The smashed data holds NaN or Inf.
+            Quarantined: The client is in quarantine.
         """
-        call.inputs = self._compute.inputs(call.request, call.client, call.round)
+        with self._refusing(call.client):
+            call.inputs = self._compute.inputs(call.request, call.client, call.round)
         work = self._works.get(call.session)
         if work is None:
-            work = self._works[call.session] = self._replica_of(call.client).begin()
+            work = self._works[call.session] = self._replicas.of(call.client).begin()
         work.require_current(call.client)
         call.work, call.prepared = work, True
         return self.clients_per_pass
@@ -158,7 +181,8 @@ class Training:
             FedsplitError: The gradient is refused.
         """
         grad_BTD = call.request.grad_trunk_out_BTD
-        require_finite(grad_BTD, "grad_trunk_out_BTD")
+        with self._refusing(call.client):
+            require_finite(grad_BTD, "grad_trunk_out_BTD")
         graph = self._stash.take(call.session, call.request.call)
         try:
             require_like(grad_BTD, graph.trunk_out_BTD)
@@ -210,19 +234,25 @@ class Training:
         Raises:
             StaleVersion: They are too old, or the client's second ones for this barrier.
             ProtocolError: There are none, or the counts of the request are impossible.
+            FedsplitError: The guard refuses them, or the client.
         """
         work = self._works.get(call.session)
         if work is None or not work.num_positions:
             raise ProtocolError(
                 "there is nothing to step with: no backward since the last step; send one before"
             )
-        require_plausible(call.request, work.num_positions, self._run)
-        del self._works[call.session]
-        return work.replica.contribute(call.client, work, call.request, now)
+        with self._refusing(call.client):
+            require_plausible(call.request, work.num_positions, self._run)
+            call.request = counted(call.request, self._run)
+            del self._works[call.session]
+            bounds = self.quarantine.bounds_of(call.client, work.replica.guard.bounds)
+            reply = work.replica.contribute(call.client, work, call.request, bounds, now)
+        self.quarantine.accept(call.client, clipped=work.is_clipped)
+        return reply
 
     def step_if_due(self) -> None:
         """Take the steps that barriers have decided on."""
-        for replica in self._all():
+        for replica in self._replicas:
             # On a virtual clock, a slow client's backward may arrive after steps of a later virtual
             # time. Its staleness is decided at the virtual time of its own step.
             if replica.step_if_due() and not self._run.policy.sim_slowdown:
@@ -231,37 +261,12 @@ class Training:
     # --- replicas and checkpoints -------------------------------------------------------------
 
     def average(self, weights: Mapping[str, float]) -> None:
-        """Set every replica and the shared set to the mean of these clients' parameters.
-
-        Args:
-            weights: The weight of each client; they sum to one. A client without a replica counts
-                with the previous mean.
-
-        Raises:
-            ConfigError: There are no replicas, or the weights do not sum to one.
-        """
-        if not self._update.replicas:
-            raise ConfigError("this trunk has no replicas to average; set its update.replicas")
-        if not math.isclose(math.fsum(weights.values()), 1.0, rel_tol=1e-6):
-            raise ConfigError(f"the weights of an average sum to {sum(weights.values())}, not to 1")
-        mean: dict[str, Tensor] = {}
-        # Sorted, because the order of a floating-point sum changes its result.
-        for client, weight in sorted(weights.items()):
-            for name, value in self._replicas.get(client, self._shared).versions.values().items():
-                part = value * weight
-                mean[name] = mean[name].add_(part) if name in mean else part
-        for replica in self._all():
-            replica.versions.assign(mean)
+        """Set every replica and the shared one to a mean; see `Replicas.average`."""
+        self._replicas.average(weights)
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the state of training, by name; no client may be at work."""
-        owners = {_SHARED: self._shared}
-        owners |= {f"{_REPLICA}{client}/": each for client, each in self._replicas.items()}
-        return {
-            prefix + name: tensor
-            for prefix, replica in owners.items()
-            for name, tensor in replica.state().items()
-        }
+        return self._replicas.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state that `state` returned.
@@ -274,30 +279,32 @@ class Training:
                 f"the trunk's state cannot be loaded while clients are at work ({len(self._works)} "
                 f"sessions, {len(self._stash)} graphs); load it between rounds"
             )
-        clients = {name.split("/")[1] for name in state if name.startswith(_REPLICA)}
-        if clients and not self._update.replicas:
-            raise CheckpointError(
-                f"this state has a replica of the trunk for {min(clients)}, but the clients of "
-                "this trunk share its parameters; resume with the strategy it was saved with"
-            )
-        self._shared.load_state(_under(_SHARED, state))
-        self._replicas.clear()
-        for client in sorted(clients):
-            self._replica_of(client).load_state(_under(f"{_REPLICA}{client}/", state))
+        self._replicas.load_state(state)
 
-    def _all(self) -> list[Replica]:
-        return [self._shared, *self._replicas.values()]
-
-    def _replica_of(self, client: str) -> Replica:
-        if not self._update.replicas:
-            return self._shared
-        if client not in self._replicas:
-            self._replicas[client] = self._new_replica(resident=False)
-        return self._replicas[client]
-
-    def _new_replica(self, *, resident: bool) -> Replica:
+    def _new_replica(self, resident: bool) -> Replica:
         versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
         return Replica(versions, self._run, self._compute, self._update)
+
+    @contextmanager
+    def _refusing(self, client: str) -> Iterator[None]:
+        """A context that counts the refusal of a contribution; the last ones exclude its client.
+
+        Raises:
+            Quarantined: The client is in quarantine already.
+        """
+        now = self._clock()
+        self.quarantine.require_free(client, now)
+        try:
+            yield
+        except (NonFinite, GradExploded, ProtocolError) as refusal:
+            log.warning("a contribution of %s was refused: %s", client, refusal)
+            # An overflow of float16 is no fault: the client lowers its loss scale.
+            is_overflow = isinstance(refusal, NonFinite) and self._may_overflow
+            if not is_overflow and (seconds := self.quarantine.refuse(client, now)):
+                log.warning("%s is in quarantine for %.0f s", client, seconds)
+                # At no time: the departure itself must not reach the deadline of the barrier.
+                self.leave(client, -math.inf)
+            raise
 
     def _work_for(self, session: str, graph: Graph) -> Work:
         """Return the session's work; after a step since this graph, new work on its version."""
@@ -388,7 +395,3 @@ class Training:
     def _unpin(graphs: Iterable[Graph]) -> None:
         for graph in graphs:
             graph.replica.versions.unpin(graph.version)
-
-
-def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

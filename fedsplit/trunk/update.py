@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, D hidden width.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,11 +14,9 @@ from fedsplit.errors import ConfigError
 from fedsplit.optimization import clip_coefficient, squared_norm
 from fedsplit.spec import RunSpec
 from fedsplit.spec.train import TrainSpec
+from fedsplit.trunk.combine import COMBINATIONS, Gradients
 from fedsplit.trunk.compute import Compute, Inputs
 from fedsplit.trunk.versions import ParameterVersions
-
-Gradients = dict[str, Tensor]
-"""The gradients of the trained parameters by name; a parameter without a gradient is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,22 +32,25 @@ class Contribution:
     """The gradients that one client contributes to a step, clipped.
 
     `sq_norm` is their squared norm before clipping; with `train.clip=global` it includes
-    `client_sq_norm`, the squared norm of the gradients at the client. `loss_scale` is the factor
-    in the gradients of `passes`, which are kept if the update `keeps_passes`. `step` is the
-    client's own count of optimizer steps.
+    `client_sq_norm`, the squared norm of the gradients at the client. `most` is the bound of the
+    guard on their norm alone, and `norm` is that norm before `train.clip_norm`, at most `most`.
+    `loss_scale` is the factor in the gradients of `passes`, which are kept if the update
+    `keeps_passes`. `step` is the place of the step in the schedule.
     """
 
     client: str
     gradients: Gradients
     sq_norm: float
     client_sq_norm: float
+    norm: float
+    most: float
     loss_scale: float
     step: int
     passes: Sequence[StoredPass]
 
 
 class TrunkUpdate:
-    """The step of SplitFed V2: one optimizer step with the weighted mean of the gradients.
+    """The step of SplitFed V2: one optimizer step with the clients' gradients, combined.
 
     A method that steps in another way is a subclass; a strategy names it as its `update`. The
     engine's thread alone calls it, so it needs no lock.
@@ -61,7 +63,8 @@ class TrunkUpdate:
         run: The run.
 
     Raises:
-        ConfigError: `train.trunk_steps` asks for further steps, and the update takes none.
+        ConfigError: `train.trunk_steps` asks for further steps, and the update takes none; or
+            `policy.combine` is for several clients, and the update steps with one.
     """
 
     keeps_passes: ClassVar[bool] = False
@@ -75,6 +78,12 @@ class TrunkUpdate:
                 f"but {type(self).__name__} takes one step at a time; use strategy=mu_splitfed or "
                 "trunk_steps=1"
             )
+        if run.policy.combine != "mean" and self.replicas:
+            raise ConfigError(
+                f"policy.combine={run.policy.combine} combines the gradients of several clients, "
+                f"but with {type(self).__name__} each client trains a trunk of its own; use "
+                "policy.combine=mean"
+            )
 
     def combine(
         self, contributions: Sequence[Contribution], weights: Mapping[str, float]
@@ -85,15 +94,11 @@ class TrunkUpdate:
             contributions: One per client, sorted by client.
             weights: The policy's weight of each client; they sum to one.
         """
-        # The clients' order is fixed, so that the sum does not depend on the order of arrival.
-        mean: Gradients = {}
-        for contribution in contributions:
-            weight = weights[contribution.client]
-            for name, gradient in contribution.gradients.items():
-                # In place: a contribution is used once, and a copy would take its memory again.
-                part = gradient if weight == 1.0 else gradient.mul_(weight)
-                mean[name] = mean[name].add_(part) if name in mean else part
-        return mean
+        combination = COMBINATIONS[self.run.policy.combine]
+        return combination(
+            [each.gradients for each in contributions],
+            [weights[each.client] for each in contributions],
+        )
 
     def after_step(self, step: "TrunkStep") -> None:
         """Run after each step of the trunk; it may take further steps."""
@@ -151,9 +156,9 @@ class TrunkStep:
 
     def contribution_with(self, contribution: Contribution, gradients: Gradients) -> Contribution:
         """Return a client's contribution with other gradients, clipped as the first ones were."""
-        trunk_sq_norm = squared_norm(gradients.values())
-        sq_norm = total_sq_norm(trunk_sq_norm, contribution.client_sq_norm, self._update.run.train)
-        clip(gradients.values(), sq_norm, self._update.run.train)
+        train, trunk_sq_norm = self._update.run.train, squared_norm(gradients.values())
+        sq_norm = total_sq_norm(trunk_sq_norm, contribution.client_sq_norm, train)
+        clip(gradients.values(), sq_norm, trunk_sq_norm, contribution.most, train)
         return replace(contribution, gradients=gradients, sq_norm=sq_norm)
 
 
@@ -173,9 +178,21 @@ def total_sq_norm(trunk_sq_norm: float, client_sq_norm: float, train: TrainSpec)
     return trunk_sq_norm + (client_sq_norm if train.clip == "global" else 0.0)
 
 
-def clip(gradients: Iterable[Tensor], sq_norm: float, train: TrainSpec) -> None:
-    """Scale gradients in place, so that the norm is at most `train.clip_norm`."""
+def clip(
+    gradients: Iterable[Tensor], sq_norm: float, trunk_sq_norm: float, most: float, train: TrainSpec
+) -> None:
+    """Scale gradients in place, so that their norms are at most `train.clip_norm` and `most`.
+
+    Args:
+        gradients: The trunk's gradients.
+        sq_norm: The squared norm that `train.clip_norm` bounds, from `total_sq_norm`.
+        trunk_sq_norm: The squared norm of the trunk's gradients alone, which `most` bounds.
+        most: The bound of the guard; may be infinite.
+        train: The settings of the run.
+    """
     coefficient = clip_coefficient(sq_norm, train.clip_norm)
+    if trunk_sq_norm > most**2:
+        coefficient = min(coefficient, most / math.sqrt(trunk_sq_norm))
     if coefficient != 1.0:
         for gradient in gradients:
             gradient.mul_(coefficient)

@@ -235,7 +235,7 @@ def test_one_that_dies_leaves_no_session_and_no_stash(tiny_llama, policy, replic
         wait_until(lambda: here.service.num_sessions == 0)
         engine = here.service.engine
         assert (engine.stashed_bytes, engine.num_waiting) == (0, 0)
-        versions = engine.training._replica_of(names[0]).versions
+        versions = engine.training._replicas.of(names[0]).versions
         assert not versions._pins, "and no version of the parameters"
 
 

@@ -1,0 +1,175 @@
+"""The norm guard: compares contributions with those before them, and counts what it refuses.
+
+It is pure: it has no torch and no threads, and gets the time as an argument. A trunk uses it for
+the gradients of clients, and a server for their changes of the client weights.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median_low
+
+from fedsplit.errors import GradExploded, Quarantined
+from fedsplit.spec import GuardSpec
+
+_NORM = "norm/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """The largest norm that is not clipped, and the largest one that is not refused."""
+
+    clip: float = math.inf
+    refuse: float = math.inf
+
+
+class NormGuard:
+    """Bounds the norm of a contribution by multiples of the usual norm of those before it.
+
+    The usual norm is the median of the last accepted norm of each client, so that a client counts
+    once, however often it contributes. Where clients' data differ, all norms fall while a round
+    goes on, and jump when the next one begins with averaged weights. So the bounds go by the
+    largest median so far, which is halved in the time of `memory` contributions.
+
+    Args:
+        spec: The multiples, and the number of clients that the median is of.
+        memory: The number of contributions in which a former median is halved.
+    """
+
+    def __init__(self, spec: GuardSpec, memory: int) -> None:
+        self._spec = spec
+        self._decay = 0.5 ** (1.0 / memory)
+        self._usual = 0.0
+        self._count = 0
+        # The client that contributed last is last.
+        self._last: dict[str, float] = {}
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds of the next contribution; infinite for the first ones."""
+        usual = self._usual if self._count >= self._spec.after else 0.0
+        # A norm of 0 is no measure, as in a run whose first gradients vanish.
+        return Bounds(
+            clip=self._spec.clip_above * usual or math.inf,
+            refuse=self._spec.refuse_above * usual or math.inf,
+        )
+
+    def add(self, client: str, norm: float) -> None:
+        """Add the norm of a contribution that was accepted, after it was clipped."""
+        self._last.pop(client, None)
+        self._last[client] = norm
+        if len(self._last) > self._spec.window:
+            del self._last[next(iter(self._last))]
+        # The lower one of two in the middle, so that half of the clients cannot raise it.
+        self._usual = max(self._usual * self._decay, median_low(self._last.values()))
+        self._count += 1
+
+    def state(self) -> dict[str, float]:
+        """Return the numbers of this guard by name."""
+        norms = {_NORM + client: norm for client, norm in self._last.items()}
+        return {"usual_norm": self._usual, "num_norms": self._count, **norms}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Continue from what `state` returned; other names are ignored."""
+        self._usual, self._count = state["usual_norm"], int(state["num_norms"])
+        self._last = {k.removeprefix(_NORM): v for k, v in state.items() if k.startswith(_NORM)}
+
+
+def require_in_proportion(client: str, norm: float, bounds: Bounds) -> None:
+    """Refuse a contribution that is far larger than those before it.
+
+    Raises:
+        GradExploded: Its norm is above `bounds.refuse`.
+    """
+    if norm > bounds.refuse:
+        raise GradExploded(
+            f"the contribution of {client} has norm {norm:.3g}, but after the last ones at most "
+            f"{bounds.refuse:.3g} is accepted (guard.refuse_above, or for a client that is out of "
+            "proportion throughout guard.clip_above); nothing was changed; lower the learning rate "
+            "or look at this batch"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class ClientRecord:
+    """The counts of one client.
+
+    `clipped` and `refused` are contributions, and `quarantines` the times that the client was
+    excluded. `clipped_in_a_row` counts the accepted ones since the last that was not clipped, and
+    `in_a_row` the refusals since the last accepted one. `until` is the end of the last quarantine,
+    in seconds.
+    """
+
+    clipped: int = 0
+    clipped_in_a_row: int = 0
+    refused: int = 0
+    quarantines: int = 0
+    in_a_row: int = 0
+    until: float = -math.inf
+
+
+class Quarantine:
+    """Counts the contributions of clients, and excludes one after refusals in a row for some time.
+
+    Args:
+        spec: The number of refusals, and the times of quarantines.
+    """
+
+    def __init__(self, spec: GuardSpec) -> None:
+        self._spec = spec
+        self.records: dict[str, ClientRecord] = {}
+
+    def is_free(self, client: str, now: float) -> bool:
+        """Return whether a client is not in quarantine at this time."""
+        record = self.records.get(client)
+        return record is None or now >= record.until
+
+    def require_free(self, client: str, now: float) -> None:
+        """Refuse a client that is in quarantine.
+
+        Raises:
+            Quarantined: It is; the error has the time that is left.
+        """
+        if not self.is_free(client, now):
+            left = self.records[client].until - now
+            raise Quarantined(
+                f"{client} is in quarantine for {left:.0f} s, because {self._spec.refusals} "
+                "contributions in a row were refused; look for the cause, and come back later",
+                retry_after_s=left,
+            )
+
+    def bounds_of(self, client: str, bounds: Bounds) -> Bounds:
+        """Return the bounds of a client's next contribution, from those of the norms before it.
+
+        A large gradient now and then is clipped. A client whose last ones were all clipped is out
+        of proportion throughout, so what would be clipped is refused.
+        """
+        record = self.records.get(client)
+        if record is None or record.clipped_in_a_row < self._spec.refusals:
+            return bounds
+        return Bounds(clip=bounds.clip, refuse=bounds.clip)
+
+    def accept(self, client: str, *, clipped: bool) -> None:
+        """Count an accepted contribution."""
+        record = self._record(client)
+        record.clipped += clipped
+        record.clipped_in_a_row = record.clipped_in_a_row + 1 if clipped else 0
+        record.in_a_row = 0
+
+    def refuse(self, client: str, now: float) -> float:
+        """Count a refused contribution; return the seconds of a quarantine that begins, or 0."""
+        spec, record = self._spec, self._record(client)
+        record.refused += 1
+        record.in_a_row += 1
+        if record.in_a_row < spec.refusals or not spec.quarantine_s:
+            return 0.0
+        # 2.0 ** 1024 would overflow.
+        doubled = spec.quarantine_s * 2.0 ** min(record.quarantines, 1000)
+        seconds = min(doubled, spec.quarantine_most_s)
+        record.until = now + seconds
+        record.quarantines += 1
+        record.in_a_row = 0
+        return seconds
+
+    def _record(self, client: str) -> ClientRecord:
+        return self.records.setdefault(client, ClientRecord())

@@ -1,0 +1,121 @@
+"""The replicas of a trunk: the shared set of parameters, and with some methods one per client."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
+
+from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.trunk.replica import Replica
+from fedsplit.trunk.schedule import Schedule
+
+_SHARED, _REPLICA = "trunk/", "replica/"
+
+
+class Replicas:
+    """The shared replica, and the replicas of clients.
+
+    Args:
+        new: Returns a new replica; its argument says whether the module itself holds it.
+        one_each: Whether every client trains a replica of its own.
+
+    Attributes:
+        shared: The replica that all clients train, or the mean of the last `average`.
+    """
+
+    def __init__(self, new: Callable[[bool], Replica], *, one_each: bool) -> None:
+        self.shared = new(True)
+        self._new = new
+        self._one_each = one_each
+        self._own: dict[str, Replica] = {}
+
+    def __iter__(self) -> Iterator[Replica]:
+        yield self.shared
+        yield from self._own.values()
+
+    @property
+    def version(self) -> int:
+        """The number of optimizer steps taken, summed over replicas."""
+        return sum(replica.steps for replica in self)
+
+    @property
+    def position(self) -> int:
+        """The position of the learning rate schedule: the largest step count of the clients."""
+        return max(replica.schedule.position for replica in self)
+
+    def of(self, client: str) -> Replica:
+        """Return the replica that a client trains."""
+        if not self._one_each:
+            return self.shared
+        if client not in self._own:
+            self._own[client] = self._new(False)
+            # A client whose replica was dropped continues its schedule when it comes back.
+            self._own[client].schedule = Schedule(self.shared.schedule.position)
+        return self._own[client]
+
+    def read_by(self, client: str) -> Replica:
+        """Return the replica that a client evaluates."""
+        return self._own.get(client, self.shared)
+
+    def forget(self, client: str) -> None:
+        """Drop the replica of a client; a client that returns begins with the mean."""
+        if replica := self._own.pop(client, None):
+            # The version counts the steps of all replicas, and must not fall.
+            self.shared.steps += replica.steps
+            position = max(self.shared.schedule.position, replica.schedule.position)
+            self.shared.schedule.position = position
+        self.shared.schedule.forget(client)
+
+    def average(self, weights: Mapping[str, float]) -> None:
+        """Set every replica and the shared one to the mean of these clients' parameters.
+
+        Args:
+            weights: The weight of each client; they sum to one. A client without a replica counts
+                with the previous mean.
+
+        Raises:
+            ConfigError: There are no replicas, or the weights do not sum to one.
+        """
+        if not self._one_each:
+            raise ConfigError("this trunk has no replicas to average; set its update.replicas")
+        if not math.isclose(math.fsum(weights.values()), 1.0, rel_tol=1e-6):
+            raise ConfigError(f"the weights of an average sum to {sum(weights.values())}, not to 1")
+        mean: dict[str, Tensor] = {}
+        # Sorted, because the order of a floating-point sum changes its result.
+        for client, weight in sorted(weights.items()):
+            for name, value in self.read_by(client).versions.values().items():
+                part = value * weight
+                mean[name] = mean[name].add_(part) if name in mean else part
+        for replica in self:
+            replica.versions.assign(mean)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of the state of all replicas, by name."""
+        owners = {_SHARED: self.shared}
+        owners |= {f"{_REPLICA}{client}/": each for client, each in self._own.items()}
+        return {
+            prefix + name: tensor
+            for prefix, replica in owners.items()
+            for name, tensor in replica.state().items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a state that `state` returned.
+
+        Raises:
+            CheckpointError: It is not the state of such a trunk.
+        """
+        clients = {name.split("/")[1] for name in state if name.startswith(_REPLICA)}
+        if clients and not self._one_each:
+            raise CheckpointError(
+                f"this state has a replica of the trunk for {min(clients)}, but the clients of "
+                "this trunk share its parameters; resume with the strategy it was saved with"
+            )
+        self.shared.load_state(_under(_SHARED, state))
+        self._own.clear()
+        for client in sorted(clients):
+            self.of(client).load_state(_under(f"{_REPLICA}{client}/", state))
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
