@@ -26,9 +26,14 @@ class Sequential(SplitStrategy):
         """Raise an error for a setting that needs several clients at a time.
 
         Raises:
-            ConfigError: `train.clients_per_pass` is above one.
+            ConfigError: `train.clients_per_pass` is above one, or `policy.combine` is no mean.
         """
         super().check()
+        if self.run.policy.combine != "mean":
+            raise ConfigError(
+                f"policy.combine={self.run.policy.combine} combines the gradients of several "
+                "clients, but Sequential lets one train at a time; use policy.combine=mean"
+            )
         if self.run.train.clients_per_pass > 1:
             raise ConfigError(
                 f"train.clients_per_pass={self.run.train.clients_per_pass} has clients share a "

@@ -10,9 +10,6 @@ from fedsplit.spec.checks import DURATION, AtLeast, Each, OneOf, Positive, check
 POLICIES = ("sync", "async", "quorum")
 """The names of the policies."""
 
-COMBINATIONS = ("mean", "median", "trimmed")
-"""The names of the combinations of gradients."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySpec:
@@ -57,7 +54,7 @@ class PolicySpec:
     discount_a: Annotated[float, AtLeast(0)] = 0.5
     discount_b: Annotated[float, AtLeast(0)] = 4.0
     max_staleness: Annotated[int, AtLeast(0)] = 32
-    combine: Annotated[str, OneOf(*COMBINATIONS)] = "mean"
+    combine: Annotated[str, OneOf("mean", "median", "trimmed")] = "mean"
     mixing: Annotated[float, Positive(most=1)] = 0.6
     buffer: Annotated[int, AtLeast(1)] = 1
     sim_slowdown: Annotated[dict[str, float], Each(AtLeast(1, most=1_000_000))] = field(

@@ -1,13 +1,19 @@
 """The replicas of a trunk: the shared set of parameters, and with some methods one per client."""
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from statistics import median_low
 
 from torch import Tensor
 
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.optimization import squared_norm
+from fedsplit.spec import GuardSpec
 from fedsplit.trunk.replica import Replica
 from fedsplit.trunk.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 _SHARED, _REPLICA = "trunk/", "replica/"
 
@@ -18,13 +24,15 @@ class Replicas:
     Args:
         new: Returns a new replica; its argument says whether the module itself holds it.
         one_each: Whether every client trains a replica of its own.
+        guard: The bounds of what a mean takes.
 
     Attributes:
         shared: The replica that all clients train, or the mean of the last `average`.
     """
 
-    def __init__(self, new: Callable[[bool], Replica], *, one_each: bool) -> None:
+    def __init__(self, new: Callable[[bool], Replica], *, one_each: bool, guard: GuardSpec) -> None:
         self.shared = new(True)
+        self._guard = guard
         self._new = new
         self._one_each = one_each
         self._own: dict[str, Replica] = {}
@@ -71,7 +79,7 @@ class Replicas:
 
         Args:
             weights: The weight of each client; they sum to one. A client without a replica counts
-                with the previous mean.
+                with the previous mean, as does one whose replica is out of proportion.
 
         Raises:
             ConfigError: There are no replicas, or the weights do not sum to one.
@@ -81,13 +89,34 @@ class Replicas:
         if not math.isclose(math.fsum(weights.values()), 1.0, rel_tol=1e-6):
             raise ConfigError(f"the weights of an average sum to {sum(weights.values())}, not to 1")
         mean: dict[str, Tensor] = {}
+        left_out = self._out_of_proportion(weights)
         # Sorted, because the order of a floating-point sum changes its result.
         for client, weight in sorted(weights.items()):
-            for name, value in self.read_by(client).versions.values().items():
+            replica = self.shared if client in left_out else self.read_by(client)
+            for name, value in replica.versions.values().items():
                 part = value * weight
                 mean[name] = mean[name].add_(part) if name in mean else part
         for replica in self:
             replica.versions.assign(mean)
+
+    def _out_of_proportion(self, clients: Collection[str]) -> set[str]:
+        """Return the clients whose replica has changed far more than most, or holds NaN or Inf."""
+        base = self.shared.versions.values()
+        changes = {
+            client: math.sqrt(squared_norm(v - base[k] for k, v in own.versions.values().items()))
+            for client, own in self._own.items()
+            if client in clients
+        }
+        finite = [change for change in changes.values() if math.isfinite(change)]
+        most = self._guard.refuse_above * median_low(finite) if finite else 0.0
+        found = {
+            client
+            for client, change in changes.items()
+            if not math.isfinite(change) or 0 < most < change
+        }
+        for client in sorted(found):
+            log.warning("the replica of %s changed by %g and is left out", client, changes[client])
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the state of all replicas, by name."""

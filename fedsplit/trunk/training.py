@@ -57,7 +57,9 @@ class Training:
         self._stash = Stash(run.wire.stash_bytes)
         self._trained = tuple(trainable(trunk))
         self._batched = BatchedPass(trunk, self._compute, self._trained)
-        self._replicas = Replicas(self._new_replica, one_each=self._update.replicas)
+        self._replicas = Replicas(
+            self._new_replica, one_each=self._update.replicas, guard=run.guard
+        )
         self._shared = self._replicas.shared
         self._works: dict[str, Work] = {}
         self.quarantine = Quarantine(run.guard)

@@ -155,6 +155,23 @@ def test_a_trainer_stops_after_three_refusals_in_a_row(tiny_llama):
         assert loud.trainer.steps == 4
 
 
+def test_a_replica_that_its_client_destroyed_counts_as_the_mean_before(tiny_llama):
+    with world(tiny_llama(), replicas=True) as here:
+        before = here.trunk_weights()
+        for name in "ab":
+            contribute(here, name, prepare(here, name, seed=ord(name))[0])
+        send(here, 0, 1e6)
+        here.service.close()
+        replicas = here.service.engine.training._replicas
+        a, b = (
+            {k: v.clone() for k, v in replicas.of(each).versions.values().items()} for each in "ab"
+        )
+        third = 1 / 3
+        here.service.average(dict.fromkeys("abm", third))
+        for name, value in here.trunk_weights().items():
+            assert torch.equal(value, a[name] * third + b[name] * third + before[name] * third)
+
+
 # --- weights and places -----------------------------------------------------------------------
 
 

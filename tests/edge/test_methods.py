@@ -132,6 +132,7 @@ def test_sequential_goes_on_without_a_client_that_fails(tmp_path: Path) -> None:
         (["strategy=splitfed_v1", "train.mode=frozen_trunk"], "SplitFedV1 averages trunks that"),
         (["strategy=splitfed_v1", "train.clients_per_pass=2"], "gives each a replica of its own"),
         (["strategy=sequential", "train.clients_per_pass=2"], "lets one work at a time; use"),
+        (["strategy=sequential", "policy.combine=median"], "lets one train at a time; use"),
         (["strategy=sequential", "policy=quorum"], "does not go with Sequential; use policy=sync"),
         (["strategy=mu_splitfed", "train.trunk_steps=1"], "set train.trunk_steps to 2 or more"),
         (["strategy=local_loss", "train.mode=joint"], "LocalLoss with train.mode=joint"),
