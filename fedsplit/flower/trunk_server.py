@@ -32,13 +32,12 @@ class TrunkServer:
 
     def __enter__(self) -> "TrunkServer":
         wire, limits = self._run.wire, self.service.limits
-        # Training and evaluating sessions of all clients, and streams on their way out: one that
-        # was lost while a request was in work ends when the request does.
+        # As many as all clients may have, so that none can take the place of another.
         server = GrpcServer(
             self.service,
             wire=wire,
             limits=limits,
-            max_clients=4 * self._run.clients,
+            max_clients=self._run.limits.streams_per_client * self._run.clients,
             budgets=self._run.limits,
         )
         with ExitStack() as opening:

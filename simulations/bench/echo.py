@@ -62,13 +62,20 @@ def echo_server(wire: WireSpec) -> Iterator[Answers]:
 
 @contextmanager
 def hollow_server(shape: Shape, wire: WireSpec) -> Iterator[Answers]:
-    """Serve the whole stack with a trunk that returns its input; answers `address` and `token`."""
+    """Serve the whole stack with a trunk that returns its input.
+
+    Its answers are `address`, the `token` of a client, and the `usage` of the server's slots.
+    """
     trunk: Any = shape.trunk()
     trunk.run = _identity
     with TrunkService(trunk, shape.run) as service:
         server = GrpcServer(service, wire=wire, limits=service.limits, max_clients=MAX_CLIENTS)
         address = server.start()
-        yield {"address": lambda: address, "token": service.admit}
+        yield {
+            "address": lambda: address,
+            "token": service.admit,
+            "usage": lambda: server.usage,
+        }
         server.stop()
 
 

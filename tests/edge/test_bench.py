@@ -15,6 +15,7 @@ import pytest
 
 from simulations.bench import naive
 from simulations.bench.__main__ import BENCHES
+from simulations.bench.attackers import ATTACKS
 from simulations.bench.links import DelayedLink
 from simulations.bench.report import Report, in_turns
 from tests.edge.echo import EchoService, forward, linked, serving
@@ -69,6 +70,12 @@ FIGURES = {
         "step_ratio",
         "transfers_per_step",
     ],
+    "strangers": [
+        "memory_per_mib",
+        *(f"p99_{attack}" for attack in sorted(ATTACKS)),
+        "replies_changed",
+        "slots_held",
+    ],
 }
 
 
@@ -104,6 +111,10 @@ def more_with_more_clients(told: dict[str, Any]) -> None:
     assert told["figures"]["sample_cost_8c"] > 0
 
 
+def of_no_harm(told: dict[str, Any]) -> None:
+    assert told["figures"]["replies_changed"] == told["figures"]["slots_held"] == 0
+
+
 def costing_what_it_says(told: dict[str, Any]) -> None:
     figures = told["figures"]
     assert 0.25 < figures["bytes_ratio_default"] <= 0.27
@@ -118,6 +129,7 @@ HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "generate": exact_and_small,
     "memory": saved_at_the_trunk,
     "step": exact_with_four_transfers,
+    "strangers": of_no_harm,
     "wire": measured_on_every_way,
 }
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,21 @@ def test_a_client_that_takes_no_reply_is_ended() -> None:
         eventually(lambda: here.server.usage["streams"] == 0)
         with unharmed(here):
             pass
+
+
+def test_the_slots_in_use_are_told_with_the_budgets_of_the_service() -> None:
+    class Told(TokenService):
+        def ServiceInfoRequest(self, request: m.ServiceInfoRequest) -> m.ServiceInfoReply:
+            return replace(
+                super().ServiceInfoRequest(request), budgets={"limits.clients": "1 of 9"}
+            )
+
+    with Here(Told(), body_s=5.0) as here:
+        here.attack("Exchange", [], "token of eve")
+        eventually(lambda: here.server.usage["streams"] == 1)
+        told = here.honest().exchange(INFO).budgets
+    assert told["limits.clients"] == "1 of 9"
+    assert {"1 of 6", "1 of 14"} < {*told.values()}
 
 
 def test_many_callers_take_few_threads() -> None:

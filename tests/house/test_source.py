@@ -20,7 +20,7 @@ DOORS = {  # they answer a caller who is somewhere else, or end a program
     "fedsplit/console.py",
     "fedsplit/flower/inline.py",
     "fedsplit/flower/withheld.py",
-    "fedsplit/transport/server.py",
+    "fedsplit/transport/calls.py",
     "fedsplit/trunk/engine.py",
     "simulations/sweep.py",
 }
