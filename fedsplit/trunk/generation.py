@@ -10,7 +10,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from fedsplit.trunk.kv_cache import (
     num_bytes_of,
     select_rows,
 )
+from fedsplit.trunk.pass_queue import Pending, in_turn, shares_of
 from fedsplit.trunk.shared_pass import Segment, SharedPass
 from fedsplit.wire.messages import GenerateReply, GenerateRequest, KVCacheEntry
 
@@ -43,31 +43,6 @@ log = logging.getLogger(__name__)
 
 _SINGLE_PASSES = 64
 """Passes with one session each after a failed pass of several, so that only the cause fails."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Pending:
-    """A call in progress: the rest of its input, and its output so far.
-
-    `since` is the time of its arrival, in seconds, and `num_bytes` what its cache will take.
-    """
-
-    call: Call
-    sequences: SequenceCache
-    left_BTD: Tensor
-    since: float
-    num_bytes: int
-    out: list[Tensor] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        """The number of sequences."""
-        return self.left_BTD.shape[0]
-
-    @property
-    def tokens_left(self) -> int:
-        """The number of tokens of each sequence that have not run yet."""
-        return self.left_BTD.shape[1]
 
 
 class Generation:
@@ -86,9 +61,9 @@ class Generation:
         self._device = next(trunk.parameters()).device
         self._shared = SharedPass(trunk)
         self._caches: dict[str, SequenceCache] = {}
-        self._waiting: dict[str, _Pending] = {}
+        self._waiting: dict[str, Pending] = {}
         self._awaited: set[str] = set()
-        self._in_pass: list[_Pending] = []
+        self._in_pass: list[Pending] = []
         self._single_passes_left = 0
 
     @property
@@ -138,7 +113,7 @@ class Generation:
         else:
             sequences = self._session_cache(session, request)
         sequences.used = self._clock()
-        self._waiting[session] = _Pending(
+        self._waiting[session] = Pending(
             call=call,
             sequences=sequences,
             left_BTD=request.smashed_BTD.to(self._device),
@@ -296,31 +271,15 @@ class Generation:
 
     # --- a pass -------------------------------------------------------------------------------
 
-    def _next_shares(self) -> list[tuple[_Pending, int]]:
+    def _next_shares(self) -> list[tuple[Pending, int]]:
         """Return the requests of the next pass, each with the number of tokens that it runs."""
-        # Single tokens always run; prompts share `chunk_tokens`, so that the pass stays short.
-        room, room_bytes = self._spec.chunk_tokens, self._spec.cache_bytes
-        shares = []
-        waiting = list(self._waiting.values())
+        waiting = in_turn(self._waiting.values())
         if self._single_passes_left:
             self._single_passes_left -= 1
             waiting = waiting[:1]
-        for pending in waiting:
-            # The first in the queue always runs, so each gets its turn.
-            if shares and pending.num_bytes > room_bytes:
-                continue
-            room_bytes -= pending.num_bytes
-            tokens = pending.tokens_left
-            if tokens > 1:
-                if room <= 0:
-                    continue
-                if self._can_divide(pending):
-                    tokens = min(tokens, max(1, room // pending.rows))
-                room -= tokens * pending.rows
-            shares.append((pending, tokens))
-        return shares
+        return shares_of(waiting, self._spec, self._can_divide)
 
-    def _can_divide(self, pending: _Pending) -> bool:
+    def _can_divide(self, pending: Pending) -> bool:
         """Return whether the output does not depend on where the rest of a prompt is divided."""
         # States other than keys and values may depend on it.
         if not attends_only(pending.sequences.cache):
@@ -338,7 +297,7 @@ class Generation:
         # A piece of a pass with other rotary tables would get tables of its own.
         return tables_of(config, first) == tables_of(config, last)
 
-    def _next_piece(self, pending: _Pending, tokens: int) -> Segment:
+    def _next_piece(self, pending: Pending, tokens: int) -> Segment:
         request, sequences = pending.call.request, pending.sequences
         begin = request.smashed_BTD.shape[1] - pending.tokens_left
         end = begin + tokens
@@ -362,7 +321,7 @@ class Generation:
             autocast=request.autocast,
         )
 
-    def _append_output(self, pending: _Pending, segment: Segment, out_BTD: Tensor) -> None:
+    def _append_output(self, pending: Pending, segment: Segment, out_BTD: Tensor) -> None:
         sequences, request = pending.sequences, pending.call.request
         sequences.tokens += segment.hidden_BTD.shape[1]
         sequences.used = self._clock()

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from fedsplit.errors import (
@@ -210,10 +209,7 @@ class TrunkService:
         """Answer one request; see `fedsplit.link.Service`."""
         check_request(request, self.limits)
         if isinstance(request, m.ServiceInfoRequest):
-            reply = self._info()
-            # How busy others are is told to clients alone.
-            known = self._clients.knows(token)
-            return replace(reply, budgets=self.budgets()) if known else reply  # type: ignore[return-value]
+            return self._info(token)  # type: ignore[return-value]
         client = self._clients.client_of(token)
         if isinstance(request, m.OpenRequest):
             return self._open(request, client)  # type: ignore[return-value]
@@ -341,7 +337,7 @@ class TrunkService:
             version=self.engine.version,
         )
 
-    def _info(self) -> m.ServiceInfoReply:
+    def _info(self, token: str) -> m.ServiceInfoReply:
         return m.ServiceInfoReply(
             protocol=m.PROTOCOL,
             server_instance_id=self.server_instance_id,
@@ -352,6 +348,8 @@ class TrunkService:
             sessions=self.num_sessions,
             served_model_names=(),
             limits=self.limits,
+            # How busy others are is told to clients alone.
+            budgets=self.budgets() if self._clients.knows(token) else {},
         )
 
     # --- sessions -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -14,13 +15,15 @@ from fedsplit.errors import BadTensor, Overloaded, ProtocolError, SessionLost
 from fedsplit.link import LocalLink
 from fedsplit.model import initial_parts
 from fedsplit.spec import LimitsSpec
+from fedsplit.transport.frames import to_frame
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.router import TrunkRouter
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
 from tests.core.generating import Client, Scene, prompt, scene
 from tests.core.worlds import Clock, small_run, wait_until, world
-from tests.edge.hostile_client import HostileClient
+from tests.edge.echo import linked
+from tests.edge.hostile_client import HostileClient, RawClient
 
 FEW = LimitsSpec(sessions_per_client=3, sessions=5)
 
@@ -230,6 +233,60 @@ def test_a_reply_that_is_too_large_to_keep_is_not_sent_twice():
         alice.turn()
 
 
+def test_long_prompts_of_one_client_do_not_delay_the_prompt_of_another():
+    with scene("llama", chunk_tokens=8) as here:
+        alice, mallory, order = mallory_at(here, "alice"), mallory_at(here), []
+        prompts = [
+            mallory.generate(mallory.open(), smashed_BTD=torch.ones(1, 40, 32)) for _ in range(4)
+        ]
+        short = alice.generate(alice.open(), smashed_BTD=torch.ones(1, 12, 32))
+
+        def send(client: HostileClient, request: m.GenerateRequest) -> None:
+            answer = client.ask(request)
+            order.append(("alice" if client is alice else "mallory", answer))
+
+        with busy(here):
+            senders = [threading.Thread(target=send, args=(mallory, each)) for each in prompts]
+            for sender in senders:
+                sender.start()
+            waiting = here.service._sessions._open.values()
+            wait_until(lambda: sum(len(each.in_progress) for each in waiting) == 4)
+            senders.append(threading.Thread(target=send, args=(alice, short)))
+            senders[-1].start()
+            wait_until(lambda: sum(len(each.in_progress) for each in waiting) == 5)
+        for sender in senders:
+            sender.join(30.0)
+        assert [name for name, _ in order] == ["alice", *["mallory"] * 4]
+        assert all(isinstance(answer, m.GenerateReply) for _, answer in order)
+
+
+# --- over a real connection -------------------------------------------------------------------
+
+
+def test_frames_of_one_session_at_once_over_a_real_link():
+    """120 Generate calls of one session in flight: each is answered, and no slot is held."""
+    with scene("llama") as here:
+        limits = here.service.limits
+        server = GrpcServer(here.service, wire=here.run.wire, limits=limits, max_clients=4)
+        address = server.start()
+        mallory = mallory_at(here)
+        try:
+            with (
+                linked(address, token=here.service.admit("alice")) as link,
+                RawClient(address, here.service.admit("mallory")) as raw,
+                ThreadPoolExecutor(40) as pool,
+            ):
+                alice = here.client("alice", link=link)
+                session, wanted = mallory.open(), here.wanted(prompt())
+                frames = [to_frame(mallory.generate(session, call)) for call in range(120)]
+                answers = pool.map(lambda frame: raw.unary("Generate", frame), frames)
+                assert torch.equal(alice.says(prompt()), wanted)
+                codes = [getattr(each, "code", "") for each in answers]
+        finally:
+            server.stop(grace_s=0.0)
+        assert len(codes) == 120 and set(codes) <= {"", "OVERLOADED", "PROTOCOL"}
+
+
 # --- values -----------------------------------------------------------------------------------
 
 LARGEST = torch.iinfo(torch.int64).max
@@ -324,6 +381,8 @@ def test_info_shows_how_much_of_each_limit_is_in_use(monkeypatch, capfd):
             server.stop(grace_s=0.0)
     told = dict(re.findall(r"^in use: (\S+) +(.+)$", capfd.readouterr().out, re.MULTILINE))
     assert told["limits.sessions"] == f"1 of {FEW.sessions}"
+    assert told["streams"] == "0 of 4"
+    assert told["limits.calls_per_client"] == f"1 of {FEW.calls_per_client}"
 
 
 # --- one token for all ------------------------------------------------------------------------
