@@ -76,7 +76,7 @@ def from_yaml(text: str) -> RunSpec:
         ConfigError: The text is not YAML of plain values, or not a run.
     """
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, _Loader)
         if not isinstance(loaded, dict):
             raise ConfigError(f"config is {loaded!r}, but a run is a mapping of fields")
         # An interpolation of OmegaConf can read the environment of this process. It is searched in
@@ -87,6 +87,16 @@ def from_yaml(text: str) -> RunSpec:
     # Deeply nested brackets raise RecursionError.
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as exc:
         raise ConfigError(f"config is not YAML of plain values: {_first_line(exc)}") from exc
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader of plain values that refuses aliases: with them, a short text can be a huge one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node, and refuse an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias; write the value in its place")
+        return super().compose_node(parent, index)
 
 
 def has_interpolation(value: object) -> bool:

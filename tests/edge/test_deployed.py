@@ -202,26 +202,34 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
         f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{link}"\n'
         "insecure = true\n"
     )
-    (home / "run.toml").write_text(
-        tomli_w.dumps({"overrides": " ".join(words), "run-dir": str(results)})
-    )
+    mark = tmp_path / "mark"
+    hostile = ["sharding=partitioner", "sharding.target=subprocess.Popen"]
+    hostile.append(f"'sharding.options={{args: [touch, {mark}]}}'")
+    for name, more in {"run": [], "hostile": hostile}.items():
+        config = {"overrides": " ".join([*words, *more]), "run-dir": str(tmp_path / f"{name}s")}
+        (home / f"{name}.toml").write_text(tomli_w.dumps(config))
     with ExitStack() as deployment, marking(str(tmp_path)):
         superlink = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link)]
         deployment.enter_context(background(*superlink, env=env, cwd=place))
         await_that(lambda: answers(f"http://127.0.0.1:{link}/health"))
         for partition, port in enumerate(nodes):
             node = f'partition-id={partition} num-partitions=2 tls-ca="{wire.tls_ca}"'
-            node += f' state-dir="{tmp_path / "kept"}"'
+            node += f' state-dir="{tmp_path / "kept"}" allowed-path="{tmp_path}"'
             supernode = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}"]
             supernode += ["--port", str(port), "--node-config", node]
             deployment.enter_context(background(*supernode, env=env, cwd=place))
         flwr = {"env": env, "cwd": place, "capture_output": True, "text": True, "check": False}
-        command = [str(BIN / "flwr"), "run", str(ROOT), "own", "--stream"]
-        done = subprocess.run(
-            [*command, "--run-config", str(home / "run.toml")], timeout=PATIENCE_S, **flwr
+        command = [str(BIN / "flwr"), "run", str(ROOT), "own", "--stream", "--run-config"]
+        refused, done = (
+            subprocess.run([*command, str(home / f"{name}.toml")], timeout=PATIENCE_S, **flwr)
+            for name in ("hostile", "run")
         )
         listed = subprocess.run([str(BIN / "flwr"), "ls", "--format", "json"], **flwr)
-    assert json.loads(listed.stdout)["runs"][0]["status"] == "finished:completed", done.stdout
+    # A real SuperNode refuses it, and not only a client that this process pretends to be.
+    assert "sharding.target=subprocess.Popen is not of fedsplit" in refused.stdout
+    assert not mark.exists()
+    statuses = sorted(each["status"] for each in json.loads(listed.stdout)["runs"])
+    assert statuses == ["finished:completed", "finished:failed"], done.stdout
     folder = RunFolder(results / "tiny")
     assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0), (2, 0)]
     kept = sorted(path.name for path in (tmp_path / "kept/tiny/client-1" / folder.id).iterdir())

@@ -277,11 +277,15 @@ def test_a_run_config_means_the_same_on_each_machine(word: str, refused: str) ->
     ("settings", "refused"),
     [
         ({"config": "name: " + 1000 * "["}, "config is not YAML of plain values: maximum recurs"),
+        (
+            {"config": "a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]"},
+            "config is not YAML of plain values: it has an alias; write the value in its place",
+        ),
         ({"overrides": "name=" + 1000 * "["}, "[' cannot be read; put the value in quotes"),
     ],
-    ids=["config", "overrides"],
+    ids=["brackets in config", "aliases in config", "brackets in overrides"],
 )
-def test_deep_brackets_are_an_error_of_the_run(settings: dict[str, str], refused: str) -> None:
+def test_a_text_without_an_end_in_sight_is_refused(settings: dict[str, str], refused: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(refused)):
         from_run_config(settings)
 
