@@ -33,6 +33,10 @@ class RoundStats:
         refused: The steps that the trunk refused.
         short_steps: The steps of the trunk without a client that was awaited, because the client
             had not contributed within `policy.deadline_s`.
+        clipped_gradients: The clients' gradients that the guard of the trunk clipped.
+        refused_gradients: Those that it refused: NaN, Inf, and those out of proportion.
+        quarantines: The times that the trunk excluded a client, because several of its gradients
+            in a row were refused.
         refused_replies: The number of replies, in training and evaluation, that were refused
             because a number or an array of them was impossible.
         virtual_seconds: The duration on the virtual clock, if machines are simulated.
@@ -58,6 +62,9 @@ class RoundStats:
     steps: int = 0
     refused: int = 0
     short_steps: int = 0
+    clipped_gradients: int = 0
+    refused_gradients: int = 0
+    quarantines: int = 0
     refused_replies: int = 0
     virtual_seconds: float = math.nan
     client_bytes: int = 0
@@ -78,7 +85,13 @@ class RoundStats:
     @property
     def _troubles(self) -> str:
         # Only where there are some: they are rare, and the line is long.
-        found = {"refused": self.refused_replies, "steps without a client": self.short_steps}
+        found = {
+            "refused": self.refused_replies,
+            "steps without a client": self.short_steps,
+            "gradients clipped": self.clipped_gradients,
+            "gradients refused": self.refused_gradients,
+            "in quarantine": self.quarantines,
+        }
         return "".join(f", {count} {what}" for what, count in found.items() if count)
 
     @property
@@ -155,6 +168,8 @@ def closing_table(
     tokens = sum(stats.tokens for stats in rounds)
     steps = sum(stats.steps for stats in rounds)
     short = sum(stats.short_steps for stats in rounds)
+    clipped = sum(stats.clipped_gradients for stats in rounds)
+    refused = sum(stats.refused_gradients for stats in rounds)
     through_flower = sum(stats.client_weights_bytes for stats in rounds)
     rows = [
         (
@@ -174,6 +189,11 @@ def closing_table(
         ("memory of a client", in_mib(max(stats.client_bytes for stats in rounds))),
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
         *([("steps without a client", f"{short:,}")] if short else []),
+        *(
+            [("gradients clipped, refused", f"{clipped:,}, {refused:,}")]
+            if clipped + refused
+            else []
+        ),
     ]
     return table_text(rows)
 

@@ -98,7 +98,10 @@ def model_card(
 def _trunk_steps(rounds: Sequence[RoundStats]) -> str:
     short = sum(stats.short_steps for stats in rounds)
     without = f" ({short:,} of them without a client that was awaited)" if short else ""
-    return f"{rounds[-1].version} trunk steps{without}"
+    clipped = sum(stats.clipped_gradients for stats in rounds)
+    refused = sum(stats.refused_gradients for stats in rounds)
+    guard = f", {clipped:,} gradients clipped and {refused:,} refused by the guard"
+    return f"{rounds[-1].version} trunk steps{without}{guard if clipped or refused else ''}"
 
 
 def _how(run: RunSpec) -> str:

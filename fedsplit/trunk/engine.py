@@ -21,6 +21,7 @@ from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.generation import Generation
+from fedsplit.trunk.norm_guard import GuardCounts
 from fedsplit.trunk.scheduler import Scheduler
 from fedsplit.trunk.training import Training
 from fedsplit.trunk.update import TrunkUpdate
@@ -158,6 +159,11 @@ class TrunkEngine:
     def short_steps(self) -> int:
         """The number of steps without a client that was awaited until `policy.deadline_s`."""
         return self.training.barrier.short
+
+    @property
+    def guard_counts(self) -> GuardCounts:
+        """What the guard has clipped and refused so far."""
+        return self.training.quarantine.counts
 
     @property
     def steps(self) -> int:

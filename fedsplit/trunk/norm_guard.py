@@ -90,6 +90,22 @@ def require_in_proportion(client: str, norm: float, bounds: Bounds) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardCounts:
+    """The contributions that were clipped, those that were refused, and the quarantines."""
+
+    clipped: int = 0
+    refused: int = 0
+    quarantines: int = 0
+
+    def __sub__(self, other: "GuardCounts") -> "GuardCounts":
+        return GuardCounts(
+            clipped=self.clipped - other.clipped,
+            refused=self.refused - other.refused,
+            quarantines=self.quarantines - other.quarantines,
+        )
+
+
 @dataclass(slots=True, kw_only=True)
 class ClientRecord:
     """The counts of one client.
@@ -118,6 +134,17 @@ class Quarantine:
     def __init__(self, spec: GuardSpec) -> None:
         self._spec = spec
         self.records: dict[str, ClientRecord] = {}
+
+    @property
+    def counts(self) -> GuardCounts:
+        """The counts of all clients together."""
+        # A copy, because another thread may ask for the counts.
+        records = tuple(self.records.values())
+        return GuardCounts(
+            clipped=sum(record.clipped for record in records),
+            refused=sum(record.refused for record in records),
+            quarantines=sum(record.quarantines for record in records),
+        )
 
     def is_free(self, client: str, now: float) -> bool:
         """Return whether a client is not in quarantine at this time."""

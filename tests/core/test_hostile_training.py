@@ -8,6 +8,7 @@ import torch
 from fedsplit import errors
 from fedsplit.link import LocalLink
 from fedsplit.spec import GuardSpec, PolicySpec, TrainSpec
+from fedsplit.trunk.norm_guard import GuardCounts
 from fedsplit.wire import messages as m
 from tests.core.requests import ask, backward_of, contribute, forward_of, prepare, step, step_of
 from tests.core.worlds import Clock, batch, same, small_run, world
@@ -76,6 +77,7 @@ def test_a_client_that_sends_such_gradients_is_excluded_and_changes_no_bit(tiny_
         here.service.expect(["m"], round=1, at_once=1, close_after=1)
         record = here.service.engine.training.quarantine.records["m"]
         assert (record.refused, record.quarantines) == (3, 1)
+        assert here.service.engine.guard_counts == GuardCounts(refused=3, quarantines=1)
 
     assert same(trained(tiny_llama(), attack_), trained(tiny_llama()))
 

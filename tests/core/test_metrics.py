@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 from fedsplit.runs.metrics import RoundStats, closing_table, line_of, parse
 
@@ -38,6 +39,15 @@ def test_a_line_says_what_was_measured():
     assert "held-out 0.5000 loss 90.5% right" in classes.line
     assert "examples/s  12 s virtual  up" in classes.line
     assert "held-out not measured" in stats(eval_loss=NAN, accuracy=NAN).line
+
+
+def test_what_the_guard_did_is_reported():
+    guarded = dict(clipped_gradients=2, refused_gradients=3, quarantines=1)
+    attacked = stats(refused_replies=0, short_steps=0, **guarded)
+    assert attacked.line.endswith(", 2 gradients clipped, 3 gradients refused, 1 in quarantine")
+    assert "gradients clipped, refused      2, 3" in closing_table([attacked])
+    quiet = replace(attacked, **dict.fromkeys(guarded, 0))
+    assert "gradients" not in quiet.line and "refused" not in closing_table([quiet])
 
 
 def test_the_closing_table_goes_by_the_rounds_that_were_evaluated():

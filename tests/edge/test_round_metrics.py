@@ -13,6 +13,7 @@ from fedsplit.flower import client_app
 from fedsplit.flower.strategy.round_metrics import RoundMetrics, numbers_of
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
+from fedsplit.trunk.norm_guard import GuardCounts
 from tests.edge.federation import federate
 from tests.house.source import tree
 
@@ -64,7 +65,15 @@ def replies(run: RunSpec) -> dict[str, Noting]:
 
 def test_every_number_of_a_reply_is_used(run: RunSpec, replies: dict[str, Noting]) -> None:
     metrics = RoundMetrics(**{kind: [("a", numbers)] for kind, numbers in replies.items()})
-    metrics.stats(run, 1, seconds=1.0, virtual_seconds=1.0, version=1, short_steps=0)
+    metrics.stats(
+        run,
+        1,
+        seconds=1.0,
+        virtual_seconds=1.0,
+        version=1,
+        short_steps=0,
+        guard_counts=GuardCounts(),
+    )
     unread = {kind: numbers.keys() - numbers.read for kind, numbers in replies.items()}
     assert unread == USED_ELSEWHERE
 

@@ -290,6 +290,7 @@ class SplitStrategy(Strategy):
         coordinator.metrics = RoundMetrics()
         self._metrics, self._aggregated = [], None
         begin, virtual_begin, short = time.monotonic(), service.now(), service.engine.short_steps
+        guard_counts = service.engine.guard_counts
         arrays = self.train(number, coordinator.catch_up(result.arrays), configs[0])
         seconds, virtual_seconds = time.monotonic() - begin, service.now() - virtual_begin
         coordinator.require_progress(number)
@@ -311,6 +312,7 @@ class SplitStrategy(Strategy):
             virtual_seconds=virtual_seconds if self.run.policy.sim_slowdown else math.nan,
             version=service.engine.version,
             short_steps=service.engine.short_steps - short,
+            guard_counts=service.engine.guard_counts - guard_counts,
         )
         self._is_over = self._early_stopping.stops(stats) or is_last
         self._on_round(stats, arrays)

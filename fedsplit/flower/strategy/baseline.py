@@ -17,6 +17,7 @@ from fedsplit.flower.reply import MAX_NUMBER
 from fedsplit.flower.strategy.base import SplitStrategy
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model.stage import TrunkPart
+from fedsplit.trunk.norm_guard import GuardCounts
 from fedsplit.trunk.work_counts import WorkCount
 
 
@@ -38,6 +39,7 @@ class NoTrunkHost:
 
     address = ""
     version = short_steps = 0
+    guard_counts = GuardCounts()
 
     @property
     def service(self) -> "NoTrunkHost":

@@ -14,6 +14,7 @@ from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes
 from fedsplit.flower.reply import content_of, peer_text
 from fedsplit.runs.metrics import RoundStats, bits_per_byte
 from fedsplit.spec import RunSpec
+from fedsplit.trunk.norm_guard import GuardCounts
 
 Numbers = Mapping[str, float]
 
@@ -73,6 +74,7 @@ class RoundMetrics:
         virtual_seconds: float,
         version: int,
         short_steps: int,
+        guard_counts: GuardCounts,
     ) -> RoundStats:
         """Return the round's record."""
         trained, evaluated = _by_name(self.trained), _by_name(self.evaluated)
@@ -98,6 +100,9 @@ class RoundMetrics:
             failed=len(self.reasons),
             version=version,
             short_steps=short_steps,
+            clipped_gradients=guard_counts.clipped,
+            refused_gradients=guard_counts.refused,
+            quarantines=guard_counts.quarantines,
             steps=int(_sum(trained, "steps")),
             refused=int(_sum(trained, "refused")),
             refused_replies=self.refused_replies,
