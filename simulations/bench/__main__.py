@@ -18,7 +18,17 @@ from fedsplit.console import ending_with_its_reader, quiet_libraries
 from fedsplit.errors import FedsplitError
 from simulations.bench.report import Report
 
-BENCHES = ("accelerate", "clients", "compress", "generate", "memory", "step", "strangers", "wire")
+BENCHES = (
+    "accelerate",
+    "clients",
+    "compress",
+    "generate",
+    "guard",
+    "memory",
+    "step",
+    "strangers",
+    "wire",
+)
 """Each has `measure(size)` for the sizes `full` and `toy`. A module is imported only to run it, so
 that one that needs only the core runs without the other dependencies."""
 

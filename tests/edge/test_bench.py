@@ -70,6 +70,16 @@ FIGURES = {
         "step_ratio",
         "transfers_per_step",
     ],
+    "guard": [
+        "clean_clipped",
+        "clean_refusals",
+        "clean_steps",
+        "loss_median",
+        "loss_others_label_flip_x9_median",
+        "loss_others_weight1e15",
+        "loss_others_x1e6",
+        "overhead",
+    ],
     "strangers": [
         "memory_per_mib",
         *(f"p99_{attack}" for attack in sorted(ATTACKS)),
@@ -111,6 +121,12 @@ def more_with_more_clients(told: dict[str, Any]) -> None:
     assert told["figures"]["sample_cost_8c"] > 0
 
 
+def without_false_alarms(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    assert (figures["clean_steps"], figures["clean_refusals"]) == (70, 0)
+    assert figures["loss_others_weight1e15"] < 1.5 and figures["loss_others_x1e6"] == 1.0
+
+
 def of_no_harm(told: dict[str, Any]) -> None:
     assert told["figures"]["replies_changed"] == told["figures"]["slots_held"] == 0
 
@@ -127,6 +143,7 @@ HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "clients": more_with_more_clients,
     "compress": costing_what_it_says,
     "generate": exact_and_small,
+    "guard": without_false_alarms,
     "memory": saved_at_the_trunk,
     "step": exact_with_four_transfers,
     "strangers": of_no_harm,
