@@ -7,6 +7,8 @@ identity can succeed.
 
 from typing import ClassVar
 
+_TEXT_LENGTH = 500
+
 
 class FedsplitError(Exception):
     """The root of all errors of fedsplit.
@@ -225,6 +227,17 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def peer_text(text: str) -> str:
+    """Return a text of a peer as one line of at most 500 printable characters.
+
+    >>> peer_text(f"no session s1{chr(27)}[2J")
+    'no session s1 [2J'
+    """
+    # Cut first, since the text may be as long as a message.
+    line = one_line(text[: 2 * _TEXT_LENGTH])
+    return line if len(line) <= _TEXT_LENGTH else f"{line[: _TEXT_LENGTH - 4]} ..."
+
+
 def error_text(error: Exception) -> str:
     """Return the text with which a program reports an error.
 
@@ -238,9 +251,8 @@ def error_text(error: Exception) -> str:
     """
     if isinstance(error, FedsplitError | OSError):
         return str(error)
-    text = one_line(str(error)) or "no message"
     # Some libraries list every parameter of a model.
-    text = text if len(text) <= 500 else f"{text[:500]} ..."
+    text = peer_text(str(error)) or "no message"
     return f"{type(error).__name__}: {text} (--debug shows the traceback)"
 
 
@@ -256,4 +268,4 @@ def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> Feds
     """
     # Not the root: its code is that of `Internal`.
     by_code = {cls.code: cls for cls in _family(FedsplitError) if cls is not FedsplitError}
-    return by_code.get(code, Internal)(message, retry_after_s=retry_after_s)
+    return by_code.get(code, Internal)(peer_text(message), retry_after_s=retry_after_s)

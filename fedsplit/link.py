@@ -13,6 +13,7 @@ from typing import Protocol
 from fedsplit.errors import ConnectionLost, FedsplitError
 from fedsplit.wire.codec import through_codec
 from fedsplit.wire.messages import R, Request
+from fedsplit.wire.replies import check_reply
 
 
 class Service(Protocol):
@@ -119,8 +120,10 @@ class LocalLink(Link):
         self._token = token
 
     def exchange(self, request: Request[R]) -> R:
-        """Call the service; request and reply pass through the codec."""
-        return through_codec(self._service.handle(through_codec(request), self._token))
+        """Call the service; request and reply pass through the codec, and the reply is checked."""
+        reply = through_codec(self._service.handle(through_codec(request), self._token))
+        check_reply(request, reply)
+        return reply
 
     def close(self) -> None:
         """Do nothing, since there is no connection."""

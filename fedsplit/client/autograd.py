@@ -53,6 +53,7 @@ class RemoteGraph:
         request: The last forward.
         want_grad: Whether a backward returns the gradient of the hidden states.
         codec: The codec of the output's gradient.
+        may_overflow: Whether the client or the trunk computes in float16.
         watch: Told of each backward.
         version: The parameter version of the trunk that answered the forward.
         is_used: Whether the last forward had its backward.
@@ -63,6 +64,7 @@ class RemoteGraph:
     request: m.ForwardRequest
     want_grad: bool
     codec: str
+    may_overflow: bool
     watch: StepReminder | Follower
     version: int = 0
     is_used: bool = False
@@ -82,6 +84,7 @@ class RemoteGraph:
             want_grad=self.want_grad,
             grad_trunk_out_BTD=grad_trunk_out_BTD,
             codec=self.codec,
+            may_overflow=self.may_overflow,
         )
         reply = self.rpc.backward(backward, self.request, self.version)
         # Only now: a backward that failed is sent again under its own number.

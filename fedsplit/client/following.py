@@ -18,6 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fedsplit.client.norms import require_in_proportion
 from fedsplit.client.trunk_version import STAND_IN, VersionStamp
 from fedsplit.errors import CheckpointError, ConfigError, NonFinite
 from fedsplit.model.stage import ClientPart
@@ -293,12 +294,14 @@ class Follower(VersionStamp):
             )
         factor = self._factor() / scale
         client_sq_norm = squared_norm(own) / scale**2
-        sq_norm = client_sq_norm + self._trunk.trunk_sq_norm * factor**2
+        trunk_sq_norm = self._trunk.trunk_sq_norm * factor**2
+        sq_norm = client_sq_norm + trunk_sq_norm
         if not self._is_finite or not math.isfinite(sq_norm):
             raise NonFinite(
                 f"the gradients of step {self.steps} hold NaN or Inf; no weight has changed. Call "
                 "zero_grad and go on with another batch, or lower the learning rate"
             )
+        require_in_proportion(trunk_sq_norm, client_sq_norm, self.steps)
         # The trunk first: if it refuses the step, the client has not changed yet.
         self._trunk.step(
             step=self.steps,

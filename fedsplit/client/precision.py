@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsplit.model.acceleration import precision_of
 from fedsplit.spec import ModelSpec
-from fedsplit.wire.messages import AUTOCAST
+from fedsplit.wire.messages import AUTOCAST, ForwardRequest
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,11 @@ class Precision:
         if text not in self._warned:
             self._warned.add(text)
             log.warning(text)
+
+
+def may_overflow(forward: ForwardRequest, trunk: str) -> bool:
+    """Whether gradients of a forward pass through float16; `trunk` is the precision of its run."""
+    return "float16" in (forward.autocast, trunk, _name(forward.smashed_BTD.dtype))
 
 
 def autocast_on(device: torch.device) -> str:

@@ -23,7 +23,7 @@ from fedsplit.client.autograd import (
 )
 from fedsplit.client.following import Follower, StepReminder
 from fedsplit.client.kv_session import CacheSession, TrunkCache
-from fedsplit.client.precision import Precision
+from fedsplit.client.precision import Precision, may_overflow
 from fedsplit.client.rpc import RpcClient
 from fedsplit.errors import FedsplitError, ModelMismatch, ProtocolError, SessionLost
 from fedsplit.link import Link
@@ -227,6 +227,7 @@ class RemoteTrunk:
             request=request,
             want_grad=below_trains,
             codec=self._wire.grad_up,
+            may_overflow=may_overflow(request, self.autocast),
             watch=self.watch,
         )
         apply: Callable[..., Tensor] = RemoteTrunkFunction.apply

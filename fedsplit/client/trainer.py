@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedsplit.client.footprint import Footprint
+from fedsplit.client.norms import require_in_proportion
 from fedsplit.client.objective import ClientObjective, Prediction
 from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
@@ -136,7 +137,7 @@ class ClientTrainer:
         Raises:
             StaleVersion: The trunk has a newer version; no parameter of the client has changed.
             NonFinite: A tensor held NaN or Inf; no parameter of the client has changed.
-            GradExploded: The trunk refused a far too large gradient; as above.
+            GradExploded: The trunk refused a far too large gradient, or reports one; as above.
         """
         num_tokens = sum(batch.num_tokens for batch in batches)
         self._model.train()
@@ -159,7 +160,7 @@ class ClientTrainer:
 
         Raises:
             NonFinite: Three steps in a row were not finite, and the loss scale cannot fall.
-            GradExploded: Three steps in a row had a gradient that the trunk refused.
+            GradExploded: Three steps in a row had a far too large gradient.
             FedsplitError: The trunk cannot be reached, or refuses with an error that is final.
         """
         done: list[StepStats] = []
@@ -268,11 +269,14 @@ class ClientTrainer:
         unscale(self.optimizer.gradients(), self._scale)
         self._proximal.add_gradient()
         own = self.optimizer.sq_norm()
-        both = own + self._trunk.trunk_sq_norm / self._scale**2
+        trunk = self._trunk.trunk_sq_norm / self._scale**2
+        both = own + trunk
         if not math.isfinite(both):
             raise NonFinite(
                 f"the squared gradient norm of step {self.steps} is {both}; the step was skipped"
             )
+        if self._clips_together:
+            require_in_proportion(trunk, own, self.steps)
         return own, both
 
     def _step_trunk(self, num_tokens: int, client_sq_norm: float) -> None:
@@ -285,9 +289,8 @@ class ClientTrainer:
             )
 
     def _clip_coefficient(self, client_sq_norm: float, sq_norm: float) -> float:
-        train = self._run.train
-        clipped = sq_norm if train.clip == "global" else client_sq_norm
-        return clip_coefficient(clipped, train.clip_norm)
+        clipped = sq_norm if self._clips_together else client_sq_norm
+        return clip_coefficient(clipped, self._run.train.clip_norm)
 
     def _count_step(self) -> None:
         self._footprint.stepped(self.optimizer)
@@ -319,6 +322,11 @@ class ClientTrainer:
         """Whether gradients pass through float16, at the client or at the trunk."""
         own = precision_of(self._run.model, self._model.device)
         return "float16" in (own, self._trunk.autocast)
+
+    @property
+    def _clips_together(self) -> bool:
+        """Whether the trunk's norm shortens the client's steps."""
+        return self._run.train.clip == "global" and self._run.train.clip_norm > 0.0
 
     @property
     def _scale(self) -> float:

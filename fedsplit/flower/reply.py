@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedsplit import errors
 from fedsplit.data.tasks import COUNTS
-from fedsplit.errors import BadTensor, ModelMismatch, NonFinite, ProtocolError, one_line
+from fedsplit.errors import BadTensor, ModelMismatch, NonFinite, ProtocolError
 from fedsplit.flower.client_arrays import shapes_of, unpacked
 from fedsplit.flower.npy import values_of
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT
@@ -47,9 +48,8 @@ Numbers = dict[str, int | float]
 
 
 def peer_text(text: str | None) -> str:
-    """Return a text of a peer as one line of at most 500 characters."""
-    # Cut first, since the text may be as long as a message.
-    return one_line((text or "no reason was given")[:500])
+    """Return a text of a peer as one line of at most 500 characters, also if it gave none."""
+    return errors.peer_text(text or "no reason was given")
 
 
 def content_of(reply: Message) -> RecordDict:

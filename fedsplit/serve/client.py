@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from fedsplit.client.evaluation import EvaluationTrunk
 from fedsplit.client.remote import RemoteTrunk
-from fedsplit.errors import ConfigError, FedsplitError, ModelMismatch
+from fedsplit.errors import ConfigError, FedsplitError, ModelMismatch, peer_text
 from fedsplit.model import ClientPart, connect
 from fedsplit.model.describe import client_of
 from fedsplit.model.identity import model_fingerprint, model_settings
@@ -96,7 +96,7 @@ def reach(
             raise ModelMismatch(
                 f"{source} is not the model of which {trunk} serves the trunk ({why}); use the "
                 "same model at both sides, or choose another trunk of the server: "
-                f"{', '.join(info.served_model_names)}"
+                f"{peer_text(', '.join(info.served_model_names))}"
             )
         client = client_of(pretrained_run(run, source, revision, adapter), config, device)
         if adapter:

@@ -37,7 +37,7 @@ from fedsplit.transport.status import MAX_METADATA_BYTES, TOKEN_KEY, from_rpc_er
 from fedsplit.transport.tls import channel_credentials
 from fedsplit.wire.codec import traveling
 from fedsplit.wire.messages import GradientsRequest, R, Request
-from fedsplit.wire.validation import check_reply
+from fedsplit.wire.replies import check_reply
 
 LONG_REPLY_BYTES = 4 << 30
 """The longest payload of gradients, or of keys and values, that a client accepts."""

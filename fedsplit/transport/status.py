@@ -5,7 +5,7 @@ import re
 import grpc
 
 from fedsplit import errors
-from fedsplit.errors import FedsplitError, error_from_code
+from fedsplit.errors import FedsplitError, error_from_code, one_line, peer_text
 
 TOKEN_KEY = "fedsplit-token"
 MAX_METADATA_BYTES = 16384
@@ -61,7 +61,7 @@ _FALLBACKS: tuple[tuple[str, str, type[FedsplitError], str], ...] = (
 def set_status(context: grpc.ServicerContext, error: FedsplitError) -> None:
     """Give a call the error's gRPC status, and its code in the trailing metadata."""
     # Metadata values must be ASCII on one line.
-    detail = str(error).encode("ascii", "backslashreplace").decode().replace("\n", " ")
+    detail = one_line(str(error)).encode("ascii", "backslashreplace").decode()
     detail = detail[:_MAX_DETAIL]
     context.set_trailing_metadata(
         (
@@ -93,4 +93,5 @@ def from_status(status: str, details: str, address: str, deadline_s: float) -> F
         for name, part, cls, text in _FALLBACKS
         if re.search(name, status) and re.search(part, details, re.IGNORECASE)
     )
+    details = peer_text(details)
     return cls(text.format(address=address, status=status, details=details, deadline_s=deadline_s))

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fedsplit.data.tasks import TASKS
-from fedsplit.errors import BadTensor, NonFinite, ProtocolError
+from fedsplit.errors import BadTensor, ProtocolError
 from fedsplit.spec import RunSpec
+from fedsplit.wire.finite import refuse_non_finite
 from fedsplit.wire.messages import StepRequest
 
 
@@ -18,16 +19,11 @@ def require_finite(tensor: Tensor, name: str) -> None:
     Raises:
         NonFinite: It does; the message has the name and the number of such entries.
     """
-    # A finite sum proves that all entries are finite, and is cheaper than a test of each entry. The
-    # sum of finite entries may overflow, so otherwise each entry is tested.
-    if math.isfinite(tensor.sum().item()):
-        return
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
-        raise NonFinite(
-            f"{name} holds {bad} of {tensor.numel()} values that are NaN or Inf; it was refused "
-            "and nothing was changed; lower the learning rate or look at this batch"
-        )
+    refuse_non_finite(
+        tensor,
+        name,
+        "it was refused and nothing was changed; lower the learning rate or look at this batch",
+    )
 
 
 def require_dtype(name: str, dtype: torch.dtype, ours: torch.dtype) -> None:

@@ -17,7 +17,7 @@ AUTOCAST = ("bfloat16", "float16")
 """The precisions of matrix products that a client may ask for."""
 
 STAYS = {"stays": True}
-"""Metadata of a field that is not sent: it tells the encoder how to encode the others."""
+"""Metadata of a field that is not sent: it is for the sender's own encoder and checks."""
 
 R = TypeVar("R", bound="Reply")
 
@@ -155,13 +155,18 @@ class BackwardReply(Reply):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BackwardRequest(Request[BackwardReply]):
-    """The gradient of the trunk's output, for the forward of the same `call`."""
+    """The gradient of the trunk's output, for the forward of the same `call`.
+
+    `may_overflow` is not sent: it says that one side computes in float16, so that infinite
+    gradients in the reply are no fault.
+    """
 
     session: str
     call: int
     want_grad: bool
     grad_trunk_out_BTD: Tensor
     codec: str = "none"
+    may_overflow: bool = field(default=False, metadata=STAYS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The codec: every tensor comes back as it went, and what cannot be true is refused."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from fedsplit.wire.codec import (
     encode_tensor,
     through_codec,
 )
-from fedsplit.wire.validation import check_reply, check_request
+from fedsplit.wire.replies import check_reply
+from fedsplit.wire.validation import check_request
 
 LIMITS = m.Limits(max_rows=2, max_tokens=4, hidden_size=3, session_tokens=16, stateless_bytes=4096)
 
@@ -203,6 +205,7 @@ def test_a_client_refuses_a_reply_that_does_not_fit_its_request(answer: torch.Te
     with pytest.raises(BadTensor, match="answered trunk_out"):
         check_reply(forward(), m.ForwardReply(trunk_out_BTD=answer, version=0))
     sent = backward(torch.zeros(2, 4, 3))
-    check_reply(sent, m.BackwardReply(grad_smashed_BTD=None, trunk_sq_norm=0.0))
+    unasked = replace(sent, want_grad=False)
+    check_reply(unasked, m.BackwardReply(grad_smashed_BTD=None, trunk_sq_norm=0.0))
     with pytest.raises(BadTensor, match="answered grad_smashed"):
         check_reply(sent, m.BackwardReply(grad_smashed_BTD=answer, trunk_sq_norm=0.0))
