@@ -7,7 +7,7 @@ folder that is replaced or removed is renamed first too, so a reader never finds
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedsplit.errors import StorageError
@@ -110,12 +110,17 @@ def append_line(path: Path, line: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder if it exists. A reader never finds a part of it under its name."""
+    """Remove a folder if it exists. A reader never finds a part of it under its name.
+
+    Raises:
+        StorageError: It cannot be removed.
+    """
     removed = _beside(folder, _REMOVED)
-    _discard(removed)
-    if folder.exists():
-        folder.rename(removed)
+    with _writing(folder):
         _discard(removed)
+        if folder.exists():
+            folder.rename(removed)
+    _discard(removed)
 
 
 def recover(folder: Path) -> None:
@@ -123,12 +128,14 @@ def recover(folder: Path) -> None:
 
     Args:
         folder: No other process may write to it now.
+
+    Raises:
+        StorageError: A replaced folder cannot be restored.
     """
     for replaced in folder.glob(f"{_REPLACED}*"):
         original = folder / replaced.name.removeprefix(_REPLACED)
-        # The process was killed after the first of two renames, so the old folder is the result.
-        if not original.exists():
-            replaced.rename(original)
+        with _writing(original):
+            _put_back(original)
     for prefix in (_UNFINISHED, _REPLACED, _REMOVED):
         for temporary in folder.glob(f"{prefix}*"):
             _discard(temporary)
@@ -143,6 +150,9 @@ def _writing(path: Path, unfinished: Path | None = None) -> Iterator[None]:
     except BaseException as error:
         if unfinished:
             _discard(unfinished)
+            # If this fails too, `recover` tries again.
+            with suppress(OSError):
+                _put_back(path)
         # Libraries in Rust raise their own types, which contain the text of Rust's I/O errors.
         if isinstance(error, OSError) or "(os error " in str(error):
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
@@ -158,11 +168,19 @@ def _beside(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{path.name}")
 
 
+def _put_back(path: Path) -> None:
+    """Restore a folder if its writer ended after the first of the two renames that replace it."""
+    replaced = _beside(path, _REPLACED)
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+
+
 def _discard(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _sync(path: Path) -> None:

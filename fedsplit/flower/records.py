@@ -125,6 +125,7 @@ class Memory:
         """Write a checkpoint from which the run can be resumed after `round`."""
         Checkpoint(
             round=round,
+            owner=_owner(parent),
             settings=run.settings,
             facts=self._counts,
             tensors={name: getattr(self, name) for name in _KEPT},
@@ -149,7 +150,7 @@ class Memory:
                 "the run; start it on the machine with that folder (node config state-dir), or "
                 "start a new run without resume"
             )
-        checkpoint = Checkpoint.read(kept[max(kept)], run)
+        checkpoint = Checkpoint.read(kept[max(kept)], run, _owner(parent), _KEPT)
         groups: dict[str, Any] = {name: checkpoint.tensors[name] for name in _KEPT}
         return Memory._of(groups, checkpoint.facts)
 
@@ -163,6 +164,11 @@ class Memory:
         scale = LossScale(value=counts["loss_scale"], good_steps=counts["good_steps"])
         steps, batches = counts["steps"], counts["batches"]
         return Memory(**groups, steps=steps, batches=batches, loss_scale=scale)
+
+
+def _owner(parent: Path) -> str:
+    """The owner of a client's checkpoints in a folder, which is named after client and run id."""
+    return f"{parent.parent.name}/{parent.name}"
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:

@@ -27,6 +27,8 @@ from fedsplit.spec import RunSpec
 
 log = logging.getLogger("flwr.fedsplit")
 
+_GROUPS = ("client_weights", "trunk", "strategy")
+
 
 class Method(Protocol):
     """The part of a strategy that the recorder uses."""
@@ -94,11 +96,11 @@ class RunRecorder:
         resumed = RunFolder.to_resume(run)
         self._folder = resumed or RunFolder.begin(Path(run.launch.run_dir), run.name, to_yaml(run))
         with self._folder.held():
+            self._best = math.inf
             if resumed:
                 # Again, since another process may have finished the run before it was locked here.
                 resumed.require_resumable()
                 self._resume(resumed)
-            self._best = _best(self._folder.rounds())
             log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
             yield
             self._finish()
@@ -126,7 +128,7 @@ class RunRecorder:
         """Write the result: the weights of the last round, or with `load_best` of the best one."""
         best = checkpoints_in(self._folder.best)
         if self._run.train.load_best and best:
-            self._restore(Checkpoint.read(best[max(best)], self._run))
+            self._restore(self._read(best[max(best)]))
         if self._parts:
             # Parts are joined on one device, and a trunk may be spread over several.
             placed(self._parts.trunk, "cpu")
@@ -142,13 +144,14 @@ class RunRecorder:
     def _resume(self, folder: RunFolder) -> None:
         folder.tidy()
         checkpoints = checkpoints_in(folder.checkpoints)
-        checkpoint = Checkpoint.read(checkpoints[max(checkpoints)], self._run)
+        checkpoint = self._read(checkpoints[max(checkpoints)])
         if checkpoint.facts["corpus"] != self._corpus.sha256:
             raise ConfigError(
                 f"{folder.path} was trained on data with sha256 {checkpoint.facts['corpus']}, but "
                 f"{self._corpus.name} has {self._corpus.sha256} now; resume with the same data"
             )
         self._restore(checkpoint)
+        self._best = checkpoint.facts["best"]
         # Rounds after the checkpoint are trained again, so their records must not remain.
         folder.forget_after(checkpoint.round)
         remove_after(folder.best, checkpoint.round)
@@ -158,8 +161,9 @@ class RunRecorder:
         weights = {name: p.detach() for name, p in shared(self._model, self._run).items()}
         Checkpoint(
             round=number,
+            owner=self._owner,
             settings=self._run.settings,
-            facts={"corpus": self._corpus.sha256},
+            facts={"corpus": self._corpus.sha256, "best": self._best},
             tensors={
                 "client_weights": weights,
                 "trunk": self._method.trunk_server.service.engine.state(),
@@ -167,13 +171,14 @@ class RunRecorder:
             },
         ).write(parent)
 
+    def _read(self, path: Path) -> Checkpoint:
+        return Checkpoint.read(path, self._run, self._owner, _GROUPS)
+
+    @property
+    def _owner(self) -> str:
+        return f"server/{self.run_id}"
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         load_arrays(shared(self._model, self._run), to_arrays(checkpoint.tensors["client_weights"]))
         self._method.trunk_server.service.engine.load_state(checkpoint.tensors["trunk"])
         self._method.load_state(checkpoint.tensors["strategy"])
-
-
-def _best(rounds: list[RoundStats]) -> float:
-    # Rounds without an evaluation have NaN.
-    losses = [stats.eval_loss for stats in rounds if not math.isnan(stats.eval_loss)]
-    return min(losses, default=math.inf)

@@ -1,8 +1,11 @@
-"""The manifest of a part's directory: the model, the cut, and the hash of every file."""
+"""The manifest of a part's directory: the model, the cut, and the hash of every file.
+
+It also has a digest of itself, since no other file has one of the manifest.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -14,7 +17,8 @@ from fedsplit import atomic
 from fedsplit.errors import CheckpointError
 
 NAME = "manifest.json"
-FORMAT = 2
+_DIGEST = "digest"
+FORMAT = 3
 PARTS = CLIENT, TRUNK = "bottom-top", "trunk"
 
 
@@ -50,7 +54,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest atomically: a reader sees all of it or none."""
-        atomic.write_text(directory / NAME, json.dumps(asdict(self), indent=2))
+        atomic.write_text(directory / NAME, json.dumps(with_digest(asdict(self)), indent=2))
 
     @staticmethod
     def read(directory: Path) -> "Manifest":
@@ -66,7 +70,7 @@ class Manifest:
             raise CheckpointError(
                 f"{directory}: no readable {NAME}; give a directory that `fedsplit split` wrote"
             ) from exc
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise CheckpointError(f"{path}: not JSON ({exc}); split the model again") from exc
         return _checked(path, data)
 
@@ -85,6 +89,17 @@ class Manifest:
                 raise CheckpointError(
                     f"{path}: sha256 is {found}, but {NAME} says {expected}; copy it again"
                 )
+
+
+def with_digest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields and, as `digest`, the sha256 in hex of their JSON; replaces an older digest."""
+    content = {name: value for name, value in fields.items() if name != _DIGEST}
+    return {**content, _DIGEST: hashlib.sha256(json.dumps(content).encode()).hexdigest()}
+
+
+def has_digest(fields: Mapping[str, Any]) -> bool:
+    """Whether the fields, which may have been written to a file and read, have their own digest."""
+    return _DIGEST in fields and with_digest(fields)[_DIGEST] == fields[_DIGEST]
 
 
 def sha256_of(path: Path) -> str:
@@ -116,7 +131,12 @@ def _checked(path: Path, data: Any) -> Manifest:
             f"{path}: format={data.get('format')}; this fedsplit reads {FORMAT}; split the model "
             "again"
         )
-    if not isinstance(data, dict) or set(data) != set(expected):
+    if isinstance(data, dict) and not has_digest(data):
+        raise CheckpointError(
+            f"{path}: damaged or edited, since its digest is not that of its fields; copy it "
+            "again, or split the model again"
+        )
+    if not isinstance(data, dict) or data.keys() - {_DIGEST} != expected.keys():
         found = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise CheckpointError(f"{path}: has {found}, but needs {sorted(expected)}")
     for name, kind in expected.items():
@@ -127,4 +147,4 @@ def _checked(path: Path, data: Any) -> Manifest:
     # A manifest may come from elsewhere; it must not name files outside its directory.
     if any("/" in name for name in data["files"]):
         raise CheckpointError(f"{path}: files must map plain file names to their sha256")
-    return Manifest(**data)
+    return Manifest(**{name: data[name] for name in expected})

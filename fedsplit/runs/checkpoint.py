@@ -1,11 +1,12 @@
 """Checkpoints: the state from which the server and the clients resume a run.
 
 A checkpoint is a folder such as `round-0007`, with safetensors files and a `checkpoint.json` that
-has the sha256 of each. It is written atomically (`fedsplit.atomic`): it is complete or absent.
+has the sha256 of each, and one of itself. It is written atomically (`fedsplit.atomic`): it is
+complete or absent.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from fedsplit import atomic
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.model.manifest import sha256_of
+from fedsplit.model.manifest import has_digest, sha256_of, with_digest
 from fedsplit.spec import RunSpec
 
-FORMAT = 3
+FORMAT = 4
 """Version of a checkpoint's layout; checkpoints of format 1 have no number in their label."""
 
 _LABEL = "checkpoint.json"
-_PREFIX = "round-"
+_PREFIX, _SUFFIX = "round-", ".safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,12 +32,14 @@ class Checkpoint:
 
     Attributes:
         round: The number of the round.
+        owner: The run and the side that it belongs to.
         settings: The settings that decide the run's numbers.
         facts: Single values of the state.
         tensors: Groups of tensors by name; each group is one file.
     """
 
     round: int
+    owner: str
     settings: dict[str, Any]
     facts: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
@@ -50,31 +53,46 @@ class Checkpoint:
         Raises:
             StorageError: A file cannot be written.
         """
-        final = parent / f"{_PREFIX}{self.round:04d}"
+        final = parent / _name(self.round)
         with atomic.new_folder(final) as unfinished:
             for name, group in self.tensors.items():
                 # safetensors writes only contiguous tensors.
                 group = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-                save_file(group, unfinished / f"{name}.safetensors")
+                save_file(group, unfinished / f"{name}{_SUFFIX}")
             label = {
                 "format": FORMAT,
                 "round": self.round,
+                "owner": self.owner,
                 "settings": self.settings,
                 "facts": self.facts,
                 "files": {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())},
             }
-            (unfinished / _LABEL).write_text(json.dumps(label, indent=1), encoding="utf-8")
+            text = json.dumps(with_digest(label), indent=1)
+            (unfinished / _LABEL).write_text(text, encoding="utf-8")
         return final
 
     @staticmethod
-    def read(path: Path, run: RunSpec) -> "Checkpoint":
+    def read(path: Path, run: RunSpec, owner: str, groups: Collection[str]) -> "Checkpoint":
         """Read a checkpoint of a run with the same settings.
 
+        Args:
+            path: Its folder.
+            run: The settings.
+            owner: The owner that it was written for.
+            groups: The names of its groups of tensors.
+
         Raises:
-            CheckpointError: A file is missing, or its sha256 differs from the one in the label.
+            CheckpointError: A file is missing or damaged, as its sha256 in the label shows, or the
+                folder is that of another round, or the checkpoint is that of another owner.
             ConfigError: The checkpoint was written with other settings; the text lists them.
         """
-        label = _label(path)
+        label = _label(path, groups)
+        if (path.name, owner) != (_name(label["round"]), label["owner"]):
+            raise CheckpointError(
+                f"{path} holds round {label['round']} of {label['owner']}, but this folder is for "
+                f"{path.name} of {owner}; move it back to its place, or remove it to resume from "
+                "the one before it"
+            )
         # Before the files are hashed, which takes long for large models.
         _check_settings(path, label["settings"], run.settings)
         for name, expected in label["files"].items():
@@ -84,9 +102,8 @@ class Checkpoint:
                     f"remove {path} to resume from the checkpoint before it"
                 )
         tensors = {Path(name).stem: load_file(path / name) for name in label["files"]}
-        return Checkpoint(
-            round=label["round"], settings=label["settings"], facts=label["facts"], tensors=tensors
-        )
+        kept = {name: label[name] for name in ("round", "owner", "settings", "facts")}
+        return Checkpoint(**kept, tensors=tensors)
 
 
 def checkpoints_in(parent: Path) -> dict[int, Path]:
@@ -114,16 +131,21 @@ def remove_after(parent: Path, number: int) -> None:
 def _folders(parent: Path) -> Iterator[tuple[int, Path]]:
     for path in parent.glob(f"{_PREFIX}*"):
         number = path.name.removeprefix(_PREFIX)
-        if number.isdigit() and (path / _LABEL).is_file():
+        # No other name of the same number, such as round-7.
+        if number.isdecimal() and path.name == _name(int(number)) and (path / _LABEL).is_file():
             yield int(number), path
 
 
-def _label(path: Path) -> dict[str, Any]:
+def _name(number: int) -> str:
+    return f"{_PREFIX}{number:04d}"
+
+
+def _label(path: Path, groups: Collection[str]) -> dict[str, Any]:
     try:
         label: dict[str, Any] = json.loads((path / _LABEL).read_text(encoding="utf-8"))
         if not label.keys() >= {"round", "settings", "facts", "files"}:
             raise ValueError(f"it has the keys {sorted(label)}")
-    except (OSError, ValueError, AttributeError) as exc:
+    except (OSError, ValueError, AttributeError, RecursionError) as exc:
         raise CheckpointError(
             f"{path} is no checkpoint of a run: {exc}; remove it to resume from the one before it"
         ) from exc
@@ -131,6 +153,17 @@ def _label(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is a checkpoint of format {found}, and this version reads {FORMAT}; "
             "resume the run with the version that it began with, or start a new run"
+        )
+    if not has_digest(label):
+        raise CheckpointError(
+            f"{path / _LABEL} is damaged or edited (its digest is not that of its fields); remove "
+            f"{path} to resume from the checkpoint before it"
+        )
+    # No other name becomes a path.
+    if label["files"].keys() != (files := {f"{group}{_SUFFIX}" for group in groups}):
+        raise CheckpointError(
+            f"{path / _LABEL} names the files {sorted(label['files'])}, but the checkpoint needs "
+            f"{sorted(files)}; remove {path} to resume from the checkpoint before it"
         )
     return label
 

@@ -67,6 +67,16 @@ def test_what_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "lines").mkdir()
     with pytest.raises(StorageError, match="lines cannot be written: Is a directory"):
         atomic.append_line(tmp_path / "lines", "a line")
+    path = tmp_path / "file" / "below"
+    path.parent.write_text("no folder")
+    for write in (
+        lambda: atomic.write_text(path, "text"),
+        lambda: write_folder(path, "text"),
+        lambda: atomic.append_line(path, "a line"),
+        lambda: atomic.create(path, "text"),
+    ):
+        with pytest.raises(StorageError, match="file/below cannot be written: Not a directory"):
+            write()
 
 
 def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path):
@@ -78,6 +88,15 @@ def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path):
     atomic.recover(tmp_path)
     assert names(tmp_path) == ["round-0002"]
     assert (tmp_path / "round-0002" / "deep" / "file").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+    write_folder(tmp_path / "model", "old")
+    with pytest.raises(StorageError, match="model cannot be written: No such file or directory"):
+        with atomic.new_folder(tmp_path / "model") as unfinished:
+            unfinished.rename(tmp_path / "away")  # so the last rename fails
+    assert names(tmp_path) == ["away", "model"]
+    assert (tmp_path / "model" / "deep" / "file").read_text() == "old"
 
 
 def test_a_folder_that_was_replaced_is_removed(tmp_path):

@@ -18,11 +18,12 @@ from fedsplit.model.checkpoint import (
     model_fingerprint,
     split_checkpoint,
 )
-from fedsplit.model.manifest import hashes_of
+from fedsplit.model.manifest import Manifest, hashes_of, with_digest
 from fedsplit.model.source import Source, on_meta
 from fedsplit.spec import SplitSpec
 from simulations.families import batches, random_model
 from simulations.tiny import tiny_config
+from tests.core.damage import with_flipped
 
 SPLIT = SplitSpec.parse("1/2/1")
 FAMILIES = "gpt2 llama gemma2 bloom falcon olmoe mixtral granite".split()
@@ -203,14 +204,13 @@ def test_the_manifest_says_what_the_part_is_of(tmp_path):
 
 def _edit_manifest(directory, **fields):
     path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    # As an author of manifests does: the digest is that of the new fields.
+    path.write_text(json.dumps(with_digest(json.loads(path.read_text()) | fields)))
 
 
 def _flip_a_bit(directory):
     path = directory / "part.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    path.write_bytes(with_flipped(path.read_bytes(), -8))
 
 
 def _drop_a_tensor(directory):
@@ -248,7 +248,7 @@ DAMAGE = {
     "the part": (lambda d: _edit_manifest(d, part="head"), r"part='head' is not one of"),
     "the format": (
         lambda d: _edit_manifest(d, format=9),
-        r"format=9; this fedsplit reads 2; split",
+        r"format=9; this fedsplit reads 3; split",
     ),
     "the class": (lambda d: _edit_manifest(d, model_class="os"), r"no model class 'os'"),
     "a path": (lambda d: _edit_manifest(d, files={"../x": ""}), r"plain file names"),
@@ -264,6 +264,26 @@ def test_a_damaged_part_is_one_clear_line(damage, text, tmp_path):
     with pytest.raises(CheckpointError, match=text) as error:
         load_part(trunk)
     assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_of_a_manifest_changes_nothing_that_is_read(tmp_path):
+    _saved(tmp_path / "whole")
+    trunk = split_checkpoint(str(tmp_path / "whole"), SPLIT, tmp_path / "parts")["trunk"]
+    path = trunk / "manifest.json"
+    whole, manifest = path.read_bytes(), Manifest.read(trunk)
+    # 11 has no factor in common with 8, so all bits of a byte are tried.
+    for bit in range(0, len(whole) * 8, 11):
+        path.write_bytes(with_flipped(whole, bit))
+        try:
+            assert Manifest.read(trunk) == manifest, f"bit {bit}"
+        except CheckpointError:
+            continue
+
+
+def test_a_manifest_of_brackets_alone_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"manifest.json: not JSON"):
+        load_part(tmp_path)
 
 
 def test_parts_join_in_their_order_only(tmp_path):

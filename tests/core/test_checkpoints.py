@@ -1,31 +1,41 @@
 """Checkpoints are whole or not there, and are refused where settings or bytes have changed."""
 
 import json
+import resource
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.errors import CheckpointError, ConfigError, StorageError
+from fedsplit.model.manifest import with_digest
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune, remove_after
 from fedsplit.spec import RunSpec, TrainSpec
+from tests.core.damage import with_flipped
 
 RUN = RunSpec()
+OWNER, GROUPS = "client-0/00000000000000aa", ("client_weights", "nothing")
 
 
 def checkpoint(round: int = 3, run: RunSpec = RUN) -> Checkpoint:
     weights = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.steps": torch.tensor(7)}
     return Checkpoint(
         round=round,
+        owner=OWNER,
         settings=run.settings,
         facts={"corpus": "abc"},
         tensors={"client_weights": weights, "nothing": {}},
     )
 
 
+def read(path: Path, run: RunSpec = RUN) -> Checkpoint:
+    return Checkpoint.read(path, run, OWNER, GROUPS)
+
+
 def test_what_was_written_is_read(tmp_path):
     path = checkpoint().write(tmp_path)
-    found = Checkpoint.read(path, RUN)
+    found = read(path)
     assert (found.round, found.facts) == (3, {"corpus": "abc"})
     assert found.tensors.keys() == {"client_weights", "nothing"}
     assert torch.equal(found.tensors["client_weights"]["a.weight"], torch.arange(6.0).reshape(2, 3))
@@ -50,29 +60,27 @@ def test_other_settings_are_named(tmp_path):
     path = checkpoint().write(tmp_path)
     other = replace(RUN, seed=5, train=TrainSpec(lr=0.5))
     with pytest.raises(ConfigError, match=r"seed was 0, is 5, train.lr was 0.003, is 0.5; resume"):
-        Checkpoint.read(path, other)
-    assert Checkpoint.read(path, replace(RUN, name="again", resume="auto")).round == 3
+        read(path, other)
+    assert read(path, replace(RUN, name="again", resume="auto")).round == 3
 
 
 def test_a_damaged_file_is_refused(tmp_path):
     path = checkpoint().write(tmp_path)
     file = path / "client_weights.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    file.write_bytes(with_flipped(file.read_bytes(), -8))
     with pytest.raises(CheckpointError, match="client_weights.safetensors is missing or damaged"):
-        Checkpoint.read(path, RUN)
+        read(path)
     file.unlink()
     with pytest.raises(CheckpointError, match="missing or damaged"):
-        Checkpoint.read(path, RUN)
+        read(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", "[" * 100_000])
 def test_what_is_no_snapshot_is_refused(tmp_path, text):
     path = checkpoint().write(tmp_path)
     (path / "checkpoint.json").write_text(text)
     with pytest.raises(CheckpointError, match="is no checkpoint of a run"):
-        Checkpoint.read(path, RUN)
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -98,5 +106,66 @@ def test_a_snapshot_of_another_format_is_refused_by_its_number(tmp_path):
     label = json.loads((path / "checkpoint.json").read_text())
     del label["format"]  # as the first format had none
     (path / "checkpoint.json").write_text(json.dumps(label))
-    with pytest.raises(CheckpointError, match="a checkpoint of format 1, and this version reads 3"):
-        Checkpoint.read(path, RUN)
+    with pytest.raises(CheckpointError, match="a checkpoint of format 1, and this version reads 4"):
+        read(path)
+
+
+def test_a_flipped_bit_of_the_label_changes_nothing_that_is_read(tmp_path):
+    path = checkpoint().write(tmp_path)
+    label, found = path / "checkpoint.json", read(path)
+    whole = label.read_bytes()
+    # 11 has no factor in common with 8, so all bits of a byte are tried.
+    for bit in range(0, len(whole) * 8, 11):
+        label.write_bytes(with_flipped(whole, bit))
+        try:
+            again = read(path)
+        except (CheckpointError, ConfigError):
+            continue
+        for name in ("round", "owner", "settings", "facts"):
+            assert getattr(again, name) == getattr(found, name), f"bit {bit}"
+
+
+def test_a_checkpoint_of_another_round_or_owner_is_refused(tmp_path):
+    path = checkpoint(3).write(tmp_path)
+    path = path.rename(tmp_path / "round-0002")
+    text = rf"round-0002 holds round 3 of {OWNER}, but this folder is for round-0002 of {OWNER}"
+    with pytest.raises(CheckpointError, match=text):
+        read(path)
+    path = path.rename(tmp_path / "round-0003")
+    with pytest.raises(CheckpointError, match=f"round 3 of {OWNER}, .* for round-0003 of client-1"):
+        Checkpoint.read(path, RUN, "client-1", GROUPS)
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"../../x": ""}, {"/etc/passwd": ""}], ids=["none", "above", "absolute"]
+)
+def test_a_label_that_names_no_files_or_foreign_ones_is_refused(tmp_path, files):
+    path = checkpoint().write(tmp_path)
+    label = json.loads((path / "checkpoint.json").read_text())
+    (path / "checkpoint.json").write_text(json.dumps(with_digest(label | {"files": files})))
+    with pytest.raises(
+        CheckpointError, match=r"names the files .*, but the checkpoint needs \['cl"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize("size", [0, 10, 500])
+def test_a_full_disk_is_our_error_and_the_checkpoint_before_stays(tmp_path, size):
+    path = checkpoint().write(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(StorageError, match=f"{path} cannot be written: .*File too large"):
+            checkpoint().write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read(path).round == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_the_folder_s_own_name_is_a_checkpoint(tmp_path):
+    path = checkpoint().write(tmp_path)
+    for name in ("round-3", "round-\N{SUPERSCRIPT THREE}", "round-"):
+        path.rename(tmp_path / name)
+        assert not checkpoints_in(tmp_path)
+        (tmp_path / name).rename(path)

@@ -100,11 +100,16 @@ def test_moments_carry_over_through_a_snapshot_to_the_last_bit(tmp_path, dtype):
     for number in range(6):
         if number == 3:
             kept = Checkpoint(
-                round=1, settings=run.settings, facts={}, tensors={"moments": second.state()}
+                round=1,
+                owner="client-0",
+                settings=run.settings,
+                facts={},
+                tensors={"moments": second.state()},
             )
             path = kept.write(tmp_path)
             second = PartOptimizer(broken, TRAIN)
-            second.load_state(Checkpoint.read(path, run).tensors["moments"])
+            found = Checkpoint.read(path, run, "client-0", ["moments"])
+            second.load_state(found.tensors["moments"])
         step(first, number)
         step(second, number)
     assert all(torch.equal(straight[name], broken[name]) for name in straight)

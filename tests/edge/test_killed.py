@@ -1,4 +1,4 @@
-"""A server that is killed at any point of a step goes on to the very same weights."""
+"""What a process leaves that is killed in a step, or while it writes a checkpoint."""
 
 import signal
 from pathlib import Path
@@ -36,3 +36,11 @@ def test_a_server_killed_at_a_point_goes_on_to_the_same_weights(point, folder, u
     assert went_on.keys() == undisturbed.keys()
     for name, tensor in undisturbed.items():
         assert torch.equal(went_on[name], tensor), name
+
+
+def test_a_writer_of_a_checkpoint_killed_anywhere_leaves_the_old_or_the_new_one(tmp_path):
+    code, output, errors = Program("tests.edge.killed_writer", tmp_path).end()
+    versions = output.split()
+    assert code == 0, errors
+    assert len(versions) > 10 and set(versions) == {"old", "new"}
+    assert versions == sorted(versions, reverse=True), "a version came back"

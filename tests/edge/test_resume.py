@@ -126,6 +126,31 @@ def test_a_damaged_snapshot_is_refused_and_can_be_removed(run):
     assert [stats.round for stats in resumed(run).rounds()] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("label", "edit"),
+    [
+        ("checkpoints", ('"round": 2', '"round": 1')),
+        ("clients/client-1/*", ('"batches": 4', '"batches": 5')),
+    ],
+    ids=["round", "batches"],
+)
+def test_a_flipped_bit_in_a_label_does_not_change_where_a_run_continues(run, label, edit):
+    (path,) = folder_of(run).path.glob(f"{label}/round-0002/checkpoint.json")
+    text = path.read_text()
+    assert text.count(edit[0]) == 1
+    path.write_text(text.replace(*edit))
+    with pytest.raises((CheckpointError, ConfigError), match="checkpoint.json is damaged or edi"):
+        resumed(run)
+
+
+def test_the_checkpoint_of_another_client_is_refused(run):
+    first, second = sorted(folder_of(run).path.glob("clients/client-*/*"))[:2]
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    with pytest.raises(ConfigError, match="round-0002 holds round 2 of client-0/.* of client-1/"):
+        resumed(run)
+
+
 def test_a_client_without_its_state_is_refused_by_name(run):
     shutil.rmtree(folder_of(run).path / "clients" / "client-1")
     with pytest.raises(ConfigError, match=r"client-1/\w+ holds nothing of round 2 .* state-dir"):

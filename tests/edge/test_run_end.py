@@ -150,6 +150,14 @@ def test_a_full_disk_is_reported_in_a_line_and_loses_nothing(ending, tmp_path, f
     assert files_in(resumed(run).path) == ending.files
 
 
+def test_a_number_in_the_metrics_does_not_decide_which_round_is_best(ending, tmp_path):
+    run = moved(ending.run, ending.runs, tmp_path / "runs")
+    lines = folder_of(run).path / "metrics.jsonl"
+    lines.write_text(json.dumps(json.loads(lines.read_text()) | {"eval_loss": 99.0}) + "\n")
+    weights = files_in(resumed(run).path)["model/model.safetensors"]
+    assert weights == ending.files["model/model.safetensors"]
+
+
 def test_a_run_that_stopped_early_and_was_killed_does_not_train_again(tmp_path):
     words = (*WORSE, "clients=1", "train.rounds=9", "train.local_steps=3", "train.patience=1")
     run = spec_for(tmp_path, *words, "train.save_every=1")
