@@ -39,6 +39,7 @@ class RoundStats:
             in a row were refused.
         refused_replies: The number of replies, in training and evaluation, that were refused
             because a number or an array of them was impossible.
+        clipped_replies: The replies whose change of the client weights the guard clipped.
         virtual_seconds: The duration on the virtual clock, if machines are simulated.
         client_bytes: The largest memory of one client for weights, gradients, moments and
             activations.
@@ -66,6 +67,7 @@ class RoundStats:
     refused_gradients: int = 0
     quarantines: int = 0
     refused_replies: int = 0
+    clipped_replies: int = 0
     virtual_seconds: float = math.nan
     client_bytes: int = 0
 
@@ -87,6 +89,7 @@ class RoundStats:
         # Only where there are some: they are rare, and the line is long.
         found = {
             "refused": self.refused_replies,
+            "clipped": self.clipped_replies,
             "steps without a client": self.short_steps,
             "gradients clipped": self.clipped_gradients,
             "gradients refused": self.refused_gradients,

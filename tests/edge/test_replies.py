@@ -320,6 +320,42 @@ def test_a_new_node_that_does_not_answer_holds_up_nobody(tmp_path):
     register(run, hello_of(run, "client-1"), step, answers_after=released)
 
 
+def test_a_reply_that_flower_cannot_decode_takes_no_other_one_with_it(tmp_path):
+    class Decoding(GridView):
+        """A grid that decodes all replies of a call, as Flower's does, or fails at one of them."""
+
+        def pull_messages(self, message_ids):
+            found = super().pull_messages(message_ids)
+            for reply in found:
+                MetricRecord.inflate(reply.content["hello"]["object"])
+            return found
+
+    client, server = ClientApp(), ServerApp()
+
+    @client.query("hello")
+    def hello(message, context):
+        is_hostile = context.node_config["partition-id"] == HOSTILE
+        body = MetricRecord({"x": 1}).deflate()
+        if is_hostile:
+            body = body[:-3] + b"\xff" * 3
+        return Message(RecordDict({"hello": ConfigRecord({"object": body})}), reply_to=message)
+
+    @server.main()
+    def main(grid, context):
+        tracker = MessageTracker(Decoding(grid, grid.get_node_ids, 60.0))
+        asked = [
+            Message(RecordDict(), dst_node_id=node, message_type="query.hello")
+            for node in grid.get_node_ids()
+        ]
+        ids, replies = tracker.send(asked), {}
+        while tracker.busy_nodes():
+            replies |= tracker.collect(ids)
+        assert [replies[i].has_error() for i in ids] == [True, False, False]
+        assert "Flower could not read its reply (DecodeError: " in replies[ids[0]].error.reason
+
+    run_inline(server, client, num_clients=3, run_config={})
+
+
 def test_a_reply_counts_once_and_only_for_its_message(tmp_path):
     class Repeating(GridView):
         """A grid that returns every reply again with each later one."""
@@ -380,6 +416,7 @@ TRAINING_ATTACKS = {
     "zeros of weight 1e15": everything_zero,
     "weight nan": lambda c: with_numbers(c, num_examples=math.nan),
     "no metrics": lambda c: c.pop(METRICS),
+    "times 50": lambda c: with_array(c, lambda a: Array(50 * a.numpy())),
 }
 EVALUATION_ATTACKS = {
     "no metrics": lambda c: c.pop(METRICS),
@@ -421,6 +458,8 @@ def fail(reply, number):
 def test_a_hostile_reply_costs_its_sender_the_round_and_changes_nothing_else(tmp_path):
     in_training, in_evaluation = list(TRAINING_ATTACKS.values()), list(EVALUATION_ATTACKS.values())
     words = [f"train.rounds={len(in_training)}", "clients=2", "train.warmup_steps=2"]
+    # The guard compares with the changes of the honest client, from the last attack on.
+    words.append("guard.after=5")
 
     def attack_training(reply, number):
         in_training[number](reply.content)

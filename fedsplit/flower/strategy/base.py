@@ -30,6 +30,7 @@ from fedsplit.flower.strategy.nodes import GridView, NodeRegistry, seeded_sampli
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState, Share
 from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of
+from fedsplit.flower.strategy.weight_guard import WeightGuard
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model.stage import TrunkPart
 from fedsplit.runs.folder import new_run_id
@@ -39,8 +40,8 @@ from fedsplit.spec.federation import POLICIES
 from fedsplit.trunk.update import TrunkUpdate
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-_CLIENT_STRATEGY = "client_weights/"
-"""The prefix of the wrapped strategy's state in a checkpoint."""
+_CLIENT_STRATEGY, _GUARD = "client_weights/", "guard/"
+"""The prefixes of the wrapped strategy's state, and the guard's, in a checkpoint."""
 
 
 class SplitStrategy(Strategy):
@@ -84,6 +85,7 @@ class SplitStrategy(Strategy):
         self._labels = labels
         self._on_round = on_round
         self._first_rounds = RoundState()
+        self._guard = WeightGuard(run.guard, memory=run.clients * run.train.rounds)
         self._num_rounds = 0
         self._is_over = False
         self._num_working = 0
@@ -252,6 +254,7 @@ class SplitStrategy(Strategy):
             # float64 keeps the loss exactly; torch's default is float32.
             "best": torch.tensor(self._early_stopping.best, dtype=torch.float64),
             **{_CLIENT_STRATEGY + name: tensor for name, tensor in inner.items()},
+            **{_GUARD + name: tensor for name, tensor in self._guard.state().items()},
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -264,12 +267,8 @@ class SplitStrategy(Strategy):
         self._early_stopping.best = float(state["best"])
         self._early_stopping.worse = int(state["worse"])
         self._is_over = bool(state["over"])
-        inner = {
-            name.removeprefix(_CLIENT_STRATEGY): tensor
-            for name, tensor in state.items()
-            if name.startswith(_CLIENT_STRATEGY)
-        }
-        load_state_into(self.client_strategy, inner)
+        load_state_into(self.client_strategy, _under(_CLIENT_STRATEGY, state))
+        self._guard.load_state(_under(_GUARD, state))
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -315,6 +314,7 @@ class SplitStrategy(Strategy):
             guard_counts=service.engine.guard_counts - guard_counts,
         )
         self._is_over = self._early_stopping.stops(stats) or is_last
+        self._guard.end_round()
         self._on_round(stats, arrays)
         coordinator.forget_departed()
 
@@ -328,6 +328,7 @@ class SplitStrategy(Strategy):
             trunk_server=self.trunk_server,
             add_join_info=self._add_join_info,
             merge=self._merge,
+            guard=self._guard,
             rounds=self._first_rounds,
             timeout_s=timeout_s,
         )
@@ -386,6 +387,10 @@ class SplitStrategy(Strategy):
             resumed=self._hello.resumed,
         )
         message.content = join_info.put_into(message.content)
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _evaluate_at_server(evaluate_fn: EvaluateFn | None, number: int, result: Result) -> None:

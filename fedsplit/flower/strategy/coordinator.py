@@ -30,6 +30,7 @@ from fedsplit.flower.strategy.round_policy import (
     advance,
 )
 from fedsplit.flower.strategy.tracker import MessageTracker
+from fedsplit.flower.strategy.weight_guard import WeightGuard
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.spec import RunSpec
 
@@ -60,6 +61,7 @@ class RoundCoordinator:
         trunk_server: The trunk's server; its service gets the names of the clients with work.
         add_join_info: Adds to a message what a client needs to take part in a round.
         merge: Merges replies.
+        guard: Bounds the clients' changes of the client weights.
         rounds: The policy's state at the start.
         timeout_s: Real seconds that a round may take; None: what the policy allows.
     """
@@ -73,10 +75,12 @@ class RoundCoordinator:
         trunk_server: TrunkServer,
         add_join_info: Callable[[Message, str, int], None],
         merge: Merge,
+        guard: WeightGuard,
         rounds: RoundState,
         timeout_s: float | None,
     ) -> None:
         self.rounds = rounds
+        self._guard = guard
         self.tracker = MessageTracker(grid)
         self.metrics = RoundMetrics()
         self._done: set[str] = set()
@@ -359,13 +363,18 @@ class RoundCoordinator:
 
     def _event_of(self, work: Work, reply: Message) -> Event:
         self.metrics.count_arrays(reply)
-        check = partial(
-            training_content,
-            sent=self._started[work.number],
-            codec=self._run.wire.client_weights,
-            work=self._service.engine.work.take(work.client),
-            is_stepped=self._is_stepped,
-        )
+        sent = self._started[work.number]
+        done = self._service.engine.work.take(work.client)
+
+        def check(content: RecordDict) -> RecordDict:
+            codec = self._run.wire.client_weights
+            checked = training_content(
+                content, sent=sent, codec=codec, work=done, is_stepped=self._is_stepped
+            )
+            bounded = self._guard.bounded(work.client, checked, sent)
+            self.metrics.clipped_replies += bounded is not checked
+            return bounded
+
         where = f"round {work.round}, training"
         if problem := self.metrics.problem_with(reply, check, work.client, where):
             # The trunk's barrier must not wait for a client that has failed.

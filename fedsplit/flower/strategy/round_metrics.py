@@ -25,15 +25,16 @@ class RoundMetrics:
 
     `trained` and `evaluated` hold the replies' metrics with the client's name; one client's
     entries are in the order of arrival. `asked` are the clients that were sent work. `reasons` are
-    the reasons of failures in training, and `refused_replies` the number of replies, in training
-    and evaluation, that were refused. Sums are in the order of names, because a sum of floats
-    depends on its order and the order of arrival is random.
+    the reasons of failures in training, `refused_replies` the number of replies, in training and
+    evaluation, that were refused, and `clipped_replies` that of clipped ones. Sums are in the order
+    of names, because a sum of floats depends on its order and the order of arrival is random.
     """
 
     trained: list[tuple[str, Numbers]] = field(default_factory=list)
     evaluated: list[tuple[str, Numbers]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     refused_replies: int = 0
+    clipped_replies: int = 0
     asked: set[str] = field(default_factory=set)
     arrays_bytes: int = 0
 
@@ -106,6 +107,7 @@ class RoundMetrics:
             steps=int(_sum(trained, "steps")),
             refused=int(_sum(trained, "refused")),
             refused_replies=self.refused_replies,
+            clipped_replies=self.clipped_replies,
             client_bytes=int(max((n["peak-bytes"] for n in trained), default=0)),
         )
 

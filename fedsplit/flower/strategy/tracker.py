@@ -59,12 +59,8 @@ class MessageTracker:
 
         If there are none, the call pauses, and each further pause without a reply is longer.
         """
-        waiting = {i for i in ids if i in self._out}
-        replies = {i: _not_taken(self._lost.pop(i)) for i in waiting & self._lost.keys()}
-        for reply in self._grid.pull_messages(waiting - replies.keys()) if waiting else ():
-            # Only the first reply counts, and only one that was asked for.
-            if (i := reply.metadata.reply_to_message_id) in waiting:
-                replies.setdefault(i, reply)
+        waiting = [i for i in ids if i in self._out]
+        replies = {i: reply for i in waiting for reply in self._pull(i)}
         for i in replies:
             del self._out[i]
         if replies or not waiting:
@@ -75,7 +71,22 @@ class MessageTracker:
             self._pause_s = min(2 * self._pause_s, _PAUSE_S[1])
         return replies
 
+    def _pull(self, message_id: str) -> list[Message]:
+        """Return the reply to a message, if it has arrived; at most one."""
+        message = self._out[message_id]
+        if message_id in self._lost:
+            del self._lost[message_id]
+            return [_failed(message, "Flower did not take it; the SuperLink's log says why")]
+        # One at a time: a grid decodes all replies of a call, and one that cannot be decoded would
+        # take the others with it.
+        try:
+            found = list(self._grid.pull_messages([message_id]))
+        except Exception as exc:  # foreign code, which decodes what a peer sent
+            reason = f"Flower could not read its reply ({type(exc).__name__}: {exc})"
+            return [_failed(message, reason)]
+        # Only the first reply counts, and only one to this message.
+        return [each for each in found if each.metadata.reply_to_message_id == message_id][:1]
 
-def _not_taken(message: Message) -> Message:
-    reason = "Flower did not take the message; the SuperLink's log says why"
+
+def _failed(message: Message, reason: str) -> Message:
     return Message(Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason), reply_to=message)
