@@ -22,6 +22,7 @@ DOORS = {  # they answer a caller who is somewhere else, or end a program
     "fedsplit/flower/withheld.py",
     "fedsplit/transport/calls.py",
     "fedsplit/trunk/engine.py",
+    "simulations/fuzzing/campaign.py",
     "simulations/sweep.py",
 }
 

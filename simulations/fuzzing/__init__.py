@@ -1,0 +1,1 @@
+"""A fuzzer: legal messages, replies and configs, changed by a grammar, are given to readers."""
