@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -95,18 +96,23 @@ def federate(run: RunSpec, client: ClientApp = client_app.app) -> RunFolder:
 
 
 def client_that(**doing: Any) -> ClientApp:
-    """The product's client app; `train=f` has f(message, context, go_on) stand before it."""
+    """The product's client app; `train=f` has f(message, context, go_on) stand before it.
+
+    `evaluate=f` does so too.
+    """
+
+    def before(name: str, work: Callable[[Message, Context], Message]) -> Any:
+        def answer(message: Message, context: Context) -> Message:
+            go_on = partial(work, message, context)
+            reply: Message = doing[name](message, context, go_on) if name in doing else go_on()
+            return reply
+
+        return answer
+
     app = ClientApp()
     app.query("hello")(client_app.hello)
-    app.evaluate()(client_app.evaluate)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        reply: Message = doing["train"](
-            message, context, partial(client_app.train, message, context)
-        )
-        return reply
-
+    app.train()(before("train", client_app.train))
+    app.evaluate()(before("evaluate", client_app.evaluate))
     return app
 
 

@@ -14,12 +14,13 @@ from tests.edge.federation import client_that, federate
 def breaking_in(round: int):
     """A client app that fails from this round on, as if the machines were gone."""
 
-    def train(message, context, go_on):
+    def work(message, context, go_on):
         if message.content.config_records["fedsplit"]["round"] >= round:
             raise RuntimeError("the power is gone")
         return go_on()
 
-    return client_that(train=train)
+    # A round that selected some of the clients goes on to its evaluation, which has all of them.
+    return client_that(train=work, evaluate=work)
 
 
 def interrupted(run: RunSpec, round: int) -> RunFolder:
