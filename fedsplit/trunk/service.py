@@ -262,24 +262,19 @@ class TrunkService:
         )
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:
-        self._check(request, past=0)
+        positions_BT, tokens = request.position_ids_BT, request.smashed_BTD.shape[1]
+        require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
+        require_positions(positions_BT, 0, tokens, self._num_positions)
         if request.training and not session.info.training:
             raise ProtocolError("this session was not opened for training; open another session")
-        if not request.training:
-            evaluated: Future[m.ForwardReply] = session.evaluate(request, self.engine.submit)
-            return self._wait(evaluated)
-        if request.bases_B is None:
-            future: Future[m.ForwardReply] = session.once(Kind.FORWARD, request, self.engine.submit)
+        if not request.training or request.bases_B is None:
+            kind = Kind.FORWARD if request.training else Kind.EVALUATE
+            future: Future[m.ForwardReply] = session.once(kind, request, self.engine.submit)
             return self._wait(future)
         forward = self.decoder.decode(session.info.client, request)
         return forward.encode(
             self._wait(session.once(Kind.FORWARD, forward.whole, self.engine.submit))
         )
-
-    def _check(self, request: m.ForwardRequest | m.GenerateRequest, *, past: int) -> None:
-        require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
-        tokens = request.smashed_BTD.shape[1]
-        require_positions(request.position_ids_BT, past, tokens, self._num_positions)
 
     def _backward(self, session: Session, request: m.BackwardRequest) -> m.BackwardReply:
         require_dtype("grad_trunk_out_BTD", request.grad_trunk_out_BTD.dtype, self._dtype)
@@ -297,7 +292,9 @@ class TrunkService:
         return self._wait(future)
 
     def _generate(self, session: Session, request: m.GenerateRequest) -> m.GenerateReply:
-        self._check(request, past=request.past)
+        positions_BT, tokens = request.position_ids_BT, request.smashed_BTD.shape[1]
+        require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
+        require_positions(positions_BT, request.past, tokens, self._num_positions)
         for entry in request.entries:
             require_dtype("keys_BHTE", entry.keys_BHTE.dtype, self._dtype)
             require_dtype("values_BHTE", entry.values_BHTE.dtype, self._dtype)

@@ -71,15 +71,17 @@ class Session:
     ) -> "Future[Any]":
         """Return the future of a request; only the first request of its name becomes a call.
 
+        An evaluation changes no state, so each copy of it is a call.
+
         Raises:
             ProtocolError: The request is not legal now.
             Overloaded: Too many other requests of this session have no answer yet.
             SessionLost: The session has ended, or the reply was too large to be kept.
         """
-        name = type(request), request.call
+        name, event = (type(request), request.call), _EVENTS.get(kind)
         # Two copies of one request may arrive at a time; the lock lets one of them submit.
         with self.lock:
-            future = self.replies.get(name)
+            future = self.replies.get(name) if event else None
             if future is None or self.leaving:
                 self._require_room()
                 if kind is Kind.GENERATE and request.call == self.too_large:
@@ -87,21 +89,24 @@ class Session:
                         f"the reply to call {request.call} is larger than limits.reply_bytes and "
                         "was not kept; send the session's tokens again"
                     )
-                self.state = advance(self.state, _EVENTS[kind], request.call)
-                future = self.replies[name] = self._submit(kind, request, submit)
-                self._drop_replies()
+                if event:
+                    self.state = advance(self.state, event, request.call)
+                info = self.info
+                call = Call(
+                    kind=kind,
+                    client=info.client,
+                    session=info.name,
+                    round=info.round,
+                    request=request,
+                )
+                future = submit(call)
+                self.in_progress.add(future)
+                # Removed at once, because a reply holds tensors.
+                future.add_done_callback(self.in_progress.discard)
+                if event:
+                    self.replies[name] = future
+                    self._drop_replies()
         return future
-
-    def evaluate(self, request: Any, submit: "Callable[[Call], Future[Any]]") -> "Future[Any]":
-        """Return the future of a forward that changes no state, so that each copy is a call.
-
-        Raises:
-            Overloaded: Too many other requests of this session have no answer yet.
-            SessionLost: The session has ended.
-        """
-        with self.lock:
-            self._require_room()
-            return self._submit(Kind.EVALUATE, request, submit)
 
     def _require_room(self) -> None:
         if self.leaving:
@@ -117,24 +122,6 @@ class Session:
                 "the most; wait for their replies",
                 retry_after_s=_RETRY_S,
             )
-
-    def _submit(
-        self, kind: Kind, request: Any, submit: "Callable[[Call], Future[Any]]"
-    ) -> "Future[Any]":
-        info = self.info
-        future = submit(
-            Call(
-                kind=kind,
-                client=info.client,
-                session=info.name,
-                round=info.round,
-                request=request,
-            )
-        )
-        self.in_progress.add(future)
-        # Removed at once, because a reply holds tensors.
-        future.add_done_callback(self.in_progress.discard)
-        return future
 
     def _drop_replies(self) -> None:
         # Replies hold tensors: those that may be repeated are kept, and as many to spare. A client
