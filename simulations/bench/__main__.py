@@ -22,6 +22,7 @@ BENCHES = (
     "accelerate",
     "clients",
     "compress",
+    "fuzz",
     "generate",
     "guard",
     "memory",
@@ -45,12 +46,17 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("name", choices=(*BENCHES, "all"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and rows there")
     parser.add_argument("--size", choices=("full", "toy"), default="full")
+    parser.add_argument("--cases", type=int, metavar="N", help="fuzz: the number of cases")
     arguments = parser.parse_args(words)
+    if arguments.cases and arguments.name != "fuzz":
+        parser.error("--cases is for fuzz")
+    options = {"cases": arguments.cases} if arguments.cases else {}
     quiet_libraries()
     report = Report()
     try:
         for name in BENCHES if arguments.name == "all" else (arguments.name,):
-            report.take(importlib.import_module(f"{__package__}.{name}").measure(arguments.size))
+            module = importlib.import_module(f"{__package__}.{name}")
+            report.take(module.measure(arguments.size, **options))
     except FedsplitError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """Runs cases one after the other, and counts those that ended otherwise than they may."""
 
 import gc
+import logging
 import sys
 import threading
 import time
@@ -74,7 +75,7 @@ class Findings:
 def campaign(first: int, cases: int, *, seed: int = 0) -> Findings:
     """Run the cases with these numbers, and an honest client beside them."""
     found, process, base_mib = Findings(), psutil.Process(), 0.0
-    with staged() as (stage, honest, alone), _watched(found) as watch:
+    with _quiet(), staged() as (stage, honest, alone), _watched(found) as watch:
         for number in range(first, first + cases):
             _run(found, watch, stage, Case(seed, number))
             found.threads_max = max(found.threads_max, threading.active_count())
@@ -182,3 +183,15 @@ def _watched(found: Findings) -> Iterator[_Watch]:
         yield watch
     finally:
         watch.stop()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log no warnings of refused requests; errors, which are faults of ours, are logged."""
+    log = logging.getLogger("fedsplit")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens.
 """
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,8 +49,7 @@ class _Hostile(Link):
         if type(reply) is not CALLS[type(request)].reply:
             raise errors.ProtocolError(f"the trunk answered with a {type(reply).__name__}")
         check_reply(request, reply)
-        result: R = reply
-        return result
+        return cast(R, reply)
 
     def _changed(self, reply: Reply) -> Any:
         rng = self._case.rng

@@ -42,6 +42,15 @@ FIGURES = {
         "loss_delta_history",
         "loss_delta_strong",
     ],
+    "fuzz": [
+        "cases",
+        "crashes",
+        "foreign_errors",
+        "hangs",
+        "honest_changed",
+        "rss_growth_mib",
+        "threads_max",
+    ],
     "generate": [
         "bytes_per_token",
         "bytes_per_token_floor",
@@ -131,6 +140,13 @@ def of_no_harm(told: dict[str, Any]) -> None:
     assert told["figures"]["replies_changed"] == told["figures"]["slots_held"] == 0
 
 
+def ending_as_it_may(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    assert figures["cases"] > 0
+    assert all(figures[name] == 0 for name in ("crashes", "foreign_errors", "hangs"))
+    assert figures["honest_changed"] == 0
+
+
 def costing_what_it_says(told: dict[str, Any]) -> None:
     figures = told["figures"]
     assert 0.25 < figures["bytes_ratio_default"] <= 0.27
@@ -142,6 +158,7 @@ HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accelerate": of_the_same_loss,
     "clients": more_with_more_clients,
     "compress": costing_what_it_says,
+    "fuzz": ending_as_it_may,
     "generate": exact_and_small,
     "guard": without_false_alarms,
     "memory": saved_at_the_trunk,
