@@ -88,7 +88,7 @@ def load_tokenizer(pretrained: str, revision: str = "main") -> PreTrainedTokeniz
                 local_files_only=bool(offline),
             )
     # transformers raises any of these for a tokenizer that is missing or damaged.
-    except (OSError, ValueError, KeyError, ImportError) as exc:
+    except (OSError, ValueError, KeyError, ImportError, RecursionError) as exc:
         where = f" from the hub's cache, and {offline}" if offline else ""
         raise DataError(
             f"model.pretrained={pretrained} has no tokenizer to load{where}: {exc}"
@@ -130,8 +130,9 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
     """
     try:
         fields = json.loads(text)
-        pipeline, special = fields["pipeline"], dict(fields["special"])
-    except (ValueError, KeyError, TypeError) as exc:
+        # No other keyword of the constructor, which also reads files.
+        pipeline, special = fields["pipeline"], {k: fields["special"][k] for k in SPECIAL_TOKENS}
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise DataError(
             f"the message has no tokenizer of fedsplit: found {text[:40]!r}; "
             "run the same version of fedsplit at server and client"

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.model.json_files import read_json
 from fedsplit.model.source import Source
 
 P = TypeVar("P", bound=PreTrainedModel)
@@ -60,11 +60,11 @@ def saved_config(origin: Source) -> LoraConfig:
     Raises:
         CheckpointError: It cannot be read, or `check_config` refuses it.
     """
+    fields = read_json(origin.file(NAME))
     try:
-        fields: dict[str, Any] = json.loads(origin.file(NAME).read_text(encoding="utf-8"))
         # It warns of fields of a newer peft and leaves them out.
         config = PeftConfig.from_peft_type(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as exc:
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
         first_line = (str(exc).splitlines() or [type(exc).__name__])[0]
         raise CheckpointError(
             f"{origin.name}: {NAME} does not describe an adapter ({first_line})"

@@ -26,6 +26,7 @@ from fedsplit.model.build import (
     initial_whole,
     load_whole,
 )
+from fedsplit.model.json_files import MAX_BLOCKS
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.plan import classifier_fields, model_class_for, plan_for
 from fedsplit.model.source import Source
@@ -34,8 +35,6 @@ from fedsplit.spec import ModelSpec, RunSpec
 
 log = logging.getLogger(__name__)
 
-# Each block takes memory and time before it has weights, and a million of them a whole day.
-MAX_BLOCKS = 4096
 _BLOCKS = "num_hidden_layers"
 
 

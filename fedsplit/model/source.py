@@ -5,7 +5,6 @@ shards that hold them.
 """
 
 import functools
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from fedsplit.model.identity import (
     values_digest,
     values_in_file,
 )
+from fedsplit.model.json_files import read_json, require_small
 from fedsplit.model.part_files import require_whole
 from fedsplit.model.plan import QUANTIZED, quantization_of
 from fedsplit.randomness import process_state
@@ -59,7 +59,13 @@ TOKENIZER_FILES = (
 
 # Endings of files with weights, and beginnings of the dtypes of quantized weights.
 _OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
+# What transformers raises for files whose fields have other types than it expects.
+_UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError)
 _QUANTIZED = ("F8", "F6", "F4", "I8", "U8")
+
+
+# An index names each tensor; those of the largest models have a million.
+_MAX_INDEX_BYTES = 100 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +84,8 @@ class Source:
             StorageError: The disk of the hub's cache is full.
         """
         offline = bool(offline_reason(self.name, self.revision))
+        if (path := self._file("config.json")) is not None:
+            require_small(path)
         try:
             with reporting_a_full_disk(self.name):
                 config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -86,7 +94,7 @@ class Source:
                     trust_remote_code=False,
                     local_files_only=offline,
                 )
-        except (OSError, ValueError, KeyError, StrictDataclassError) as exc:
+        except (*_UNREADABLE, StrictDataclassError) as exc:
             raise CheckpointError(
                 f"{self.name}: not a model that transformers {transformers.__version__} can read "
                 f"({_first_line(exc)}); give a directory with config.json or a hub id"
@@ -103,9 +111,10 @@ class Source:
         path = self._file(GENERATION)
         if path is None:
             return None
+        read_json(path)
         try:
             config: GenerationConfig = GenerationConfig.from_pretrained(path.parent)
-        except (OSError, ValueError, TypeError) as exc:
+        except _UNREADABLE as exc:
             raise CheckpointError(f"{self.name}: {GENERATION}: {_first_line(exc)}") from exc
         return config
 
@@ -229,6 +238,11 @@ class Source:
         checkpoint.
         """
         named = getattr(config, "transformers_weights", None)
+        if named and not _is_plain_name(named):
+            raise CheckpointError(
+                f"{self.name}: transformers_weights={named!r} in config.json must be the name of a "
+                "file beside it"
+            )
         for file in (named,) if named else (SINGLE, INDEX):
             path = self._file(file)
             if path is not None and file.endswith(".index.json"):
@@ -285,13 +299,18 @@ class Source:
 
 def _listed(index: Path) -> dict[str, str]:
     """The name of each tensor's file, by the tensor's name, as an index lists them."""
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise CheckpointError(f"{index}: not an index of tensors ({exc!r})") from exc
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise CheckpointError(f"{index}: not an index of tensors (weight_map maps no names)")
+    files = read_json(index, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
+    # A checkpoint may come from elsewhere; it must not name files outside its directory.
+    if not isinstance(files, dict) or not all(map(_is_plain_name, files.values())):
+        raise CheckpointError(
+            f"{index}: not an index of tensors (weight_map must map each one to the plain name of "
+            "its file)"
+        )
     return files
+
+
+def _is_plain_name(file: object) -> bool:
+    return isinstance(file, str) and Path(file).name == file
 
 
 def _require_floats(path: Path, names: list[str]) -> None:

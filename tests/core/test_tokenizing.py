@@ -111,7 +111,13 @@ def test_json_round_trip(tokenizer):
     assert tokenizer_to_json(again) == tokenizer_to_json(tokenizer)
 
 
-@pytest.mark.parametrize("text", ["", "no json", "[1]", "{}", '{"pipeline": "", "special": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "no json", "[1]", "{}", '{"pipeline": "", "special": 1}'),
+        pytest.param("[" * 100_000, id="brackets"),
+    ],
+)
 def test_json_of_something_else_is_refused(text):
     with pytest.raises(DataError, match="the message has no tokenizer of fedsplit: found '"):
         tokenizer_from_json(text)
