@@ -15,7 +15,8 @@ from typing import ClassVar
 from fedsplit.errors import ConfigError
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.optimization import unscale
-from fedsplit.trunk.update import Contribution, Gradients, TrunkStep, TrunkUpdate, accumulate
+from fedsplit.trunk.combine import Gradients
+from fedsplit.trunk.update import Contribution, TrunkStep, TrunkUpdate, accumulate
 
 
 class UnbalancedUpdate(TrunkUpdate):

@@ -15,13 +15,13 @@ from fedsplit.errors import StaleVersion
 from fedsplit.optimization import squared_norm, unscale
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
+from fedsplit.trunk.combine import Gradients
 from fedsplit.trunk.compute import Compute
 from fedsplit.trunk.guard import require_finite
 from fedsplit.trunk.norm_guard import Bounds, NormGuard, require_in_proportion
 from fedsplit.trunk.schedule import Schedule
 from fedsplit.trunk.update import (
     Contribution,
-    Gradients,
     StoredPass,
     TrunkStep,
     TrunkUpdate,
@@ -42,7 +42,7 @@ class Work:
     `barrier_version` is the number of barriers that had closed when the work began,
     `num_positions` the sequences times tokens of its backwards, and `sq_norm` the squared norm of
     its `gradients`. Work that is `outdated` has lost its version and cannot continue; that which
-    `is_clipped` was above a bound of the guard.
+    `is_clipped` was changed by the guard.
     """
 
     replica: "Replica"
@@ -153,8 +153,9 @@ class Replica:
         require_finite(torch.tensor(sq_norm, dtype=torch.float64), "the squared gradient norm")
         norm = math.sqrt(trunk_sq_norm)
         require_in_proportion(client, norm, bounds)
-        work.is_clipped = norm > bounds.clip
-        clip(work.gradients.values(), sq_norm, trunk_sq_norm, bounds.clip, self._run.train)
+        work.is_clipped = clip(
+            work.gradients.values(), sq_norm, trunk_sq_norm, bounds.clip, self._run.train
+        )
         decision = self.notify(
             aggregator.Contributed(
                 client=client, version=work.barrier_version, num_tokens=request.num_tokens

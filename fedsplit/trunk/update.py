@@ -180,7 +180,7 @@ def total_sq_norm(trunk_sq_norm: float, client_sq_norm: float, train: TrainSpec)
 
 def clip(
     gradients: Iterable[Tensor], sq_norm: float, trunk_sq_norm: float, most: float, train: TrainSpec
-) -> None:
+) -> bool:
     """Scale gradients in place, so that their norms are at most `train.clip_norm` and `most`.
 
     Args:
@@ -189,10 +189,15 @@ def clip(
         trunk_sq_norm: The squared norm of the trunk's gradients alone, which `most` bounds.
         most: The bound of the guard; may be infinite.
         train: The settings of the run.
+
+    Returns:
+        Whether `most` is the lower bound of the two, so that the guard has changed the gradients.
     """
-    coefficient = clip_coefficient(sq_norm, train.clip_norm)
+    coefficient, is_guarded = clip_coefficient(sq_norm, train.clip_norm), False
     if trunk_sq_norm > most**2:
-        coefficient = min(coefficient, most / math.sqrt(trunk_sq_norm))
+        guarded = most / math.sqrt(trunk_sq_norm)
+        coefficient, is_guarded = min(coefficient, guarded), guarded < coefficient
     if coefficient != 1.0:
         for gradient in gradients:
             gradient.mul_(coefficient)
+    return is_guarded

@@ -115,6 +115,16 @@ def test_a_gradient_over_ten_times_the_median_is_clipped_to_it(tiny_llama):
         assert here.service.engine.training.quarantine.records["m"].clipped == 1
 
 
+def test_what_the_clipping_of_the_run_bounds_further_is_not_clipped_by_the_guard(tiny_llama):
+    """So a spike in a run with `train.clip_norm` is no alarm, and changes no number."""
+    run = replace(GUARDED, train=replace(GUARDED.train, clip_norm=1e-6))
+    with world(tiny_llama(), run) as here:
+        for call, scale in enumerate((1e-4, 1e-4, 1e-4, 1e-4, 5e-3)):
+            send(here, call, scale)
+        here.service.close()
+        assert here.service.engine.guard_counts == GuardCounts()
+
+
 def test_a_resumed_trunk_has_the_norms_of_the_run(tiny_llama):
     with world(tiny_llama(), GUARDED) as here:
         for call in range(4):
