@@ -16,6 +16,33 @@ _UNFINISHED, _REPLACED, _REMOVED = ".unfinished-", ".replaced-", ".removed-"
 
 
 @contextmanager
+def writing(path: Path, unfinished: Path | None = None) -> Iterator[None]:
+    """Convert errors of the block, which writes `path`; an exception removes `unfinished`.
+
+    Raises:
+        StorageError: The block had an error of the operating system.
+    """
+    try:
+        yield
+    # Also at an interrupt: Ctrl-C must not leave a temporary file.
+    except BaseException as error:
+        if unfinished:
+            _discard(unfinished)
+            # If this fails too, `recover` tries again.
+            with suppress(OSError):
+                _put_back(path)
+        # Libraries in Rust raise their own types, which contain the text of Rust's I/O errors.
+        if isinstance(error, OSError) or "(os error " in str(error):
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            raise StorageError(
+                f"{path} cannot be written: {' '.join(reason.split())}; what was there is "
+                "unchanged. Make room or change the permissions, and start again (resume=auto "
+                "continues a run that has train.save_every)"
+            ) from error
+        raise
+
+
+@contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; the file that the block writes there becomes `path`.
 
@@ -23,7 +50,7 @@ def new_file(path: Path) -> Iterator[Path]:
         StorageError: The file cannot be written; what was at `path` is unchanged.
     """
     unfinished = _beside(path, _UNFINISHED)
-    with _writing(path, unfinished):
+    with writing(path, unfinished):
         yield unfinished
         # Content first: a rename that reaches the disk before it would leave an empty file.
         _sync(unfinished)
@@ -39,7 +66,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         StorageError: The folder cannot be written; what was at `path` is unchanged.
     """
     unfinished, replaced = _beside(path, _UNFINISHED), _beside(path, _REPLACED)
-    with _writing(path, unfinished):
+    with writing(path, unfinished):
         _discard(unfinished)  # a killed process may have left one
         unfinished.mkdir(parents=True)
         yield unfinished
@@ -61,7 +88,7 @@ def make_folder(path: Path) -> bool:
     Raises:
         StorageError: It cannot be made.
     """
-    with _writing(path):
+    with writing(path):
         try:
             path.mkdir(parents=True)
         except FileExistsError:
@@ -85,7 +112,7 @@ def create(path: Path, text: str) -> bool:
     Raises:
         StorageError: The file cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         try:
             # "x" makes the check and the creation one operation: of two processes one succeeds.
             with path.open("x", encoding="utf-8") as file:
@@ -103,7 +130,7 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         StorageError: The line cannot be written.
     """
-    with _writing(path), path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
         file.flush()
         os.fsync(file.fileno())
@@ -116,7 +143,7 @@ def remove(folder: Path) -> None:
         StorageError: It cannot be removed.
     """
     removed = _beside(folder, _REMOVED)
-    with _writing(folder):
+    with writing(folder):
         _discard(removed)
         if folder.exists():
             folder.rename(removed)
@@ -134,34 +161,11 @@ def recover(folder: Path) -> None:
     """
     for replaced in folder.glob(f"{_REPLACED}*"):
         original = folder / replaced.name.removeprefix(_REPLACED)
-        with _writing(original):
+        with writing(original):
             _put_back(original)
     for prefix in (_UNFINISHED, _REPLACED, _REMOVED):
         for temporary in folder.glob(f"{prefix}*"):
             _discard(temporary)
-
-
-@contextmanager
-def _writing(path: Path, unfinished: Path | None = None) -> Iterator[None]:
-    """Convert errors of the block, which writes `path`; an exception removes `unfinished`."""
-    try:
-        yield
-    # Also at an interrupt: Ctrl-C must not leave a temporary file.
-    except BaseException as error:
-        if unfinished:
-            _discard(unfinished)
-            # If this fails too, `recover` tries again.
-            with suppress(OSError):
-                _put_back(path)
-        # Libraries in Rust raise their own types, which contain the text of Rust's I/O errors.
-        if isinstance(error, OSError) or "(os error " in str(error):
-            reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            raise StorageError(
-                f"{path} cannot be written: {' '.join(reason.split())}; what was there is "
-                "unchanged. Make room or change the permissions, and start again (resume=auto "
-                "continues a run that has train.save_every)"
-            ) from error
-        raise
 
 
 def _beside(path: Path, prefix: str) -> Path:

@@ -72,7 +72,8 @@ def split_checkpoint(
         atomic.make_folder(directory)
         # Before the manifest, which holds the hashes of all files.
         if name == "bottom-top":
-            origin.copy_texts(directory)
+            with atomic.writing(directory):
+                origin.copy_texts(directory)
         part = build(config, split, source=source, revision=revision, model_class=model_class)
         part.identity.update(identity)
         _write_part(part, name, split, origin, directory)
@@ -155,7 +156,9 @@ def join_checkpoint(
             f"join needs the {PARTS[0]} part first and the {PARTS[1]} second, "
             f"not {client} and {trunk}"
         )
-    join_model(client_part, trunk_part).save_pretrained(out_dir)
+    joined = join_model(client_part, trunk_part)
+    with atomic.writing(Path(out_dir)):
+        joined.save_pretrained(out_dir)
 
 
 def _split_of(manifest: Manifest, directory: Path) -> SplitSpec:

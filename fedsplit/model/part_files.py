@@ -56,12 +56,15 @@ def write_files(part: PreTrainedModel, tensors: Mapping[str, Tensor], directory:
             raise ConfigError(
                 f"{directory} holds a whole model ({name}); save the part to another directory"
             )
-    part.config.save_pretrained(directory)
+    kept = _untied(part, tensors)
+    # First, since it is the largest: on a full disk, nothing of the directory changes.
+    with atomic.new_file(directory / WEIGHTS) as unfinished:
+        save_file(kept, unfinished, metadata={"format": "pt"})
     config = directory / CONFIG_NAME
+    with atomic.writing(config):
+        part.config.save_pretrained(directory)
     marked = json.loads(config.read_text(encoding="utf-8")) | {_MARK: REFUSAL}
     atomic.write_text(config, json.dumps(marked, indent=2))
-    kept = _untied(part, tensors)
-    save_file(kept, directory / WEIGHTS, metadata={"format": "pt"})
     # The Trainer resumes from the files of this index. transformers also needs its "metadata", so
     # that it does not load the part under another config either.
     index = {"weight_map": dict.fromkeys(kept, WEIGHTS)}
@@ -138,7 +141,8 @@ def save_part(
     atomic.make_folder(directory)
     names = write_files(part, part.state_dict() if state_dict is None else state_dict, directory)
     if name == CLIENT and part.can_generate():
-        part.generation_config.save_pretrained(directory)
+        with atomic.writing(directory / GENERATION_CONFIG_NAME):
+            part.generation_config.save_pretrained(directory)
         names.append(GENERATION_CONFIG_NAME)
     bounds = (part.trunk_blocks.start, part.trunk_blocks.stop, part.plan.num_blocks)
     split = SplitSpec(bottom=bounds[0], trunk=bounds[1] - bounds[0], top=bounds[2] - bounds[1])

@@ -1,4 +1,8 @@
-"""Damage to the bytes of files."""
+"""Damage to files, and disks without room."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def with_flipped(content: bytes, bit: int) -> bytes:
@@ -6,3 +10,14 @@ def with_flipped(content: bytes, bit: int) -> bytes:
     data = bytearray(content)
     data[bit // 8] ^= 1 << bit % 8
     return bytes(data)
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """A context in which no file can be larger than `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,7 +1,6 @@
 """Checkpoints are whole or not there, and are refused where settings or bytes have changed."""
 
 import json
-import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from fedsplit.errors import CheckpointError, ConfigError, StorageError
 from fedsplit.model.manifest import with_digest
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune, remove_after
 from fedsplit.spec import RunSpec, TrainSpec
-from tests.core.damage import with_flipped
+from tests.core.damage import room_for, with_flipped
 
 RUN = RunSpec()
 OWNER, GROUPS = "client-0/00000000000000aa", ("client_weights", "nothing")
@@ -152,13 +151,9 @@ def test_a_label_that_names_no_files_or_foreign_ones_is_refused(tmp_path, files)
 @pytest.mark.parametrize("size", [0, 10, 500])
 def test_a_full_disk_is_our_error_and_the_checkpoint_before_stays(tmp_path, size):
     path = checkpoint().write(tmp_path)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        with pytest.raises(StorageError, match=f"{path} cannot be written: .*File too large"):
+    with pytest.raises(StorageError, match=f"{path} cannot be written: .*File too large"):
+        with room_for(size):
             checkpoint().write(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert read(path).round == 3
     assert list(tmp_path.iterdir()) == [path]
 
