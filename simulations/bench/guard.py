@@ -1,9 +1,9 @@
 """The guard against clients that are out of proportion: false alarms, attacks, and its cost.
 
-A vision transformer learns to classify digits with SGD without clipping, which bounds nothing by
-itself. For `clean_refusals`, each client has the images of one digit and ten times the usual
-learning rate. For the losses, one more client attacks from the second round on; they are those of
-the other clients, over those of a run without it. docs/training.md explains the figures.
+A vision transformer learns to classify digits without clipping, which would bound the attacks by
+itself. For `clean_refusals`, each client has the images of one digit, and trains by SGD with ten
+times the usual learning rate. For the losses, one more client attacks from the second round on;
+they are those of the other clients, over those of a run without it.
 """
 
 import math
@@ -73,10 +73,10 @@ _TINY = (
     "model.config.num_attention_heads=2 model.config.intermediate_size=32"
 )
 _RUN = (
-    "experiment=images train.optimizer=sgd train.clip_norm=0 train.batch_size=8 train.lr=0.1 "
-    f"train.warmup_steps=10 {_TINY}"
+    "experiment=images train.clip_norm=0 train.batch_size=8 train.lr=0.01 train.warmup_steps=10 "
+    f"{_TINY}"
 )
-_ONE_CLASS = "sharding=pathological sharding.classes=1 train.lr=1.0"
+_ONE_CLASS = "sharding=pathological sharding.classes=1 train.optimizer=sgd train.lr=1.0"
 _TIMED = 2000
 """Contributions that the guard judges to measure its time."""
 _CLASSES = 10

@@ -108,10 +108,10 @@ class Rounds:
             replies = list(pool.map(lambda member: self._train(number, member), members))
         self.service.close()
         good = [reply for reply in replies if reply is not None]
-        total = sum(float(reply.metric_records[METRICS][WEIGHT]) for reply in good)  # type: ignore[arg-type]
+        weights = [_weight(reply) for reply in good]
         mean: dict[str, torch.Tensor] = {}
-        for reply in good:
-            share = float(reply.metric_records[METRICS][WEIGHT]) / total  # type: ignore[arg-type]
+        for reply, weight in zip(good, weights, strict=True):
+            share = weight / sum(weights)
             for name, array in reply.array_records[ARRAYS].items():
                 part = torch.from_numpy(values_of(array).copy()) * share
                 mean[name] = mean[name] + part if name in mean else part
@@ -136,7 +136,7 @@ class Rounds:
             trained = to_arrays(weights)
             if member.attack.weight:
                 trained = to_arrays({name: torch.zeros_like(p) for name, p in weights.items()})
-            numbers = {
+            numbers: dict[str, int | float | list[int] | list[float]] = {
                 WEIGHT: member.attack.weight or stats.num_tokens,
                 "loss": stats.loss,
                 "steps": stats.steps,
@@ -161,6 +161,12 @@ class Rounds:
             return None
         finally:
             self.service.release(member.name)
+
+
+def _weight(reply: RecordDict) -> float:
+    weight = reply.metric_records[METRICS][WEIGHT]
+    assert isinstance(weight, int | float), "a checked reply has numbers"
+    return weight
 
 
 @contextmanager
