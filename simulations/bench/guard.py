@@ -205,4 +205,4 @@ def _combinations(report: Report, what: Size, alone: float) -> None:
         clean = alone if combine == "mean" else _loss(report, what, "none", None, setting)
         attacked = _loss(report, what, "label_flip_x9", steady, setting)
         report.figures[f"loss_{combine}"] = clean / alone
-        report.figures[f"loss_others_label_flip_x9_{combine}"] = attacked / alone
+        report.figures[f"loss_others_label_flip_x9_{combine}"] = attacked / clean
