@@ -1,16 +1,12 @@
-"""The precision that a client's forwards ask of their trunk: that of the client's own autocast.
-
-Shapes: B sequences, T tokens, D hidden width.
-"""
+"""The precision that a client's forwards ask of their trunk: that of the client's own autocast."""
 
 import logging
 
 import torch
-from torch import Tensor
 
 from fedsplit.model.acceleration import precision_of
 from fedsplit.spec import ModelSpec
-from fedsplit.wire.messages import AUTOCAST, ForwardRequest
+from fedsplit.wire.messages import AUTOCAST
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +46,13 @@ class Precision:
             )
         return ""
 
-    def check_cut(self, hidden_BTD: Tensor, wire: torch.dtype) -> None:
+    def check_cut(self, hidden: torch.dtype, wire: torch.dtype, device: torch.device) -> None:
         """Warn once if autocast has rounded the hidden states, which the trunk adds to in `wire`.
 
         It does so in families that project their embeddings to the width of the blocks.
         """
-        name = _name(hidden_BTD.dtype)
-        if hidden_BTD.dtype != wire and name == autocast_on(hidden_BTD.device):
+        name = _name(hidden)
+        if hidden != wire and name == autocast_on(device):
             self._warn(
                 f"under autocast, this family's hidden states at the cut are in {name}, and the "
                 f"trunk continues with them in {_name(wire)}; so the results differ from the "
@@ -69,9 +65,9 @@ class Precision:
             log.warning(text)
 
 
-def may_overflow(forward: ForwardRequest, trunk: str) -> bool:
-    """Whether gradients of a forward pass through float16; `trunk` is the precision of its run."""
-    return "float16" in (forward.autocast, trunk, _name(forward.smashed_BTD.dtype))
+def may_overflow(client: str, trunk: str, wire: torch.dtype) -> bool:
+    """Whether gradients pass through float16: by either side's autocast, or as `wire` is it."""
+    return "float16" in (client, trunk, _name(wire))
 
 
 def autocast_on(device: torch.device) -> str:

@@ -185,7 +185,7 @@ class RemoteTrunk:
             FedsplitError: The trunk refused, or could not be reached within the budget.
         """
         dtype = hidden_BTD.dtype
-        self._precision.check_cut(hidden_BTD, self._dtype)
+        self._precision.check_cut(dtype, self._dtype, hidden_BTD.device)
         # A model may be converted later, and under autocast some families leave another dtype.
         hidden_BTD = hidden_BTD.to(self._dtype)
         if cache is not None:
@@ -227,7 +227,7 @@ class RemoteTrunk:
             request=request,
             want_grad=below_trains,
             codec=self._wire.grad_up,
-            may_overflow=may_overflow(request, self.autocast),
+            may_overflow=may_overflow(request.autocast, self.autocast, self._dtype),
             watch=self.watch,
         )
         apply: Callable[..., Tensor] = RemoteTrunkFunction.apply

@@ -15,7 +15,7 @@ from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, e
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.envelope import read_frame, write_frame
 from fedsplit.wire import messages
-from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor, encoding_of, traveling
+from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor, traveling
 from fedsplit.wire.compression import NUMBERS
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
@@ -164,7 +164,8 @@ def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
         elif not isinstance(value, Tensor) and not value:
             pass
         elif kind is _Kind.TENSOR:
-            getattr(body, name).CopyFrom(_write_tensor(value, parts, *encoding_of(message)))
+            codec, base = getattr(message, "codec", "none"), getattr(message, "base_BTD", None)
+            getattr(body, name).CopyFrom(_write_tensor(value, parts, codec, base))
         elif kind is _Kind.TENSORS:
             getattr(body, name).extend(_write_tensor(item, parts) for item in value)
         elif kind is _Kind.VALUES:

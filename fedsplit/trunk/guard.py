@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,18 +13,11 @@ from fedsplit.spec import RunSpec
 from fedsplit.wire.finite import refuse_non_finite
 from fedsplit.wire.messages import StepRequest
 
-
-def require_finite(tensor: Tensor, name: str) -> None:
-    """Refuse a tensor that holds NaN or Inf.
-
-    Raises:
-        NonFinite: It does; the message has the name and the number of such entries.
-    """
-    refuse_non_finite(
-        tensor,
-        name,
-        "it was refused and nothing was changed; lower the learning rate or look at this batch",
-    )
+require_finite = partial(
+    refuse_non_finite,
+    advice="it was refused and nothing was changed; lower the learning rate or look at this batch",
+)
+"""Refuses a client's tensor that holds NaN or Inf; see `refuse_non_finite`."""
 
 
 def require_dtype(name: str, dtype: torch.dtype, ours: torch.dtype) -> None:

@@ -150,7 +150,7 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
 def through_codec(message: M) -> M:
     """The message as its receiver gets it: every tensor is decoded, detached and independent."""
     original: Any = message
-    codec, base = encoding_of(original)
+    codec, base = getattr(original, "codec", "none"), getattr(original, "base_BTD", None)
     copies: dict[str, Any] = {}
     for name in (each.name for each in traveling(type(original))):
         value = getattr(original, name)
@@ -167,11 +167,6 @@ def through_codec(message: M) -> M:
 def traveling(message: Any) -> list[Field[Any]]:
     """The fields of a message, or of its class, that are sent."""
     return [each for each in fields(message) if each.metadata != STAYS]
-
-
-def encoding_of(message: object) -> tuple[str, Tensor | None]:
-    """The codec of a message's float tensors, and the base that they are differences from."""
-    return getattr(message, "codec", "none"), getattr(message, "base_BTD", None)
 
 
 def as_received(tensor: Tensor, codec: str, base: Tensor | None = None) -> Tensor:

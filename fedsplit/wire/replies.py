@@ -57,8 +57,15 @@ def _check_open(_: m.OpenRequest, reply: m.OpenReply) -> None:
         raise _illegal("autocast", reply.autocast)
 
 
-def _check_forward(request: m.ForwardRequest, reply: m.ForwardReply) -> None:
-    _check_hidden(reply.trunk_out_BTD, request.smashed_BTD)
+def _check_output(
+    request: m.ForwardRequest | m.GenerateRequest, reply: m.ForwardReply | m.GenerateReply
+) -> None:
+    got_BTD, sent_BTD = reply.trunk_out_BTD, request.smashed_BTD
+    B, T, D = sent_BTD.shape
+    kept = min(T, getattr(request, "logits_to_keep", T))
+    wanted = (sent_BTD.dtype, (B, kept, D))
+    _check_like("trunk_out", (got_BTD.dtype, tuple(got_BTD.shape)), wanted)
+    refuse_non_finite(got_BTD, "the trunk's answer trunk_out", _AT_FAULT, most=MAX_HIDDEN)
 
 
 def _check_backward(request: m.BackwardRequest, reply: m.BackwardReply) -> None:
@@ -79,13 +86,15 @@ def _check_backward(request: m.BackwardRequest, reply: m.BackwardReply) -> None:
             + _AT_FAULT
         )
     if grad_BTD is not None:
-        _check_like("grad_smashed", grad_BTD, request.grad_trunk_out_BTD)
+        sent_BTD = request.grad_trunk_out_BTD
+        wanted = (sent_BTD.dtype, tuple(sent_BTD.shape))
+        _check_like("grad_smashed", (grad_BTD.dtype, tuple(grad_BTD.shape)), wanted)
         if not request.may_overflow:
             refuse_non_finite(grad_BTD, "the trunk's answer grad_smashed", _AT_FAULT)
 
 
 def _check_generate(request: m.GenerateRequest, reply: m.GenerateReply) -> None:
-    _check_hidden(reply.trunk_out_BTD, request.smashed_BTD[:, -request.logits_to_keep :])
+    _check_output(request, reply)
     if reply.entries and not request.stateless:
         raise ProtocolError(
             "the trunk answered with keys and values, which only kv=client asks for"
@@ -158,16 +167,14 @@ def _flat(texts: Mapping[str, str]) -> list[tuple[str, str]]:
     return [("a budget", text) for pair in texts.items() for text in pair]
 
 
-def _check_hidden(got_BTD: Tensor, wanted_BTD: Tensor) -> None:
-    _check_like("trunk_out", got_BTD, wanted_BTD)
-    refuse_non_finite(got_BTD, "the trunk's answer trunk_out", _AT_FAULT, most=MAX_HIDDEN)
-
-
-def _check_like(name: str, got: Tensor, sent: Tensor) -> None:
-    if got.shape != sent.shape or got.dtype != sent.dtype:
+def _check_like(
+    name: str, got: tuple[torch.dtype, tuple[int, ...]], wanted: tuple[torch.dtype, tuple[int, ...]]
+) -> None:
+    """Compare dtype and shape."""
+    if got != wanted:
         raise BadTensor(
-            f"the trunk answered {name} {NAMES[got.dtype]} {tuple(got.shape)} to a request of "
-            f"{NAMES[sent.dtype]} {tuple(sent.shape)}"
+            f"the trunk answered {name} {NAMES[got[0]]} {got[1]} to a request of "
+            f"{NAMES[wanted[0]]} {wanted[1]}"
         )
 
 
@@ -189,7 +196,7 @@ def _illegal(name: str, value: object) -> ProtocolError:
 
 _CHECKS: dict[type, Callable[[Any, Any], None]] = {
     m.OpenReply: _check_open,
-    m.ForwardReply: _check_forward,
+    m.ForwardReply: _check_output,
     m.BackwardReply: _check_backward,
     m.GenerateReply: _check_generate,
     m.GradientsReply: _check_gradients,

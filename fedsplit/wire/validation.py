@@ -74,7 +74,7 @@ def check_id(name: str, value: str) -> None:
 
 
 def _check_forward(request: ForwardRequest, limits: Limits) -> None:
-    _check_width("smashed", request.smashed_BTD, limits)
+    _check_width("smashed", tuple(request.smashed_BTD.shape), request.smashed_BTD.dtype, limits)
     B, T, _ = request.smashed_BTD.shape
     if request.training:
         _check_trained("smashed", B, T, limits)
@@ -130,13 +130,18 @@ def _check_bases(request: ForwardRequest) -> None:
 
 
 def _check_backward(request: BackwardRequest, limits: Limits) -> None:
-    _check_width("grad_trunk_out", request.grad_trunk_out_BTD, limits)
+    _check_width(
+        "grad_trunk_out",
+        tuple(request.grad_trunk_out_BTD.shape),
+        request.grad_trunk_out_BTD.dtype,
+        limits,
+    )
     B, T, _ = request.grad_trunk_out_BTD.shape
     _check_trained("grad_trunk_out", B, T, limits)
 
 
 def _check_generate(request: GenerateRequest, limits: Limits) -> None:
-    _check_width("smashed", request.smashed_BTD, limits)
+    _check_width("smashed", tuple(request.smashed_BTD.shape), request.smashed_BTD.dtype, limits)
     B, T, _ = request.smashed_BTD.shape
     num_tokens = B * (request.past + T)
     if num_tokens > limits.session_tokens:
@@ -196,15 +201,14 @@ def _check_evaluated(B: int, T: int, limits: Limits) -> None:
         )
 
 
-def _check_width(name: str, tensor_BTD: Tensor, limits: Limits) -> None:
-    shape = tuple(tensor_BTD.shape)
+def _check_width(name: str, shape: tuple[int, ...], dtype: torch.dtype, limits: Limits) -> None:
     if len(shape) != 3 or shape[2] != limits.hidden_size:
         raise BadTensor(
             f"{name} has shape {shape}; (sequences, tokens, {limits.hidden_size}) is needed, since "
             f"the trunk's hidden size is {limits.hidden_size}"
         )
-    if not tensor_BTD.is_floating_point():
-        raise BadTensor(f"{name} is {NAMES[tensor_BTD.dtype]}; a float dtype is needed")
+    if not dtype.is_floating_point:
+        raise BadTensor(f"{name} is {NAMES[dtype]}; a float dtype is needed")
 
 
 def _check_integers(
