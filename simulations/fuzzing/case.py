@@ -28,18 +28,21 @@ class Case:
 
     def sent(self, what: Any) -> None:
         """Add something that was sent to the log."""
-        self.log.append(("sent", what))
+        self.log.append(("sent", _kept(what)))
 
     def got(self, what: Any) -> None:
         """Add a result or a coded error to the log, and count it."""
-        is_error = isinstance(what, FedsplitError)
-        # As text: the traceback of an error would keep the case's models alive.
-        self.log.append(("got", f"{what.code}: {what}" if is_error else what))
-        self.ends[what.code if is_error else "ok"] += 1
+        self.log.append(("got", _kept(what)))
+        self.ends[what.code if isinstance(what, FedsplitError) else "ok"] += 1
 
     def __str__(self) -> str:
         lines = [f"case {self.number} of seed {self.seed}"]
         return "\n".join([*lines, *(f"  {way} {_short(what)}" for way, what in self.log)])
+
+
+def _kept(what: Any) -> Any:
+    # An error as text: its traceback would keep the case's models alive.
+    return f"{what.code}: {what}" if isinstance(what, FedsplitError) else what
 
 
 def _short(what: Any) -> str:
