@@ -14,7 +14,16 @@ from tests.edge.federation import federate, joined, spec_for, without_seconds
 from tests.edge.resuming import folder_of, interrupted, resumed
 
 DAY_S = 86_400.0
-NODE = Node(partition=0, partitions=1, data_path="", device="cpu", tls_ca="", state_dir="kept")
+NODE = Node(
+    partition=0,
+    partitions=1,
+    data_path="",
+    device="cpu",
+    tls_ca="",
+    state_dir="kept",
+    trunk_address="",
+    trusts_runs=True,
+)
 
 
 def test_a_second_run_of_the_name_leaves_the_first_what_it_needs(tmp_path):

@@ -19,6 +19,7 @@ DOORS = {  # they answer a caller who is somewhere else, or end a program
     "fedsplit/config/commandline.py",
     "fedsplit/console.py",
     "fedsplit/flower/inline.py",
+    "fedsplit/flower/strategy/tracker.py",
     "fedsplit/flower/withheld.py",
     "fedsplit/transport/calls.py",
     "fedsplit/trunk/engine.py",
