@@ -22,7 +22,7 @@ from fedsplit.cli.command import (
     quiet,
     read_token,
 )
-from fedsplit.errors import ConfigError, Internal, one_line
+from fedsplit.errors import ConfigError, Internal
 from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:
@@ -278,5 +278,4 @@ class Info(Command):
         rows |= {f"in use: {name}": value for name, value in sorted(info.budgets.items())}
         if info.served_model_names:
             rows["trunks here, by name"] = ", ".join(info.served_model_names)
-        # The server's texts may have control characters of terminals.
-        print(table_text([(name, one_line(str(value))) for name, value in rows.items()]))
+        print(table_text([(name, str(value)) for name, value in rows.items()]))
