@@ -178,6 +178,9 @@ class Quarantine:
 
     def accept(self, client: str, *, clipped: bool) -> None:
         """Count an accepted contribution."""
+        # Clients that never stand out leave no record, however many come and go.
+        if not clipped and client not in self.records:
+            return
         record = self._record(client)
         record.clipped += clipped
         record.clipped_in_a_row = record.clipped_in_a_row + 1 if clipped else 0

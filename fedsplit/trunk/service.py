@@ -111,6 +111,7 @@ class TrunkService:
         self._clients.forget(client)
         self._last_steps.pop(client, None)
         self.decoder.forget(client)
+        self.engine.work.take(client)
         if not self.engine.ended.done():
             self.engine.run(lambda: self.engine.training.forget_client(client))
         return True

@@ -83,7 +83,8 @@ def _check_backward(request: m.BackwardRequest, reply: m.BackwardReply) -> None:
     if not is_overflow and not (0.0 <= sq_norm <= most and math.isfinite(sq_norm)):
         raise NonFinite(
             f"the trunk answered trunk_sq_norm={sq_norm:g}, which is no squared norm of gradients; "
-            + _AT_FAULT
+            "nothing was changed; this batch's gradients overflow, the trunk has diverged, or its "
+            "server is faulty"
         )
     if grad_BTD is not None:
         sent_BTD = request.grad_trunk_out_BTD

@@ -32,7 +32,9 @@ def graph(num_bytes=10, expires_at=100.0, barrier=0, replica=ALICES, batched=Non
 def pass_of_two(num_bytes=20):
     """The graphs of two clients that shared a pass."""
     x = torch.zeros(2, requires_grad=True)
-    batched = BatchedForward(smashed_BTD=x, trunk_out_BTD=x * 2, num_bytes=num_bytes, rows=(1, 1))
+    batched = BatchedForward(
+        smashed_BTD=x, trunk_out_BTD=x * 2, num_bytes=num_bytes, rows=(1, 1), autocast=""
+    )
     return [graph(num_bytes=num_bytes // 2, batched=batched) for _ in batched.rows]
 
 

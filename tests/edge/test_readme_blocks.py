@@ -121,7 +121,12 @@ def test_every_program_is_there():
         for words in LINES
         if words[:2] == ["python", "-m"]
     }
-    assert [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").exists()] == []
+    paths = {module: ROOT / module.replace(".", "/") for module in modules}
+    assert [
+        module
+        for module, path in paths.items()
+        if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists())
+    ] == []
 
 
 def test_every_target_is_in_the_makefile():
