@@ -75,6 +75,11 @@ def set_status(context: grpc.ServicerContext, error: FedsplitError) -> None:
     context.set_details(detail)
 
 
+def is_rpc_error(exc: Exception) -> bool:
+    """Whether a call over gRPC failed, and not what came before or after it."""
+    return isinstance(exc, grpc.RpcError)
+
+
 def from_rpc_error(exc: grpc.RpcError, address: str, deadline_s: float) -> FedsplitError:
     """The trunk's error if the metadata has its code, or else the error for gRPC's status."""
     metadata = {item.key: str(item.value) for item in exc.trailing_metadata() or ()}

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import ClassVar
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -318,6 +319,24 @@ def test_a_new_node_that_does_not_answer_holds_up_nobody(tmp_path):
 
     run = spec_for(tmp_path, "clients=2")
     register(run, hello_of(run, "client-1"), step, answers_after=released)
+
+
+def test_a_failing_superlink_is_no_failure_of_its_clients():
+    class Stopped(GridView):
+        def pull_messages(self, message_ids):
+            raise grpc.RpcError("the SuperLink has stopped the run")
+
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        tracker = MessageTracker(Stopped(grid, grid.get_node_ids, 60.0))
+        node, *_ = grid.get_node_ids()
+        asked = Message(RecordDict(), dst_node_id=node, message_type="query.hello")
+        tracker.collect(tracker.send([asked]))
+
+    with pytest.raises(grpc.RpcError, match="the SuperLink has stopped the run"):
+        run_inline(server, ClientApp(), num_clients=1, run_config={})
 
 
 def test_a_reply_that_flower_cannot_decode_takes_no_other_one_with_it(tmp_path):

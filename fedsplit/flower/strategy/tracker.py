@@ -7,6 +7,8 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedsplit.transport.status import is_rpc_error
+
 _PAUSE_S = (0.005, 0.1)
 """The pause between two polls of a grid: the first one, and the longest while nothing arrives."""
 
@@ -82,6 +84,8 @@ class MessageTracker:
         try:
             found = list(self._grid.pull_messages([message_id]))
         except Exception as exc:  # foreign code, which decodes what a peer sent
+            if is_rpc_error(exc):  # the SuperLink failed, and not the sender of this reply
+                raise
             reason = f"Flower could not read its reply ({type(exc).__name__}: {exc})"
             return [_failed(message, reason)]
         # Only the first reply counts, and only one to this message.
