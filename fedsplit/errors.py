@@ -99,6 +99,9 @@ class Overloaded(FedsplitError):
     status = "RESOURCE_EXHAUSTED"
     retryable = True
 
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
 
 # --- failures that need an action of the client before it tries again -------------------------
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from fedsplit.errors import DeadlineExceeded, FedsplitError, Overloaded
 
-_RETRY_AFTER_S = 1.0
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Slot:
@@ -155,7 +153,6 @@ class Slots:
         ]
         error = Overloaded(
             f"{full}, which is the most; try again later, or raise the limit at the trunk",
-            retry_after_s=_RETRY_AFTER_S,
         )
         if not silent:
             raise error

@@ -14,9 +14,6 @@ from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.sessions import no_session
 from fedsplit.wire import messages as m
 
-_RETRY_S = 1.0
-"""How long a client waits before it asks again for a session."""
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Member:
@@ -229,8 +226,7 @@ class TrunkRouter:
         if not any(self._forget(member) for member in list(self._clients.values())):
             raise Overloaded(
                 f"{self._max_clients} clients have sessions here, which is the most "
-                "(limits.clients); try again when one has left, or raise the limit at the trunk",
-                retry_after_s=_RETRY_S,
+                "(limits.clients); try again when one has left, or raise the limit at the trunk"
             )
 
     def _forget(self, member: _Member) -> bool:

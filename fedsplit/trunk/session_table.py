@@ -9,9 +9,6 @@ from fedsplit.errors import Forbidden, Overloaded
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.sessions import Session, no_session
 
-_RETRY_S = 1.0
-"""How long a client waits before it asks again for a session."""
-
 
 class SessionTable:
     """The open sessions of a trunk, the least recently used first; several threads may use it.
@@ -129,7 +126,6 @@ def _first_to_go(sessions: list[Session], held: Counter[str], limit: str) -> Ses
         raise Overloaded(
             f"{len(sessions)} sessions are open, which is the most ({limit}); try again when one "
             "has ended, or raise the limit at the trunk",
-            retry_after_s=_RETRY_S,
         )
     # The first of several that are equal, which is the least recently used.
     return max(generating, key=lambda each: held[each.info.client])
