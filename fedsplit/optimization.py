@@ -107,7 +107,8 @@ class PartOptimizer:
         Args:
             step: The position in the schedule of the learning rate, from 0.
             coefficient: The factor on the gradients, from clipping.
-            lr_scale: The factor on the learning rate; it is below 1 for stale gradients.
+            lr_scale: The factor on the learning rate; it is below 1 for stale gradients, and after
+                training diverged.
         """
         if coefficient != 1.0:
             for gradient in self.gradients():

@@ -95,6 +95,7 @@ class ClientTrainer:
         proximal_mu: Weight of FedProx's term, which keeps parameters near their present values.
         shared: Names of the parameters that have this term; by default all that are trained.
         loss_scale: The loss scale after those steps; used only while a side computes in float16.
+        lr_scale: The factor on the learning rate of this client.
         objective: The objective to minimize; that of a strategy is its `client_objective`.
 
     Raises:
@@ -112,6 +113,7 @@ class ClientTrainer:
         proximal_mu: float = 0.0,
         shared: Collection[str] | None = None,
         loss_scale: LossScale = INITIAL_SCALE,
+        lr_scale: float = 1.0,
         objective: type[ClientObjective] = ClientObjective,
     ) -> None:
         apply_training_options(model, run.train)
@@ -119,6 +121,7 @@ class ClientTrainer:
         self.optimizer = PartOptimizer(trained, run.train)
         self.steps = step
         self.loss_scale = loss_scale
+        self._lr_scale = lr_scale
         self._model = model
         self._trunk = trunk
         self._run = run
@@ -146,7 +149,8 @@ class ClientTrainer:
         client_sq_norm, sq_norm = self._sq_norms()
         # The trunk first: if it refuses the step, the client has not changed yet.
         self._step_trunk(num_tokens, client_sq_norm)
-        self.optimizer.step(self.steps, self._clip_coefficient(client_sq_norm, sq_norm))
+        coefficient = self._clip_coefficient(client_sq_norm, sq_norm)
+        self.optimizer.step(self.steps, coefficient, self._lr_scale)
         self._count_step()
         return StepStats(loss=loss, num_tokens=num_tokens)
 

@@ -91,9 +91,9 @@ def hello(message: Message, context: Context) -> Message:
 
 def _begin_checkpoints(folder: Path, run: RunSpec, hello: Hello, context: Context) -> None:
     """Write the first checkpoint of a client's run, or check that of a resumed one."""
-    if hello.resumed:
+    if hello.history.branches:
         # Only a check: a missing or damaged checkpoint is an error now, not in the round.
-        Memory.restore(folder, hello.resumed, run)
+        Memory.restore(folder, hello.history, run)
     elif Memory.of(context.state) is None and not folder.exists():
         remove_old_runs(folder.parent, time.time())
         # A client that is first selected after the resumed round starts from this checkpoint.
@@ -115,6 +115,7 @@ def train(message: Message, context: Context) -> Message:
             proximal_mu=_proximal_mu(message.content),
             shared=session.shared,
             loss_scale=memory.loss_scale,
+            lr_scale=session.join.lr_scale,
             objective=_objective(run),
         )
         trainer.optimizer.load_state(memory.moments)
@@ -126,6 +127,7 @@ def train(message: Message, context: Context) -> Message:
         personal=session.personal,
         history=dict(session.trunk.encoder_state),
         loss_scale=trainer.loss_scale,
+        branch=session.join.history.branch,
     )
     memory.put_into(context.state)
     if run.train.save_every:
@@ -272,12 +274,14 @@ def _built(
 
 
 def _memory(context: Context, node: Node, run: RunSpec, join: JoinInfo) -> Memory:
-    """Return the client's state: Flower's, else that of a checkpoint, else an empty one."""
-    memory = Memory.of(context.state)
-    # Flower's state is empty at the first message after a resume; the checkpoint takes its place.
-    if memory is None and join.resumed:
-        return Memory.restore(node.checkpoints_of(run, join.run_id), join.resumed, run)
-    return memory or Memory()
+    """Return the client's state: Flower's if it is valid, else a checkpoint's, else a new one."""
+    memory, history = Memory.of(context.state), join.history
+    if memory is not None and memory.branch == history.branch:
+        return memory
+    # The run went back, or Flower's state was lost with the process of the SuperNode.
+    if run.train.save_every:
+        return Memory.restore(node.checkpoints_of(run, join.run_id), history, run)
+    return Memory()
 
 
 def _objective(run: RunSpec) -> type[ClientObjective]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fedsplit import atomic
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
-from fedsplit.errors import CheckpointError, ModelMismatch
+from fedsplit.errors import CheckpointError, ModelMismatch, ProtocolError
 from fedsplit.flower.npy import tensor_of
-from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune
+from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, facts_of, prune, remove_after
+from fedsplit.runs.history import History
 from fedsplit.spec import RunSpec
 
 ARRAYS = "arrays"
@@ -24,35 +25,33 @@ WEIGHT = "num-examples"
 """Flower's key of a client's weight; here it counts tokens."""
 _HELLO, _JOIN_INFO, _COUNTS = "hello", "fedsplit", "counts"
 _KEPT = ("moments", "personal", "history")
+_NEW = History()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """The first message to a client: the run that it joins.
 
-    `run_id` is the id that a run keeps when it is resumed. A run that was `resumed` continues
-    after that round; a new one has 0 there. `config`, `tokenizer` and `labels` are those of
-    `JoinInfo`, so that a client can check its data before the first round.
+    `run_id` is the id that a run keeps when it is resumed. `config`, `tokenizer`, `labels` and
+    `history` are those of `JoinInfo`, so that a client can check its data and its checkpoints
+    before the first round.
     """
 
     run_id: str
     config: str
     tokenizer: str
     labels: tuple[str, ...] = ()
-    resumed: int = 0
+    history: History = _NEW
 
     @property
     def content(self) -> RecordDict:
         """The content of the message."""
-        # Flower's records hold lists, not tuples.
-        fields = {**asdict(self), "labels": list(self.labels)}
-        return RecordDict({_HELLO: ConfigRecord(fields)})
+        return RecordDict({_HELLO: _record_of(self)})
 
     @staticmethod
     def of(content: RecordDict) -> "Hello":
         """Read the message's content."""
-        fields: dict[str, Any] = dict(content.config_records[_HELLO])
-        return Hello(**{**fields, "labels": tuple(fields["labels"])})
+        return Hello(**_fields_of(content.config_records[_HELLO]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +60,11 @@ class JoinInfo:
 
     `address` and `token` lead to the trunk, `config` is the run's fingerprint, `tokenizer` a
     tokenizer as JSON (empty for a checkpoint, which has its own), `labels` are the classes of a
-    classifier. `run_id` and `resumed` are those of `Hello`.
+    classifier. `run_id` is that of `Hello`. `history` says which state of the client is valid, and
+    `lr_scale` is the factor on the learning rate, at most 1.
+
+    Raises:
+        ProtocolError: The factor is not above 0 and at most 1.
     """
 
     client: str
@@ -72,19 +75,25 @@ class JoinInfo:
     tokenizer: str
     run_id: str
     labels: tuple[str, ...] = ()
-    resumed: int = 0
+    history: History = _NEW
+    lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        # NaN fails this comparison too.
+        if not 0 < self.lr_scale <= 1:
+            raise ProtocolError(
+                f"the server scales the learning rate by {self.lr_scale}, which must be above 0 "
+                "and at most 1; run the same code at both sides"
+            )
 
     def put_into(self, content: RecordDict) -> RecordDict:
         """Return a message's content with this information added."""
-        # Flower's records hold lists, not tuples.
-        fields = {**asdict(self), "labels": list(self.labels)}
-        return RecordDict({**content, _JOIN_INFO: ConfigRecord(fields)})
+        return RecordDict({**content, _JOIN_INFO: _record_of(self)})
 
     @staticmethod
     def of(content: RecordDict) -> "JoinInfo":
         """Read the information from a message's content."""
-        fields: dict[str, Any] = dict(content.config_records[_JOIN_INFO])
-        return JoinInfo(**{**fields, "labels": tuple(fields["labels"])})
+        return JoinInfo(**_fields_of(content.config_records[_JOIN_INFO]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +102,8 @@ class Memory:
 
     `steps` and `batches` are the numbers of optimizer steps taken and batches read. `moments` are
     the optimizer's, `personal` the tensors of the personal part, both by name. `history` is the
-    state of the wire's codecs (AQ-SGD's activations), and `loss_scale` that of float16.
+    state of the wire's codecs (AQ-SGD's activations), and `loss_scale` that of float16. `branch` is
+    the branch of the run's `History` that the state belongs to.
     """
 
     steps: int = 0
@@ -102,6 +112,7 @@ class Memory:
     personal: dict[str, Tensor] = field(default_factory=dict)
     history: dict[str, Tensor] = field(default_factory=dict)
     loss_scale: LossScale = INITIAL_SCALE
+    branch: int = 0
 
     @staticmethod
     def of(state: RecordDict) -> "Memory | None":
@@ -135,35 +146,53 @@ class Memory:
         prune(parent, (round - 1) // every * every - every)
 
     @staticmethod
-    def restore(parent: Path, round: int, run: RunSpec) -> "Memory":
-        """Return the client's state at the end of `round`.
+    def restore(parent: Path, history: History, run: RunSpec) -> "Memory":
+        """Return the client's last state that belongs to a history, now of its present branch.
+
+        The checkpoints after it, which belong to no branch of the history, are removed.
 
         Raises:
-            CheckpointError: There is no checkpoint of this round or before, or it is damaged.
+            CheckpointError: There is no such checkpoint, or it is damaged.
         """
         atomic.recover(parent)
-        # A client that was not selected in `round` wrote its last checkpoint in an earlier one.
-        kept = {number: path for number, path in checkpoints_in(parent).items() if number <= round}
-        if not kept:
-            raise CheckpointError(
-                f"{parent} holds nothing of round {round} or before, so this client cannot resume "
-                "the run; start it on the machine with that folder (node config state-dir), or "
-                "start a new run without resume"
-            )
-        checkpoint = Checkpoint.read(kept[max(kept)], run, _owner(parent), _KEPT)
-        groups: dict[str, Any] = {name: checkpoint.tensors[name] for name in _KEPT}
-        return Memory._of(groups, checkpoint.facts)
+        for number, path in reversed(checkpoints_in(parent).items()):
+            facts = facts_of(path, _KEPT)
+            if number > history.last_round_of(facts["branch"]):
+                continue
+            checkpoint = Checkpoint.read(path, run, _owner(parent), _KEPT)
+            groups: dict[str, Any] = {name: checkpoint.tensors[name] for name in _KEPT}
+            remove_after(parent, number)
+            return Memory._of(groups, {**checkpoint.facts, "branch": history.branch})
+        raise CheckpointError(
+            f"{parent} holds nothing of round {min(history.rounds, default=0)} or before, so this client "
+            "cannot resume the run; start it on the machine with that folder (node config "
+            "state-dir), or start a new run without resume"
+        )
 
     @property
     def _counts(self) -> dict[str, Any]:
         scale = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
-        return {"steps": self.steps, "batches": self.batches, **scale}
+        return {"steps": self.steps, "batches": self.batches, "branch": self.branch, **scale}
 
     @staticmethod
     def _of(groups: dict[str, Any], counts: dict[str, Any]) -> "Memory":
         scale = LossScale(value=counts["loss_scale"], good_steps=counts["good_steps"])
-        steps, batches = counts["steps"], counts["batches"]
-        return Memory(**groups, steps=steps, batches=batches, loss_scale=scale)
+        kept = {name: counts[name] for name in ("steps", "batches", "branch")}
+        return Memory(**groups, **kept, loss_scale=scale)
+
+
+def _record_of(info: Hello | JoinInfo) -> ConfigRecord:
+    fields = asdict(info)
+    fields |= fields.pop("history")
+    # Flower's records hold lists, not tuples.
+    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()})
+
+
+def _fields_of(record: ConfigRecord) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(record)
+    fields["labels"] = tuple(fields["labels"])
+    branches, rounds = tuple(fields.pop("branches")), tuple(fields.pop("rounds"))
+    return {**fields, "history": History(branches=branches, rounds=rounds)}
 
 
 def _owner(parent: Path) -> str:

@@ -124,7 +124,30 @@ class RunRecorder:
             self._write(self._folder.checkpoints, stats.round)
             prune(self._folder.checkpoints, stats.round - train.save_every)
 
-    def _finish(self) -> None:
+    @property
+    def last_checkpoint(self) -> int:
+        """The round of the last checkpoint; 0 if there is none."""
+        return max(checkpoints_in(self._folder.checkpoints), default=0)
+
+    def go_back(self) -> ArrayRecord:
+        """Load the last checkpoint into trunk and strategy; return its client weights.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        self._go_back_to(self._last())
+        return self.arrays
+
+    def end_with_last_checkpoint(self, reason: str) -> None:
+        """Write the result of a run that diverged: that of its last checkpoint, or the best round.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        self._go_back_to(self._last())
+        self._finish(ended=reason)
+
+    def _finish(self, ended: str = "") -> None:
         """Write the result: the weights of the last round, or with `load_best` of the best one."""
         best = checkpoints_in(self._folder.best)
         if self._run.train.load_best and best:
@@ -133,7 +156,7 @@ class RunRecorder:
             # Parts are joined on one device, and a trunk may be spread over several.
             placed(self._parts.trunk, "cpu")
         result = self._parts or self._model
-        write_result(self._folder, result, self._tokenizer, self._corpus, self._run)
+        write_result(self._folder, result, self._tokenizer, self._corpus, self._run, ended)
         # Only now: until the result is complete, its best weights are in best/ alone.
         self._folder.tidy()
         # For whoever reads the log of a deployment.
@@ -143,19 +166,25 @@ class RunRecorder:
 
     def _resume(self, folder: RunFolder) -> None:
         folder.tidy()
-        checkpoints = checkpoints_in(folder.checkpoints)
-        checkpoint = self._read(checkpoints[max(checkpoints)])
+        checkpoint = self._last()
         if checkpoint.facts["corpus"] != self._corpus.sha256:
             raise ConfigError(
                 f"{folder.path} was trained on data with sha256 {checkpoint.facts['corpus']}, but "
                 f"{self._corpus.name} has {self._corpus.sha256} now; resume with the same data"
             )
+        self._go_back_to(checkpoint)
+        self.first_round = checkpoint.round + 1
+
+    def _last(self) -> Checkpoint:
+        checkpoints = checkpoints_in(self._folder.checkpoints)
+        return self._read(checkpoints[max(checkpoints)])
+
+    def _go_back_to(self, checkpoint: Checkpoint) -> None:
         self._restore(checkpoint)
         self._best = checkpoint.facts["best"]
         # Rounds after the checkpoint are trained again, so their records must not remain.
-        folder.forget_after(checkpoint.round)
-        remove_after(folder.best, checkpoint.round)
-        self.first_round = checkpoint.round + 1
+        self._folder.forget_after(checkpoint.round)
+        remove_after(self._folder.best, checkpoint.round)
 
     def _write(self, parent: Path, number: int) -> None:
         weights = {name: p.detach() for name, p in shared(self._model, self._run).items()}

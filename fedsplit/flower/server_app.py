@@ -63,7 +63,7 @@ def main(grid: Grid, context: Context) -> None:
         run=run,
         tokenizer=tokenizer_json,
         labels=labels,
-        on_round=recorder.on_round,
+        recorder=recorder,
     )
     # A run that is refused until here leaves no folder.
     with recorder.recording(method):

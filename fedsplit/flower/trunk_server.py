@@ -1,6 +1,7 @@
 """The trunk's server beside Flower: starts and stops the trunk service with its gRPC server."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
@@ -16,6 +17,10 @@ class TrunkServer:
         trunk: The trunk part; it trains while the context is entered.
         run: The run.
         update: Makes a step of the trunk from the clients' gradients.
+
+    Attributes:
+        service: The service; its engine has the state of training.
+        address: The address that clients call, while the context is entered.
     """
 
     def __init__(
@@ -25,13 +30,24 @@ class TrunkServer:
         *,
         update: type[TrunkUpdate] = TrunkUpdate,
     ) -> None:
-        self.service = TrunkService(trunk, run, update=update)
         self.address = ""
+        self._trunk = trunk
         self._run = run
+        self._update = update
+        self._wire = run.wire
         self._open = ExitStack()
+        self.renew()
+
+    def renew(self) -> None:
+        """Replace the service by a new one, as if the process had begun again.
+
+        Call it outside of the context. Clients of the old service have no valid token any more. The
+        new one is served at the same address, so that they learn this at once.
+        """
+        self.service = TrunkService(self._trunk, self._run, update=self._update)
 
     def __enter__(self) -> "TrunkServer":
-        wire, limits = self._run.wire, self.service.limits
+        wire, limits = self._wire, self.service.limits
         # As many as all clients may have, so that none can take the place of another.
         server = GrpcServer(
             self.service,
@@ -47,6 +63,7 @@ class TrunkServer:
             opening.callback(server.stop)
             bound = server.start()
             self.address = wire.advertise or bound
+            self._wire = replace(wire, bind=bound)
             self._open = opening.pop_all()
         return self
 

@@ -19,7 +19,7 @@ from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.manifest import has_digest, sha256_of, with_digest
 from fedsplit.spec import RunSpec
 
-FORMAT = 4
+FORMAT = 5
 """Version of a checkpoint's layout; checkpoints of format 1 have no number in their label."""
 
 _LABEL = "checkpoint.json"
@@ -109,6 +109,16 @@ class Checkpoint:
 def checkpoints_in(parent: Path) -> dict[int, Path]:
     """Return the checkpoints in a folder by their round, oldest first."""
     return dict(sorted(_folders(parent)))
+
+
+def facts_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
+    """Return the facts of a checkpoint without reading its tensors.
+
+    Raises:
+        CheckpointError: Its label is missing or damaged.
+    """
+    facts: dict[str, Any] = _label(path, groups)["facts"]
+    return facts
 
 
 def prune(parent: Path, oldest_needed: int) -> None:

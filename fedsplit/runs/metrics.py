@@ -40,6 +40,8 @@ class RoundStats:
         refused_replies: The number of replies, in training and evaluation, that were refused
             because a number or an array of them was impossible.
         clipped_replies: The replies whose change of the client weights the guard clipped.
+        went_back_from: The round that diverged, if training went back from it to the round before
+            this one, and continues at half the learning rate.
         virtual_seconds: The duration on the virtual clock, if machines are simulated.
         client_bytes: The largest memory of one client for weights, gradients, moments and
             activations.
@@ -68,6 +70,7 @@ class RoundStats:
     quarantines: int = 0
     refused_replies: int = 0
     clipped_replies: int = 0
+    went_back_from: int = 0
     virtual_seconds: float = math.nan
     client_bytes: int = 0
 
@@ -95,7 +98,10 @@ class RoundStats:
             "gradients refused": self.refused_gradients,
             "in quarantine": self.quarantines,
         }
-        return "".join(f", {count} {what}" for what, count in found.items() if count)
+        troubles = [f"{count} {what}" for what, count in found.items() if count]
+        if self.went_back_from:
+            troubles.append(f"went back from round {self.went_back_from}")
+        return "".join(f", {trouble}" for trouble in troubles)
 
     @property
     def held_out(self) -> str:
@@ -173,6 +179,7 @@ def closing_table(
     short = sum(stats.short_steps for stats in rounds)
     clipped = sum(stats.clipped_gradients for stats in rounds)
     refused = sum(stats.refused_gradients for stats in rounds)
+    returns = [s for s in rounds if s.went_back_from]
     through_flower = sum(stats.client_weights_bytes for stats in rounds)
     rows = [
         (
@@ -197,8 +204,17 @@ def closing_table(
             if clipped + refused
             else []
         ),
+        *(("went back", text_of_return(each)) for each in returns),
     ]
     return table_text(rows)
+
+
+def text_of_return(stats: RoundStats) -> str:
+    """Return in words that training went back before this round."""
+    return (
+        f"round {stats.went_back_from} diverged; from round {stats.round - 1} on, half the "
+        "learning rate"
+    )
 
 
 def _of_guessing(stats: RoundStats, vocabulary: int) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fedsplit.data import TASKS, Corpus
-from fedsplit.runs.metrics import RoundStats, evaluated, in_mib
+from fedsplit.runs.metrics import RoundStats, evaluated, in_mib, text_of_return
 from fedsplit.spec import RunSpec
 
 _TEXT = """\
@@ -49,6 +49,7 @@ def model_card(
     corpus: Corpus,
     layout: str,
     rounds: Sequence[RoundStats],
+    ended: str = "",
 ) -> str:
     """Return the card as Markdown, with the metadata for the Hugging Face Hub on top.
 
@@ -59,11 +60,12 @@ def model_card(
         corpus: The corpus of all clients together.
         layout: How a document becomes tokens.
         rounds: The finished rounds, at least one.
+        ended: Why training ended early, if it diverged.
     """
     measured = evaluated(rounds)
     return _TEXT.format(
         name=run.name,
-        how=_how(run),
+        how=_how(run, rounds, ended),
         pipeline=TASKS[run.task].pipeline,
         clients=run.clients,
         model=run.model,
@@ -104,7 +106,13 @@ def _trunk_steps(rounds: Sequence[RoundStats]) -> str:
     return f"{rounds[-1].version} trunk steps{without}{guard if clipped or refused else ''}"
 
 
-def _how(run: RunSpec) -> str:
+def _how(run: RunSpec, rounds: Sequence[RoundStats], ended: str) -> str:
+    returns = [f" Training went back: {text_of_return(s)}." for s in rounds if s.went_back_from]
+    end = f" Training ended early, because it diverged ({ended})." if ended else ""
+    return _method(run) + "".join(returns) + end
+
+
+def _method(run: RunSpec) -> str:
     if run.baseline != "none":
         return (
             f"Trained with fedsplit as a baseline ({run.baseline}) for split learning: the whole "

@@ -20,6 +20,7 @@ def write_result(
     tokenizer: TokenizersBackend | None,
     corpus: Corpus,
     run: RunSpec,
+    ended: str = "",
 ) -> None:
     """Write the result of a run into its folder.
 
@@ -29,6 +30,7 @@ def write_result(
         tokenizer: Saved with the model if there is one.
         corpus: The corpus of all clients together, for the model card.
         run: The settings.
+        ended: Why training ended early, if it diverged.
 
     Raises:
         StorageError: A file cannot be written; the run is not finished.
@@ -41,7 +43,7 @@ def write_result(
     attention = trunk.config._attn_implementation or ""
     cut = _cut(result) if isinstance(result, SplitModel) else "not split"
     layout = layout_of(corpus, tokenizer, run.data) if tokenizer else "none, but images"
-    card = model_card(run, cut, attention, corpus, layout, folder.rounds())
+    card = model_card(run, cut, attention, corpus, layout, folder.rounds(), ended)
     if isinstance(result, SplitModel):
         whole = join_model(result.client, result.trunk)
     else:

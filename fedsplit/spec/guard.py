@@ -26,6 +26,11 @@ class GuardSpec:
         quarantine_s (seconds): The time of a client's first quarantine, which doubles with each
             further one (0: no quarantine).
         quarantine_most_s (seconds): The longest time of a quarantine.
+        bad_steps (steps): The steps in a row that no client could take, because of its numbers,
+            after which training goes back to the last checkpoint at half the learning rate (0: it
+            does not). If it diverges again, the run ends.
+        worse_loss (losses): Training also goes back if the held-out loss of the median client is
+            not finite, or above this multiple of the lowest one so far (0: it does not).
     """
 
     clip_above: Annotated[float, AtLeast(0)] = 10.0
@@ -35,6 +40,8 @@ class GuardSpec:
     refusals: Annotated[int, AtLeast(1)] = 3
     quarantine_s: Annotated[float, AtLeast(0, most=MAX_SECONDS)] = 60.0
     quarantine_most_s: Annotated[float, DURATION] = 3600.0
+    bad_steps: Annotated[int, AtLeast(0)] = 3
+    worse_loss: Annotated[float, AtLeast(0)] = 10.0
 
     def __post_init__(self) -> None:
         check_fields(self, "guard")

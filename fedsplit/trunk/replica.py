@@ -182,8 +182,8 @@ class Replica:
         )
         return StepReply(version=self.versions.current + 1)
 
-    def step_if_due(self) -> bool:
-        """Step if a step is due; return whether it was."""
+    def step_if_due(self, lr_scale: float) -> bool:
+        """Step if a step is due, with this factor on the learning rate; return whether it was."""
         if self._due is None:
             return False
         due, self._due = self._due, None
@@ -196,7 +196,7 @@ class Replica:
         step = TrunkStep(
             contributions,
             due.weights,
-            scale=due.scale,
+            scale=due.scale * lr_scale,
             update=self._update,
             versions=self.versions,
             compute=self._compute,

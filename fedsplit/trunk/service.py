@@ -162,6 +162,10 @@ class TrunkService:
         """Return the time of the policies' clock in seconds, virtual with `policy.sim_slowdown`."""
         return self.engine.now
 
+    def scale_lr(self, factor: float) -> None:
+        """Set the factor on the learning rate of the trunk."""
+        self.engine.training.lr_scale = factor
+
     def average(self, weights: Mapping[str, float]) -> None:
         """Set every replica of the trunk to the mean of these clients' replicas.
 
@@ -331,7 +335,7 @@ class TrunkService:
         return m.TrainingStateReply(
             round=self._round,
             step=self.engine.steps,
-            lr=self._run.train.lr_at(self.engine.steps),
+            lr=self._run.train.lr_at(self.engine.steps) * self.engine.training.lr_scale,
             version=self.engine.version,
         )
 

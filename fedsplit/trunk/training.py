@@ -63,9 +63,9 @@ class Training:
         self._shared = self._replicas.shared
         self._works: dict[str, Work] = {}
         self.quarantine = Quarantine(run.guard)
-        self._may_overflow = run.model.autocast in ("float16", "auto") or (
-            run.model.dtype == "float16"
-        )
+        self.lr_scale = 1.0
+        model = run.model
+        self._may_overflow = model.autocast in ("float16", "auto") or model.dtype == "float16"
 
     # --- state --------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class Training:
         for replica in self._replicas:
             # On a virtual clock, a slow client's backward may arrive after steps of a later virtual
             # time. Its staleness is decided at the virtual time of its own step.
-            if replica.step_if_due() and not self._run.policy.sim_slowdown:
+            if replica.step_if_due(self.lr_scale) and not self._run.policy.sim_slowdown:
                 self._drop_outdated(replica)
 
     # --- replicas and checkpoints -------------------------------------------------------------

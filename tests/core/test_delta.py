@@ -12,6 +12,7 @@ from transformers import GPT2Config
 from fedsplit.errors import BadTensor, ConfigError, HistoryLost, ProtocolError
 from fedsplit.flower.records import Memory
 from fedsplit.link import Link, LocalLink
+from fedsplit.runs.history import History
 from fedsplit.spec import RunSpec, TrainSpec, WireSpec
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import encode_tensor
@@ -193,7 +194,7 @@ def test_history_outlives_a_process(tmp_path: Path, expected: Numbers) -> None:
         memory, context = Memory(history=dict(first.trunk.encoder_state)), RecordDict()
         memory.put_into(context)
         memory.save(tmp_path, 1, run)
-        for kept in (Memory.of(context), Memory.restore(tmp_path, 1, run)):
+        for kept in (Memory.of(context), Memory.restore(tmp_path, History(), run)):
             assert kept is not None and same(kept.history, dict(first.trunk.encoder_state))
         second = here.add("alice", encoder_state=memory.history)
         second.model.load_state_dict(first.model.state_dict())
@@ -282,6 +283,8 @@ def test_of_one_client_those_with_a_successor_go_first_and_then_the_oldest() -> 
     decoder.decode("alice", forward_by(one, three, successor))
     with pytest.raises(HistoryLost):
         decoder.decode("alice", forward_by(two))
+    full = f"{3 * base_of(0).num_bytes} of {3 * base_of(0).num_bytes}"
+    assert decoder.in_use() == {"histories": full, "wire.history_bytes": full}
     answered(NEW, 5.0)
     with pytest.raises(HistoryLost):
         decoder.decode("alice", forward_by(one))

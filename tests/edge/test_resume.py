@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.client.scaling import LossScale
 from fedsplit.config import compose
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.flower.records import Memory
-from fedsplit.runs.checkpoint import checkpoints_in
+from fedsplit.runs.checkpoint import checkpoints_in, facts_of
 from fedsplit.runs.folder import RunFolder
 from tests.edge.federation import (
     SGD,
@@ -107,8 +105,8 @@ def test_the_loss_scale_goes_on_too(tmp_path):
     run = spec_for(tmp_path, *KEPT, "model.autocast=float16")
     interrupted(run, 3)
     folder = resumed(run)
-    memory = Memory.restore(folder.path / "clients" / "client-1" / folder.id, 4, run)
-    assert memory.loss_scale == LossScale(good_steps=4 * 2)
+    last = checkpoints_in(folder.path / "clients" / "client-1" / folder.id)[4]
+    assert facts_of(last, ("moments", "personal", "history"))["good_steps"] == 4 * 2
 
 
 def test_a_snapshot_that_was_not_finished_is_not_used(run):

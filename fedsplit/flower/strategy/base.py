@@ -8,12 +8,12 @@ as `TrainSpec` says, and the trunk knows which clients have work (`coordinator`)
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from logging import INFO
+from collections.abc import Callable
+from logging import INFO, WARNING
 from typing import ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -21,16 +21,19 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from fedsplit.client.objective import ClientObjective
-from fedsplit.errors import ConfigError
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Hello, JoinInfo
-from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_discount, with_dtypes_of
+from fedsplit.errors import ConfigError, Diverged
+from fedsplit.flower.records import WEIGHT
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
+from fedsplit.flower.strategy.divergence import DivergenceGuard
 from fedsplit.flower.strategy.early_stopping import EarlyStopping
-from fedsplit.flower.strategy.nodes import GridView, NodeRegistry, seeded_sampling
+from fedsplit.flower.strategy.invitations import Invitations
+from fedsplit.flower.strategy.nodes import NodeRegistry
+from fedsplit.flower.strategy.recorder import Recorder
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
-from fedsplit.flower.strategy.round_policy import Drain, RoundState, Share
+from fedsplit.flower.strategy.round_policy import Drain, RoundState
 from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of
 from fedsplit.flower.strategy.weight_guard import WeightGuard
+from fedsplit.flower.strategy.wrapping import WrappingStrategy
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model.stage import TrunkPart
 from fedsplit.runs.folder import new_run_id
@@ -41,10 +44,13 @@ from fedsplit.trunk.update import TrunkUpdate
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _CLIENT_STRATEGY, _GUARD = "client_weights/", "guard/"
-"""The prefixes of the wrapped strategy's state, and the guard's, in a checkpoint."""
+_DIVERGENCE, _INVITATIONS = "divergence/", "invitations/"
+"""The prefixes of the state of the strategy's parts in a checkpoint."""
+_SLOWER = 0.5
+"""The factor on the learning rate after training went back."""
 
 
-class SplitStrategy(Strategy):
+class SplitStrategy(WrappingStrategy):
     """A method of split learning; a subclass overrides what the method changes.
 
     `policies` are the policies that the method works with. `averages_clients` says whether the
@@ -58,7 +64,7 @@ class SplitStrategy(Strategy):
         run: The run.
         tokenizer: A tokenizer as JSON for clients to use; empty if the model brings its own.
         labels: The classes of a classifier.
-        on_round: Called after every round with its record and the client weights.
+        recorder: Records every round.
     """
 
     policies: ClassVar[tuple[str, ...]] = POLICIES
@@ -74,24 +80,21 @@ class SplitStrategy(Strategy):
         run: RunSpec,
         tokenizer: str,
         labels: tuple[str, ...],
-        on_round: Callable[[RoundStats, ArrayRecord], None],
+        recorder: Recorder,
     ) -> None:
-        self.run = run
-        self.client_strategy = client_strategy
+        super().__init__(client_strategy, run)
         # Check before anything starts, so that a run that is refused has no side effect.
         self.check()
         self.trunk_server = self.make_server(trunk)
-        self._tokenizer = tokenizer
-        self._labels = labels
-        self._on_round = on_round
+        self._invitations = Invitations(run, tokenizer, labels)
+        self._recorder = recorder
         self._first_rounds = RoundState()
         self._guard = WeightGuard(run.guard, memory=run.clients * run.train.rounds)
         self._num_rounds = 0
         self._is_over = False
-        self._num_working = 0
         self._early_stopping = EarlyStopping(run.train.patience)
-        self._metrics: list[RecordDict] = []
-        self._aggregated: MetricRecord | None = None
+        self._divergence = DivergenceGuard(run.guard)
+        self._went_back_from = 0
 
     # --- hooks --------------------------------------------------------------------------------
 
@@ -131,9 +134,6 @@ class SplitStrategy(Strategy):
         chosen = list(self.configure_train(number, arrays, config, self.grid))
         return self.coordinator.work(number, chosen, arrays, self.drain_of(number))
 
-    def after_merge(self, shares: Sequence[Share]) -> None:
-        """Called after replies were merged with these shares; it does nothing by default."""
-
     # --- Flower's strategy --------------------------------------------------------------------
 
     def start(
@@ -170,72 +170,29 @@ class SplitStrategy(Strategy):
         Raises:
             DeadlineExceeded: Too few clients connected in time.
             ModelMismatch: A client is configured for another run.
-            Diverged: No client finished a round; see `RoundCoordinator.require_progress`.
+            Diverged: No client finished a round (see `RoundCoordinator.require_progress`), or
+                training went back once and diverged again.
         """
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
         # Register clients first: a process that a simulation forks while gRPC starts would die.
-        self._hello = self._hello_of(run_id or new_run_id(), resumed=first_round - 1)
-        registry = NodeRegistry(grid, self.run, self._hello)
+        self._invitations.run_id = run_id or new_run_id()
+        if first_round > 1:
+            self._change_history(first_round - 1)
+        registry = NodeRegistry(grid, self.run, self._invitations)
         registry.register_all()
         self.grid, self._num_rounds = grid, num_rounds
         result = Result(arrays=initial_arrays)
-        with self.trunk_server:
-            log(INFO, "Trunk is served at %s", self.trunk_server.address)
-            self.coordinator = self._new_coordinator(grid, registry, timeout)
-            configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-            _evaluate_at_server(evaluate_fn, first_round - 1, result)
-            for number in range(first_round, num_rounds + 1):
-                if self._is_over:  # a resumed run may have stopped early before it was killed
-                    break
-                log(INFO, "[ROUND %s/%s]", number, num_rounds)
-                self._round(number, configs, result)
-                _evaluate_at_server(evaluate_fn, number, result)
-        return result
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Let the wrapped strategy select among the clients without work.
-
-        The same seed and round select the same clients. In `async`, the number of clients that
-        work at once is the number selected for a round that began without busy clients.
-        """
-        view = self._view(grid, self.coordinator.ready)
-        with seeded_sampling(f"train/{self.run.seed}/{server_round}"):
-            chosen = list(self.client_strategy.configure_train(server_round, arrays, config, view))
-        busy = len(self.coordinator.rounds.busy)
-        # With busy clients fewer nodes can be selected, so that number is not the right one.
-        if not busy or self.run.policy.kind != "async":
-            self._num_working = busy + len(chosen)
-        return chosen[: self._num_working - busy]
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Let the wrapped strategy aggregate the client weights."""
-        return self.client_strategy.aggregate_train(server_round, replies)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Let the wrapped strategy select among the clients without work."""
-        view = self._view(grid, self.coordinator.idle)
-        with seeded_sampling(f"evaluate/{self.run.seed}/{server_round}"):
-            return list(self.client_strategy.configure_evaluate(server_round, arrays, config, view))
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Let the wrapped strategy aggregate the metrics."""
-        return self.client_strategy.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        """Log the run's settings."""
-        run = self.run
-        log(INFO, "\tmodel %s, split %s, policy %s", run.model, run.split, run.policy.kind)
-        log(INFO, "\tClient weights (personal: %s):", run.client_weights.personal)
-        self.client_strategy.summary()
+        configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        _evaluate_at_server(evaluate_fn, first_round - 1, result)
+        while True:
+            with self.trunk_server:
+                log(INFO, "Trunk is served at %s", self.trunk_server.address)
+                self.coordinator = self._new_coordinator(grid, registry, timeout)
+                problem = self._rounds(first_round, configs, evaluate_fn, result)
+            if not problem:
+                return result
+            first_round = self._go_back(problem, result)
 
     # --- state --------------------------------------------------------------------------------
 
@@ -245,20 +202,24 @@ class SplitStrategy(Strategy):
         At the end of a round with a checkpoint no client has work (`Drain.ALL`), so no client's
         weights are missing.
         """
-        rounds = self.coordinator.rounds
-        inner = state_of(self.client_strategy)
-        own = {"version": rounds.version, "sent": rounds.sent, "worse": self._early_stopping.worse}
+        rounds, stopping = self.coordinator.rounds, self._early_stopping
+        own = {"version": rounds.version, "sent": rounds.sent, "worse": stopping.worse}
         own["over"] = int(self._is_over)
+        parts = {
+            _CLIENT_STRATEGY: state_of(self.client_strategy),
+            _GUARD: self._guard.state(),
+            _DIVERGENCE: self._divergence.state(),
+            _INVITATIONS: self._invitations.state(),
+        }
         return {
             **{name: torch.tensor(value) for name, value in own.items()},
             # float64 keeps the loss exactly; torch's default is float32.
-            "best": torch.tensor(self._early_stopping.best, dtype=torch.float64),
-            **{_CLIENT_STRATEGY + name: tensor for name, tensor in inner.items()},
-            **{_GUARD + name: tensor for name, tensor in self._guard.state().items()},
+            "best": torch.tensor(stopping.best, dtype=torch.float64),
+            **{prefix + n: tensor for prefix, part in parts.items() for n, tensor in part.items()},
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Load, before `start`, what `state` returned.
+        """Load what `state` returned, while the trunk is not served.
 
         Raises:
             CheckpointError: The state is another strategy's.
@@ -269,6 +230,9 @@ class SplitStrategy(Strategy):
         self._is_over = bool(state["over"])
         load_state_into(self.client_strategy, _under(_CLIENT_STRATEGY, state))
         self._guard.load_state(_under(_GUARD, state))
+        self._divergence.load_state(_under(_DIVERGENCE, state))
+        self._invitations.load_state(_under(_INVITATIONS, state))
+        self._scale_lr(self._invitations.lr_scale)
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -280,13 +244,54 @@ class SplitStrategy(Strategy):
             return Drain.ALL
         return Drain.NONE if number % train.evaluate_every else Drain.RETURNED
 
+    def _rounds(
+        self,
+        first: int,
+        configs: tuple[ConfigRecord, ConfigRecord],
+        evaluate_fn: EvaluateFn | None,
+        result: Result,
+    ) -> str:
+        """Run the rounds from `first` on; return why training must go back, or nothing."""
+        for number in range(first, self._num_rounds + 1):
+            if self._is_over:  # a resumed run may have stopped early before it was killed
+                break
+            log(INFO, "[ROUND %s/%s]", number, self._num_rounds)
+            if problem := self._round(number, configs, result):
+                return problem
+            _evaluate_at_server(evaluate_fn, number, result)
+        return ""
+
     def _round(
         self, number: int, configs: tuple[ConfigRecord, ConfigRecord], result: Result
-    ) -> None:
-        """Run one round with its evaluation and report."""
-        coordinator, service = self.coordinator, self.trunk_server.service
+    ) -> str:
+        """Run and record one round; return why training must go back, or nothing."""
+        coordinator, failure = self.coordinator, None
         # Before `catch_up`: late replies that arrive between two rounds count in the new round.
         coordinator.metrics = RoundMetrics()
+        try:
+            stats, is_last = self._train_and_evaluate(number, configs, result)
+        except Diverged as exc:
+            failure = exc
+        if problem := self._divergence.problem_in(coordinator.metrics):
+            problem = f"round {number}: {problem}"
+            if self._recorder.last_checkpoint:
+                self._went_back_from = number
+                return problem
+            log(WARNING, "%s; there is no checkpoint to go back to (train.save_every)", problem)
+        if failure:
+            raise failure
+        self._is_over = self._early_stopping.stops(stats) or is_last
+        self._guard.end_round()
+        self._recorder.on_round(stats, result.arrays)
+        self._went_back_from = 0
+        coordinator.forget_departed()
+        return ""
+
+    def _train_and_evaluate(
+        self, number: int, configs: tuple[ConfigRecord, ConfigRecord], result: Result
+    ) -> tuple[RoundStats, bool]:
+        """Train a round and measure its held-out loss; return its record, and if it is the last."""
+        coordinator, service = self.coordinator, self.trunk_server.service
         self._metrics, self._aggregated = [], None
         begin, virtual_begin, short = time.monotonic(), service.now(), service.engine.short_steps
         guard_counts = service.engine.guard_counts
@@ -312,11 +317,38 @@ class SplitStrategy(Strategy):
             version=service.engine.version,
             short_steps=service.engine.short_steps - short,
             guard_counts=service.engine.guard_counts - guard_counts,
+            went_back_from=self._went_back_from,
         )
-        self._is_over = self._early_stopping.stops(stats) or is_last
-        self._guard.end_round()
-        self._on_round(stats, arrays)
-        coordinator.forget_departed()
+        return stats, is_last
+
+    def _go_back(self, problem: str, result: Result) -> int:
+        """Continue from the last checkpoint at a lower learning rate; return the next round.
+
+        Raises:
+            Diverged: Training went back before. The result of the run is the last checkpoint's.
+        """
+        last = self._recorder.last_checkpoint
+        has_gone_back = self._invitations.lr_scale < 1
+        self.trunk_server.renew()
+        if has_gone_back:
+            self._recorder.end_with_last_checkpoint(problem)
+            raise Diverged(
+                f"{problem}; training went back before, with a lower learning rate, so it ends; "
+                f"the result is that of round {last}; lower train.lr, or look at the data"
+            )
+        log(WARNING, "%s; training goes back to round %d at half the learning rate", problem, last)
+        result.arrays = self._recorder.go_back()
+        self._change_history(last)
+        self._scale_lr(_SLOWER)
+        return last + 1
+
+    def _change_history(self, round: int) -> None:
+        """Have clients continue from their state after `round`."""
+        self._invitations.history = self._invitations.history.back_to(round)
+
+    def _scale_lr(self, factor: float) -> None:
+        self._invitations.lr_scale = factor
+        self.trunk_server.service.scale_lr(factor)
 
     def _new_coordinator(
         self, grid: Grid, registry: NodeRegistry, timeout_s: float | None
@@ -333,30 +365,6 @@ class SplitStrategy(Strategy):
             timeout_s=timeout_s,
         )
 
-    def _merge(
-        self, replies: Sequence[tuple[Share, ArrayRecord, Message]], arrays: ArrayRecord
-    ) -> ArrayRecord:
-        """Merge replies, each with its share and the weights its client started from."""
-        shares, policy = [share for share, _, _ in replies], self.run.policy
-        records = [reply.content.metric_records[METRICS] for _, _, reply in replies]
-        self._metrics += [RecordDict({METRICS: record}) for record in records]
-        if not self.run.shares_client_weights:
-            pass
-        elif policy.kind == "async":
-            changes = [
-                (started, reply.content.array_records[ARRAYS], policy.mixing * share.discount)
-                for share, started, reply in replies
-            ]
-            rule = fedbuff if policy.buffer > 1 else fedasync
-            arrays = rule(arrays, changes)
-        else:
-            discounted = [with_discount(reply, share.discount) for share, _, reply in replies]
-            number = self.coordinator.rounds.round
-            new, self._aggregated = self.aggregate_train(number, discounted)
-            arrays = with_dtypes_of(new, arrays) if new is not None else arrays
-        self.after_merge(shares)
-        return arrays
-
     def _evaluate(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord
     ) -> MetricRecord | None:
@@ -365,28 +373,8 @@ class SplitStrategy(Strategy):
         replies = self.coordinator.evaluate(number, messages) if messages else []
         return self.aggregate_evaluate(number, replies) if replies else None
 
-    def _view(self, grid: Grid, nodes: Callable[[], dict[str, int]]) -> GridView:
-        return GridView(grid, lambda: list(nodes().values()), self.run.launch.start_timeout_s)
-
-    def _hello_of(self, run_id: str, resumed: int) -> Hello:
-        config, tokenizer, labels = self.run.fingerprint, self._tokenizer, self._labels
-        return Hello(
-            run_id=run_id, config=config, tokenizer=tokenizer, labels=labels, resumed=resumed
-        )
-
     def _add_join_info(self, message: Message, client: str, number: int) -> None:
-        join_info = JoinInfo(
-            client=client,
-            round=number,
-            address=self.trunk_server.address,
-            token=self.trunk_server.service.admit(client),
-            config=self.run.fingerprint,
-            tokenizer=self._tokenizer,
-            labels=self._labels,
-            run_id=self._hello.run_id,
-            resumed=self._hello.resumed,
-        )
-        message.content = join_info.put_into(message.content)
+        self._invitations.add_to(message, client, number, self.trunk_server)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

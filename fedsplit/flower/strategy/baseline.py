@@ -59,6 +59,12 @@ class NoTrunkHost:
         """Return an empty token: no client calls a trunk."""
         return ""
 
+    def renew(self) -> None:
+        """Do nothing: no process has a state of a trunk."""
+
+    def scale_lr(self, factor: float) -> None:
+        """Do nothing: the clients have the only optimizers."""
+
     def expect(self, clients: Sequence[str], **_: object) -> None:
         """Do nothing: no barrier waits for clients."""
 

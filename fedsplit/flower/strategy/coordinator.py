@@ -238,7 +238,8 @@ class RoundCoordinator:
                 name = self.name_of(asked.pop(i))
                 check = partial(evaluation_content, work=self._service.engine.work.take(name))
                 where = f"round {number}, evaluation"
-                if problem := self.metrics.problem_with(reply, check, name, where):
+                unmeasured = self.metrics.unmeasured
+                if problem := self.metrics.problem_with(reply, check, name, where, unmeasured):
                     reasons.append(problem)
                 else:
                     replies.append((name, reply))
@@ -376,7 +377,8 @@ class RoundCoordinator:
             return bounded
 
         where = f"round {work.round}, training"
-        if problem := self.metrics.problem_with(reply, check, work.client, where):
+        broken = self.metrics.broken
+        if problem := self.metrics.problem_with(reply, check, work.client, where, broken):
             # The trunk's barrier must not wait for a client that has failed.
             self._service.release(work.client)
             del self._started[work.number]

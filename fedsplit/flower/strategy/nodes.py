@@ -12,8 +12,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedsplit.errors import ConfigError, DeadlineExceeded, FedsplitError, ModelMismatch
-from fedsplit.flower.records import Hello
 from fedsplit.flower.reply import content_of, identity_of, peer_text
+from fedsplit.flower.strategy.invitations import Invitations
 from fedsplit.flower.strategy.tracker import MessageTracker
 from fedsplit.model.identity import difference
 from fedsplit.spec import RunSpec
@@ -28,13 +28,13 @@ class NodeRegistry:
     Args:
         grid: Flower's grid.
         run: The run that they must be configured for.
-        hello: The first message to each node.
+        invitations: The first message to each node.
     """
 
-    def __init__(self, grid: Grid, run: RunSpec, hello: Hello) -> None:
+    def __init__(self, grid: Grid, run: RunSpec, invitations: Invitations) -> None:
         self._grid = grid
         self._run = run
-        self._hello = hello
+        self._invitations = invitations
         self._clients = frozenset(f"client-{number}" for number in range(run.num_nodes))
         self._names: dict[int, str] = {}
         self._first_messages = MessageTracker(grid)
@@ -120,10 +120,9 @@ class NodeRegistry:
 
     def _ask(self, nodes: list[int]) -> None:
         """Ask nodes for their names and configuration, before any work is done."""
+        hello = self._invitations.hello.content
         questions = [
-            Message(
-                self._hello.content, dst_node_id=node, message_type=f"{MessageType.QUERY}.hello"
-            )
+            Message(hello, dst_node_id=node, message_type=f"{MessageType.QUERY}.hello")
             for node in nodes
         ]
         self._asked |= set(nodes)

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from fedsplit.data import TASKS
-from fedsplit.errors import FedsplitError
+from fedsplit.errors import FedsplitError, GradExploded, NonFinite, Quarantined
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes
 from fedsplit.flower.reply import content_of, peer_text
 from fedsplit.runs.metrics import RoundStats, bits_per_byte
@@ -17,6 +17,10 @@ from fedsplit.spec import RunSpec
 from fedsplit.trunk.norm_guard import GuardCounts
 
 Numbers = Mapping[str, float]
+
+_OF_NUMBERS = (NonFinite, GradExploded, Quarantined)
+_HEAD = 60
+"""The characters of an error's reason in which its class is named."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -26,8 +30,10 @@ class RoundMetrics:
     `trained` and `evaluated` hold the replies' metrics with the client's name; one client's
     entries are in the order of arrival. `asked` are the clients that were sent work. `reasons` are
     the reasons of failures in training, `refused_replies` the number of replies, in training and
-    evaluation, that were refused, and `clipped_replies` that of clipped ones. Sums are in the order
-    of names, because a sum of floats depends on its order and the order of arrival is random.
+    evaluation, that were refused, and `clipped_replies` that of clipped ones. `broken` are the
+    clients that could not train, and `unmeasured` those that could not evaluate, because numbers
+    were not finite or out of proportion. Sums are in the order of names, because a sum of floats
+    depends on its order and the order of arrival is random.
     """
 
     trained: list[tuple[str, Numbers]] = field(default_factory=list)
@@ -35,6 +41,8 @@ class RoundMetrics:
     reasons: list[str] = field(default_factory=list)
     refused_replies: int = 0
     clipped_replies: int = 0
+    broken: set[str] = field(default_factory=set)
+    unmeasured: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
     arrays_bytes: int = 0
 
@@ -45,15 +53,30 @@ class RoundMetrics:
             self.arrays_bytes += num_bytes(arrays)
 
     def problem_with(
-        self, reply: Message, check: Callable[[RecordDict], RecordDict], client: str, where: str
+        self,
+        reply: Message,
+        check: Callable[[RecordDict], RecordDict],
+        client: str,
+        where: str,
+        broken: set[str],
     ) -> str:
         """Check a reply, and put the checked content in place of its own.
+
+        Args:
+            reply: The reply.
+            check: Returns the checked content, or raises an error.
+            client: The client that it is of.
+            where: The round and the work, for the log.
+            broken: The client is added to it if the reason are its numbers.
 
         Returns:
             Why the reply cannot be used; empty if it can.
         """
         if reply.has_error():
             problem = peer_text(reply.error.reason)
+            # Flower puts the class of the error before its text.
+            if any(error.__name__ in problem[:_HEAD] for error in _OF_NUMBERS):
+                broken.add(client)
             log(WARNING, "%s: %s failed: %s", where, client, problem)
             return problem
         try:
@@ -62,6 +85,7 @@ class RoundMetrics:
             # The text quotes the reply.
             problem = peer_text(str(refusal))
             self.refused_replies += 1
+            broken.add(client)
             log(WARNING, "%s: %s is refused (%s): %s", where, client, refusal.code, problem)
             return problem
         return ""
@@ -76,6 +100,7 @@ class RoundMetrics:
         version: int,
         short_steps: int,
         guard_counts: GuardCounts,
+        went_back_from: int,
     ) -> RoundStats:
         """Return the round's record."""
         trained, evaluated = _by_name(self.trained), _by_name(self.evaluated)
@@ -108,6 +133,7 @@ class RoundMetrics:
             refused=int(_sum(trained, "refused")),
             refused_replies=self.refused_replies,
             clipped_replies=self.clipped_replies,
+            went_back_from=went_back_from,
             client_bytes=int(max((n["peak-bytes"] for n in trained), default=0)),
         )
 

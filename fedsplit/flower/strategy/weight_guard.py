@@ -98,6 +98,7 @@ class WeightGuard:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state that `state` returned."""
         self._guard.load_state({name: tensor.item() for name, tensor in state.items()})
+        self._of_round.clear()
         self._bounds = self._guard.bounds
 
 

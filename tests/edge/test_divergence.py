@@ -1,0 +1,220 @@
+"""A run that diverges goes back to its last checkpoint, and if it diverges again it ends there."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+from fedsplit.errors import Diverged
+from fedsplit.flower.records import METRICS, WEIGHT, JoinInfo
+from fedsplit.flower.strategy import SplitStrategy
+from fedsplit.flower.strategy.divergence import DivergenceGuard
+from fedsplit.flower.strategy.round_metrics import RoundMetrics
+from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in
+from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.history import History
+from fedsplit.spec import GuardSpec, RunSpec
+from tests.edge.federation import SGD, client_that, federate, joined, spec_for, without_seconds
+from tests.edge.resuming import folder_of, interrupted, resumed
+
+GoOn = Callable[[], Message]
+KEPT = ("train.rounds=4", "train.local_steps=2", "train.save_every=1")
+
+
+def worse(rounds: dict[str, list[int]], factor: float = 100.0, ends_at: int = 0) -> ClientApp:
+    """Clients that report a larger loss once in each of their rounds, until their power is gone."""
+    left = {client: list(numbers) for client, numbers in rounds.items()}
+
+    def evaluate(message: Message, context: Context, go_on: GoOn) -> Message:
+        join, reply = JoinInfo.of(message.content), go_on()
+        if left.get(join.client, [])[:1] == [join.round]:
+            del left[join.client][0]
+            numbers = reply.content.metric_records[METRICS]
+            for name in ("loss", "nats", "bits-per-byte"):
+                numbers[name] = numbers[name] * factor  # type: ignore[operator]
+        return reply
+
+    def train(message: Message, context: Context, go_on: GoOn) -> Message:
+        if JoinInfo.of(message.content).round == ends_at:
+            raise RuntimeError("the power is gone")
+        return go_on()
+
+    return client_that(train=train, evaluate=evaluate)
+
+
+def everyone(*rounds: int) -> dict[str, list[int]]:
+    return {f"client-{number}": list(rounds) for number in range(3)}
+
+
+def slower_from(run: RunSpec, round: int) -> RunFolder:
+    """The run that was resumed from a checkpoint with half the learning rate."""
+    folder = interrupted(run, round + 1)
+    path = checkpoints_in(folder.checkpoints)[round]
+    groups = ("client_weights", "trunk", "strategy")
+    saved = Checkpoint.read(path, run, f"server/{folder.id}", groups)
+    saved.tensors["strategy"]["invitations/lr_scale"] = torch.tensor(0.5, dtype=torch.float64)
+    saved.write(folder.checkpoints)
+    return resumed(run)
+
+
+def same_weights(one: RunFolder, other: RunFolder) -> bool:
+    weights = joined(other)
+    return all(tensor.equal(weights[name]) for name, tensor in joined(one).items())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("strategy=splitfed_v1", "client_weights=personal_bottom"),
+        ("baseline=fedavg",),
+        ("policy=async", "policy.sim_slowdown={client-2: 3}"),
+        ("policy=quorum", "policy.sim_slowdown={client-2: 3}", "policy.quorum=2"),
+    ],
+    ids=["sync", "v1", "fedavg", "async", "quorum"],
+)
+def test_a_bad_evaluation_brings_the_last_checkpoint_back_at_half_the_rate(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    wanted = slower_from(spec_for(tmp_path / "wanted", *KEPT, *words), 2)
+    run = spec_for(tmp_path / "wanted", *KEPT, *words, f"launch.run_dir={tmp_path / 'runs'}")
+    folder = federate(run, worse(everyone(3)))
+    rounds = without_seconds(folder.rounds())
+    assert [stats.went_back_from for stats in rounds] == [0, 0, 3, 0]
+    alike = [replace(stats, went_back_from=0) for stats in rounds]
+    assert alike == without_seconds(wanted.rounds())
+    assert same_weights(folder, wanted)
+    assert rounds[2].line.endswith("went back from round 3")
+    text = "round 3 diverged; from round 2 on, half the learning rate"
+    assert text in folder.closing_table
+    assert text in (folder.model / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_that_diverges_again_ends_with_the_last_good_weights(tmp_path: Path) -> None:
+    run = spec_for(tmp_path, *KEPT, "train.schedule=constant")
+    with pytest.raises(Diverged, match=r"round 4: .*over 10 times.*went back before.*of round 3"):
+        federate(run, worse(everyone(3, 4), factor=1000.0))
+    folder = folder_of(run)
+    assert folder.is_finished and [stats.round for stats in folder.rounds()] == [1, 2, 3]
+    card = (folder.model / "README.md").read_text(encoding="utf-8")
+    assert "Training ended early, because it diverged (round 4: the held-out loss is" in card
+    three = spec_for(
+        tmp_path, *KEPT, "train.schedule=constant", "train.rounds=3", f"launch.run_dir={tmp_path}/3"
+    )
+    assert same_weights(folder, federate(three, worse(everyone(3), factor=1000.0)))
+
+
+def test_trunk_and_clients_take_half_a_step(tmp_path: Path) -> None:
+    words = ("train.save_every=1", *SGD)
+    before = joined(federate(spec_for(tmp_path / "before", *words)))
+    whole = joined(federate(spec_for(tmp_path / "whole", *words, "train.rounds=2")))
+    slow = joined(slower_from(spec_for(tmp_path / "slow", *words, "train.rounds=2"), 1))
+    for name, start in before.items():
+        torch.testing.assert_close(2 * (slow[name] - start), whole[name] - start)
+
+
+def test_one_client_cannot_bring_the_run_back(tmp_path: Path) -> None:
+    run = spec_for(tmp_path, *KEPT)
+    folder = federate(run, worse({"client-1": [2, 3]}))
+    assert [stats.went_back_from for stats in folder.rounds()] == [0] * 4
+    clean = federate(spec_for(tmp_path, *KEPT, f"launch.run_dir={tmp_path / 'clean'}"))
+    assert same_weights(folder, clean)
+
+
+class Poisoned(SplitStrategy):
+    """A method whose trunk once loses its values in the third round, as by a fault of memory."""
+
+    is_poisoned = False
+
+    def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
+        if number == 3 and not self.is_poisoned:
+            self.is_poisoned = True
+            engine = self.trunk_server.service.engine
+            broken = {name: value * math.nan for name, value in self.trunk.named_parameters()}
+            engine.run(lambda: [p.data.copy_(broken[n]) for n, p in self.trunk.named_parameters()])
+        return super().train(number, arrays, config)
+
+    def make_server(self, trunk):
+        self.trunk = trunk
+        return super().make_server(trunk)
+
+
+def test_a_trunk_with_nan_goes_back(tmp_path: Path) -> None:
+    wanted = slower_from(spec_for(tmp_path / "wanted", *KEPT, "train.local_steps=3"), 2)
+    run = spec_for(
+        tmp_path / "wanted",
+        *KEPT,
+        "train.local_steps=3",
+        f"strategy.target={__name__}.Poisoned",
+        f"launch.run_dir={tmp_path / 'runs'}",
+    )
+    folder = federate(run)
+    assert [stats.went_back_from for stats in folder.rounds()] == [0, 0, 3, 0]
+    assert same_weights(folder, wanted)
+
+
+def test_a_run_that_went_back_is_resumed_as_such(tmp_path: Path) -> None:
+    run = spec_for(tmp_path, *KEPT)
+    whole = federate(
+        replace(run, launch=replace(run.launch, run_dir=str(tmp_path / "whole"))),
+        worse(everyone(3)),
+    )
+    with pytest.raises(Diverged, match="the power is gone"):
+        federate(run, worse(everyone(3), ends_at=4))
+    folder = resumed(run)
+    assert without_seconds(folder.rounds()) == without_seconds(whole.rounds())
+    assert same_weights(folder, whole)
+
+
+# --- the rules --------------------------------------------------------------------------------
+
+
+def round_of(losses: list[float], unmeasured: int = 0) -> RoundMetrics:
+    metrics = RoundMetrics()
+    metrics.evaluated += [(f"c{n}", {"loss": loss, WEIGHT: 1}) for n, loss in enumerate(losses)]
+    metrics.unmeasured |= {f"broken{number}" for number in range(unmeasured)}
+    return metrics
+
+
+def test_the_median_client_decides() -> None:
+    guard = DivergenceGuard(GuardSpec(worse_loss=10))
+    assert not guard.problem_in(round_of([1.0, 1.0, 1.0]))
+    assert not guard.problem_in(round_of([1.0, 500.0, 9.0]))
+    assert not guard.problem_in(round_of([1.0, 2.0], unmeasured=2))
+    assert "is 11 at the median client, over 10 times" in guard.problem_in(round_of([11.0] * 3))
+    assert "is inf" in guard.problem_in(round_of([1.0], unmeasured=2))
+    assert not DivergenceGuard(GuardSpec(worse_loss=0)).problem_in(round_of([], unmeasured=3))
+
+
+def without_steps(skipped: dict[str, float], broken: set[str]) -> RoundMetrics:
+    metrics = RoundMetrics(asked={*skipped, *broken}, broken=broken)
+    metrics.trained += [(name, {"steps": 0, "skipped": n}) for name, n in skipped.items()]
+    return metrics
+
+
+def test_steps_that_no_client_could_take_are_counted_over_rounds() -> None:
+    guard = DivergenceGuard(GuardSpec(bad_steps=3))
+    assert not guard.problem_in(without_steps({"a": 2, "b": 2, "c": 0}, set()))
+    assert "the last 4 steps failed" in guard.problem_in(without_steps({"a": 2, "b": 2}, set()))
+    guard = DivergenceGuard(GuardSpec(bad_steps=3))
+    # One of three clients fails by its numbers, and two are gone for other reasons.
+    gone = RoundMetrics(asked={"a", "b", "c"}, broken={"a"})
+    assert not guard.problem_in(gone)
+    assert guard.problem_in(without_steps({}, {"a", "b"}))
+    good = RoundMetrics(asked={"a"}, trained=[("a", {"steps": 1, "skipped": 2})])
+    assert not guard.problem_in(good) and guard.bad_steps == 0
+
+
+def test_the_state_of_an_abandoned_branch_does_not_count() -> None:
+    first = History().back_to(4)
+    second = first.back_to(2)
+    assert first.last_round_of(0) == 4 and first.last_round_of(first.branch) == math.inf
+    assert second.last_round_of(0) == 2 and second.last_round_of(first.branch) == 2
+    third = second.back_to(7)
+    assert third.last_round_of(0) == 2 and third.last_round_of(second.branch) == 7
+    assert third.last_round_of(12345) == -1
