@@ -18,7 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedsplit.client.norms import require_in_proportion
+from fedsplit.client.norms import require_comparable_norms
 from fedsplit.client.trunk_version import STAND_IN, VersionStamp
 from fedsplit.errors import CheckpointError, ConfigError, NonFinite
 from fedsplit.model.stage import ClientPart
@@ -301,7 +301,7 @@ class Follower(VersionStamp):
                 f"the gradients of step {self.steps} hold NaN or Inf; no weight has changed. Call "
                 "zero_grad and go on with another batch, or lower the learning rate"
             )
-        require_in_proportion(trunk_sq_norm, client_sq_norm, self.steps)
+        require_comparable_norms(trunk_sq_norm, client_sq_norm, self.steps)
         # The trunk first: if it refuses the step, the client has not changed yet.
         self._trunk.step(
             step=self.steps,

@@ -8,7 +8,7 @@ MAX_RATIO = 1e6
 """The most times that the trunk's norm is the client's. Gradients of one loss are far closer."""
 
 
-def require_in_proportion(trunk_sq_norm: float, client_sq_norm: float, step: int) -> None:
+def require_comparable_norms(trunk_sq_norm: float, client_sq_norm: float, step: int) -> None:
     """Refuse a trunk's norm that would freeze the client.
 
     Clipping by the norm of all parts divides the client's gradients by the trunk's norm, so a large

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedsplit.client.footprint import Footprint
-from fedsplit.client.norms import require_in_proportion
+from fedsplit.client.norms import require_comparable_norms
 from fedsplit.client.objective import ClientObjective, Prediction
 from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
@@ -280,7 +280,7 @@ class ClientTrainer:
                 f"the squared gradient norm of step {self.steps} is {both}; the step was skipped"
             )
         if self._clips_together:
-            require_in_proportion(trunk, own, self.steps)
+            require_comparable_norms(trunk, own, self.steps)
         return own, both
 
     def _step_trunk(self, num_tokens: int, client_sq_norm: float) -> None:
