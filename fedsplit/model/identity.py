@@ -8,14 +8,17 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
+from fedsplit.errors import CheckpointError
 from fedsplit.spec import SplitSpec
 
 # --- the settings -----------------------------------------------------------------------------
@@ -236,9 +239,24 @@ class _Stored:
     read: Callable[[int, int], bytes]
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file, whose header has been checked.
+
+    Raises:
+        CheckpointError: The file cannot be read, its header is longer than safetensors allows, or
+            it does not have the tensors that the header names.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
+
+
 def _stored(path: Path) -> Iterator[_Stored]:
-    # Views of safetensors would take the file's size in memory.
-    with path.open("rb") as file:
+    # Views of safetensors would take the file's size in memory, so only its check is used.
+    with opened(path), path.open("rb") as file:
         start = 8 + (length := int.from_bytes(file.read(8), "little"))
         header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)

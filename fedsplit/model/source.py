@@ -7,7 +7,6 @@ shards that hold them.
 import functools
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -33,6 +31,7 @@ from fedsplit.model.identity import (
     Values,
     files_digest,
     values_digest,
+    opened,
     values_in_file,
 )
 from fedsplit.model.json_files import read_json, require_small
@@ -155,7 +154,7 @@ class Source:
         dtype: Any = config.dtype
         if dtype is None:
             first = self._shard(min(self._files_by_tensor(config).values()))
-            with _opened(first) as file:
+            with opened(first) as file:
                 # Only the header is read: a shard may be larger than the memory of a client.
                 kinds = [file.get_slice(name).get_dtype() for name in file.keys()]
             dtype = next((FLOATS[kind] for kind in kinds if kind in FLOATS), torch.float32)
@@ -315,7 +314,7 @@ def _is_plain_name(file: object) -> bool:
 
 def _require_floats(path: Path, names: list[str]) -> None:
     """Refuse tensors in the formats of quantized weights, also where the config has no method."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for name in names:
             dtype: str = file.get_slice(name).get_dtype()
             if dtype.startswith(_QUANTIZED):
@@ -329,7 +328,7 @@ def tensor_names(path: Path) -> list[str]:
     Raises:
         CheckpointError: The file cannot be read.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         return list(file.keys())
 
 
@@ -339,19 +338,9 @@ def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is damaged or lacks a tensor.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         # Tensors of the mapped file may be unaligned, which changes the rounding of kernels.
         return {name: file.get_tensor(name).clone() for name in names}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file; errors are converted to ours."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Client and trunk of one model: other settings, weights or adapters are refused by their names."""
 
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedsplit.client.remote import RemoteTrunk
-from fedsplit.errors import ConfigError, ModelMismatch
+from fedsplit.errors import CheckpointError, ConfigError, ModelMismatch
 from fedsplit.link import LocalLink
 from fedsplit.model import build_client, build_trunk, connect, join_model, split_model
 from fedsplit.model.checkpoint import join_checkpoint, split_checkpoint
@@ -207,6 +208,26 @@ def test_a_sample_of_a_large_tensor_counts_and_all_of_it_on_request(tmp_path):
     assert zeros != end
     assert zeros == between
     assert len({all_zeros, all_end, all_between}) == 3
+
+
+ELSEWHERE = b'{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+# The length of the header as the file says it, the header, and the size of the file.
+HEADERS = {
+    "without end": (1 << 62, b"", 1000),
+    "of 200 MB": (200 << 20, b"", 300 << 20),
+    "longer than the file": (1000, b"{}", 10),
+    "of a tensor that is not in the file": (len(ELSEWHERE), ELSEWHERE, 8 + len(ELSEWHERE)),
+}
+
+
+@pytest.mark.parametrize(("length", "header", "size"), HEADERS.values(), ids=HEADERS)
+def test_a_header_that_no_weights_have_is_not_read(tmp_path, length, header, size):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header)
+    os.truncate(path, size)  # a longer file takes no room on the disk
+    for read in (files_digest, lambda paths: files_digest(paths, full=True)):
+        with pytest.raises(CheckpointError, match="w.safetensors: cannot be read as safetensors"):
+            read([path])
 
 
 FITS = {
