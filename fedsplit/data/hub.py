@@ -4,6 +4,7 @@ import errno
 import functools
 import re
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 
@@ -22,6 +24,7 @@ _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 _TIMEOUT_S = 5.0
 # A model is several files, and clients of one process load it one after another.
 _ASKED_AGAIN_AFTER_S = 60.0
+_LOADING = threading.Lock()
 
 
 def offline_reason(name: str, revision: str = "main") -> str:
@@ -63,27 +66,39 @@ def offline_reason(name: str, revision: str = "main") -> str:
     return reason
 
 
-def require_data_set(name: str) -> None:
-    """Refuse a data set of the hub that cannot be loaded, instead of trying for half a minute.
+@contextmanager
+def loading_data_set(name: str, datasets: Any) -> Iterator[None]:
+    """A context in which `datasets` loads a data set, from its own cache if the hub is silent.
+
+    Without it, the library asks for half a minute before it takes the copy in its cache.
 
     Args:
         name: A directory, or a hub id.
+        datasets: The library.
 
     Raises:
-        ConnectionLost: The data set was never asked for here, and the hub does not answer.
+        ConnectionLost: The data set is not in the cache here, and the hub does not answer.
     """
-    # The `datasets` library reports other names at once.
-    if Path(name).is_dir() or not _HUB_ID.fullmatch(name):
-        return
-    # The library asks for this file first. If it is missing, the cache remembers that.
-    if try_to_load_from_cache(name, constants.REPOCARD_NAME, repo_type="dataset") is not None:
-        return
-    if reason := _no_answer_lately():
-        raise ConnectionLost(
-            f"data.path={name}: there is no such directory here, the data set is not in the hub's "
-            f"cache, and {reason}; check the path or the network, or download the data set where "
-            "there is one and give its directory"
-        )
+    # The setting is the process's, and another thread must not take it for the user's.
+    with _LOADING:
+        # Offline, the library fails at once, as it does with a name of another form.
+        is_of_hub = _HUB_ID.fullmatch(name) and not Path(name).is_dir()
+        asks = is_of_hub and not datasets.config.HF_HUB_OFFLINE
+        reason = _no_answer_lately() if asks else ""
+        if not reason:
+            yield
+            return
+        datasets.config.HF_HUB_OFFLINE = True
+        try:
+            yield
+        except ConnectionError as exc:
+            raise ConnectionLost(
+                f"data.path={name}: there is no such directory here, the data set is not in the "
+                f"cache of datasets, and {reason}; check the path or the network, or download the "
+                "data set where there is one and give its directory"
+            ) from exc
+        finally:
+            datasets.config.HF_HUB_OFFLINE = False
 
 
 def _no_answer_lately() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedsplit.data.corpora import Document, Turn
 from fedsplit.data.files import existing, files_under, read_text
-from fedsplit.data.hub import is_full, require_data_set
+from fedsplit.data.hub import is_full, loading_data_set
 from fedsplit.errors import DataError, FedsplitError, StorageError
 from fedsplit.spec import DataSpec
 
@@ -31,10 +31,8 @@ def hub(spec: DataSpec, labelled: bool) -> Loaded:
     repository, _, configuration = spec.path.partition(":")
 
     def load(datasets: Any) -> Any:
-        # Offline, the library reads its own cache, and fails at once.
-        if not datasets.config.HF_HUB_OFFLINE:
-            require_data_set(repository)
-        return datasets.load_dataset(repository, configuration or None, split=spec.split)
+        with loading_data_set(repository, datasets):
+            return datasets.load_dataset(repository, configuration or None, split=spec.split)
 
     return _documents(load, spec, labelled)
 

@@ -125,6 +125,25 @@ def test_a_data_set_that_is_not_in_the_cache_is_asked_for_once(monkeypatch, cach
     assert len(silent) == 1
 
 
+def test_a_data_set_in_the_cache_needs_no_hub(monkeypatch, tmp_path, cache, silent):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", sets := tmp_path / "sets")
+    (folder := tmp_path / "b").mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
+    load_corpus(DataSpec(kind="hub", path=str(folder)))
+    # What the library leaves after a download has the name of the repository in its path.
+    (made,) = (path.parent for path in sets.glob("*/*/*/*/dataset_info.json"))
+    of_hub = sets / "a___b" / "default" / made.parts[-2] / made.name
+    of_hub.parent.mkdir(parents=True)
+    made.rename(of_hub)
+    corpus = load_corpus(DataSpec(kind="hub", path="a/b"))
+    assert [document.text for document in corpus.documents] == ["one", "two"]
+    # The library alone would ask for 23 s.
+    assert len(silent) == 1
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
 @pytest.fixture
 def hub(monkeypatch, files) -> Iterator[None]:
     """A hub that has the files."""
