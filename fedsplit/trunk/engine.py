@@ -68,7 +68,7 @@ class TrunkEngine:
         self.work = WorkCounts()
         self._generation = Generation(trunk, run.generation, clock)
         self._is_virtual = bool(run.policy.sim_slowdown)
-        self._scheduler = _scheduler_for(run, clock)
+        self._scheduler = _scheduler_for(run, clock, self.training.is_excluded)
         self.submit = self._scheduler.submit
         self._on_turn = on_turn
         self._in_hand: list[Call] = []
@@ -322,8 +322,11 @@ class TrunkEngine:
         return self.run(work).result() if self._thread.is_alive() else work()
 
 
-def _scheduler_for(run: RunSpec, clock: Callable[[], float]) -> Scheduler:
+def _scheduler_for(
+    run: RunSpec, clock: Callable[[], float], is_excluded: Callable[[str], bool]
+) -> Scheduler:
     wait_s = run.train.max_queue_delay_s
     if slowdown := run.policy.sim_slowdown:
-        return VirtualTimeScheduler(slowdown, run.wire.call_deadline_s, wait_s, clock)
+        silence_s = run.wire.call_deadline_s
+        return VirtualTimeScheduler(slowdown, silence_s, wait_s, clock, is_excluded)
     return Scheduler(wait_s, clock)

@@ -4,21 +4,14 @@ Shapes: B sequences, T tokens, D hidden width. There is no thread and no queue h
 engine's thread calls it.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
-from fedsplit.errors import (
-    BadTensor,
-    CheckpointError,
-    GradExploded,
-    NonFinite,
-    ProtocolError,
-)
+from fedsplit.errors import BadTensor, CheckpointError, ProtocolError
 from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
@@ -28,14 +21,13 @@ from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.compute import Compute
 from fedsplit.trunk.guard import counted, require_finite, require_like, require_plausible
 from fedsplit.trunk.norm_guard import Quarantine
+from fedsplit.trunk.refusals import Refusals
 from fedsplit.trunk.replica import Replica, Work
 from fedsplit.trunk.replicas import Replicas
 from fedsplit.trunk.stash import Graph, Stash
 from fedsplit.trunk.update import StoredPass, TrunkUpdate
 from fedsplit.trunk.versions import ParameterVersions
 from fedsplit.wire.messages import BackwardReply, ForwardReply, StepReply
-
-log = logging.getLogger(__name__)
 
 
 class Training:
@@ -64,8 +56,9 @@ class Training:
         self._works: dict[str, Work] = {}
         self.quarantine = Quarantine(run.guard)
         self.lr_scale = 1.0
-        model = run.model
-        self._may_overflow = model.autocast in ("float16", "auto") or model.dtype == "float16"
+        # At no time: the departure itself must not reach the deadline of the barrier.
+        exclude = partial(self.leave, now=-math.inf)
+        self._refusals = Refusals(run, self.quarantine, clock, exclude)
 
     # --- state --------------------------------------------------------------------------------
 
@@ -103,12 +96,15 @@ class Training:
 
     # --- clients and sessions -----------------------------------------------------------------
 
+    def is_excluded(self, client: str) -> bool:
+        """Return whether a client is in quarantine."""
+        return not self.quarantine.is_free(client, self._clock())
+
     def notify(self, event: aggregator.Expected | aggregator.Ticked, now: float) -> None:
         """Notify the barrier at which clients wait for one another."""
         if isinstance(event, aggregator.Expected):
-            time = self._clock()
-            free = {each for each in event.clients if self.quarantine.is_free(each, time)}
-            event = replace(event, clients=frozenset(free))
+            invited = {each for each in event.clients if not self.is_excluded(each)}
+            event = replace(event, clients=frozenset(invited))
         # A client with a replica is the only one at its barrier, and waits for no event.
         if not self._update.replicas:
             self._shared.notify(event, now)
@@ -136,6 +132,7 @@ class Training:
     def forget(self, session: str) -> None:
         """Drop the graphs and gradients of a session; its contributions remain."""
         self._unpin(self._stash.drop_session(session))
+        self._refusals.forget(session)
         if work := self._works.pop(session, None):
             work.end()
 
@@ -166,7 +163,7 @@ class Training:
             NonFinite: The smashed data holds NaN or Inf.
             Quarantined: The client is in quarantine.
         """
-        with self._refusing(call.client):
+        with self._refusals.counted(call):
             call.inputs = self._compute.inputs(call.request, call.client, call.round)
         work = self._works.get(call.session)
         if work is None:
@@ -183,7 +180,7 @@ class Training:
             FedsplitError: The gradient is refused.
         """
         grad_BTD = call.request.grad_trunk_out_BTD
-        with self._refusing(call.client):
+        with self._refusals.counted(call):
             require_finite(grad_BTD, "grad_trunk_out_BTD")
         graph = self._stash.take(call.session, call.request.call)
         try:
@@ -243,7 +240,7 @@ class Training:
             raise ProtocolError(
                 "there is nothing to step with: no backward since the last step; send one before"
             )
-        with self._refusing(call.client):
+        with self._refusals.counted(call):
             require_plausible(call.request, work.num_positions, self._run)
             call.request = counted(call.request, self._run)
             del self._works[call.session]
@@ -286,27 +283,6 @@ class Training:
     def _new_replica(self, resident: bool) -> Replica:
         versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
         return Replica(versions, self._run, self._compute, self._update)
-
-    @contextmanager
-    def _refusing(self, client: str) -> Iterator[None]:
-        """A context that counts the refusal of a contribution; the last ones exclude its client.
-
-        Raises:
-            Quarantined: The client is in quarantine already.
-        """
-        now = self._clock()
-        self.quarantine.require_free(client, now)
-        try:
-            yield
-        except (NonFinite, GradExploded, ProtocolError) as refusal:
-            log.warning("a contribution of %s was refused: %s", client, refusal)
-            # An overflow of float16 is no fault: the client lowers its loss scale.
-            is_overflow = isinstance(refusal, NonFinite) and self._may_overflow
-            if not is_overflow and (seconds := self.quarantine.refuse(client, now)):
-                log.warning("%s is in quarantine for %.0f s", client, seconds)
-                # At no time: the departure itself must not reach the deadline of the barrier.
-                self.leave(client, -math.inf)
-            raise
 
     def _work_for(self, session: str, graph: Graph) -> Work:
         """Return the session's work; after a step since this graph, new work on its version."""

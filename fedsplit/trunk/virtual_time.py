@@ -38,11 +38,15 @@ class VirtualTimeScheduler(Scheduler):
     runs ahead of it. Time stands still at the beginning, after `pause`, and after the ends that
     `expect` names.
 
+    An excluded client holds back no other one. Its calls run at once, which refuses them, and it
+    does not count among those that have left.
+
     Args:
         slowdown: Virtual seconds of a step, by client; 1 for other clients.
         silence_s: Real seconds of silence after which a client that blocks time counts as dead.
         batch_wait_s: See `Scheduler`.
         clock: See `Scheduler`.
+        is_excluded: Whether a client is excluded at present, such as by a quarantine.
     """
 
     def __init__(
@@ -51,8 +55,10 @@ class VirtualTimeScheduler(Scheduler):
         silence_s: float,
         batch_wait_s: float,
         clock: Callable[[], float],
+        is_excluded: Callable[[str], bool],
     ) -> None:
         super().__init__(batch_wait_s, clock)
+        self._is_excluded = is_excluded
         self._now = 0.0
         self._slowdown = slowdown
         self._silence_s = silence_s
@@ -121,8 +127,9 @@ class VirtualTimeScheduler(Scheduler):
         if call.kind not in ORDERED:
             super().admit(call)
             return
-        # A client without a machine holds back no other client, so its LEAVE needs no order.
-        if call.kind is Kind.LEAVE and call.client not in self._machines:
+        # Without a machine a client holds back no other one, so these need no order.
+        needs_none = call.kind is Kind.LEAVE or self._is_excluded(call.client)
+        if needs_none and call.client not in self._machines:
             self._unordered.append(call)
             return
         machine = self._machine(call.client)
@@ -135,6 +142,9 @@ class VirtualTimeScheduler(Scheduler):
 
     def next_call(self, deadline: float, contributors: Collection[str]) -> Call | None:
         """See `Scheduler`; the order is that of virtual time."""
+        for client in [each for each in self._machines if self._is_excluded(each)]:
+            self._members.discard(client)
+            self._remove(client)
         if self._unordered:
             return self._unordered.popleft()
         if self._stands_still:
@@ -218,10 +228,13 @@ class VirtualTimeScheduler(Scheduler):
         return call
 
     def _depart(self, client: str) -> None:
-        # A client that counted as dead may still work. Its calls begin a new machine.
-        for call in self._machines.pop(client).calls:
-            self.admit(call)
+        self._remove(client)
         if client in self._members:
             self._members.remove(client)
             self._departures_left -= 1
             self._stands_still |= self._departures_left < 1
+
+    def _remove(self, client: str) -> None:
+        # A client that counted as dead may still work. Its calls begin a new machine.
+        for call in self._machines.pop(client).calls:
+            self.admit(call)

@@ -100,6 +100,53 @@ def test_a_client_comes_back_after_its_quarantine_and_the_next_one_is_twice_as_l
     assert same(trained(tiny_llama(), attack), trained(tiny_llama()))
 
 
+@pytest.mark.parametrize("part", ["smashed", "gradient"])
+@pytest.mark.parametrize(
+    ("autocast", "is_excluded"), [("", True), ("bfloat16", True), ("float16", False)]
+)
+def test_an_overflow_excludes_a_client_unless_its_forwards_are_in_float16(
+    tiny_llama, part, autocast, is_excluded
+):
+    with world(tiny_llama()) as here:
+        trunk = here.add("m").trunk
+        for call in range(3):
+            trunk.open(first_call=call)
+            request = forward_of(here.members["m"], call, autocast=autocast)
+            if part == "smashed":
+                request = replace(request, smashed_BTD=request.smashed_BTD / 0)
+            with pytest.raises(errors.NonFinite):
+                ask(here, "m", request)
+                ask(here, "m", backward_of(request, float("inf")))
+        assert here.service.engine.training.is_excluded("m") is is_excluded
+
+
+def infinite_forward(member, call):
+    request = forward_of(member, call)
+    return replace(request, smashed_BTD=request.smashed_BTD / 0)
+
+
+def test_no_client_waits_for_the_virtual_time_of_one_that_is_excluded(tiny_llama):
+    """It keeps its session open and says nothing, or goes on with calls that are refused."""
+    policy = PolicySpec(kind="async", sim_slowdown={"client-0": 5.0})
+    with world(tiny_llama(), replace(GUARDED, policy=policy), Clock()) as here:
+        hostile, honest = here.add("client-0"), here.add("client-1")
+        here.service.expect(list(here.members), round=0, at_once=2, close_after=2)
+        for call in range(3):
+            hostile.trunk.open(first_call=call)
+            with pytest.raises(errors.NonFinite):
+                ask(here, "client-0", infinite_forward(hostile, call))
+        honest.trunk.open()
+        for seed in range(8):
+            step(honest, seed)
+        assert here.service.now() == 8.0
+        with pytest.raises(errors.Quarantined):
+            ask(here, "client-0", infinite_forward(hostile, 3))
+        here.service.expect(["client-0"], round=1, at_once=1, close_after=1)
+        for seed in range(8):
+            step(honest, seed)
+        assert here.service.now() == 16.0
+
+
 def test_a_gradient_over_ten_times_the_median_is_clipped_to_it(tiny_llama):
     """Against the norm that the trunk moves by, with plain SGD and one client."""
     with world(tiny_llama(), GUARDED) as here:

@@ -34,8 +34,8 @@ def call(client: str, kind: Kind, session: str = "s") -> Call:
     return Call(client=client, session=session, kind=kind)
 
 
-def virtual_time(slowdown: dict[str, float]) -> VirtualTimeScheduler:
-    return VirtualTimeScheduler(slowdown, 100.0, 0.0, lambda: 0.0)
+def virtual_time(slowdown: dict[str, float], excluded=frozenset()) -> VirtualTimeScheduler:
+    return VirtualTimeScheduler(slowdown, 100.0, 0.0, lambda: 0.0, excluded.__contains__)
 
 
 def turns(time, deadline=NEVER, waiting=()):
@@ -167,6 +167,26 @@ def test_one_that_holds_up_time_can_be_given_up():
     assert time.give_up(()) == "a"
     assert time.give_up(()) is None, "b has asked"
     assert turns(time) == [(0.0, "b", "forward")]
+
+
+def test_an_excluded_client_holds_back_no_other_and_its_calls_run_at_once():
+    excluded: set[str] = set()
+    time = virtual_time({"m": 3.0}, excluded)
+    time.expect(["a", "m"], close_after=1, until=NEVER)
+    ask(time, ("a", "forward"), ("m", "forward"), ("a", "step"), ("a", "forward"))
+    assert [client for _, client, _ in turns(time)] == ["a", "m", "a", "a"]
+    ask(time, ("a", "step"), ("a", "forward"), ("a", "step"), ("a", "forward"), ("m", "leave"))
+    excluded.add("m")
+    assert turns(time)[0] == (1.0, "m", "leave")
+    ask(time, ("m", "forward"), ("m", "step"), ("a", "step"))
+    assert turns(time) == [
+        (3.0, "m", "forward"),
+        (3.0, "m", "step"),
+        (4.0, "a", "step"),
+    ], "without it, time would stand still after one has left"
+    time.expect(["m"], close_after=1, until=NEVER)
+    ask(time, ("a", "forward"), ("a", "step"))
+    assert turns(time)[-1] == (5.0, "a", "step")
 
 
 # --- the real clock --------------------------------------------------------------------------
