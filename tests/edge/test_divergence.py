@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsplit.errors import Diverged
+from fedsplit.errors import Diverged, ProtocolError
 from fedsplit.flower.records import METRICS, WEIGHT, JoinInfo
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.flower.strategy.divergence import DivergenceGuard
@@ -218,3 +219,24 @@ def test_the_state_of_an_abandoned_branch_does_not_count() -> None:
     third = second.back_to(7)
     assert third.last_round_of(0) == 2 and third.last_round_of(second.branch) == 7
     assert third.last_round_of(12345) == -1
+
+
+JOIN = JoinInfo(
+    client="c", round=1, address="", token="", config="", tokenizer="", run_id="", lr_scale=0.5
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"lr_scale": math.nan}, "scales the learning rate by nan"),
+        ({"lr_scale": 1e9}, "scales the learning rate by 1000000000.0"),
+        ({"branches": [1, 2], "rounds": [1]}, "2 branches and 1 rounds"),
+    ],
+)
+def test_a_client_refuses_an_impossible_history_or_rate(fields: dict[str, Any], text: str) -> None:
+    content = JOIN.put_into(RecordDict())
+    assert JoinInfo.of(content) == JOIN
+    content["fedsplit"] = ConfigRecord({**content.config_records["fedsplit"], **fields})
+    with pytest.raises(ProtocolError, match=text):
+        JoinInfo.of(content)
