@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -15,7 +16,7 @@ from transformers import (
     TokenizersBackend,
 )
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, peer_text
 from fedsplit.model.acceleration import precision_of
 from fedsplit.model.attention import attention_of
 from fedsplit.model.auxiliary import add_auxiliary_head
@@ -26,7 +27,7 @@ from fedsplit.model.build import (
     initial_whole,
     load_whole,
 )
-from fedsplit.model.json_files import MAX_BLOCKS
+from fedsplit.model.config_sizes import MAX_BLOCKS, building, too_small
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.plan import classifier_fields, model_class_for, plan_for
 from fedsplit.model.source import Source
@@ -67,8 +68,10 @@ def config_of(
     fields = {**(_ids_of(tokenizer) if tokenizer else {}), **classes, **model.config}
     try:
         config = AutoConfig.for_model(model.family, **fields)
-    except (ValueError, TypeError) as exc:
-        raise ConfigError(f"model.family={model.family}: {str(exc).splitlines()[0]}") from exc
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as exc:
+        sizes = too_small(model.config)
+        hint = f" (model.config has {sizes}; sizes are at least 1)" if sizes else ""
+        raise ConfigError(f"model.family={model.family}: {peer_text(str(exc))}{hint}") from exc
     return config
 
 
@@ -118,7 +121,8 @@ def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Pre
         source, revision = run.model.pretrained, run.model.revision
         whole = load_whole(config, source, revision=revision, seed=run.seed, **options)
     else:
-        whole = initial_whole(config, run.seed, **options)
+        with building(config):
+            whole = initial_whole(config, run.seed, **options)
     add_adapters(whole, run.lora, run.seed)
     return whole
 

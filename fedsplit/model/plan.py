@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from fedsplit.data.tasks import TASKS
 from fedsplit.errors import ConfigError, UnsupportedModel
+from fedsplit.model.config_sizes import building
 from fedsplit.model.dryrun import FAMILY_ERRORS, Journal, observe
 from fedsplit.model.rope import remove_lengths
 from fedsplit.randomness import process_state
@@ -180,11 +181,8 @@ def _weightless(family: type[PreTrainedModel], config: PretrainedConfig) -> PreT
         config.tie_word_embeddings = False
     config.output_attentions = False  # a probe has none to return
     remove_lengths(config)
-    with no_init_weights():
-        try:
-            model: PreTrainedModel = family(config).eval()
-        except FAMILY_ERRORS as exc:
-            raise UnsupportedModel(f"cannot be built ({type(exc).__name__}: {exc})") from exc
+    with no_init_weights(), building(config):
+        model: PreTrainedModel = family(config).eval()
     return model
 
 

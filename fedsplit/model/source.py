@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 from fedsplit.data.hub import offline_reason, reporting_a_full_disk
 from fedsplit.errors import CheckpointError, UnsupportedModel
 from fedsplit.model.checkpoint_names import compared_parameters, names_in_memory
+from fedsplit.model.config_sizes import building, require_small, too_small
 from fedsplit.model.identity import (
     COMMIT,
     FLOATS,
@@ -30,11 +31,11 @@ from fedsplit.model.identity import (
     VALUES,
     Values,
     files_digest,
-    values_digest,
     opened,
+    values_digest,
     values_in_file,
 )
-from fedsplit.model.json_files import read_json, require_small
+from fedsplit.model.json_files import read_json
 from fedsplit.model.part_files import require_whole
 from fedsplit.model.plan import QUANTIZED, quantization_of
 from fedsplit.randomness import process_state
@@ -83,8 +84,11 @@ class Source:
             StorageError: The disk of the hub's cache is full.
         """
         offline = bool(offline_reason(self.name, self.revision))
+        sizes = ""
         if (path := self._file("config.json")) is not None:
-            require_small(path)
+            content = read_json(path)
+            require_small(path, content)
+            sizes = too_small(content)
         try:
             with reporting_a_full_disk(self.name):
                 config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -93,10 +97,11 @@ class Source:
                     trust_remote_code=False,
                     local_files_only=offline,
                 )
-        except (*_UNREADABLE, StrictDataclassError) as exc:
+        except (*_UNREADABLE, ArithmeticError, StrictDataclassError) as exc:
+            hint = f"; it has {sizes}" if sizes else ""
             raise CheckpointError(
                 f"{self.name}: not a model that transformers {transformers.__version__} can read "
-                f"({_first_line(exc)}); give a directory with config.json or a hub id"
+                f"({_first_line(exc)}{hint}); give a directory with config.json or a hub id"
             ) from exc
         return config
 
@@ -344,9 +349,14 @@ def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device, where its tensors have no memory."""
+    """The model on the meta device, where its tensors have no memory.
+
+    Raises:
+        ConfigError: A size in the config is too small.
+        UnsupportedModel: The family refuses the config.
+    """
     # `no_init_weights` and the device replace functions of the process, so this takes the lock.
-    with process_state(), torch.device("meta"), no_init_weights():
+    with process_state(), torch.device("meta"), no_init_weights(), building(config):
         model: PreTrainedModel = model_class(config)
     return model
 

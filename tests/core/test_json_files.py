@@ -4,9 +4,13 @@ import json
 
 import pytest
 
-from fedsplit.errors import CheckpointError
+from fedsplit.errors import CheckpointError, ConfigError, FedsplitError
+from fedsplit.model.checkpoint import split_checkpoint
+from fedsplit.model.describe import config_of, trunk_of
+from fedsplit.model.describe import whole_of as unsplit_of
 from fedsplit.model.json_files import MAX_BYTES, read_json
 from fedsplit.model.source import Source
+from fedsplit.spec import ModelSpec, RunSpec, SplitSpec
 from tests.core.generating import whole_of
 
 DEEP = '{"a": ' + "[" * 100_000
@@ -64,3 +68,31 @@ def test_other_files_of_brackets_are_refused(tmp_path):
         source.dtype(whole_of("llama").config)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_json(tmp_path / "missing.json")
+
+
+SIZES = {
+    "no heads of gpt2": ("gpt2", {"n_head": 0}),
+    "no heads of llama": ("llama", {"num_attention_heads": 0}),
+    "no groups of heads": ("llama", {"num_key_value_heads": 0}),
+    "a negative width": ("llama", {"hidden_size": -16}),
+    "no vocabulary": ("llama", {"vocab_size": -1}),
+    "no positions": ("gpt2", {"n_positions": -4}),
+}
+
+
+@pytest.mark.parametrize(("family", "fields"), SIZES.values(), ids=SIZES)
+def test_a_size_below_one_is_named_with_its_value(family, fields, tmp_path):
+    ((name, value),) = fields.items()
+    named = rf"has {name}={value}\b"
+    whole = whole_of(family)
+    whole.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.raises(FedsplitError, match=named):
+        split_checkpoint(str(tmp_path), SplitSpec.parse("1/2/1"), tmp_path / "parts")
+    small = {name: n for name, n in whole.config.to_diff_dict().items() if type(n) is int}
+    model = ModelSpec(family=family, config=small | fields)
+    run = RunSpec(model=model, split=SplitSpec.parse("1/2/1"))
+    for build in (trunk_of, unsplit_of):
+        with pytest.raises(ConfigError, match=named):
+            build(run, config_of(run, None))
