@@ -1,6 +1,8 @@
 """An attacker of a server: it opens calls that take what others need, and gives nothing back."""
 
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,52 +41,91 @@ ATTACKS = {
 }
 """By name; all but the last one have no token."""
 
+_PIECE_S = 0.02
+
 
 @contextmanager
 def attacker(address: str, token: str) -> Iterator[Answers]:
-    """Run an attacker; `start` begins an attack, `stop` ends it and returns the MiB it sent."""
-    running: list[_Calls] = []
+    """Run an attacker.
+
+    Its answer `start` begins an attack, and `compute` takes a share of a core without an attack.
+    `stop` ends either; it returns the MiB that were sent and the share of a core that was taken.
+    """
+    running: list[_Work] = []
 
     def start(name: str) -> None:
         attack = ATTACKS[name]
         running.append(_Calls(address, token if attack.has_token else "", attack))
 
-    yield {"start": start, "stop": lambda: running.pop().stop()}
+    yield {
+        "start": start,
+        "compute": lambda share: running.append(_Computing(share)),
+        "stop": lambda: running.pop().stop(),
+    }
 
 
-class _Calls:
+class _Work(ABC):
+    """What an attacker does in a thread until it is stopped."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.stopped = threading.Event()
+        self._began = time.perf_counter(), time.process_time()
+        self._thread = threading.Thread(target=self.run, daemon=True)
+        self._thread.start()
+
+    @abstractmethod
+    def run(self) -> None:
+        """Work until `stopped` is set."""
+
+    def stop(self) -> tuple[float, float]:
+        """Stop; return the MiB that were given to gRPC to send, and the share of a core."""
+        self.stopped.set()
+        self._thread.join()
+        wall_s, cpu_s = self._began
+        share = (time.process_time() - cpu_s) / (time.perf_counter() - wall_s)
+        return self.num_bytes / (1 << 20), share
+
+
+class _Computing(_Work):
+    """Takes a share of a core in small pieces."""
+
+    def __init__(self, share: float) -> None:
+        self._share = min(share, 1.0)
+        super().__init__()
+
+    def run(self) -> None:
+        """See `_Work`."""
+        while not self.stopped.wait(_PIECE_S * (1 - self._share)):
+            end = time.thread_time() + _PIECE_S * self._share
+            while time.thread_time() < end:
+                pass
+
+
+class _Calls(_Work):
     """Keeps the calls of an attack open: one that was ended is replaced."""
 
     def __init__(self, address: str, token: str, attack: Attack) -> None:
         self._attack = attack
         self._metadata = ((TOKEN_KEY, token),)
         self._channel = grpc.insecure_channel(address, (("grpc.use_local_subchannel_pool", 1),))
-        self._stopped = threading.Event()
-        self._num_bytes = 0
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        super().__init__()
 
-    def stop(self) -> float:
-        """End all calls; return the MiB that were given to gRPC to send."""
-        self._stopped.set()
-        self._thread.join()
-        self._channel.close()
-        return self._num_bytes / (1 << 20)
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """See `_Work`."""
         open_stream = self._channel.stream_stream(f"/{SERVICE}/{self._attack.method}", None, None)
         calls: list[Any] = []
-        while not self._stopped.is_set():
+        while not self.stopped.wait(self._attack.pace_s):
             calls = [call for call in calls if call.is_active()]
             if len(calls) < self._attack.at_once:
                 calls.append(open_stream(self._frames(), metadata=self._metadata))
-            self._stopped.wait(self._attack.pace_s)
+        self._channel.close()
 
     def _frames(self) -> Iterator[bytes]:
         for frame in _FRAMES[self._attack.frames]():
-            self._num_bytes += len(frame)
+            self.num_bytes += len(frame)
             yield frame
-        self._stopped.wait()
+        self.stopped.wait()
 
 
 @cache

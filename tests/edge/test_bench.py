@@ -91,6 +91,7 @@ FIGURES = {
     ],
     "strangers": [
         "memory_per_mib",
+        *(f"p99_as_busy_{attack}" for attack in sorted(ATTACKS)),
         *(f"p99_{attack}" for attack in sorted(ATTACKS)),
         "replies_changed",
         "slots_held",
