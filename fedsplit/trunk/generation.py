@@ -204,13 +204,19 @@ class Generation:
                 f"session {session} holds {sequences.tokens} tokens, but this request continues "
                 f"{request.past}; send its tokens again"
             )
+        # Attention takes no keys of another precision, and a pass that fails loses its sessions.
+        if request.past and request.autocast != sequences.autocast:
+            raise SessionLost(
+                f"session {session} was computed with autocast={sequences.autocast or 'off'}, but "
+                f"this request asks for {request.autocast or 'off'}; send its tokens again"
+            )
         self._check_room(sequences, request)
         if request.past == 0:
             # A new cache, because one with a window or linear attention cannot always be cropped.
             if sequences.tokens:
                 self.open(sequences.client, session, sequences.cache_tokens)
                 sequences = self._caches[session]
-            sequences.rows = rows
+            sequences.rows, sequences.autocast = rows, request.autocast
         else:
             crop(sequences, request.past)
             if request.rows_B is not None:

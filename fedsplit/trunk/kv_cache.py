@@ -31,7 +31,8 @@ class SequenceCache:
     """The cache of a session: `tokens` tokens in each of `rows` sequences, and their mask.
 
     `used` is the time of the last use, in seconds. `cache_tokens` is the fixed number of tokens per
-    sequence, or 0 for a cache that grows.
+    sequence, or 0 for a cache that grows. `autocast` is the precision that the tokens were computed
+    in, or empty for that of the weights.
     """
 
     cache: Any
@@ -40,6 +41,7 @@ class SequenceCache:
     tokens: int = 0
     rows: int = 0
     mask_BT: Tensor | None = None
+    autocast: str = ""
     used: float = 0.0
     num_bytes: int = 0
 

@@ -355,6 +355,11 @@ NONSENSE = {
         SessionLost,
         "holds 2 sequences, but this request has 3",
     ),
+    "another precision than before": (
+        dict(past=3, smashed_BTD=torch.ones(2, 1, 32), autocast="float16"),
+        SessionLost,
+        "was computed with autocast=off, but this request asks for float16",
+    ),
     "a wrong width": (dict(smashed_BTD=torch.ones(2, 3, 16)), BadTensor, "hidden size is 32"),
     "another dtype": (
         dict(smashed_BTD=torch.ones(2, 3, 32).double()),
