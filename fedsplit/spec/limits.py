@@ -24,6 +24,7 @@ class LimitsSpec:
             stream that is silent for the longest time is ended.
         calls_per_client (calls): The most calls of a client beside its streams.
         idle_s (seconds): The time after which a stream that carries no request is ended.
+        metadata_bytes (bytes): The most metadata of a call, which has the client's token.
         body_s (seconds): The longest time that a server waits for a request that has begun, or for
             its next 4 MiB.
     """
@@ -35,6 +36,7 @@ class LimitsSpec:
     streams_per_client: Annotated[int, Positive()] = 8
     calls_per_client: Annotated[int, Positive()] = 8
     idle_s: Annotated[float, DURATION] = 600.0
+    metadata_bytes: Annotated[int, Positive()] = 16 << 10
     body_s: Annotated[float, DURATION] = 10.0
 
     def __post_init__(self) -> None:

@@ -94,6 +94,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
             ),
             **{f"/{SERVICE}/{call.method}": self._unary(call) for call in CALLS.values()},
         }
+        self._most_metadata = 0
         self._draining = False
         self._in_work = 0
         self._changed = threading.Condition()
@@ -107,7 +108,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         method = self._methods.get(handler_call_details.method)
         if method is None:
             return None
-        metadata = dict(handler_call_details.invocation_metadata or ())
+        items = handler_call_details.invocation_metadata or ()
+        size = sum(len(key) + len(value) for key, value in items)
+        self._most_metadata = max(self._most_metadata, size)
+        metadata = dict(items)
         rpc: Rpc | Refusal
         try:
             rpc = method(str(metadata.get(TOKEN_KEY, "")))
@@ -148,9 +152,18 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         if isinstance(message, CloseRequest):
             self.sessions.close(message.session)
         if isinstance(reply, ServiceInfoReply) and reply.budgets:
-            in_use = {**self.streams.in_use(), **self.calls.in_use()}
-            return replace(reply, budgets={**reply.budgets, **in_use})
+            return replace(reply, budgets={**reply.budgets, **self._in_use()})
         return reply
+
+    def _in_use(self) -> dict[str, str]:
+        """Return how much of each limit of calls is in use, by the setting of the limit."""
+        limits, idle_s = self.limits, self.streams.longest_silence("limits.idle_s")
+        return {
+            **self.streams.in_use(),
+            **self.calls.in_use(),
+            "limits.idle_s": f"{idle_s:.0f} of {limits.idle_s:g}",
+            "limits.metadata_bytes": f"{self._most_metadata} of {limits.metadata_bytes}",
+        }
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ from fedsplit.spec import LimitsSpec, WireSpec
 from fedsplit.transport.address import check_port
 from fedsplit.transport.calls import SPARE_CALLS, STRANGERS, Calls
 from fedsplit.transport.frames import FRAME_BYTES, HEADER_BYTES, SERVICE
-from fedsplit.transport.status import MAX_METADATA_BYTES
 from fedsplit.transport.tls import server_credentials
 from fedsplit.wire.messages import Limits
 
@@ -27,7 +26,6 @@ OPTIONS = {
     "grpc.keepalive_timeout_ms": 5000,
     "grpc.http2.ping_timeout_ms": 5000,
     "grpc.http2.max_pings_without_data": 0,
-    "grpc.max_metadata_size": MAX_METADATA_BYTES,
     # Of one frame, not of a message: gRPC holds this number in 32 bits.
     "grpc.max_receive_message_length": FRAME_BYTES,
     # A message that gRPC decompresses may have a thousand times the bytes that were received.
@@ -74,7 +72,10 @@ class GrpcServer:
         # A call occupies a thread. One that was ended does so for a moment without a slot.
         workers = max_clients + (max_clients + SPARE_CALLS) + 2 * STRANGERS
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fedsplit-call")
-        self._server = grpc.server(self._pool, options=tuple(OPTIONS.items()))
+        # Between the two, gRPC would refuse calls at random.
+        sizes = ("grpc.max_metadata_size", "grpc.absolute_max_metadata_size")
+        options = {**OPTIONS, **dict.fromkeys(sizes, budgets.metadata_bytes)}
+        self._server = grpc.server(self._pool, options=tuple(options.items()))
         self._server.add_generic_rpc_handlers((self._calls,))
         self._tick_s = min(1.0, budgets.body_s / 4, budgets.idle_s / 4)
         self._stopped = threading.Event()

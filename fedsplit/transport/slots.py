@@ -79,6 +79,13 @@ class Slots:
             setting: f"{most} of {self._per_client}",
         }
 
+    def longest_silence(self, setting: str) -> float:
+        """Return for how many seconds a call has been silent whose time this setting bounds."""
+        with self._lock:
+            since = [slot.since for slot in self._slots if slot.setting == setting]
+        # Infinity stands for a call that the server works on.
+        return max(0.0, self._clock() - min(since, default=math.inf))
+
     def enter(self, slot: Slot) -> None:
         """Add a slot; a silent one may be ended for it.
 

@@ -184,6 +184,7 @@ class TrunkEngine:
         """Return how much of each budget is in use, by the setting that limits it."""
         generation, tokens = self._run.generation, self._generation.most_tokens
         return {
+            "replicas": f"{self.training.num_replicas} of {self._run.clients}",
             "wire.stash_bytes": f"{self.stashed_bytes} of {self._run.wire.stash_bytes}",
             "generation.cache_bytes": f"{self.cache_bytes} of {generation.cache_bytes}",
             "generation.session_tokens": f"{tokens} of {generation.session_tokens}",

@@ -42,6 +42,11 @@ class Replicas:
         yield from self._own.values()
 
     @property
+    def num_own(self) -> int:
+        """The number of clients that have a replica of their own."""
+        return len(self._own)
+
+    @property
     def version(self) -> int:
         """The number of optimizer steps taken, summed over replicas."""
         return sum(replica.steps for replica in self)

@@ -192,12 +192,7 @@ class TrunkService:
 
     def budgets(self) -> dict[str, str]:
         """Return how much of each budget is in use, by the setting that limits it."""
-        history_bytes = self._run.wire.history_bytes * self._run.clients
-        return {
-            **self._sessions.in_use(),
-            **self.engine.in_use(),
-            "wire.history_bytes": f"{self.decoder.num_bytes} of {history_bytes}",
-        }
+        return {**self._sessions.in_use(), **self.engine.in_use(), **self.decoder.in_use()}
 
     # --- fedsplit.link.Service ----------------------------------------------------------------
 

@@ -42,12 +42,15 @@ class SessionTable:
         if it has as many as it may have, else of the client that has most.
 
         Raises:
-            Overloaded: None can make room, because those that train are not ended.
+            Overloaded: None can make room, because those that train are not ended; or as many
+                clients as the run has train already.
         """
         client = session.info.client
         with self._lock:
             replaced = [each for each in self._open.values() if each.info.is_like(session.info)]
             kept = [each for each in self._open.values() if each not in replaced]
+            if session.info.training:
+                self._require_room_to_train(client, kept)
             held = Counter(each.info.client for each in kept)
             evicted = []
             if held[client] >= self._run.limits.sessions_per_client:
@@ -62,6 +65,16 @@ class SessionTable:
             session.expires_at = session.used_at + self._run.wire.stash_ttl_s
             self._open[session.info.name] = session
         return replaced + evicted
+
+    def _require_room_to_train(self, client: str, sessions: list[Session]) -> None:
+        # Each takes memory of the size of the trunk for its gradients.
+        others = _training(sessions) - {client}
+        if len(others) >= self._run.clients:
+            raise Overloaded(
+                f"{len(others)} other clients train here, and the run has clients="
+                f"{self._run.clients}; try again when one has left, or raise clients at the trunk "
+                "and at all clients"
+            )
 
     def of(self, name: str, client: str) -> Session:
         """Return a session for a request of its client; it is then the most recently used.
@@ -106,10 +119,12 @@ class SessionTable:
         replies = [each.reply_bytes() for each in sessions]
         limits = self._run.limits
         return {
+            "clients": f"{len(_training(sessions))} of {self._run.clients}",
             "limits.sessions": f"{len(sessions)} of {limits.sessions}",
             "limits.sessions_per_client": (
                 f"{max(held.values(), default=0)} of {limits.sessions_per_client}"
             ),
+            "replies": f"{sum(replies)} of {limits.sessions * limits.reply_bytes}",
             "limits.reply_bytes": f"{max(replies, default=0)} of {limits.reply_bytes}",
         }
 
@@ -129,3 +144,8 @@ def _first_to_go(sessions: list[Session], held: Counter[str], limit: str) -> Ses
         )
     # The first of several that are equal, which is the least recently used.
     return max(generating, key=lambda each: held[each.info.client])
+
+
+def _training(sessions: list[Session]) -> set[str]:
+    """Return the clients that have a session that trains."""
+    return {each.info.client for each in sessions if each.info.training}

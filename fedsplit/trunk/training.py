@@ -83,6 +83,11 @@ class Training:
         return self._stash.num_bytes
 
     @property
+    def num_replicas(self) -> int:
+        """The number of clients that have a replica of their own."""
+        return self._replicas.num_own
+
+    @property
     def clients_per_pass(self) -> int:
         """The number of clients whose forwards run as one pass."""
         # No more than are at work, because a pass would wait for others in vain.
@@ -244,7 +249,8 @@ class Training:
             require_plausible(call.request, work.num_positions, self._run)
             call.request = counted(call.request, self._run)
             del self._works[call.session]
-            bounds = self.quarantine.bounds_of(call.client, work.replica.guard.bounds)
+            usual = work.replica.guard.bounds_of(call.client)
+            bounds = self.quarantine.bounds_of(call.client, usual)
             reply = work.replica.contribute(call.client, work, call.request, bounds, now)
         self.quarantine.accept(call.client, clipped=work.is_clipped)
         return reply

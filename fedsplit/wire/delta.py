@@ -217,6 +217,14 @@ class DeltaDecoder:
         """Bytes of the references of all clients."""
         return sum(references.num_bytes for references in tuple(self._clients.values()))
 
+    def in_use(self) -> dict[str, str]:
+        """Return how much of each budget is in use, by the setting that limits it."""
+        held = [references.num_bytes for references in tuple(self._clients.values())]
+        return {
+            "histories": f"{sum(held)} of {self._max_bytes}",
+            "wire.history_bytes": f"{max(held, default=0)} of {self._budget}",
+        }
+
     def decode(self, client: str, request: ForwardRequest) -> "DecodedForward":
         """The decoded forward of a client; it also encodes the reply.
 

@@ -61,6 +61,12 @@ def test_all_go_on_from_the_mean_also_one_that_is_new(tiny_llama):
         assert torch.equal(outs[0], outs[2])
 
 
+def test_replicas_are_told_with_the_budgets(tiny_llama):
+    with world(tiny_llama(), replicas=True) as here:
+        fit(here, "a", "b")
+        assert here.service.budgets()["replicas"] == "2 of 4"
+
+
 def test_evaluation_is_on_the_clients_own_replica(tiny_llama):
     with world(tiny_llama(), small_run(), replicas=True) as here:
         fit(here, "a")

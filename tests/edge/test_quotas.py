@@ -171,6 +171,21 @@ def test_a_session_that_trains_is_not_ended_for_another_one(tiny_llama):
         assert here.members["alice"].trunk.training_state().step == 0
 
 
+def test_no_more_clients_train_than_the_run_has(tiny_llama):
+    run = small_run(clients=2)
+    with world(tiny_llama(), run) as here:
+        for name in ("alice", "bob"):
+            here.add(name).trunk.open()
+        assert here.service.budgets()["clients"] == "2 of 2"
+        link = LocalLink(here.service, here.service.admit("mallory"))
+        mallory = HostileClient(link, here.config, run)
+        with pytest.raises(Overloaded, match="2 other clients train here, .* clients=2; try"):
+            mallory.open(training=True, generating=False)
+        here.members["alice"].trunk.open()  # in place of her first session
+        here.members["bob"].trunk.close()
+        mallory.open(training=True, generating=False)
+
+
 def test_a_silent_session_that_generates_is_ended():
     clock = Clock()
     with scene("llama", clock, ttl_s=60.0, max_queue_delay_s=0.0) as here:
@@ -365,6 +380,8 @@ def test_clients_see_how_much_of_each_budget_is_in_use_and_strangers_do_not():
         assert budgets["wire.stash_bytes"] == f"0 of {run.wire.stash_bytes}"
         reply = mallory.ask(mallory.generate(session, call=1))
         assert budgets["limits.reply_bytes"] == f"{reply.trunk_out_BTD.nbytes} of {4 << 20}"
+        kept = sum(each.reply_bytes() for each in here.service._sessions._open.values())
+        assert budgets["replies"] == f"{kept} of {5 * (4 << 20)}"
         assert LocalLink(here.service).exchange(m.ServiceInfoRequest()).budgets == {}
 
 

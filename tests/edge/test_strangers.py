@@ -19,6 +19,7 @@ from fedsplit.errors import (
     DeadlineExceeded,
     FedsplitError,
     Overloaded,
+    TooLarge,
     Unauthenticated,
 )
 from fedsplit.spec import LimitsSpec, WireSpec
@@ -297,6 +298,19 @@ def test_the_slots_in_use_are_told_with_the_budgets_of_the_service() -> None:
         told = here.honest().exchange(INFO).budgets
     assert told["limits.clients"] == "1 of 9"
     assert {"1 of 6", "1 of 14"} < {*told.values()}
+    assert told["limits.idle_s"] == "0 of 600"
+    # At least the token and the name of its key.
+    most, _, limit = told["limits.metadata_bytes"].partition(" of ")
+    assert limit == "16384" and len(TOKEN_KEY + "token of ann") <= int(most) < 1000
+
+
+def test_more_metadata_than_the_limit_is_refused() -> None:
+    with Here(TokenService(), metadata_bytes=2000) as here:
+        with linked(here.address, token="token of " + "x" * 2000) as link:
+            with pytest.raises(TooLarge, match="metadata size exceeds"):
+                link.exchange(INFO)
+        with unharmed(here):
+            pass
 
 
 def test_many_callers_take_few_threads() -> None:
@@ -353,6 +367,8 @@ def test_the_longest_silence_gives_way_first_and_work_never() -> None:
     with pytest.raises(Overloaded, match="the server has 3 streams, which is the most"):
         entered("dan")
     clock.now += 10.0
+    assert slots.longest_silence("limits.idle_s") == 14.0
+    assert slots.longest_silence("limits.body_s") == 0.0
     entered("dan")
     assert [client for client, _ in ended] == ["bob", "ann"]
     slots.leave(ann)
@@ -365,6 +381,7 @@ def test_the_longest_silence_gives_way_first_and_work_never() -> None:
     assert [client for client, _ in ended] == ["bob", "ann", "dan", "dan", "dan"]
     assert len(slots) == 1
     assert math.isinf(eve.due)
+    assert slots.longest_silence("limits.idle_s") == 0.0
 
 
 # --- sizes and ports --------------------------------------------------------------------------
