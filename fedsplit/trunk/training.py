@@ -165,6 +165,7 @@ class Training:
 
         Raises:
             StaleVersion: The trunk has taken too many steps since the session's step began.
+            TooLarge: The step keeps as many activations as a client's step may.
             NonFinite: The smashed data holds NaN or Inf.
             Quarantined: The client is in quarantine.
         """
@@ -173,7 +174,7 @@ class Training:
         work = self._works.get(call.session)
         if work is None:
             work = self._works[call.session] = self._replicas.of(call.client).begin()
-        work.require_current(call.client)
+        work.require_open(call.client)
         call.work, call.prepared = work, True
         return self.clients_per_pass
 
@@ -249,8 +250,7 @@ class Training:
             require_plausible(call.request, work.num_positions, self._run)
             call.request = counted(call.request, self._run)
             del self._works[call.session]
-            usual = work.replica.guard.bounds_of(call.client)
-            bounds = self.quarantine.bounds_of(call.client, usual)
+            bounds = self.quarantine.bounds_of(call.client, work.replica.guard.bounds)
             reply = work.replica.contribute(call.client, work, call.request, bounds, now)
         self.quarantine.accept(call.client, clipped=work.is_clipped)
         return reply

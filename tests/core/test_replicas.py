@@ -151,7 +151,7 @@ def world_trunk(config, run):
 
 def test_further_steps_use_the_masks_and_the_dropout_of_the_first(tiny_gpt2):
     """With a rate of zero the further steps change nothing, so all of them see one gradient."""
-    train = replace(small_run().train, trunk_steps=2, lr=1e-30)
+    train = replace(small_run().train, trunk_steps=2, accumulation=2, lr=1e-30)
     with world(tiny_gpt2(resid_pdrop=0.5), small_run(train=train)) as here:
         taken = []
         step = here.service.engine.training._shared.versions.step
@@ -170,6 +170,20 @@ def test_nothing_is_kept_for_further_steps_that_are_not_taken(tiny_llama):
         prepare(here, "a")
         (work,) = here.service.engine.training._works.values()
         assert work.passes == []
+
+
+def test_a_client_that_does_not_step_has_no_more_kept_for_it_than_a_step(tiny_llama):
+    train = replace(small_run().train, trunk_steps=2, accumulation=2)
+    with world(tiny_llama(), small_run(train=train)) as here:
+        requests = [prepare(here, "a", call)[0] for call in range(2)]
+        told = "this one of a has 48 positions already; a step of this run has at most 48"
+        for call in range(2, 5):
+            with pytest.raises(errors.TooLarge, match=told):
+                prepare(here, "a", call)
+        (work,) = here.service.engine.training._works.values()
+        assert len(work.passes) == 2
+        contribute(here, "a", requests[-1])
+        prepare(here, "a", 5)
 
 
 # --- going on from a state --------------------------------------------------------------------
