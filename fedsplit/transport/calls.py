@@ -222,6 +222,9 @@ class _Unary(Rpc):
             raise ProtocolError(f"{self._call.method} takes a {self._call.request.__name__}")
         with self._calls.working():
             reply = self._calls.answer(message, self._token)
+        # Or a new call could end this one before its reply is taken.
+        if self._slots is self._calls.calls:
+            self.settle()
         self.send(to_frame(reply))
 
 
