@@ -21,7 +21,8 @@ class GuardSpec:
         refuse_above (medians): A contribution whose norm is above this multiple is refused (0: not
             at all).
         window (clients): The most clients that the median is of: those that contributed last.
-        after (contributions): The number of contributions after which the guard begins.
+        after (contributions): The number of contributions after which the guard begins, if they
+            are of three clients at least, or of all of a run with fewer.
         refusals (refusals): The refusals in a row after which a client is in quarantine.
         quarantine_s (seconds): The time of a client's first quarantine, which doubles with each
             further one (0: no quarantine).

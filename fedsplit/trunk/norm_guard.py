@@ -13,6 +13,7 @@ from fedsplit.errors import GradExploded, Quarantined
 from fedsplit.spec import GuardSpec
 
 _NORM = "norm/"
+_LEAST_CLIENTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,23 +32,31 @@ class NormGuard:
     goes on, and jump when the next one begins with averaged weights. So the bounds go by the
     largest median so far, which is halved in the time of `memory` contributions.
 
+    A median is that of three clients at least, or the first one could set the bounds of all others
+    by itself. The third client is compared with the larger norm of the two before it.
+
     Args:
         spec: The multiples, and the number of clients that the median is of.
+        clients: The number of clients that may contribute; if it is below three, that many suffice.
         memory: The number of contributions in which a former median is halved.
     """
 
-    def __init__(self, spec: GuardSpec, memory: int) -> None:
+    def __init__(self, spec: GuardSpec, *, clients: int, memory: int) -> None:
         self._spec = spec
+        self._least = min(_LEAST_CLIENTS, clients, spec.window)
         self._decay = 0.5 ** (1.0 / memory)
         self._usual = 0.0
         self._count = 0
         # The client that contributed last is last.
         self._last: dict[str, float] = {}
 
-    @property
-    def bounds(self) -> Bounds:
-        """The bounds of the next contribution; infinite for the first ones."""
-        usual = self._usual if self._count >= self._spec.after else 0.0
+    def bounds_of(self, client: str) -> Bounds:
+        """Return the bounds of a client's next contribution; infinite for the first ones."""
+        usual, others = self._usual, self._last.keys() - {client}
+        if len(self._last) < self._least and len(others) == _LEAST_CLIENTS - 1:
+            usual = max(self._last.values())
+        if self._count < self._spec.after:
+            usual = 0.0
         # A norm of 0 is no measure, as in a run whose first gradients vanish.
         return Bounds(
             clip=self._spec.clip_above * usual or math.inf,
@@ -60,9 +69,10 @@ class NormGuard:
         self._last[client] = norm
         if len(self._last) > self._spec.window:
             del self._last[next(iter(self._last))]
-        # The lower one of two in the middle, so that half of the clients cannot raise it.
-        self._usual = max(self._usual * self._decay, median_low(self._last.values()))
         self._count += 1
+        if len(self._last) >= self._least:
+            # The lower one of two in the middle, so that half of the clients cannot raise it.
+            self._usual = max(self._usual * self._decay, median_low(self._last.values()))
 
     def state(self) -> dict[str, float]:
         """Return the numbers of this guard by name."""

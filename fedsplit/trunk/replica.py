@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedsplit.errors import StaleVersion, TooLarge
-from fedsplit.optimization import squared_norm, unscale
+from fedsplit.errors import StaleVersion
+from fedsplit.optimization import clip_coefficient, squared_norm, unscale
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.combine import Gradients
@@ -76,24 +76,16 @@ class Work:
         self.outdated = True
         self.gradients.clear()
 
-    def require_open(self, client: str) -> None:
-        """Refuse a further forward of outdated work, or of work that keeps all that it may.
+    def require_current(self, client: str) -> None:
+        """Refuse outdated work.
 
         Raises:
             StaleVersion: The work is outdated.
-            TooLarge: It keeps the activations of as many positions as a step of the run has.
         """
         if self.outdated:
             raise StaleVersion(
                 f"{client} began this step with version {self.barrier_version}, but the trunk is "
                 f"at {self.replica.barrier.version}; repeat the step"
-            )
-        most = self.replica.positions_of_step
-        if self.passes and self.num_positions >= most:
-            raise TooLarge(
-                f"the trunk keeps the activations of a step, and this one of {client} has "
-                f"{self.num_positions} positions already; a step of this run has at most {most} "
-                "(train.batch_size x train.accumulation x data.sequence_length); send the step"
             )
 
 
@@ -118,7 +110,11 @@ class Replica:
         self.steps = 0
         self.schedule = Schedule()
         # A median is halved in the time of a round.
-        self.guard = NormGuard(run.guard, memory=run.train.local_steps * run.clients)
+        self.guard = NormGuard(
+            run.guard,
+            clients=1 if update.replicas else run.clients,
+            memory=run.train.local_steps * run.clients,
+        )
         self._run = run
         self._compute = compute
         self._update = update
@@ -129,12 +125,6 @@ class Replica:
         """Return new work for a step of a session, on the current version."""
         return Work(
             replica=self, version=self.versions.current, barrier_version=self.barrier.version
-    @property
-    def positions_of_step(self) -> int:
-        """The most sequences times tokens in a step of a client of the run."""
-        train = self._run.train
-        return train.batch_size * train.accumulation * self._run.data.sequence_length
-
         )
 
     def notify(self, event: aggregator.Event, now: float) -> aggregator.Decision:
@@ -165,7 +155,8 @@ class Replica:
             trunk_sq_norm = squared_norm(work.gradients.values())
         sq_norm = total_sq_norm(trunk_sq_norm, request.client_sq_norm, self._run.train)
         require_finite(torch.tensor(sq_norm, dtype=torch.float64), "the squared gradient norm")
-        norm = math.sqrt(trunk_sq_norm)
+        # As the run's clipping leaves it: one batch in many has a far larger gradient before.
+        norm = math.sqrt(trunk_sq_norm) * clip_coefficient(sq_norm, self._run.train.clip_norm)
         require_in_proportion(client, norm, bounds)
         work.is_clipped = clip(
             work.gradients.values(), sq_norm, trunk_sq_norm, bounds.clip, self._run.train

@@ -32,8 +32,8 @@ class Contribution:
     """The gradients that one client contributes to a step, clipped.
 
     `sq_norm` is their squared norm before clipping; with `train.clip=global` it includes
-    `client_sq_norm`, the squared norm of the gradients at the client. `most` is the bound of the
-    guard on their norm alone, and `norm` is that norm before `train.clip_norm`, at most `most`.
+    `client_sq_norm`, the squared norm of the gradients at the client. `norm` is the norm of the
+    clipped gradients alone, and `most` the bound of the guard on it.
     `loss_scale` is the factor in the gradients of `passes`, which are kept if the update
     `keeps_passes`. `step` is the place of the step in the schedule.
     """

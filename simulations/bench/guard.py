@@ -166,12 +166,12 @@ def _clean(report: Report, what: Size) -> None:
 def _seconds_of_guard() -> float:
     """Return the seconds that the guard takes for a contribution; its norm is known anyway."""
     spec = RunSpec().guard
-    guard, quarantine = NormGuard(spec, memory=100), Quarantine(spec)
+    guard, quarantine = NormGuard(spec, clients=10, memory=100), Quarantine(spec)
     began = perf_counter()
     for number in range(_TIMED):
         client = f"client-{number % _CLASSES}"
         quarantine.require_free(client, 0.0)
-        quarantine.bounds_of(client, guard.bounds)
+        quarantine.bounds_of(client, guard.bounds_of(client))
         guard.add(client, 1.0)
         quarantine.accept(client, clipped=False)
     return (perf_counter() - began) / _TIMED

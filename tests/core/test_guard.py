@@ -33,27 +33,48 @@ BOUNDS = {
 @pytest.mark.parametrize("case", BOUNDS)
 def test_bounds_are_multiples_of_the_median_of_the_clients_norms(case):
     spec, norms, (clip, refuse) = BOUNDS[case]
-    guard = NormGuard(spec, memory=10**9)
+    guard = NormGuard(spec, clients=1, memory=10**9)
     for client, norm in norms.split():  # a letter and a digit
         guard.add(client, float(norm))
-    assert guard.bounds.clip == pytest.approx(clip)
-    assert guard.bounds.refuse == pytest.approx(refuse)
-    resumed = NormGuard(spec, memory=10**9)
+    assert guard.bounds_of("a").clip == pytest.approx(clip)
+    assert guard.bounds_of("a").refuse == pytest.approx(refuse)
+    resumed = NormGuard(spec, clients=1, memory=10**9)
     resumed.load_state(guard.state())
-    assert resumed.bounds == guard.bounds
+    assert resumed.bounds_of("a") == guard.bounds_of("a")
+
+
+@pytest.mark.parametrize("norm", [1e-6, 1e6])
+def test_a_client_that_is_first_neither_refuses_all_others_nor_escapes_later(norm):
+    guard = NormGuard(GuardSpec(after=1), clients=4, memory=10**9)
+    for _ in range(30):
+        guard.add("m", norm)
+    assert guard.bounds_of("a") == Bounds()
+    guard.add("a", 1.0)
+    assert guard.bounds_of("a") == Bounds(), "of two, nobody knows which one is right"
+    assert guard.bounds_of("b").clip >= 10.0
+    guard.add("b", 1.0)
+    for client in "abcm":
+        assert guard.bounds_of(client) == Bounds(clip=10.0, refuse=100.0)
+
+
+def test_a_client_that_is_third_is_compared_with_the_two_before_it():
+    guard = NormGuard(GuardSpec(after=1), clients=4, memory=10**9)
+    guard.add("a", 0.01)
+    guard.add("b", 1.0)
+    assert guard.bounds_of("m") == Bounds(clip=10.0, refuse=100.0)
 
 
 def test_a_median_is_halved_in_the_time_of_a_round():
     """So the jump at the start of a round passes that begins with averaged weights."""
-    guard = NormGuard(SPEC, memory=30)
+    guard = NormGuard(SPEC, clients=3, memory=30)
     for _ in range(3):
         for norm in (4.0, 0.1, 0.001, 0.0001):
-            assert norm <= guard.bounds.clip
+            assert norm <= guard.bounds_of("a").clip
             for client in "abc":
                 guard.add(client, norm)
     for _ in range(30):
         guard.add("a", 0.0001)
-    assert guard.bounds.clip == pytest.approx(10 * 4.0 / 2 ** (38 / 30))
+    assert guard.bounds_of("a").clip == pytest.approx(10 * 4.0 / 2 ** (38 / 30))
 
 
 def test_one_over_the_bound_is_refused_and_the_bound_itself_is_not():

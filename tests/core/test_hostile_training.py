@@ -1,5 +1,6 @@
 """Clients that attack the training of a trunk, and the honest clients beside them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,8 @@ from tests.core.worlds import Clock, batch, same, small_run, world
 
 GUARDED = small_run(guard=GuardSpec(after=4))
 """A run whose guard begins after two steps of two clients."""
+ALONE = replace(GUARDED, clients=1)
+"""The same for a run of one client, whose gradients are compared with its own."""
 
 
 def honest_steps(here, first, number):
@@ -149,7 +152,7 @@ def test_no_client_waits_for_the_virtual_time_of_one_that_is_excluded(tiny_llama
 
 def test_a_gradient_over_ten_times_the_median_is_clipped_to_it(tiny_llama):
     """Against the norm that the trunk moves by, with plain SGD and one client."""
-    with world(tiny_llama(), GUARDED) as here:
+    with world(tiny_llama(), ALONE) as here:
         norms = []
         for call, scale in enumerate((1e-4, 1e-4, 1e-4, 1e-4, 5e-3)):
             before = here.trunk_weights()
@@ -162,22 +165,31 @@ def test_a_gradient_over_ten_times_the_median_is_clipped_to_it(tiny_llama):
         assert here.service.engine.training.quarantine.records["m"].clipped == 1
 
 
-def test_what_the_clipping_of_the_run_bounds_further_is_not_clipped_by_the_guard(tiny_llama):
-    """So a spike in a run with `train.clip_norm` is no alarm, and changes no number."""
-    run = replace(GUARDED, train=replace(GUARDED.train, clip_norm=1e-6))
+@pytest.mark.parametrize(
+    ("most", "counts"), [(0.1, GuardCounts()), (5.0, GuardCounts()), (20.0, GuardCounts(clipped=1))]
+)
+def test_a_gradient_is_compared_as_the_clipping_of_the_run_leaves_it(tiny_llama, most, counts):
+    """An honest batch with a rare token may have a thousand times the usual norm before that."""
+    with world(tiny_llama()) as here:
+        member = here.add("m")
+        member.trunk.open()
+        request = forward_of(member)
+        ask(here, "m", request)
+        usual = math.sqrt(ask(here, "m", backward_of(request, 1e-4)).trunk_sq_norm)
+    run = replace(ALONE, train=replace(ALONE.train, clip_norm=most * usual))
     with world(tiny_llama(), run) as here:
-        for call, scale in enumerate((1e-4, 1e-4, 1e-4, 1e-4, 5e-3)):
+        for call, scale in enumerate((1e-4, 1e-4, 1e-4, 1e-4, 0.1)):
             send(here, call, scale)
         here.service.close()
-        assert here.service.engine.guard_counts == GuardCounts()
+        assert here.service.engine.guard_counts == counts
 
 
 def test_a_resumed_trunk_has_the_norms_of_the_run(tiny_llama):
-    with world(tiny_llama(), GUARDED) as here:
+    with world(tiny_llama(), ALONE) as here:
         for call in range(4):
             send(here, call, 1e-4)
         state = here.service.engine.state()
-    with world(tiny_llama(), GUARDED) as here:
+    with world(tiny_llama(), ALONE) as here:
         here.service.engine.load_state(state)
         with pytest.raises(errors.GradExploded):
             send(here, 0, 1.0)
@@ -197,7 +209,7 @@ class LoudLink(LocalLink):
 
 
 def test_a_trainer_skips_a_batch_whose_gradient_is_refused(tiny_llama):
-    with world(tiny_llama(), GUARDED) as here:
+    with world(tiny_llama(), ALONE) as here:
         loud = here.add("m", LoudLink(here.service, here.service.admit("m"), first=4))
         assert loud.trainer.fit([[batch(seed)] for seed in range(6)]).skipped == 2
         assert loud.trainer.steps == 4
@@ -207,7 +219,7 @@ def test_a_trainer_skips_a_batch_whose_gradient_is_refused(tiny_llama):
 
 
 def test_a_trainer_stops_after_three_refusals_in_a_row(tiny_llama):
-    with world(tiny_llama(), GUARDED) as here:
+    with world(tiny_llama(), ALONE) as here:
         loud = here.add("m", LoudLink(here.service, here.service.admit("m"), first=4))
         with pytest.raises(errors.GradExploded, match="contribution of m has norm"):
             loud.trainer.fit([[batch(seed)] for seed in range(12)])

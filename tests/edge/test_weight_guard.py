@@ -27,7 +27,7 @@ def norm_of(content):
 @pytest.fixture
 def guard():
     """A guard after four changes of norm 1."""
-    guard = WeightGuard(GuardSpec(after=4), memory=1000)
+    guard = WeightGuard(GuardSpec(after=4), clients=2, memory=1000)
     for _ in range(2):
         for client in ("a", "b"):
             guard.bounded(client, moved(1.0), SENT)
@@ -36,7 +36,7 @@ def guard():
 
 
 def test_the_first_changes_may_have_any_norm():
-    guard = WeightGuard(GuardSpec(after=4), memory=1000)
+    guard = WeightGuard(GuardSpec(after=4), clients=2, memory=1000)
     assert norm_of(guard.bounded("a", moved(1e6), SENT)) == pytest.approx(1e6)
 
 
@@ -73,7 +73,7 @@ def test_a_client_that_is_behind_in_the_schedule_may_change_more(guard):
 
 
 def test_a_resumed_run_continues_with_the_norms(guard):
-    resumed = WeightGuard(GuardSpec(after=4), memory=1000)
+    resumed = WeightGuard(GuardSpec(after=4), clients=2, memory=1000)
     resumed.load_state(guard.state())
     with pytest.raises(GradExploded):
         resumed.bounded("a", moved(1e6), SENT)

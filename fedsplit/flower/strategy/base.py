@@ -89,7 +89,8 @@ class SplitStrategy(WrappingStrategy):
         self._invitations = Invitations(run, tokenizer, labels)
         self._recorder = recorder
         self._first_rounds = RoundState()
-        self._guard = WeightGuard(run.guard, memory=run.clients * run.train.rounds)
+        memory = run.clients * run.train.rounds
+        self._guard = WeightGuard(run.guard, clients=run.clients, memory=memory)
         self._num_rounds = 0
         self._is_over = False
         self._early_stopping = EarlyStopping(run.train.patience)

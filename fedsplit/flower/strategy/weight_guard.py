@@ -28,13 +28,13 @@ class WeightGuard:
 
     Args:
         spec: The settings of the guard.
+        clients: The number of clients of the run.
         memory: The number of changes in which a former usual norm is halved. Clients may be at
             different places of the learning rate schedule, so it should be that of the whole run.
     """
 
-    def __init__(self, spec: GuardSpec, memory: int) -> None:
-        self._guard = NormGuard(spec, memory)
-        self._bounds = self._guard.bounds
+    def __init__(self, spec: GuardSpec, *, clients: int, memory: int) -> None:
+        self._guard = NormGuard(spec, clients=clients, memory=memory)
         self._of_round: dict[str, float] = {}
 
     def bounded(self, client: str, content: RecordDict, sent: ArrayRecord) -> RecordDict:
@@ -56,7 +56,7 @@ class WeightGuard:
             for name, array in content.array_records[ARRAYS].items()
         }
         norm = _norm(changes.values()) / steps  # type: ignore[operator]
-        bounds = self._bounds
+        bounds = self._guard.bounds_of(client)
         if norm > bounds.refuse:
             raise GradExploded(
                 f"its change of the client weights has norm {norm:.3g} a step, and at most "
@@ -86,7 +86,6 @@ class WeightGuard:
         for client, norm in sorted(self._of_round.items()):
             self._guard.add(client, norm)
         self._of_round.clear()
-        self._bounds = self._guard.bounds
 
     def state(self) -> dict[str, Tensor]:
         """Return the state at the end of a round, by name."""
@@ -99,7 +98,6 @@ class WeightGuard:
         """Continue from a state that `state` returned."""
         self._guard.load_state({name: tensor.item() for name, tensor in state.items()})
         self._of_round.clear()
-        self._bounds = self._guard.bounds
 
 
 def _norm(arrays: Iterable[np.ndarray]) -> float:
