@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedsplit.errors import StaleVersion
+from fedsplit.errors import StaleVersion, TooLarge
 from fedsplit.optimization import clip_coefficient, squared_norm, unscale
 from fedsplit.spec import RunSpec
 from fedsplit.trunk import aggregator
@@ -76,16 +76,24 @@ class Work:
         self.outdated = True
         self.gradients.clear()
 
-    def require_current(self, client: str) -> None:
-        """Refuse outdated work.
+    def require_open(self, client: str) -> None:
+        """Refuse a further forward of outdated work, or of work that keeps all that it may.
 
         Raises:
             StaleVersion: The work is outdated.
+            TooLarge: It keeps the activations of as many positions as a step of the run has.
         """
         if self.outdated:
             raise StaleVersion(
                 f"{client} began this step with version {self.barrier_version}, but the trunk is "
                 f"at {self.replica.barrier.version}; repeat the step"
+            )
+        most = self.replica.positions_of_step
+        if self.passes and self.num_positions >= most:
+            raise TooLarge(
+                f"the trunk keeps the activations of a step, and this one of {client} has "
+                f"{self.num_positions} positions already; a step of this run has at most {most} "
+                "(train.batch_size x train.accumulation x data.sequence_length); send the step"
             )
 
 
@@ -120,6 +128,12 @@ class Replica:
         self._update = update
         self._contributions: dict[str, Contribution] = {}
         self._due: aggregator.Step | None = None
+
+    @property
+    def positions_of_step(self) -> int:
+        """The most sequences times tokens in a step of a client of the run."""
+        train = self._run.train
+        return train.batch_size * train.accumulation * self._run.data.sequence_length
 
     def begin(self) -> Work:
         """Return new work for a step of a session, on the current version."""

@@ -250,7 +250,8 @@ class Training:
             require_plausible(call.request, work.num_positions, self._run)
             call.request = counted(call.request, self._run)
             del self._works[call.session]
-            bounds = self.quarantine.bounds_of(call.client, work.replica.guard.bounds)
+            usual = work.replica.guard.bounds_of(call.client)
+            bounds = self.quarantine.bounds_of(call.client, usual)
             reply = work.replica.contribute(call.client, work, call.request, bounds, now)
         self.quarantine.accept(call.client, clipped=work.is_clipped)
         return reply
