@@ -12,7 +12,7 @@ class Wrong(Exception):
 
 
 class Case:
-    """A case, which its seed and number decide.
+    """A case, which its seed and number decide, or the part of it that one thread runs.
 
     Attributes:
         rng: The source of all its choices.
@@ -20,9 +20,9 @@ class Case:
         ends: How often each code of an error came, and `ok` for each result.
     """
 
-    def __init__(self, seed: int, number: int) -> None:
+    def __init__(self, seed: int, number: int, part: str = "") -> None:
         self.seed, self.number = seed, number
-        self.rng = random.Random(f"{seed}/{number}")
+        self.rng = random.Random(f"{seed}/{number}{part}")
         self.log: list[tuple[str, Any]] = []
         self.ends: Counter[str] = Counter()
 
@@ -34,6 +34,15 @@ class Case:
         """Add a result or a coded error to the log, and count it."""
         self.log.append(("got", _kept(what)))
         self.ends[what.code if isinstance(what, FedsplitError) else "ok"] += 1
+
+    def part(self, name: str) -> "Case":
+        """Return a part, which another thread may run."""
+        return Case(self.seed, self.number, f"/{name}")
+
+    def take(self, part: "Case") -> None:
+        """Add the log and the ends of a part that has run."""
+        self.log += part.log
+        self.ends.update(part.ends)
 
     def __str__(self) -> str:
         lines = [f"case {self.number} of seed {self.seed}"]

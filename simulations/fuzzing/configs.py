@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import asdict, fields, is_dataclass, replace
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -93,15 +93,7 @@ _FIELDS = _fields_of(RunSpec, "")
 
 
 def _value(rng: random.Random, kind: Any) -> Any:
-    if kind is bool:
-        return rng.random() < 0.5
-    if kind is int:
+    if kind is int:  # of any length in YAML
         return rng.choice((-1, 1)) * odd.integer(rng)
-    if kind is float:
-        return odd.number(rng)
-    if kind is str:
-        return odd.text(rng)
-    if get_origin(kind) is dict:
-        numbers = "float" in str(kind)
-        return odd.mapping(rng, odd.number if numbers else odd.text)
-    return [odd.integer(rng) for _ in range(rng.randint(0, 3))]
+    draw = odd.DRAWS.get(kind)
+    return draw(rng) if draw else odd.some(rng, odd.integer)

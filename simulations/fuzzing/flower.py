@@ -60,13 +60,13 @@ def _evaluation(case: Case) -> None:
 
 
 def _hello(case: Case) -> None:
-    odd_values = {str: odd.text, int: _number, list: lambda rng: [odd.text(rng)], bytes: _bytes}
+    kinds = (str, int, list[str], bytes)
     fields: dict[str, Any] = {"client": "client-0", "config": "f"}
     settings: dict[str, Any] = {"train.lr": "1"}
     if case.rng.random() < 0.5:
-        fields = odd.changed(case.rng, fields, odd_values)
+        fields = odd.changed(case.rng, fields, kinds)
     else:
-        settings = odd.changed(case.rng, settings, odd_values)
+        settings = odd.changed(case.rng, settings, kinds)
     content = RecordDict({"hello": ConfigRecord(fields), "settings": ConfigRecord(settings)})
     content = _records(case.rng, content)
     _read(case, content, lambda: identity_of(content, ["client-0", "client-1"]))
@@ -106,17 +106,8 @@ def _is_bounded(values: Any) -> bool:
 
 
 def _numbers(rng: random.Random, honest: dict[str, Any]) -> dict[str, Any]:
-    odd_values = {int: _number, float: odd.number, list: lambda rng: [odd.number(rng)] * 3}
-    changes: dict[str, Any] = odd.changed(rng, honest, odd_values)
+    changes = odd.changed(rng, honest, (int, float, list[float]))
     return changes if rng.random() < 0.5 else honest
-
-
-def _number(rng: random.Random) -> int:
-    return rng.choice((-1, 1)) * odd.integer(rng) % 2**63
-
-
-def _bytes(rng: random.Random) -> bytes:
-    return rng.randbytes(rng.choice((0, 1, 30)))
 
 
 def _arrays(rng: random.Random, honest: ArrayRecord) -> ArrayRecord:
@@ -140,7 +131,7 @@ def _array(rng: random.Random, honest: Array) -> Array:
         case 1:
             dtype = rng.choice(_DTYPES)
         case 2:
-            shape = tuple(_number(rng) for _ in range(rng.choice((0, 1, 2, 40))))
+            shape = tuple(odd.signed(rng) for _ in range(rng.choice((0, 1, 2, 40))))
         case 3:
             stype = odd.text(rng)
         case _:

@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, D hidden width.
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ def integer(rng: random.Random) -> int:
     return rng.choice(INTEGERS) if rng.random() < 0.8 else rng.getrandbits(rng.randint(1, 64))
 
 
+def signed(rng: random.Random) -> int:
+    """Return an odd number of 64 bits with a sign."""
+    return max(-(2**63), min(2**63 - 1, rng.choice((-1, 1)) * integer(rng)))
+
+
 def number(rng: random.Random) -> float:
     """Return an odd float."""
     return rng.choice(FLOATS) if rng.random() < 0.8 else rng.uniform(-100, 100)
@@ -50,6 +55,16 @@ def text(rng: random.Random) -> str:
     if rng.random() < 0.8:
         return rng.choice(TEXTS)
     return "".join(chr(rng.choice((rng.randint(1, 126), rng.randint(160, 5000)))) for _ in "seven")
+
+
+def flag(rng: random.Random) -> bool:
+    """Return true or false."""
+    return rng.random() < 0.5
+
+
+def some(rng: random.Random, value: Callable[[random.Random], Any]) -> list[Any]:
+    """Return up to three odd values."""
+    return [value(rng) for _ in range(rng.randint(0, 3))]
 
 
 def mapping(rng: random.Random, value: Callable[[random.Random], Any]) -> dict[str, Any]:
@@ -107,13 +122,28 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-def changed(rng: random.Random, values: Mapping[str, Any], odd: Mapping[type, Any]) -> Any:
+DRAWS: Mapping[Any, Callable[[random.Random], Any]] = {
+    bool: flag,
+    int: signed,
+    float: number,
+    str: text,
+    bytes: lambda rng: rng.randbytes(rng.choice((0, 1, 30))),
+    list[float]: lambda rng: some(rng, number),
+    list[str]: lambda rng: some(rng, text),
+    dict[str, float]: lambda rng: mapping(rng, number),
+    dict[str, str]: lambda rng: mapping(rng, text),
+    dict[str, Any]: lambda rng: mapping(rng, text),
+}
+"""Draws an odd value of a type."""
+
+
+def changed(rng: random.Random, values: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, Any]:
     """Return a mapping in which one key is missing, added or has an odd value.
 
     Args:
         rng: The source of choices.
         values: The mapping.
-        odd: Draws an odd value, for each type of value.
+        kinds: The types of odd values.
     """
     out = dict(values)
     name = rng.choice(list(out))
@@ -121,7 +151,7 @@ def changed(rng: random.Random, values: Mapping[str, Any], odd: Mapping[type, An
         case 0:
             del out[name]
         case 1:
-            out[text(rng)] = rng.choice(list(odd.values()))(rng)
+            out[text(rng)] = DRAWS[rng.choice(kinds)](rng)
         case _:
-            out[name] = rng.choice(list(odd.values()))(rng)
+            out[name] = DRAWS[rng.choice(kinds)](rng)
     return out

@@ -20,6 +20,7 @@ from simulations.fuzzing import odd
 
 M = TypeVar("M")
 
+_AUTOCAST = ("", "", "", *m.AUTOCAST)
 _CODECS = ("none", "none", "bf16", "int8", "int4", "topk:0.5", "huffman:0.5")
 
 
@@ -66,6 +67,7 @@ class Samples:
             position_ids_BT=_positions(rng, B, T),
             codec=rng.choice(_CODECS),
             other_mode=rng.random() < 0.2,
+            autocast=rng.choice(_AUTOCAST),
         )
 
     def backward(self, rng: random.Random, session: str = "s", call: int = 0) -> m.BackwardRequest:
@@ -109,6 +111,7 @@ class Samples:
             record_past=rng.random() < 0.1,
             stateless=is_stateless,
             entries=entries if is_stateless else (),
+            autocast=rng.choice(_AUTOCAST),
         )
 
     def small(self, rng: random.Random, session: str = "s") -> m.Request[Any]:
@@ -201,13 +204,9 @@ def _odd(rng: random.Random, kind: Any, value: Any) -> Any:
 
 
 _DRAWS: dict[Any, Callable[[random.Random], Any]] = {
-    int: odd.integer,
-    float: odd.number,
-    str: odd.text,
-    bool: lambda rng: rng.random() < 0.5,
-    tuple[str, ...]: lambda rng: tuple(odd.text(rng) for _ in range(rng.randint(0, 3))),
-    dict[str, str]: lambda rng: odd.mapping(rng, odd.text),
-    dict[str, float]: lambda rng: odd.mapping(rng, odd.number),
+    **odd.DRAWS,
+    int: odd.integer,  # the fields of protobuf have no sign
+    tuple[str, ...]: lambda rng: tuple(odd.some(rng, odd.text)),
 }
 
 

@@ -31,11 +31,22 @@ from simulations.fuzzing.case import Case, Wrong
 from simulations.fuzzing.samples import Samples, bytes_of
 
 SHAPE = Shape(blocks=3, hidden=16, heads=2, vocabulary=64, split="1/1/1", rows=4, tokens=16)
+RUN = replace(
+    SHAPE.run,
+    train=replace(SHAPE.run.train, local_steps=10_000),
+    wire=WireSpec(call_deadline_s=DEADLINE_S, budget_s=0.01, stash_bytes=4 << 20),
+    generation=GenerationSpec(
+        session_tokens=512, cache_bytes=1 << 20, max_queue_delay_s=0.0, stateless_bytes=1 << 20
+    ),
+    limits=LimitsSpec(sessions=24, sessions_per_client=6, body_s=2.0),
+    guard=GuardSpec(quarantine_s=0.0),
+)
 ATTACKERS = ("mallory-0", "mallory-1", "mallory-2")
+HONEST = "honest"
 _USES = 16
 """How often sessions are used until one of them is replaced."""
 
-_NAMES = 10_000
+_NAMES = 2_000
 """The most requests that are remembered by name."""
 
 Answer = m.Reply | FedsplitError
@@ -151,53 +162,55 @@ def _taken(request: m.Request[Any], reply: m.Reply, is_first: bool) -> Answer:
 
 
 class Honest:
-    """An honest client; each `turn` trains a step, evaluates, and generates tokens."""
+    """An honest client.
 
-    def __init__(self, service: TrunkService, run: RunSpec) -> None:
-        self._model: Any = SHAPE.client()
+    Args:
+        link: Its link to the trunk.
+        run: The run of both.
+        model: Its part, which it trains.
+    """
+
+    def __init__(self, link: Link, run: RunSpec, model: Any) -> None:
+        self._model = model
         self._batch = SHAPE.batch()
-        link = LocalLink(service, service.admit("honest"))
-        trunk = RemoteTrunk(link, self._model, run, client="honest")
-        connect(self._model, trunk)
-        self._trainer = ClientTrainer(self._model, trunk, run)
+        trunk = RemoteTrunk(link, model, run, client=HONEST)
+        connect(model, trunk)
+        self._trainer = ClientTrainer(model, trunk, run)
+
+    def train(self, steps: int) -> list[bytes]:
+        """Train some steps; return the bits of the loss and of all weights."""
+        loss = self._trainer.fit([[self._batch]] * steps).loss
+        weights = self._model.state_dict().values()
+        return [bytes_of(each) for each in (torch.tensor(loss, dtype=torch.float64), *weights)]
 
     def turn(self) -> list[bytes]:
-        """Return the bits of the results and of all weights."""
+        """Train a step, evaluate and generate; return the bits of the results and all weights."""
         prompt_BT = self._batch.inputs["input_ids"][:2, :4]
-        fit = self._trainer.fit([[self._batch]])
+        trained = self.train(1)
         held_out: list[Batch] = [self._batch]
         evaluated = self._trainer.evaluate(held_out)
         text_BT = self._model.generate(
             prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=3, do_sample=False
         )
-        numbers = torch.tensor([fit.loss, evaluated.nats], dtype=torch.float64)
-        weights = self._model.state_dict().values()
-        return [bytes_of(each) for each in (numbers, text_BT, *weights)]
+        nats = torch.tensor(evaluated.nats, dtype=torch.float64)
+        return [*trained, bytes_of(nats), bytes_of(text_BT)]
 
 
 @contextmanager
 def staged() -> Iterator[tuple[Stage, Honest, Honest]]:
     """A stage, its honest client, and the same client at a service that nobody attacks."""
-    plain = SHAPE.run
-    run = replace(
-        plain,
-        train=replace(plain.train, local_steps=10_000),
-        wire=WireSpec(call_deadline_s=DEADLINE_S, budget_s=0.01, stash_bytes=4 << 20),
-        generation=GenerationSpec(
-            session_tokens=512, cache_bytes=1 << 20, max_queue_delay_s=0.0, stateless_bytes=1 << 20
-        ),
-        limits=LimitsSpec(sessions=24, sessions_per_client=6, body_s=2.0),
-        guard=GuardSpec(quarantine_s=0.0),
-    )
     with ExitStack() as stack:
-        attacked, alone = (
-            stack.enter_context(TrunkService(SHAPE.trunk(), run, update=OwnReplicas))
+        services = [
+            stack.enter_context(TrunkService(SHAPE.trunk(), RUN, update=OwnReplicas))
             for _ in range(2)
-        )
+        ]
+        attacked = services[0]
         server = GrpcServer(
-            attacked, wire=run.wire, limits=attacked.limits, max_clients=8, budgets=run.limits
+            attacked, wire=RUN.wire, limits=attacked.limits, max_clients=8, budgets=RUN.limits
         )
-        stage = Stage(attacked, server, run)
+        stage = Stage(attacked, server, RUN)
         stack.callback(server.stop, 0.0)
         stack.callback(stage.caller.close)
-        yield stage, Honest(attacked, run), Honest(alone, run)
+        links = [LocalLink(service, service.admit(HONEST)) for service in services]
+        honest, alone = (Honest(link, RUN, SHAPE.client()) for link in links)
+        yield stage, honest, alone
