@@ -29,6 +29,7 @@ from fedsplit.model.describe import client_of, config_of, parts_of, shared
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
+from fedsplit.wire.codec import through_codec
 
 Tamper = Callable[[Any, RunSpec], Any]
 """Returns the request that is sent in place of a request."""
@@ -39,7 +40,8 @@ class Attack:
     """What an attacker does otherwise than an honest client.
 
     `tamper` changes its requests. With `flips` it trains on other labels, and `repeats` is the
-    number of backwards of a step. With a `weight` it replies with zeros in place of its weights.
+    number of backwards of every third step, since each takes time. With a `weight` it takes no
+    step, and replies with zeros in place of its weights.
     """
 
     tamper: Tamper = lambda request, run: request
@@ -49,7 +51,7 @@ class Attack:
 
 
 class TamperingLink(LocalLink):
-    """A link that changes the requests of its client."""
+    """A link that changes the requests of its client, and whose client does not check replies."""
 
     def __init__(self, service: TrunkService, token: str, run: RunSpec, tamper: Tamper) -> None:
         super().__init__(service, token)
@@ -58,7 +60,13 @@ class TamperingLink(LocalLink):
     def exchange(self, request: m.Request[m.R]) -> m.R:
         """Send a request as it was changed; see `fedsplit.link.Link`."""
         changed: m.Request[m.R] = self._tamper(request, self._run)
-        return super().exchange(changed)
+        reply = through_codec(self._service.handle(through_codec(changed), self._token))
+        if isinstance(reply, m.BackwardReply) and not math.isfinite(reply.trunk_sq_norm):
+            # The step of an attacker follows all the same, which its trainer would not send.
+            assert isinstance(request, m.BackwardRequest), "the reply is to a backward"
+            zeros_BTD = torch.zeros_like(request.grad_trunk_out_BTD)
+            return replace(reply, grad_smashed_BTD=zeros_BTD, trunk_sq_norm=0.0)
+        return reply
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -75,6 +83,8 @@ class Member:
 
     def batches(self, run: RunSpec) -> Iterator[Sequence[Batch]]:
         """Yield the batches of each step of a round."""
+        if self.attack.weight:
+            return
         train = run.train
         found = training_batches(
             self.training,
@@ -84,9 +94,9 @@ class Member:
             start=self.num_read,
         )
         self.num_read += train.local_steps
-        for batch in found:
+        for number, batch in enumerate(found):
             flipped = 9 - batch.labels if self.attack.flips else batch.labels
-            yield [replace(batch, labels=flipped)] * self.attack.repeats
+            yield [replace(batch, labels=flipped)] * (1 if number % 3 else self.attack.repeats)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -136,8 +146,10 @@ class Rounds:
             trained = to_arrays(weights)
             if member.attack.weight:
                 trained = to_arrays({name: torch.zeros_like(p) for name, p in weights.items()})
+            work = self.service.engine.work.take(member.name)
             numbers: dict[str, int | float | list[int] | list[float]] = {
-                WEIGHT: member.attack.weight or stats.num_tokens,
+                # A larger number would only have the reply refused.
+                WEIGHT: member.attack.weight or min(stats.num_tokens, work.tokens),
                 "loss": stats.loss,
                 "steps": stats.steps,
                 "repeated": stats.repeated,
@@ -153,7 +165,7 @@ class Rounds:
                 RecordDict({METRICS: MetricRecord(numbers), ARRAYS: trained}),
                 sent=self.arrays,
                 codec="none",
-                work=self.service.engine.work.take(member.name),
+                work=work,
                 is_stepped=True,
             )
         except FedsplitError as failure:
@@ -182,7 +194,10 @@ def rounds_of(run: RunSpec, attack: Attack | None = None) -> Iterator[Rounds]:
         for number in range(run.clients):
             own = attack if attack and number == run.clients - 1 else Attack()
             name, model = f"client-{number}", client_of(run, config)
-            link = TamperingLink(service, service.admit(name), run, own.tamper)
+            token = service.admit(name)
+            link = LocalLink(service, token)
+            if own is attack:
+                link = TamperingLink(service, token, run, own.tamper)
             handle = RemoteTrunk(link, model, run, client=name)
             connect(model, handle)
             members.append(

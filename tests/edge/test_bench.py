@@ -83,8 +83,12 @@ FIGURES = {
         "clean_clipped",
         "clean_refusals",
         "clean_steps",
+        "loss_honest",
+        "loss_mean",
         "loss_median",
+        "loss_others_label_flip_x9_mean",
         "loss_others_label_flip_x9_median",
+        "loss_others_many_backwards",
         "loss_others_weight1e15",
         "loss_others_x1e6",
         "overhead",
@@ -134,7 +138,8 @@ def more_with_more_clients(told: dict[str, Any]) -> None:
 def without_false_alarms(told: dict[str, Any]) -> None:
     figures = told["figures"]
     assert (figures["clean_steps"], figures["clean_refusals"]) == (70, 0)
-    assert figures["loss_others_weight1e15"] < 1.5 and figures["loss_others_x1e6"] == 1.0
+    assert figures["loss_others_weight1e15"] == figures["loss_others_x1e6"] == 1.0
+    assert abs(figures["loss_others_many_backwards"] - 1) < 0.01
 
 
 def of_no_harm(told: dict[str, Any]) -> None:
