@@ -2,9 +2,10 @@
 
 The process holds what is attacked, the attackers, and the honest client. Its memory is measured as
 the system counts it (RSS), with the pages of libraries' files and what the allocator keeps free.
-In the first cases, libraries load code at its first use and fill caches of a bounded size. The
-largest is that of oneDNN, which compiles a kernel for each shape in bfloat16 and float16 and keeps
-up to 1024 of them; it took 33 MiB and was full after 15,000 cases. So these cases are left out.
+In the first cases, libraries load code at its first use and fill their caches. The largest is that
+of oneDNN, which compiles a kernel for each shape in bfloat16 and float16. Of the few shapes of the
+cases, it had all after 15,000 of them, in about 30 MiB. So the first cases are left out. The figure
+does not show what a client takes that asks for many shapes; docs/security.md does.
 """
 
 import gc
