@@ -14,11 +14,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedsplit.errors import BadTensor, ModelMismatch, NonFinite, ProtocolError
+from fedsplit.errors import BadTensor, DeadlineExceeded, ModelMismatch, NonFinite, ProtocolError
 from fedsplit.flower import client_app
 from fedsplit.flower.inline import run_inline
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, Hello
+from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT
 from fedsplit.flower.reply import evaluation_content, identity_of, training_content
+from fedsplit.flower.strategy.invitations import Invitations
 from fedsplit.flower.strategy.nodes import GridView, NodeRegistry
 from fedsplit.flower.strategy.tracker import MessageTracker
 from fedsplit.trunk.work_counts import WorkCount
@@ -270,8 +271,7 @@ def register(run, answer, step, answers_after=None):
     def main(grid, context):
         nodes = list(grid.get_node_ids())
         view = GridView(grid, lambda: nodes, 60.0)
-        hello = Hello(run_id="", config=run.fingerprint, tokenizer="")
-        step(NodeRegistry(view, run, hello), nodes)
+        step(NodeRegistry(view, run, Invitations(run, tokenizer="", labels=())), nodes)
 
     run_inline(server, client, num_clients=3, run_config={})
 
@@ -319,6 +319,18 @@ def test_a_new_node_that_does_not_answer_holds_up_nobody(tmp_path):
 
     run = spec_for(tmp_path, "clients=2")
     register(run, hello_of(run, "client-1"), step, answers_after=released)
+
+
+def test_without_a_node_the_error_says_to_start_them_again_after_the_superlink(tmp_path):
+    def step(registry, nodes):
+        nodes.clear()
+        told = (
+            "start 2 more, or lower clients. A SuperNode ends when its SuperLink is started again"
+        )
+        with pytest.raises(DeadlineExceeded, match=told):
+            registry.register_all()
+
+    register(spec_for(tmp_path, "clients=2", "launch.start_timeout_s=0.1"), RecordDict(), step)
 
 
 def test_a_failing_superlink_is_no_failure_of_its_clients():

@@ -21,6 +21,9 @@ from fedsplit.spec import RunSpec
 _POLL_S = 0.1
 """Seconds between two looks at the connected nodes."""
 
+# By default a SuperLink forgets its nodes, and refuses those that it does not know.
+_START_AGAIN = " A SuperNode ends when its SuperLink is started again: start it again too."
+
 
 class NodeRegistry:
     """The nodes of a run by name.
@@ -109,9 +112,10 @@ class NodeRegistry:
         until = time.monotonic() + patience
         while len(nodes := list(self._grid.get_node_ids())) < wanted:
             if time.monotonic() > until:
+                again = "" if nodes else _START_AGAIN
                 raise DeadlineExceeded(
                     f"{len(nodes)} of clients={clients} are connected after {patience:.0f} s; "
-                    f"start {clients - len(nodes)} more, or lower clients. In a simulation: "
+                    f"start {clients - len(nodes)} more, or lower clients.{again} In a simulation: "
                     f"--federation-config 'num-supernodes={clients} init-args-num-cpus={clients} "
                     "client-resources-num-cpus=1'"
                 )
