@@ -108,6 +108,13 @@ class GuardCounts:
     refused: int = 0
     quarantines: int = 0
 
+    def __add__(self, other: "GuardCounts") -> "GuardCounts":
+        return GuardCounts(
+            clipped=self.clipped + other.clipped,
+            refused=self.refused + other.refused,
+            quarantines=self.quarantines + other.quarantines,
+        )
+
     def __sub__(self, other: "GuardCounts") -> "GuardCounts":
         return GuardCounts(
             clipped=self.clipped - other.clipped,
@@ -133,16 +140,25 @@ class ClientRecord:
     in_a_row: int = 0
     until: float = -math.inf
 
+    @property
+    def counts(self) -> GuardCounts:
+        """The counts that are reported."""
+        return GuardCounts(clipped=self.clipped, refused=self.refused, quarantines=self.quarantines)
+
 
 class Quarantine:
     """Counts the contributions of clients, and excludes one after refusals in a row for some time.
 
     Args:
         spec: The number of refusals, and the times of quarantines.
+        most_clients: The most clients of which it has a record. For another one, the client that
+            stood out first is forgotten.
     """
 
-    def __init__(self, spec: GuardSpec) -> None:
+    def __init__(self, spec: GuardSpec, most_clients: int) -> None:
         self._spec = spec
+        self._most_clients = most_clients
+        self._forgotten = GuardCounts()
         self.records: dict[str, ClientRecord] = {}
 
     @property
@@ -150,11 +166,7 @@ class Quarantine:
         """The counts of all clients together."""
         # A copy, because another thread may ask for the counts.
         records = tuple(self.records.values())
-        return GuardCounts(
-            clipped=sum(record.clipped for record in records),
-            refused=sum(record.refused for record in records),
-            quarantines=sum(record.quarantines for record in records),
-        )
+        return sum((record.counts for record in records), self._forgotten)
 
     def is_free(self, client: str, now: float) -> bool:
         """Return whether a client is not in quarantine at this time."""
@@ -212,4 +224,6 @@ class Quarantine:
         return seconds
 
     def _record(self, client: str) -> ClientRecord:
+        if client not in self.records and len(self.records) >= self._most_clients:
+            self._forgotten += self.records.pop(next(iter(self.records))).counts
         return self.records.setdefault(client, ClientRecord())

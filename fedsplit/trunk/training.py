@@ -54,7 +54,7 @@ class Training:
         )
         self._shared = self._replicas.shared
         self._works: dict[str, Work] = {}
-        self.quarantine = Quarantine(run.guard)
+        self.quarantine = Quarantine(run.guard, run.limits.clients)
         self.lr_scale = 1.0
         # At no time: the departure itself must not reach the deadline of the barrier.
         exclude = partial(self.leave, now=-math.inf)

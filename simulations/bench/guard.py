@@ -181,7 +181,7 @@ def _seconds_of_guard() -> float:
     """Return the seconds that the guard takes for a contribution; its norm is known anyway."""
     spec = RunSpec().guard
     guard = NormGuard(spec, clients=_CLASSES, memory=100)
-    quarantine = Quarantine(spec)
+    quarantine = Quarantine(spec, most_clients=_CLASSES)
     began = perf_counter()
     for number in range(_TIMED):
         client = f"client-{number % _CLASSES}"

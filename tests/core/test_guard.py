@@ -9,7 +9,13 @@ from fedsplit.errors import ConfigError, GradExploded, Quarantined
 from fedsplit.spec import DataSpec, GuardSpec, PolicySpec, RunSpec, TrainSpec
 from fedsplit.trunk.combine import COMBINATIONS
 from fedsplit.trunk.guard import counted
-from fedsplit.trunk.norm_guard import Bounds, NormGuard, Quarantine, require_in_proportion
+from fedsplit.trunk.norm_guard import (
+    Bounds,
+    GuardCounts,
+    NormGuard,
+    Quarantine,
+    require_in_proportion,
+)
 from fedsplit.trunk.schedule import Schedule
 from fedsplit.wire.messages import StepRequest
 from strategies.splitfed_v1 import ReplicaUpdate
@@ -84,7 +90,7 @@ def test_one_over_the_bound_is_refused_and_the_bound_itself_is_not():
 
 
 def test_a_client_that_is_refused_in_a_row_is_excluded_for_twice_as_long_each_time():
-    quarantine, now, times = Quarantine(GuardSpec()), 0.0, []
+    quarantine, now, times = Quarantine(GuardSpec(), 9), 0.0, []
     for _ in range(8):
         assert [quarantine.refuse("m", now) for _ in range(2)] == [0.0, 0.0]
         times.append(quarantine.refuse("m", now))
@@ -98,7 +104,7 @@ def test_a_client_that_is_refused_in_a_row_is_excluded_for_twice_as_long_each_ti
 
 
 def test_an_accepted_contribution_ends_a_row_of_refusals():
-    quarantine = Quarantine(GuardSpec())
+    quarantine = Quarantine(GuardSpec(), 9)
     for _ in range(5):
         assert not quarantine.refuse("m", 0.0) and not quarantine.refuse("m", 0.0)
         quarantine.accept("m", clipped=True)
@@ -107,7 +113,7 @@ def test_an_accepted_contribution_ends_a_row_of_refusals():
 
 
 def test_a_client_that_was_clipped_three_times_in_a_row_is_refused_instead():
-    quarantine, bounds = Quarantine(GuardSpec()), Bounds(clip=10.0, refuse=100.0)
+    quarantine, bounds = Quarantine(GuardSpec(), 9), Bounds(clip=10.0, refuse=100.0)
     found = []
     for clipped in (True, True, False, True, True, True):
         found.append(quarantine.bounds_of("m", bounds))
@@ -119,8 +125,19 @@ def test_a_client_that_was_clipped_three_times_in_a_row_is_refused_instead():
     assert quarantine.bounds_of("a", bounds) == bounds
 
 
+def test_ever_new_names_leave_no_more_records_than_clients_are_remembered():
+    quarantine = Quarantine(GuardSpec(), 2)
+    for number in range(5):
+        for _ in range(3):
+            quarantine.refuse(f"m{number}", 0.0)
+    assert list(quarantine.records) == ["m3", "m4"]
+    assert quarantine.counts == GuardCounts(refused=15, quarantines=5)
+    quarantine.accept("m5", clipped=True)
+    assert not quarantine.is_free("m4", 0.0) and quarantine.is_free("m3", 0.0)
+
+
 def test_without_a_time_there_is_no_quarantine():
-    quarantine = Quarantine(OFF)
+    quarantine = Quarantine(OFF, 9)
     assert not any(quarantine.refuse("m", 0.0) for _ in range(9))
     quarantine.require_free("m", 0.0)
 
