@@ -5,7 +5,7 @@ the gradients of clients, and a server for their changes of the client weights.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -55,13 +55,16 @@ class NormGuard:
         usual, others = self._usual, self._last.keys() - {client}
         if len(self._last) < self._least and len(others) == _LEAST_CLIENTS - 1:
             usual = max(self._last.values())
-        if self._count < self._spec.after:
-            usual = 0.0
-        # A norm of 0 is no measure, as in a run whose first gradients vanish.
-        return Bounds(
-            clip=self._spec.clip_above * usual or math.inf,
-            refuse=self._spec.refuse_above * usual or math.inf,
-        )
+        return self._bounds(usual if self._count >= self._spec.after else 0.0)
+
+    def first_bounds(self, norms: Collection[float]) -> Bounds:
+        """Return the bounds of contributions to one step, which come before those of `bounds_of`.
+
+        They are compared with one another, so there are none for fewer than three.
+        """
+        if self._count >= self._spec.after or len(norms) < _LEAST_CLIENTS:
+            return Bounds()
+        return self._bounds(max(self._usual, median_low(norms)))
 
     def add(self, client: str, norm: float) -> None:
         """Add the norm of a contribution that was accepted, after it was clipped."""
@@ -73,6 +76,13 @@ class NormGuard:
         if len(self._last) >= self._least:
             # The lower one of two in the middle, so that half of the clients cannot raise it.
             self._usual = max(self._usual * self._decay, median_low(self._last.values()))
+
+    def _bounds(self, usual: float) -> Bounds:
+        # A norm of 0 is no measure, as in a run whose first gradients vanish.
+        return Bounds(
+            clip=self._spec.clip_above * usual or math.inf,
+            refuse=self._spec.refuse_above * usual or math.inf,
+        )
 
     def state(self) -> dict[str, float]:
         """Return the numbers of this guard by name."""

@@ -5,7 +5,7 @@ a `Contribution`, which waits until the aggregator decides to step.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -108,12 +108,21 @@ class Replica:
         run: The run's optimizer and policy.
         compute: The module that the parameters are installed in.
         update: Makes a step from contributions.
+        on_clipped: Called with the client of a contribution that was accepted, and is clipped when
+            its step is taken.
     """
 
     def __init__(
-        self, versions: ParameterVersions, run: RunSpec, compute: Compute, update: TrunkUpdate
+        self,
+        versions: ParameterVersions,
+        run: RunSpec,
+        compute: Compute,
+        update: TrunkUpdate,
+        *,
+        on_clipped: Callable[[str], None],
     ) -> None:
         self.versions = versions
+        self._on_clipped = on_clipped
         self.barrier = aggregator.Barrier()
         self.steps = 0
         self.schedule = Schedule()
@@ -206,7 +215,7 @@ class Replica:
         if self._due is None:
             return False
         due, self._due = self._due, None
-        contributions = [self._contributions.pop(client) for client in due.weights]
+        contributions = self._bounded([self._contributions.pop(each) for each in due.weights])
         # `due.weights` is sorted by client, and so are the contributions. Their norms are added
         # here, so that the bounds of a barrier do not depend on the order of arrival.
         for each in contributions:
@@ -224,6 +233,17 @@ class Replica:
         self._update.after_step(step)
         self.steps += step.taken
         return True
+
+    def _bounded(self, contributions: Sequence[Contribution]) -> Sequence[Contribution]:
+        """Return the contributions of a step; of the first steps, those that stand out clipped."""
+        bounds = self.guard.first_bounds([each.norm for each in contributions])
+        found = []
+        for each in contributions:
+            if each.norm > bounds.refuse:
+                self._on_clipped(each.client)
+                each = each.clipped(min(bounds.clip, bounds.refuse))
+            found.append(each)
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the state of training, by name; no client may be at work."""

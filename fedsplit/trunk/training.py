@@ -289,7 +289,13 @@ class Training:
 
     def _new_replica(self, resident: bool) -> Replica:
         versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
-        return Replica(versions, self._run, self._compute, self._update)
+        return Replica(
+            versions,
+            self._run,
+            self._compute,
+            self._update,
+            on_clipped=lambda client: self.quarantine.accept(client, clipped=True),
+        )
 
     def _work_for(self, session: str, graph: Graph) -> Work:
         """Return the session's work; after a step since this graph, new work on its version."""

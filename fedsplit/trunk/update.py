@@ -48,6 +48,12 @@ class Contribution:
     step: int
     passes: Sequence[StoredPass]
 
+    def clipped(self, most: float) -> "Contribution":
+        """Return this contribution with its gradients scaled, in place, to the norm `most`."""
+        for gradient in self.gradients.values():
+            gradient.mul_(most / self.norm)
+        return replace(self, norm=most, most=most)
+
 
 class TrunkUpdate:
     """The step of SplitFed V2: one optimizer step with the clients' gradients, combined.

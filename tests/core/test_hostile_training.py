@@ -150,6 +150,29 @@ def test_no_client_waits_for_the_virtual_time_of_one_that_is_excluded(tiny_llama
         assert here.service.now() == 16.0
 
 
+def first_step_of_three(config, scale):
+    """The trunk after the first step of a, b and m, and the guard's counts."""
+    with world(config) as here:
+        here.service.expect(tuple("abm"), round=0, at_once=3, close_after=3)
+        for name in "abm":
+            member = here.add(name)
+            member.trunk.open()
+            request = forward_of(member)
+            size = scale if name == "m" else 1e-4
+            for each in (request, backward_of(request, size), step_of(request)):
+                ask(here, name, each)
+        here.service.close()
+        return here.trunk_weights(), here.service.engine.guard_counts
+
+
+def test_the_gradients_of_a_first_step_are_compared_with_one_another(tiny_llama):
+    """None is refused, as its client has its reply already."""
+    found, counts = first_step_of_three(tiny_llama(), 1e2)
+    wanted, none = first_step_of_three(tiny_llama(), 1e-3)
+    torch.testing.assert_close(found, wanted)
+    assert (counts, none) == (GuardCounts(clipped=1), GuardCounts())
+
+
 def test_a_gradient_over_ten_times_the_median_is_clipped_to_it(tiny_llama):
     """Against the norm that the trunk moves by, with plain SGD and one client."""
     with world(tiny_llama(), ALONE) as here:
