@@ -63,7 +63,7 @@ def _finished(run: RunSpec) -> Run | None:
     """Return the finished run with the same settings; None if there is none."""
     # A name that was taken gets a number, so all folders that begin with the name are candidates.
     for path in sorted(Path(run.launch.run_dir).glob(f"{run.name}*")):
-        if RunFolder(path).is_finished:
+        if RunFolder(path).is_finished and not RunFolder(path).divergence:
             with suppress(DataError):
                 finished = Run.read(path)
                 if finished.spec.fingerprint == run.fingerprint:

@@ -55,7 +55,7 @@ class FitStats:
 
     `steps` counts the steps that were taken, `repeated` the attempts at them that failed before,
     `refused` the steps that were stale at every attempt, and `skipped` those with NaN or Inf and
-    those whose gradient the trunk found far too large.
+    those whose gradient the trunk found far too large, without those that lowered the loss scale.
     `peak_bytes` is the memory of weights, gradients, optimizer moments and saved activations
     together, measured in the first step.
     """
@@ -185,7 +185,6 @@ class ClientTrainer:
                     refused += 1
                 except (NonFinite, GradExploded) as reason:
                     log.warning("%s skips a step: %s", self._trunk.client, reason)
-                    skipped, in_a_row = skipped + 1, in_a_row + 1
                     is_overflow = isinstance(reason, NonFinite) and self._is_scaled
                     if is_overflow and self.loss_scale.can_fall:
                         self.loss_scale, in_a_row = self.loss_scale.after_overflow(), 0
@@ -194,8 +193,10 @@ class ClientTrainer:
                             self._trunk.client,
                             self.loss_scale.value,
                         )
-                    elif in_a_row == _ATTEMPTS:
-                        raise
+                    else:
+                        skipped, in_a_row = skipped + 1, in_a_row + 1
+                        if in_a_row == _ATTEMPTS:
+                            raise
                 # Drops the gradients of the step from the trunk; the next step has its own calls.
                 self._trunk.open(round, first_call=next_call)
         num_tokens = sum(stats.num_tokens for stats in done)

@@ -7,7 +7,7 @@ part) is in `context.state`, because a deployed ClientApp is a new process for e
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +53,7 @@ from fedsplit.model.placement import on_device
 from fedsplit.runs.metrics import bits_per_byte
 from fedsplit.spec import RunSpec
 from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.tls import channel_credentials
 
 Numbers = dict[str, int | float | list[int] | list[float]]
 """The numbers of a reply, in the types that Flower's `MetricRecord` accepts."""
@@ -82,6 +83,9 @@ def hello(message: Message, context: Context) -> Message:
     with withholding(node):
         # A client loads the tokenizer of a pretrained model by itself.
         require_rows(config_of(run, tokenizer, hello.labels), tokenizer, hello.labels)
+        if run.baseline == "none":
+            # The trunk is not called yet, but its authority's file can be read.
+            channel_credentials(node.wire_of(run))
     if run.train.save_every:
         folder = node.checkpoints_of(run, hello.run_id)
         with withholding(node):
@@ -133,7 +137,7 @@ def train(message: Message, context: Context) -> Message:
     if run.train.save_every:
         folder = session.node.checkpoints_of(run, session.join.run_id)
         with withholding(session.node):
-            memory.save(folder, session.join.round, run)
+            memory.save(folder, session.join.round, run, session.join.oldest)
     content = RecordDict({METRICS: MetricRecord(session.numbers_of(stats, memory, begin))})
     # With client_weights.personal=both all client weights stay at the client.
     if session.shared:
@@ -258,10 +262,8 @@ def _built(
     if not isinstance(model, ClientPart):
         yield session(trunk=NoTrunk(model, client=join.client), link=None)
         return
-    # Each machine has its own file of trusted roots; all other settings are the run's.
-    wire = replace(run.wire, tls_ca=node.tls_ca)
     address = node.address_of_trunk(join.address)
-    with closing(GrpcLink(address, token=join.token, wire=wire)) as link:
+    with closing(GrpcLink(address, token=join.token, wire=node.wire_of(run))) as link:
         trunk = RemoteTrunk(
             link,
             model,

@@ -32,7 +32,7 @@ from fedsplit.data import (
 )
 from fedsplit.errors import ConfigError, ProtocolError
 from fedsplit.runs.folder import is_run_id
-from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
+from fedsplit.spec import DataSpec, RunSpec, ShardingSpec, WireSpec
 
 log = logging.getLogger("flwr.fedsplit")
 
@@ -139,6 +139,10 @@ class Node:
         shared = Path(run.launch.run_dir) / run.name / "clients"
         parent = Path(self.state_dir) / run.name if self.state_dir else shared
         return parent / self.name / run_id
+
+    def wire_of(self, run: RunSpec) -> WireSpec:
+        """Return the run's wire, with this machine's own file of trusted roots."""
+        return replace(run.wire, tls_ca=self.tls_ca)
 
     def address_of_trunk(self, given: str) -> str:
         """Return the address at which this client calls the trunk.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsplit import atomic
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
-from fedsplit.errors import CheckpointError, ModelMismatch, ProtocolError
+from fedsplit.errors import CheckpointError, ModelMismatch, ProtocolError, peer_text
 from fedsplit.flower.npy import tensor_of
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, facts_of, prune, remove_after
 from fedsplit.runs.history import History
@@ -26,6 +26,8 @@ WEIGHT = "num-examples"
 _HELLO, _JOIN_INFO, _COUNTS = "hello", "fedsplit", "counts"
 _KEPT = ("moments", "personal", "history")
 _NEW = History()
+_MOST_SAVES = 10
+"""The most saves of a server from which a client can continue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +62,9 @@ class JoinInfo:
 
     `address` and `token` lead to the trunk, `config` is the run's fingerprint, `tokenizer` a
     tokenizer as JSON (empty for a checkpoint, which has its own), `labels` are the classes of a
-    classifier. `run_id` is that of `Hello`. `history` says which state of the client is valid, and
-    `lr_scale` is the factor on the learning rate, at most 1.
+    classifier. `run_id` is that of `Hello`. `history` says which state of the client is valid,
+    `oldest` is the oldest round that the run may go back to, and `lr_scale` the factor on the
+    learning rate, at most 1.
 
     Raises:
         ProtocolError: The factor is not above 0 and at most 1.
@@ -77,10 +80,11 @@ class JoinInfo:
     labels: tuple[str, ...] = ()
     history: History = _NEW
     lr_scale: float = 1.0
+    oldest: int = 0
 
     def __post_init__(self) -> None:
         # NaN fails this comparison too.
-        if not 0 < self.lr_scale <= 1:
+        if not (isinstance(self.lr_scale, float) and 0 < self.lr_scale <= 1):
             raise ProtocolError(
                 f"the server scales the learning rate by {self.lr_scale}, which must be above 0 "
                 "and at most 1; run the same code at both sides"
@@ -132,8 +136,15 @@ class Memory:
         for name in _KEPT:
             state[name] = to_arrays(getattr(self, name))
 
-    def save(self, parent: Path, round: int, run: RunSpec) -> None:
-        """Write a checkpoint from which the run can be resumed after `round`."""
+    def save(self, parent: Path, round: int, run: RunSpec, oldest: int = 0) -> None:
+        """Write a checkpoint from which the run can be resumed after `round`.
+
+        Args:
+            parent: The folder of the client's checkpoints.
+            round: The round.
+            run: The run.
+            oldest: The oldest round that the run may go back to; those before it are removed.
+        """
         Checkpoint(
             round=round,
             owner=_owner(parent),
@@ -141,9 +152,8 @@ class Memory:
             facts=self._counts,
             tensors={name: getattr(self, name) for name in _KEPT},
         ).write(parent)
-        # The server keeps its last two checkpoints; a resume from either needs the client's.
-        every = run.train.save_every
-        prune(parent, (round - 1) // every * every - every)
+        # A server that never saves must not fill the disk.
+        prune(parent, max(oldest, round - _MOST_SAVES * run.train.save_every))
 
     @staticmethod
     def restore(parent: Path, history: History, run: RunSpec) -> "Memory":
@@ -164,8 +174,8 @@ class Memory:
             remove_after(parent, number)
             return Memory._of(groups, {**checkpoint.facts, "branch": history.branch})
         raise CheckpointError(
-            f"{parent} holds nothing of round {min(history.rounds, default=0)} or before, so this client "
-            "cannot resume the run; start it on the machine with that folder (node config "
+            f"{parent} holds nothing of round {min(history.rounds, default=0)} or before, so this "
+            "client cannot continue the run; start it on the machine with that folder (node config "
             "state-dir), or start a new run without resume"
         )
 
@@ -190,9 +200,14 @@ def _record_of(info: Hello | JoinInfo) -> ConfigRecord:
 
 def _fields_of(record: ConfigRecord) -> dict[str, Any]:
     fields: dict[str, Any] = dict(record)
-    fields["labels"] = tuple(fields["labels"])
-    branches, rounds = tuple(fields.pop("branches")), tuple(fields.pop("rounds"))
-    return {**fields, "history": History(branches=branches, rounds=rounds)}
+    lists = {name: fields.pop(name, None) for name in ("labels", "branches", "rounds")}
+    if odd := [name for name, value in lists.items() if not isinstance(value, list)]:
+        raise ProtocolError(
+            f"the server sent {peer_text(repr(lists[odd[0]]))} as {odd[0]}, which must be a list; "
+            "run the same code at both sides"
+        )
+    history = History(branches=tuple(lists["branches"]), rounds=tuple(lists["rounds"]))
+    return {**fields, "labels": tuple(lists["labels"]), "history": history}
 
 
 def _owner(parent: Path) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -105,8 +105,14 @@ class RunRecorder:
             yield
             self._finish()
 
-    def on_round(self, stats: RoundStats, arrays: ArrayRecord) -> None:
-        """Record a round: its numbers, its checkpoint if one is due, and the best round."""
+    def on_round(self, stats: RoundStats, arrays: ArrayRecord, *, is_good: bool) -> None:
+        """Record a round: its numbers, its checkpoint if one is due, and the best round.
+
+        Args:
+            stats: The numbers.
+            arrays: The client weights after the round.
+            is_good: Whether training may go back to the round, so that it is saved.
+        """
         load_arrays(shared(self._model, self._run), arrays)
         self._folder.append(stats)
         log.info("%s", stats.line)
@@ -120,14 +126,22 @@ class RunRecorder:
                     self._folder.best,
                     min(checkpoints_in(self._folder.checkpoints), default=stats.round),
                 )
-        if train.save_every and stats.round % train.save_every == 0:
-            self._write(self._folder.checkpoints, stats.round)
+        if train.save_every and stats.round % train.save_every == 0 and is_good:
+            self.save(stats.round)
             prune(self._folder.checkpoints, stats.round - train.save_every)
 
     @property
-    def last_checkpoint(self) -> int:
-        """The round of the last checkpoint; 0 if there is none."""
-        return max(checkpoints_in(self._folder.checkpoints), default=0)
+    def checkpoints(self) -> Sequence[int]:
+        """The rounds that have a checkpoint, oldest first."""
+        return tuple(checkpoints_in(self._folder.checkpoints))
+
+    def save(self, number: int) -> None:
+        """Write the checkpoint of a round.
+
+        Raises:
+            StorageError: A file cannot be written.
+        """
+        self._write(self._folder.checkpoints, number)
 
     def go_back(self) -> ArrayRecord:
         """Load the last checkpoint into trunk and strategy; return its client weights.
@@ -138,14 +152,21 @@ class RunRecorder:
         self._go_back_to(self._last())
         return self.arrays
 
-    def end_with_last_checkpoint(self, reason: str) -> None:
+    def end_diverged(self, reason: str) -> str:
         """Write the result of a run that diverged: that of its last checkpoint, or the best round.
+
+        Returns:
+            What the result is.
 
         Raises:
             CheckpointError: It is damaged.
         """
-        self._go_back_to(self._last())
+        checkpoint = self._last()
+        self._go_back_to(checkpoint)
+        self._folder.mark_diverged(reason)
         self._finish(ended=reason)
+        which = "the best round" if self._run.train.load_best else f"round {checkpoint.round}"
+        return f"{self._folder.model} has the weights of {which}"
 
     def _finish(self, ended: str = "") -> None:
         """Write the result: the weights of the last round, or with `load_best` of the best one."""

@@ -24,7 +24,7 @@ from fedsplit.spec import RunSpec
 
 log = logging.getLogger(__name__)
 
-_ID, _CONFIG = "run.json", "config.yaml"
+_ID, _CONFIG, _DIVERGED = "run.json", "config.yaml", "diverged.txt"
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -84,7 +84,7 @@ class RunFolder:
 
         Raises:
             ConfigError: The folder that `run.resume` names does not exist, has no checkpoint, or
-                belongs to a finished run.
+                belongs to a finished run; or the last run of this name diverged.
         """
         if not run.resume:
             return None
@@ -95,6 +95,11 @@ class RunFolder:
                 # The process may have been killed between its result and its cleanup.
                 if folder.is_finished:
                     folder.tidy()
+            if folders and (why := folders[-1].divergence):
+                raise ConfigError(
+                    f"{folders[-1].path} ended, because it diverged ({why}), and would do so "
+                    "again; change the settings and the name, or leave resume out to begin anew"
+                )
             resumable = [folder for folder in folders if folder._is_resumable]
             return resumable[-1] if resumable else None
         folder = RunFolder(Path(run.resume).resolve())
@@ -199,6 +204,12 @@ class RunFolder:
         return self.model.is_dir()
 
     @property
+    def divergence(self) -> str:
+        """Why the run diverged and ended early; empty if it did not."""
+        file = self.path / _DIVERGED
+        return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
+    @property
     def model(self) -> Path:
         """Folder of the joined model: a Hugging Face checkpoint with tokenizer and model card."""
         return self.path / "model"
@@ -270,6 +281,10 @@ class RunFolder:
     def append(self, stats: RoundStats) -> None:
         """Add a round to the metrics."""
         atomic.append_line(self._metrics, metrics.line_of(stats))
+
+    def mark_diverged(self, reason: str) -> None:
+        """Record that the run diverged, before its result is written."""
+        atomic.write_text(self.path / _DIVERGED, f"{reason}\n")
 
     def forget_after(self, number: int) -> None:
         """Remove the rounds after `number`, which a resumed run repeats, from the metrics."""

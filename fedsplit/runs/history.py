@@ -26,10 +26,13 @@ class History:
     rounds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.branches) != len(self.rounds):
+        numbers = (*self.branches, *self.rounds)
+        is_valid = all(isinstance(number, int) and number >= 0 for number in numbers)
+        if len(self.branches) != len(self.rounds) or not is_valid:
             raise ProtocolError(
                 f"the history of the run has {len(self.branches)} branches and {len(self.rounds)} "
-                "rounds; run the same code at both sides"
+                "rounds, which must be as many and whole numbers from 0 on; run the same code at "
+                "both sides"
             )
 
     @property

@@ -13,6 +13,8 @@ from fedsplit.errors import GradExploded, Quarantined
 from fedsplit.spec import GuardSpec
 
 _NORM = "norm/"
+_MOST_OVERFLOWS = 32
+"""The most overflows in a row; a loss scale of 2 ** 16 is 1 after half of them."""
 _LEAST_CLIENTS = 3
 
 
@@ -33,7 +35,8 @@ class NormGuard:
     largest median so far, which is halved in the time of `memory` contributions.
 
     A median is that of three clients at least, or the first one could set the bounds of all others
-    by itself. The third client is compared with the larger norm of the two before it.
+    by itself. The third client is compared with the larger norm of the two before it; of two
+    clients, the second is compared with the first.
 
     Args:
         spec: The multiples, and the number of clients that the median is of.
@@ -53,8 +56,8 @@ class NormGuard:
     def bounds_of(self, client: str) -> Bounds:
         """Return the bounds of a client's next contribution; infinite for the first ones."""
         usual, others = self._usual, self._last.keys() - {client}
-        if len(self._last) < self._least and len(others) == _LEAST_CLIENTS - 1:
-            usual = max(self._last.values())
+        if len(self._last) < self._least and len(others) == self._least - 1:
+            usual = max(self._last.values(), default=0.0)
         return self._bounds(usual if self._count >= self._spec.after else 0.0)
 
     def first_bounds(self, norms: Collection[float]) -> Bounds:
@@ -139,8 +142,8 @@ class ClientRecord:
 
     `clipped` and `refused` are contributions, and `quarantines` the times that the client was
     excluded. `clipped_in_a_row` counts the accepted ones since the last that was not clipped, and
-    `in_a_row` the refusals since the last accepted one. `until` is the end of the last quarantine,
-    in seconds.
+    `in_a_row` the refusals since the last accepted one, and `overflows` the overflows since then,
+    which are no refusals. `until` is the end of the last quarantine, in seconds.
     """
 
     clipped: int = 0
@@ -148,6 +151,7 @@ class ClientRecord:
     refused: int = 0
     quarantines: int = 0
     in_a_row: int = 0
+    overflows: int = 0
     until: float = -math.inf
 
     @property
@@ -216,11 +220,17 @@ class Quarantine:
         record = self._record(client)
         record.clipped += clipped
         record.clipped_in_a_row = record.clipped_in_a_row + 1 if clipped else 0
-        record.in_a_row = 0
+        record.in_a_row = record.overflows = 0
 
-    def refuse(self, client: str, now: float) -> float:
-        """Count a refused contribution; return the seconds of a quarantine that begins, or 0."""
+    def refuse(self, client: str, now: float, *, is_overflow: bool = False) -> float:
+        """Count a refused contribution; return the seconds of a quarantine that begins, or 0.
+
+        An overflow is no fault, because the client lowers its loss scale, unless there is no end.
+        """
         spec, record = self._spec, self._record(client)
+        if is_overflow and record.overflows < _MOST_OVERFLOWS:
+            record.overflows += 1
+            return 0.0
         record.refused += 1
         record.in_a_row += 1
         if record.in_a_row < spec.refusals or not spec.quarantine_s:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 from fedsplit.errors import GradExploded, NonFinite, ProtocolError
 from fedsplit.spec import RunSpec
-from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.norm_guard import Quarantine
 
 log = logging.getLogger(__name__)
@@ -44,25 +43,30 @@ class Refusals:
         self._in_float16: set[str] = set()
 
     @contextmanager
-    def counted(self, call: Call) -> Iterator[None]:
+    def counted(self, client: str, session: str, autocast: str = "") -> Iterator[None]:
         """A context that counts the refusal of a call; the last ones exclude its client.
+
+        Args:
+            client: The client.
+            session: Its session.
+            autocast: The precision that the call names, if it is a forward.
 
         Raises:
             Quarantined: The client is in quarantine already.
         """
         now = self._clock()
-        self._quarantine.require_free(call.client, now)
-        if call.kind is Kind.FORWARD and call.request.autocast == _FLOAT16:
-            self._in_float16.add(call.session)
+        self._quarantine.require_free(client, now)
+        if autocast == _FLOAT16:
+            self._in_float16.add(session)
         try:
             yield
         except (NonFinite, GradExploded, ProtocolError) as refusal:
-            log.warning("a contribution of %s was refused: %s", call.client, refusal)
-            may_overflow = self._run_overflows or call.session in self._in_float16
-            is_fault = not (isinstance(refusal, NonFinite) and may_overflow)
-            if is_fault and (seconds := self._quarantine.refuse(call.client, now)):
-                log.warning("%s is in quarantine for %.0f s", call.client, seconds)
-                self._exclude(call.client)
+            log.warning("a contribution of %s was refused: %s", client, refusal)
+            may_overflow = self._run_overflows or session in self._in_float16
+            is_overflow = isinstance(refusal, NonFinite) and may_overflow
+            if seconds := self._quarantine.refuse(client, now, is_overflow=is_overflow):
+                log.warning("%s is in quarantine for %.0f s", client, seconds)
+                self._exclude(client)
             raise
 
     def forget(self, session: str) -> None:

@@ -169,7 +169,7 @@ class Training:
             NonFinite: The smashed data holds NaN or Inf.
             Quarantined: The client is in quarantine.
         """
-        with self._refusals.counted(call):
+        with self._refusals.counted(call.client, call.session, call.request.autocast):
             call.inputs = self._compute.inputs(call.request, call.client, call.round)
         work = self._works.get(call.session)
         if work is None:
@@ -186,7 +186,7 @@ class Training:
             FedsplitError: The gradient is refused.
         """
         grad_BTD = call.request.grad_trunk_out_BTD
-        with self._refusals.counted(call):
+        with self._refusals.counted(call.client, call.session):
             require_finite(grad_BTD, "grad_trunk_out_BTD")
         graph = self._stash.take(call.session, call.request.call)
         try:
@@ -246,7 +246,7 @@ class Training:
             raise ProtocolError(
                 "there is nothing to step with: no backward since the last step; send one before"
             )
-        with self._refusals.counted(call):
+        with self._refusals.counted(call.client, call.session):
             require_plausible(call.request, work.num_positions, self._run)
             call.request = counted(call.request, self._run)
             del self._works[call.session]

@@ -70,7 +70,7 @@ class TrunkUpdate:
 
     Raises:
         ConfigError: `train.trunk_steps` asks for further steps, and the update takes none; or
-            `policy.combine` is for several clients, and the update steps with one.
+            `policy.combine` is for three clients or more, and a step has fewer.
     """
 
     keeps_passes: ClassVar[bool] = False
@@ -83,6 +83,12 @@ class TrunkUpdate:
                 f"train.trunk_steps={run.train.trunk_steps} asks for further steps of the trunk, "
                 f"but {type(self).__name__} takes one step at a time; use strategy=mu_splitfed or "
                 "trunk_steps=1"
+            )
+        if run.policy.combine != "mean" and run.clients < 3:
+            raise ConfigError(
+                f"policy.combine={run.policy.combine} leaves out what stands out among several "
+                f"gradients, and clients={run.clients} have too few; use policy.combine=mean, or "
+                "three clients or more"
             )
         if run.policy.combine != "mean" and self.replicas:
             raise ConfigError(

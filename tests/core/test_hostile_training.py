@@ -123,6 +123,18 @@ def test_an_overflow_excludes_a_client_unless_its_forwards_are_in_float16(
         assert here.service.engine.training.is_excluded("m") is is_excluded
 
 
+def test_a_client_in_float16_that_overflows_without_end_is_excluded_too(tiny_llama):
+    with world(tiny_llama()) as here:
+        trunk, training = here.add("m").trunk, here.service.engine.training
+        for call in range(32 + 3):
+            assert not training.is_excluded("m")
+            trunk.open(first_call=call)
+            request = forward_of(here.members["m"], call, autocast="float16")
+            with pytest.raises(errors.NonFinite):
+                ask(here, "m", replace(request, smashed_BTD=request.smashed_BTD / 0))
+        assert training.is_excluded("m")
+
+
 def infinite_forward(member, call):
     request = forward_of(member, call)
     return replace(request, smashed_BTD=request.smashed_BTD / 0)

@@ -89,6 +89,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tokenizer_to_json(train_tokenizer(corpus, 300))
 
 
+def test_a_file_of_trusted_roots_that_cannot_be_read_is_found_before_the_first_round(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    (empty := tmp_path / "ca.crt").touch()
+    for path in (empty, tmp_path / "none.crt"):
+        node = SuperNode(config={"tls-ca": str(path), "trust-runs": True})
+        assert f"wire.tls_ca={path}" in answer_of(node, words_for(tmp_path), tokenizer)
+        # A baseline has no trunk.
+        words = words_for(tmp_path, "baseline=local")
+        assert "client-0" in answer_of(node, words, tokenizer)
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 

@@ -40,6 +40,15 @@ def test_the_first_changes_may_have_any_norm():
     assert norm_of(guard.bounded("a", moved(1e6), SENT)) == pytest.approx(1e6)
 
 
+def test_the_guard_begins_in_the_second_round():
+    guard = WeightGuard(GuardSpec(), clients=4, memory=1000)
+    for client in "abc":
+        guard.bounded(client, moved(1.0), SENT)
+    guard.end_round()
+    with pytest.raises(GradExploded):
+        guard.bounded("d", moved(300.0), SENT)
+
+
 def test_an_honest_change_keeps_its_bits(guard):
     content = moved(9.9)
     assert guard.bounded("a", content, SENT) is content

@@ -94,7 +94,7 @@ class SplitStrategy(WrappingStrategy):
         self._num_rounds = 0
         self._is_over = False
         self._early_stopping = EarlyStopping(run.train.patience)
-        self._divergence = DivergenceGuard(run.guard)
+        self._divergence = DivergenceGuard(run)
         self._went_back_from = 0
 
     # --- hooks --------------------------------------------------------------------------------
@@ -187,9 +187,12 @@ class SplitStrategy(WrappingStrategy):
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         _evaluate_at_server(evaluate_fn, first_round - 1, result)
         while True:
+            self.coordinator = self._new_coordinator(grid, registry, timeout)
+            if self._went_back_from:
+                # A run that is resumed from here knows that it went back.
+                self._recorder.save(first_round - 1)
             with self.trunk_server:
                 log(INFO, "Trunk is served at %s", self.trunk_server.address)
-                self.coordinator = self._new_coordinator(grid, registry, timeout)
                 problem = self._rounds(first_round, configs, evaluate_fn, result)
             if not problem:
                 return result
@@ -205,7 +208,7 @@ class SplitStrategy(WrappingStrategy):
         """
         rounds, stopping = self.coordinator.rounds, self._early_stopping
         own = {"version": rounds.version, "sent": rounds.sent, "worse": stopping.worse}
-        own["over"] = int(self._is_over)
+        own |= {"over": int(self._is_over), "went_back_from": self._went_back_from}
         parts = {
             _CLIENT_STRATEGY: state_of(self.client_strategy),
             _GUARD: self._guard.state(),
@@ -229,6 +232,7 @@ class SplitStrategy(WrappingStrategy):
         self._early_stopping.best = float(state["best"])
         self._early_stopping.worse = int(state["worse"])
         self._is_over = bool(state["over"])
+        self._went_back_from = int(state["went_back_from"])
         load_state_into(self.client_strategy, _under(_CLIENT_STRATEGY, state))
         self._guard.load_state(_under(_GUARD, state))
         self._divergence.load_state(_under(_DIVERGENCE, state))
@@ -275,7 +279,7 @@ class SplitStrategy(WrappingStrategy):
             failure = exc
         if problem := self._divergence.problem_in(coordinator.metrics):
             problem = f"round {number}: {problem}"
-            if self._recorder.last_checkpoint:
+            if self._recorder.checkpoints:
                 self._went_back_from = number
                 return problem
             log(WARNING, "%s; there is no checkpoint to go back to (train.save_every)", problem)
@@ -283,8 +287,8 @@ class SplitStrategy(WrappingStrategy):
             raise failure
         self._is_over = self._early_stopping.stops(stats) or is_last
         self._guard.end_round()
-        self._recorder.on_round(stats, result.arrays)
         self._went_back_from = 0
+        self._recorder.on_round(stats, result.arrays, is_good=self._divergence.is_calm)
         coordinator.forget_departed()
         return ""
 
@@ -328,19 +332,24 @@ class SplitStrategy(WrappingStrategy):
         Raises:
             Diverged: Training went back before. The result of the run is the last checkpoint's.
         """
-        last = self._recorder.last_checkpoint
+        last, left = self._recorder.checkpoints[-1], self._went_back_from
         has_gone_back = self._invitations.lr_scale < 1
+        # It refers to the old trunk service, whose optimizer would stay in memory.
+        del self.coordinator
         self.trunk_server.renew()
         if has_gone_back:
-            self._recorder.end_with_last_checkpoint(problem)
+            # Served meanwhile, so that clients at work learn that their tokens are void.
+            with self.trunk_server:
+                outcome = self._recorder.end_diverged(problem)
             raise Diverged(
-                f"{problem}; training went back before, with a lower learning rate, so it ends; "
-                f"the result is that of round {last}; lower train.lr, or look at the data"
+                f"{problem}; training went back before, to half the learning rate, so the run "
+                f"ends; {outcome}; lower train.lr, or look at the data"
             )
         log(WARNING, "%s; training goes back to round %d at half the learning rate", problem, last)
         result.arrays = self._recorder.go_back()
         self._change_history(last)
         self._scale_lr(_SLOWER)
+        self._went_back_from = left
         return last + 1
 
     def _change_history(self, round: int) -> None:
@@ -375,7 +384,8 @@ class SplitStrategy(WrappingStrategy):
         return self.aggregate_evaluate(number, replies) if replies else None
 
     def _add_join_info(self, message: Message, client: str, number: int) -> None:
-        self._invitations.add_to(message, client, number, self.trunk_server)
+        oldest = min(self._recorder.checkpoints, default=0)
+        self._invitations.add_to(message, client, number, self.trunk_server, oldest)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -59,8 +59,18 @@ class Invitations:
             history=self.history,
         )
 
-    def add_to(self, message: Message, client: str, number: int, server: TrunkServer) -> None:
-        """Add to a message of a round what its client needs to work with the trunk."""
+    def add_to(
+        self, message: Message, client: str, number: int, server: TrunkServer, oldest: int
+    ) -> None:
+        """Add to a message of a round what its client needs to work with the trunk.
+
+        Args:
+            message: The message.
+            client: The client that it is for.
+            number: The round.
+            server: The server of the trunk.
+            oldest: The oldest round that the run may go back to.
+        """
         join_info = JoinInfo(
             client=client,
             round=number,
@@ -72,5 +82,6 @@ class Invitations:
             labels=self._labels,
             history=self.history,
             lr_scale=self.lr_scale,
+            oldest=oldest,
         )
         message.content = join_info.put_into(message.content)

@@ -1,5 +1,6 @@
 """The interface between a strategy and the records of its run."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from flwr.app import ArrayRecord
@@ -10,19 +11,23 @@ from fedsplit.runs.metrics import RoundStats
 class Recorder(Protocol):
     """The records of a run that a strategy writes, and from which it goes back."""
 
-    def on_round(self, stats: RoundStats, arrays: ArrayRecord) -> None:
-        """Record a round with the client weights after it."""
+    def on_round(self, stats: RoundStats, arrays: ArrayRecord, *, is_good: bool) -> None:
+        """Record a round with the client weights after it; only a good one is saved."""
         ...
 
     @property
-    def last_checkpoint(self) -> int:
-        """The round of the last checkpoint; 0 if there is none."""
+    def checkpoints(self) -> Sequence[int]:
+        """The rounds that have a checkpoint, oldest first."""
+        ...
+
+    def save(self, number: int) -> None:
+        """Write the checkpoint of a round."""
         ...
 
     def go_back(self) -> ArrayRecord:
         """Load the last checkpoint into trunk and strategy; return its client weights."""
         ...
 
-    def end_with_last_checkpoint(self, reason: str) -> None:
-        """Write the result of a run that diverged."""
+    def end_diverged(self, reason: str) -> str:
+        """Write the result of a run that diverged; return what it is."""
         ...

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from fedsplit.data import TASKS
-from fedsplit.errors import FedsplitError, GradExploded, NonFinite, Quarantined
+from fedsplit.errors import FedsplitError, GradExploded, NonFinite
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes
 from fedsplit.flower.reply import content_of, peer_text
 from fedsplit.runs.metrics import RoundStats, bits_per_byte
@@ -18,7 +18,7 @@ from fedsplit.trunk.norm_guard import GuardCounts
 
 Numbers = Mapping[str, float]
 
-_OF_NUMBERS = (NonFinite, GradExploded, Quarantined)
+_OF_NUMBERS = (NonFinite, GradExploded)
 _HEAD = 60
 """The characters of an error's reason in which its class is named."""
 

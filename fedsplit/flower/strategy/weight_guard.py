@@ -6,6 +6,7 @@ So its norm for each step is compared.
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from logging import WARNING
 
 import numpy as np
@@ -19,6 +20,9 @@ from fedsplit.flower.npy import values_of
 from fedsplit.flower.records import ARRAYS, METRICS
 from fedsplit.spec import GuardSpec
 from fedsplit.trunk.norm_guard import NormGuard
+
+_FIRST = 3
+"""The changes after which the guard begins: a median is of three at least."""
 
 
 class WeightGuard:
@@ -34,6 +38,8 @@ class WeightGuard:
     """
 
     def __init__(self, spec: GuardSpec, *, clients: int, memory: int) -> None:
+        # A round has one change of a client, so the guard would begin after many rounds.
+        spec = replace(spec, after=min(spec.after, _FIRST))
         self._guard = NormGuard(spec, clients=clients, memory=memory)
         self._of_round: dict[str, float] = {}
 
