@@ -3,8 +3,9 @@
 from contextlib import ExitStack
 from dataclasses import replace
 
+from fedsplit.errors import ConfigError
 from fedsplit.model.stage import TrunkPart
-from fedsplit.spec import RunSpec
+from fedsplit.spec import RunSpec, WireSpec
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.update import TrunkUpdate
@@ -47,25 +48,40 @@ class TrunkServer:
         self.service = TrunkService(self._trunk, self._run, update=self._update)
 
     def __enter__(self) -> "TrunkServer":
-        wire, limits = self._wire, self.service.limits
-        # As many as all clients may have, so that none can take the place of another.
-        server = GrpcServer(
-            self.service,
-            wire=wire,
-            limits=limits,
-            max_clients=self._run.limits.streams_per_client * self._run.clients,
-            budgets=self._run.limits,
-        )
         with ExitStack() as opening:
             opening.enter_context(self.service)
             # Contexts close in reverse order: the server stops first, so no call finds a closed
             # service.
-            opening.callback(server.stop)
-            bound = server.start()
-            self.address = wire.advertise or bound
-            self._wire = replace(wire, bind=bound)
+            opening.callback(self._started().stop)
             self._open = opening.pop_all()
         return self
+
+    def _started(self) -> GrpcServer:
+        """Start a server at the address of the one before, or at that of the run."""
+        try:
+            return self._started_at(self._wire)
+        except ConfigError:
+            if self._wire == self._run.wire:
+                raise
+            # Another process has taken the port. Clients get the new address in their next round.
+            return self._started_at(self._run.wire)
+
+    def _started_at(self, wire: WireSpec) -> GrpcServer:
+        server = GrpcServer(
+            self.service,
+            wire=wire,
+            limits=self.service.limits,
+            # As many as all clients may have, so that none can take the place of another.
+            max_clients=self._run.limits.streams_per_client * self._run.clients,
+            budgets=self._run.limits,
+        )
+        with ExitStack() as opening:
+            opening.callback(server.stop)
+            bound = server.start()
+            opening.pop_all()
+        self.address = wire.advertise or bound
+        self._wire = replace(wire, bind=bound)
+        return server
 
     def __exit__(self, *_: object) -> None:
         self._open.close()

@@ -1,6 +1,7 @@
 """A run that diverges goes back to its last checkpoint, and if it diverges again it ends there."""
 
 import math
+import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +18,12 @@ from fedsplit.flower.records import METRICS, WEIGHT, JoinInfo
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.flower.strategy.divergence import DivergenceGuard
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
+from fedsplit.flower.trunk_server import TrunkServer
+from fedsplit.model import initial_parts
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.history import History
-from fedsplit.spec import GuardSpec, RunSpec
+from fedsplit.spec import GuardSpec, RunSpec, SplitSpec
 from tests.edge.federation import SGD, client_that, federate, joined, spec_for, without_seconds
 from tests.edge.resuming import folder_of, interrupted, resumed
 
@@ -181,6 +184,20 @@ def test_a_run_that_went_back_is_resumed_as_such(tmp_path: Path, end: tuple[int,
     folder = resumed(run)
     assert without_seconds(folder.rounds()) == without_seconds(wanted.rounds())
     assert same_weights(folder, wanted)
+
+
+def test_the_trunk_is_served_at_its_address_again_unless_that_is_taken(tiny_llama: Any) -> None:
+    parts = initial_parts(tiny_llama(), SplitSpec.parse("1/*/1"), 0)
+    server = TrunkServer(parts.trunk, RunSpec(split=SplitSpec.parse("1/*/1")))
+    with server:
+        first = server.address
+    server.renew()
+    with server:
+        assert server.address == first
+    server.renew()
+    host, _, port = first.rpartition(":")
+    with socket.create_server((host, int(port))), server:
+        assert server.address.rpartition(":")[0] == host and server.address != first
 
 
 # --- the rules --------------------------------------------------------------------------------
