@@ -165,7 +165,9 @@ class NodeRegistry:
             ProtocolError: The reply has no name of a client of this run.
         """
         if reply.has_error():
-            raise ConfigError(f"a client cannot take part: {peer_text(reply.error.reason)}")
+            # Flower's number, as in `flwr supernode list`; the client's name is not known yet.
+            node, reason = reply.metadata.src_node_id, peer_text(reply.error.reason)
+            raise ConfigError(f"the client of node {node} cannot take part: {reason}")
         identity = identity_of(content_of(reply), self._clients)
         if identity.config != self._run.fingerprint:
             settings = peer_text(difference(identity.settings, self._run.texts))
