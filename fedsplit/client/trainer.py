@@ -55,7 +55,8 @@ class FitStats:
 
     `steps` counts the steps that were taken, `repeated` the attempts at them that failed before,
     `refused` the steps that were stale at every attempt, and `skipped` those with NaN or Inf and
-    those whose gradient the trunk found far too large, without those that lowered the loss scale.
+    those whose gradient the trunk found far too large. `overflows` are those of them that lowered
+    the loss scale, so that the next step can succeed.
     `peak_bytes` is the memory of weights, gradients, optimizer moments and saved activations
     together, measured in the first step.
     """
@@ -66,6 +67,7 @@ class FitStats:
     repeated: int
     refused: int
     skipped: int
+    overflows: int
     peak_bytes: int
 
 
@@ -168,7 +170,7 @@ class ClientTrainer:
             FedsplitError: The trunk cannot be reached, or refuses with an error that is final.
         """
         done: list[StepStats] = []
-        refused = skipped = in_a_row = 0
+        refused = skipped = overflows = in_a_row = 0
         # Calls are numbered by the steps of the whole run: a client may train twice in an
         # asynchronous round, and needs other dropout the second time.
         per_batch = self._run.train.micro_batches
@@ -185,18 +187,18 @@ class ClientTrainer:
                     refused += 1
                 except (NonFinite, GradExploded) as reason:
                     log.warning("%s skips a step: %s", self._trunk.client, reason)
+                    skipped, in_a_row = skipped + 1, in_a_row + 1
                     is_overflow = isinstance(reason, NonFinite) and self._is_scaled
                     if is_overflow and self.loss_scale.can_fall:
                         self.loss_scale, in_a_row = self.loss_scale.after_overflow(), 0
+                        overflows += 1
                         log.warning(
                             "%s lowers the loss scale to %g",
                             self._trunk.client,
                             self.loss_scale.value,
                         )
-                    else:
-                        skipped, in_a_row = skipped + 1, in_a_row + 1
-                        if in_a_row == _ATTEMPTS:
-                            raise
+                    elif in_a_row == _ATTEMPTS:
+                        raise
                 # Drops the gradients of the step from the trunk; the next step has its own calls.
                 self._trunk.open(round, first_call=next_call)
         num_tokens = sum(stats.num_tokens for stats in done)
@@ -208,6 +210,7 @@ class ClientTrainer:
             repeated=sum(stats.repeats for stats in done),
             refused=refused,
             skipped=skipped,
+            overflows=overflows,
             peak_bytes=self._footprint.num_bytes,
         )
 

@@ -206,7 +206,8 @@ class _ClientSession:
             "steps": stats.steps,
             "repeated": stats.repeated,
             "refused": stats.refused,
-            "skipped": stats.skipped,
+            # The others are no sign that training diverges.
+            "skipped": stats.skipped - stats.overflows,
             "seconds": time.monotonic() - begin,
             "peak-bytes": stats.peak_bytes,
             "done": int(0 < max_steps <= memory.steps),

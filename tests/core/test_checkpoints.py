@@ -105,7 +105,7 @@ def test_a_snapshot_of_another_format_is_refused_by_its_number(tmp_path):
     label = json.loads((path / "checkpoint.json").read_text())
     del label["format"]  # as the first format had none
     (path / "checkpoint.json").write_text(json.dumps(label))
-    with pytest.raises(CheckpointError, match="a checkpoint of format 1, and this version reads 4"):
+    with pytest.raises(CheckpointError, match="a checkpoint of format 1, and this version reads 5"):
         read(path)
 
 

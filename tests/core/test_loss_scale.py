@@ -182,7 +182,7 @@ def test_the_same_loop_unsplit_gives_the_same(tiny_gpt2, tiny_llama, family):
 
 def test_a_scale_alone_changes_no_number(tiny_llama):
     """Where nothing over- or underflows, a power of two cancels out to the last bit."""
-    run = run_with(model=ModelSpec(), clip_norm=0.05, trunk_steps=2)
+    run = run_with(model=ModelSpec(), clip_norm=0.05, trunk_steps=2, accumulation=2)
     plain = split_fit(tiny_llama(), run, link=Unscaled)[0]
     scaled, _, _, sent = split_fit(tiny_llama(), run)
     assert [step.loss_scale for step in sent] == [65536.0] * NUM_STEPS

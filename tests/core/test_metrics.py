@@ -43,11 +43,20 @@ def test_a_line_says_what_was_measured():
 
 def test_what_the_guard_did_is_reported():
     guarded = dict(clipped_gradients=2, refused_gradients=3, quarantines=1)
-    attacked = stats(refused_replies=0, short_steps=0, **guarded)
+    attacked = stats(refused_replies=0, short_steps=0, went_back_from=0, **guarded)
     assert attacked.line.endswith(", 2 gradients clipped, 3 gradients refused, 1 in quarantine")
     assert "gradients clipped, refused      2, 3" in closing_table([attacked])
     quiet = replace(attacked, **dict.fromkeys(guarded, 0))
     assert "gradients" not in quiet.line and "refused" not in closing_table([quiet])
+
+
+def test_a_round_says_from_which_one_training_went_back():
+    back = stats(round=5, went_back_from=7)
+    assert back.line.endswith("went back from round 7")
+    row = (
+        "went back                       round 7 diverged; from round 4 on, half the learning rate"
+    )
+    assert row in closing_table([back])
 
 
 def test_the_closing_table_goes_by_the_rounds_that_were_evaluated():

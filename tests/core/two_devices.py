@@ -125,7 +125,7 @@ RUNS = {
     "adapters": run_with(lora=LoraSpec(enabled=True, rank=2, alpha=4)),
     "checkpointing": run_with(train={"checkpointing": "trunk"}),
     "sgd": run_with(train={"optimizer": "sgd", "momentum": 0.9}),
-    "further steps": run_with(train={"trunk_steps": 2}),
+    "further steps": run_with(train={"trunk_steps": 2, "accumulation": 2}),
     "frozen": run_with(train={"mode": "frozen_trunk"}),
     "compressed": run_with(wire=WireSpec(grad_down="int8", budget_s=10.0)),
 }

@@ -199,11 +199,11 @@ def test_a_wrong_value_is_refused_in_a_line(tmp_path: Path, words: list[str], me
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["corpus.txt"]
 
 
-def test_a_run_in_which_all_clients_fail_ends_with_the_reason(tmp_path: Path) -> None:
+def test_a_run_whose_clients_cannot_take_part_ends_with_the_reason(tmp_path: Path) -> None:
     code, _, stderr = start(*overrides_for(tmp_path, "wire.tls_ca=/nowhere/ca.pem")).end()
     assert code == 1
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert "round 1, training: none of 3 clients finished; the first said: ConfigError" in line
+    assert "cannot take part: ConfigError: " in line
     assert "wire.tls_ca=/nowhere/ca.pem cannot be read" in line
     assert "Traceback" not in stderr
 

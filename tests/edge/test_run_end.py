@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from fedsplit import atomic
 from fedsplit.errors import Diverged, StorageError
@@ -62,14 +63,28 @@ def moved(run: RunSpec, runs: Path, to: Path) -> RunSpec:
 
 
 def files_in(folder: Path) -> dict[str, object]:
-    """The content of every file, without what the machine's speed decides."""
+    """The content of every file, without what the machine's speed and chance decide."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            found[str(path.relative_to(folder))] = path.read_bytes()
+            found[str(path.relative_to(folder))] = content_of(path)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found["metrics.jsonl"] = [json.loads(line) | {"seconds": 0} for line in lines]
     return found
+
+
+def content_of(path: Path) -> object:
+    """The content of a file without the random id of the branch that a resumed run begins."""
+    if path.name == "strategy.safetensors":
+        state = load_file(path)
+        del state["invitations/branches"]
+        return {name: tensor.tolist() for name, tensor in state.items()}
+    if path.name == "checkpoint.json":
+        label = json.loads(path.read_text(encoding="utf-8"))
+        label["facts"].pop("branch", None)
+        label["files"].pop("strategy.safetensors", None)
+        return {key: value for key, value in label.items() if key != "digest"}
+    return path.read_bytes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
