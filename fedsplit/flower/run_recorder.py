@@ -163,13 +163,13 @@ class RunRecorder:
         """
         checkpoint = self._last()
         self._go_back_to(checkpoint)
-        self._folder.mark_diverged(reason)
         self._finish(ended=reason)
         which = "the best round" if self._run.train.load_best else f"round {checkpoint.round}"
         return f"{self._folder.model} has the weights of {which}"
 
     def _finish(self, ended: str = "") -> None:
         """Write the result: the weights of the last round, or with `load_best` of the best one."""
+        self._folder.set_divergence(ended)
         best = checkpoints_in(self._folder.best)
         if self._run.train.load_best and best:
             self._restore(self._read(best[max(best)]))

@@ -95,7 +95,7 @@ class RunFolder:
                 # The process may have been killed between its result and its cleanup.
                 if folder.is_finished:
                     folder.tidy()
-            if folders and (why := folders[-1].divergence):
+            if folders and folders[-1].is_finished and (why := folders[-1].divergence):
                 raise ConfigError(
                     f"{folders[-1].path} ended, because it diverged ({why}), and would do so "
                     "again; change the settings and the name, or leave resume out to begin anew"
@@ -282,9 +282,13 @@ class RunFolder:
         """Add a round to the metrics."""
         atomic.append_line(self._metrics, metrics.line_of(stats))
 
-    def mark_diverged(self, reason: str) -> None:
-        """Record that the run diverged, before its result is written."""
-        atomic.write_text(self.path / _DIVERGED, f"{reason}\n")
+    def set_divergence(self, reason: str) -> None:
+        """Record, before the result is written, why the run diverged, or that it did not."""
+        if reason:
+            atomic.write_text(self.path / _DIVERGED, f"{reason}\n")
+        else:
+            # That of a process that was killed at the end, before the run was resumed.
+            (self.path / _DIVERGED).unlink(missing_ok=True)
 
     def forget_after(self, number: int) -> None:
         """Remove the rounds after `number`, which a resumed run repeats, from the metrics."""

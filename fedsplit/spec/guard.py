@@ -27,11 +27,12 @@ class GuardSpec:
         quarantine_s (seconds): The time of a client's first quarantine, which doubles with each
             further one (0: no quarantine).
         quarantine_most_s (seconds): The longest time of a quarantine.
-        bad_steps (steps): The steps in a row that no client could take, because of its numbers,
-            after which training goes back to the last checkpoint at half the learning rate (0: it
-            does not). If it diverges again, the run ends.
-        worse_loss (losses): Training also goes back if the held-out loss of the median client is
-            not finite, or above this multiple of the lowest one so far (0: it does not).
+        bad_steps (steps): The steps in a row that more than half of the clients could not take,
+            because of their numbers, after which training goes back to the last checkpoint at half
+            the learning rate (0: it does not). If it diverges again, the run ends.
+        worse_loss (losses): Training also goes back if the held-out loss of more than half of the
+            clients is not finite, or above this multiple of their own lowest one so far (0: it does
+            not).
     """
 
     clip_above: Annotated[float, AtLeast(0)] = 10.0

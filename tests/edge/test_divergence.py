@@ -13,7 +13,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsplit.errors import Diverged, ProtocolError
+from fedsplit.errors import ConfigError, Diverged, ProtocolError
 from fedsplit.flower.records import METRICS, WEIGHT, JoinInfo
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.flower.strategy.divergence import DivergenceGuard
@@ -24,6 +24,7 @@ from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.history import History
 from fedsplit.spec import GuardSpec, RunSpec, SplitSpec
+from simulations.sweep import _finished
 from tests.edge.federation import SGD, client_that, federate, joined, spec_for, without_seconds
 from tests.edge.resuming import folder_of, interrupted, resumed
 
@@ -119,6 +120,11 @@ def test_a_run_that_diverges_again_ends_with_the_last_good_weights(tmp_path: Pat
     assert folder.is_finished and [stats.round for stats in folder.rounds()] == [1, 2, 3]
     card = (folder.model / "README.md").read_text(encoding="utf-8")
     assert "Training ended early, because it diverged (round 4: the held-out loss of" in card
+    with pytest.raises(
+        ConfigError, match=r"tiny ended, because it diverged \(round 4: "
+    ):
+        resumed(run)
+    assert _finished(run) is None, "a sweep does not take it for a result"
     three = spec_for(
         tmp_path, *KEPT, "train.schedule=constant", "train.rounds=3", f"launch.run_dir={tmp_path}/3"
     )

@@ -31,7 +31,7 @@ from fedsplit.flower.strategy.nodes import NodeRegistry
 from fedsplit.flower.strategy.recorder import Recorder
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState
-from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of
+from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of, under
 from fedsplit.flower.strategy.weight_guard import WeightGuard
 from fedsplit.flower.strategy.wrapping import WrappingStrategy
 from fedsplit.flower.trunk_server import TrunkServer
@@ -233,10 +233,10 @@ class SplitStrategy(WrappingStrategy):
         self._early_stopping.worse = int(state["worse"])
         self._is_over = bool(state["over"])
         self._went_back_from = int(state["went_back_from"])
-        load_state_into(self.client_strategy, _under(_CLIENT_STRATEGY, state))
-        self._guard.load_state(_under(_GUARD, state))
-        self._divergence.load_state(_under(_DIVERGENCE, state))
-        self._invitations.load_state(_under(_INVITATIONS, state))
+        load_state_into(self.client_strategy, under(_CLIENT_STRATEGY, state))
+        self._guard.load_state(under(_GUARD, state))
+        self._divergence.load_state(under(_DIVERGENCE, state))
+        self._invitations.load_state(under(_INVITATIONS, state))
         self._scale_lr(self._invitations.lr_scale)
 
     # --- a round ------------------------------------------------------------------------------
@@ -386,10 +386,6 @@ class SplitStrategy(WrappingStrategy):
     def _add_join_info(self, message: Message, client: str, number: int) -> None:
         oldest = min(self._recorder.checkpoints, default=0)
         self._invitations.add_to(message, client, number, self.trunk_server, oldest)
-
-
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _evaluate_at_server(evaluate_fn: EvaluateFn | None, number: int, result: Result) -> None:

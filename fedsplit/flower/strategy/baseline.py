@@ -60,7 +60,7 @@ class NoTrunkHost:
         return ""
 
     def renew(self) -> None:
-        """Do nothing: no process has a state of a trunk."""
+        """Do nothing: there is no trunk."""
 
     def scale_lr(self, factor: float) -> None:
         """Do nothing: the clients have the only optimizers."""

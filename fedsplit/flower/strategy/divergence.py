@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsplit.flower.records import WEIGHT
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
+from fedsplit.flower.strategy.state import under
 from fedsplit.spec import RunSpec
 
 _BAD_STEPS, _LOWEST, _WORSE = "bad_steps/", "lowest/", "worse/"
@@ -53,14 +54,15 @@ class DivergenceGuard:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state that `state` returned."""
         values = {name: value.item() for name, value in state.items()}
-        self._bad_steps = Counter({n: int(v) for n, v in _under(_BAD_STEPS, values).items()})
-        self._lowest = _under(_LOWEST, values)
-        self._worse = set(_under(_WORSE, values))
+        self._bad_steps = Counter({n: int(v) for n, v in under(_BAD_STEPS, values).items()})
+        self._lowest = under(_LOWEST, values)
+        self._worse = set(under(_WORSE, values))
 
     def _without_steps(self, metrics: RoundMetrics) -> str:
         took_steps = {name for name, numbers in metrics.trained if numbers["steps"]}
         for name, numbers in metrics.trained:
-            self._lowest.setdefault(name, numbers["loss"] if numbers["steps"] else math.inf)
+            if numbers["steps"]:
+                self._lowest.setdefault(name, numbers["loss"])
             self._bad_steps[name] += int(numbers["skipped"])
         for name in metrics.broken:
             self._bad_steps[name] += self._spec.bad_steps
@@ -102,7 +104,3 @@ class DivergenceGuard:
 
     def _is_most(self, clients: Collection[str]) -> bool:
         return 2 * len(clients) > self._clients
-
-
-def _under(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}

@@ -7,7 +7,7 @@ Flower's sums depend. The state of a strategy inside a strategy is below that at
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fedsplit.errors import CheckpointError
 from fedsplit.flower.npy import values_of
+
+T = TypeVar("T")
 
 _WITHIN = "/"
 """Separates an attribute that is a strategy from the names of its own state."""
@@ -66,6 +68,11 @@ def load_state_into(strategy: Strategy, state: Mapping[str, Tensor]) -> None:
     for attribute, inner_state in inner.items():
         _require(strategy, attribute)
         load_state_into(getattr(strategy, attribute), inner_state)
+
+
+def under(prefix: str, state: Mapping[str, T]) -> dict[str, T]:
+    """Return the entries whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _require(strategy: Strategy, attribute: str) -> None:
