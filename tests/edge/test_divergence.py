@@ -120,9 +120,7 @@ def test_a_run_that_diverges_again_ends_with_the_last_good_weights(tmp_path: Pat
     assert folder.is_finished and [stats.round for stats in folder.rounds()] == [1, 2, 3]
     card = (folder.model / "README.md").read_text(encoding="utf-8")
     assert "Training ended early, because it diverged (round 4: the held-out loss of" in card
-    with pytest.raises(
-        ConfigError, match=r"tiny ended, because it diverged \(round 4: "
-    ):
+    with pytest.raises(ConfigError, match=r"tiny ended, because it diverged \(round 4: "):
         resumed(run)
     assert _finished(run) is None, "a sweep does not take it for a result"
     three = spec_for(
