@@ -19,7 +19,7 @@ from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from fedsplit.wire.messages import CloseRequest, ForwardRequest, Request
 from tests.core.worlds import Member, World, batch, same, small_run, world
-from tests.edge.proxy import Proxy, proxied
+from simulations.proxy import Proxy, proxied
 
 STEPS = 8
 

@@ -12,7 +12,7 @@ from fedsplit.transport.client import GrpcLink
 from fedsplit.wire import messages as m
 from tests.core.generating import Scene, prompt, scene
 from tests.edge.forked import Program
-from tests.edge.proxy import proxied
+from simulations.proxy import proxied
 from tests.edge.trunkserver import TOKEN, served, wire_spec
 
 MODES = {
