@@ -4,14 +4,23 @@ Content is written as `.unfinished-NAME` in the same folder, synced to the disk,
 folder that is replaced or removed is renamed first too, so a reader never finds a part of it.
 """
 
+import errno
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from fedsplit.errors import StorageError
 
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_WAIT_FOR_ROOM_S = 5.0
 _UNFINISHED, _REPLACED, _REMOVED = ".unfinished-", ".replaced-", ".removed-"
 
 
@@ -128,12 +137,54 @@ def append_line(path: Path, line: str) -> None:
     """Add a line to a text file. A reader must ignore a last line without a line end.
 
     Raises:
-        StorageError: The line cannot be written.
+        StorageError: The line cannot be written; no part of it was added.
     """
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    # Without a buffer, which would be written again when the file is closed.
+    with writing(path), path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            left = memoryview(f"{line}\n".encode())
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):  # the first error says why
+                file.truncate(end)
+            raise
+
+
+def when_there_is_room(
+    write: Callable[[], T], budget_s: float, sleep: Callable[[float], None] = time.sleep
+) -> T:
+    """Call `write`, and again while the disk is full; return its result.
+
+    Args:
+        write: Writes files; it can be called again if it fails.
+        budget_s: The longest time to wait, in seconds.
+        sleep: Waits for a number of seconds.
+
+    Raises:
+        StorageError: The disk is still full, or the files cannot be written for another reason.
+    """
+    waited_s = 0.0
+    while True:
+        try:
+            return write()
+        except StorageError as exc:
+            if not _is_full(exc.__cause__) or waited_s + _WAIT_FOR_ROOM_S > budget_s:
+                raise
+            if not waited_s:
+                log.warning("%s; waiting up to %.0f s for room", exc, budget_s)
+        sleep(_WAIT_FOR_ROOM_S)
+        waited_s += _WAIT_FOR_ROOM_S
+
+
+def _is_full(error: BaseException | None) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    # Libraries in Rust have the number in their text.
+    texts = tuple(f"(os error {number})" for number in numbers)
+    is_ours = isinstance(error, OSError) and error.errno in numbers
+    return is_ours or any(text in str(error) for text in texts)
 
 
 def remove(folder: Path) -> None:

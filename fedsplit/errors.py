@@ -214,6 +214,13 @@ class TlsFailed(FedsplitError):
     status = "UNAVAILABLE"
 
 
+class TrunkGone(FedsplitError):
+    """No process listens at the trunk's address any more, so the run of its server has ended."""
+
+    code = "TRUNK_GONE"
+    status = "UNAVAILABLE"
+
+
 class Diverged(FedsplitError):
     """Training was stopped because it diverged or could not continue."""
 

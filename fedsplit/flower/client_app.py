@@ -4,12 +4,12 @@ State that lasts from message to message (optimizer moments, the position in the
 part) is in `context.state`, because a deployed ClientApp is a new process for every message.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -58,6 +58,12 @@ from fedsplit.transport.tls import channel_credentials
 Numbers = dict[str, int | float | list[int] | list[float]]
 """The numbers of a reply, in the types that Flower's `MetricRecord` accepts."""
 
+_PATIENCE_S = 10.0
+"""Seconds for which no process may listen at the trunk's address. A trunk that was started again
+has other tokens, so no client waits for it."""
+
+log = logging.getLogger("flwr.fedsplit")
+
 app = ClientApp()
 
 PROTOTYPE = Prototype()
@@ -86,22 +92,12 @@ def hello(message: Message, context: Context) -> Message:
         if run.baseline == "none":
             # The trunk is not called yet, but its authority's file can be read.
             channel_credentials(node.wire_of(run))
-    if run.train.save_every:
-        folder = node.checkpoints_of(run, hello.run_id)
+    if folder := node.checkpoints_of(run, hello.run_id):
         with withholding(node):
-            _begin_checkpoints(folder, run, hello, context)
+            if not folder.exists():
+                remove_old_runs(folder.parent, time.time())
+            identity["states"] = Memory.intact(folder, run)
     return reply
-
-
-def _begin_checkpoints(folder: Path, run: RunSpec, hello: Hello, context: Context) -> None:
-    """Write the first checkpoint of a client's run, or check that of a resumed one."""
-    if hello.history.branches:
-        # Only a check: a missing or damaged checkpoint is an error now, not in the round.
-        Memory.restore(folder, hello.history, run)
-    elif Memory.of(context.state) is None and not folder.exists():
-        remove_old_runs(folder.parent, time.time())
-        # A client that is first selected after the resumed round starts from this checkpoint.
-        Memory().save(folder, 0, run)
 
 
 @app.train()
@@ -124,20 +120,20 @@ def train(message: Message, context: Context) -> Message:
         )
         trainer.optimizer.load_state(memory.moments)
         stats = trainer.fit(session.share.groups(memory.batches, steps), round=session.join.round)
+    join = session.join
     memory = Memory(
+        id=join.next_state,
         steps=trainer.steps,
         batches=memory.batches + steps * run.train.accumulation,
         moments=trainer.optimizer.state(),
         personal=session.personal,
         history=dict(session.trunk.encoder_state),
         loss_scale=trainer.loss_scale,
-        branch=session.join.history.branch,
     )
     memory.put_into(context.state)
-    if run.train.save_every:
-        folder = session.node.checkpoints_of(run, session.join.run_id)
+    if folder := session.node.checkpoints_of(run, join.run_id):
         with withholding(session.node):
-            memory.save(folder, session.join.round, run, session.join.oldest)
+            memory.save(folder, join, run)
     content = RecordDict({METRICS: MetricRecord(session.numbers_of(stats, memory, begin))})
     # With client_weights.personal=both all client weights stay at the client.
     if session.shared:
@@ -264,7 +260,8 @@ def _built(
         yield session(trunk=NoTrunk(model, client=join.client), link=None)
         return
     address = node.address_of_trunk(join.address)
-    with closing(GrpcLink(address, token=join.token, wire=node.wire_of(run))) as link:
+    link = GrpcLink(address, token=join.token, wire=node.wire_of(run), patience_s=_PATIENCE_S)
+    with closing(link):
         trunk = RemoteTrunk(
             link,
             model,
@@ -277,14 +274,22 @@ def _built(
 
 
 def _memory(context: Context, node: Node, run: RunSpec, join: JoinInfo) -> Memory:
-    """Return the client's state: Flower's if it is valid, else a checkpoint's, else a new one."""
-    memory, history = Memory.of(context.state), join.history
-    if memory is not None and memory.branch == history.branch:
+    """Return the state of the client that the server names: Flower's, or that of a checkpoint."""
+    memory = Memory.of(context.state)
+    if memory.id == join.state:
         return memory
-    # The run went back, or Flower's state was lost with the process of the SuperNode.
-    if run.train.save_every:
-        return Memory.restore(node.checkpoints_of(run, join.run_id), history, run)
-    return Memory()
+    # The run went back, the server did not get the last reply, or Flower's state was lost with the
+    # process of the SuperNode.
+    if not join.state:
+        return Memory()
+    if folder := node.checkpoints_of(run, join.run_id):
+        return Memory.restore(folder, join.state, run)
+    log.warning(
+        "%s continues from another state than the server's, because it has no checkpoints "
+        "(train.save_every, and state-dir in --node-config)",
+        node.name,
+    )
+    return memory
 
 
 def _objective(run: RunSpec) -> type[ClientObjective]:

@@ -9,13 +9,27 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedsplit.errors import BadTensor, ModelMismatch
 from fedsplit.flower.npy import tensor_of, values_of
+from fedsplit.flower.records import ARRAYS
 from fedsplit.wire.compression import writer
 
 Shape = tuple[int, ...]
+
+
+def pack(content: RecordDict, codec: str) -> ArrayRecord:
+    """Compress the client weights of a message with a codec of `wire.client_weights`.
+
+    Returns:
+        The weights as the client decodes them.
+    """
+    arrays = content.array_records.get(ARRAYS, ArrayRecord())
+    if codec == "none":
+        return arrays
+    content[ARRAYS] = carried = packed(arrays, codec)
+    return unpacked(carried, codec, shapes_of(arrays))
 
 
 def packed(arrays: ArrayRecord, codec: str) -> ArrayRecord:

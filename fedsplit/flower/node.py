@@ -115,14 +115,15 @@ class Node:
         """The client's name in the run; the same in every run of the same partition."""
         return f"client-{self.partition}"
 
-    def checkpoints_of(self, run: RunSpec, run_id: str) -> Path:
-        """Return the folder of this client's checkpoints of a run.
+    def checkpoints_of(self, run: RunSpec, run_id: str) -> Path | None:
+        """Return the folder of this client's checkpoints of a run; None if it has no checkpoints.
 
-        Each run has its own folder, so runs of the same name do not overwrite one another.
+        A run has none without `train.save_every`, and neither has a client if the node's config
+        has no folder for them. Each run has its own folder, so runs of the same name do not
+        overwrite one another.
 
         Raises:
-            ConfigError: The server sent a run id in another format, or the node's config has no
-                folder for them.
+            ConfigError: The server sent a run id in another format.
         """
         # The id comes from a peer and becomes part of a path, so only hex digits are accepted.
         if not is_run_id(run_id):
@@ -130,12 +131,8 @@ class Node:
                 f"the server sent the run id {run_id!r}, but an id is 16 hex digits; start both "
                 "sides from the same code"
             )
-        if not (self.state_dir or self.trusts_runs):
-            raise ConfigError(
-                f"train.save_every={run.train.save_every} saves the state of {self.name}, and its "
-                "machine names no folder for it; start its SuperNode with state-dir in "
-                "--node-config, or set train.save_every=0"
-            )
+        if not run.train.save_every or not (self.state_dir or self.trusts_runs):
+            return None
         shared = Path(run.launch.run_dir) / run.name / "clients"
         parent = Path(self.state_dir) / run.name if self.state_dir else shared
         return parent / self.name / run_id

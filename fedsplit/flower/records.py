@@ -1,5 +1,7 @@
 """The records that fedsplit adds to Flower's messages, and a client's state between messages."""
 
+import logging
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +15,10 @@ from fedsplit import atomic
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.errors import CheckpointError, ModelMismatch, ProtocolError, peer_text
 from fedsplit.flower.npy import tensor_of
-from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, facts_of, prune, remove_after
-from fedsplit.runs.history import History
+from fedsplit.runs.checkpoint import Checkpoint, prune_states, states_in
 from fedsplit.spec import RunSpec
+
+log = logging.getLogger("flwr.fedsplit")
 
 ARRAYS = "arrays"
 """Key of the client weights in a message: the trained tensors of bottom and top."""
@@ -25,25 +28,27 @@ WEIGHT = "num-examples"
 """Flower's key of a client's weight; here it counts tokens."""
 _HELLO, _JOIN_INFO, _COUNTS = "hello", "fedsplit", "counts"
 _KEPT = ("moments", "personal", "history")
-_NEW = History()
-_MOST_SAVES = 10
-"""The most saves of a server from which a client can continue."""
+
+
+def new_state_id() -> int:
+    """Return a random id for the state of a client; no other state of any run has it."""
+    # Random, so that a server that was killed cannot give two states one id. 62 bits fit the
+    # signed 64-bit fields of Flower. Not 0, which stands for the state before any work.
+    return secrets.randbits(62) | 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """The first message to a client: the run that it joins.
 
-    `run_id` is the id that a run keeps when it is resumed. `config`, `tokenizer`, `labels` and
-    `history` are those of `JoinInfo`, so that a client can check its data and its checkpoints
-    before the first round.
+    `run_id` is the id that a run keeps when it is resumed. `config`, `tokenizer` and `labels` are
+    those of `JoinInfo`, so that a client can check its data before the first round.
     """
 
     run_id: str
     config: str
     tokenizer: str
     labels: tuple[str, ...] = ()
-    history: History = _NEW
 
     @property
     def content(self) -> RecordDict:
@@ -62,12 +67,13 @@ class JoinInfo:
 
     `address` and `token` lead to the trunk, `config` is the run's fingerprint, `tokenizer` a
     tokenizer as JSON (empty for a checkpoint, which has its own), `labels` are the classes of a
-    classifier. `run_id` is that of `Hello`. `history` says which state of the client is valid,
-    `oldest` is the oldest round that the run may go back to, and `lr_scale` the factor on the
-    learning rate, at most 1.
+    classifier. `run_id` is that of `Hello`. `state` is the id of the client's state to begin with
+    (0: the state before any work), and `next_state` the id of its state after this work (0: it
+    does not change). `kept_states` are those that the run may go back to. `lr_scale` is the factor
+    on the learning rate, at most 1.
 
     Raises:
-        ProtocolError: The factor is not above 0 and at most 1.
+        ProtocolError: The factor is not above 0 and at most 1, or an id is impossible.
     """
 
     client: str
@@ -78,9 +84,10 @@ class JoinInfo:
     tokenizer: str
     run_id: str
     labels: tuple[str, ...] = ()
-    history: History = _NEW
+    state: int = 0
+    next_state: int = 0
+    kept_states: tuple[int, ...] = ()
     lr_scale: float = 1.0
-    oldest: int = 0
 
     def __post_init__(self) -> None:
         # NaN fails this comparison too.
@@ -88,6 +95,12 @@ class JoinInfo:
             raise ProtocolError(
                 f"the server scales the learning rate by {self.lr_scale}, which must be above 0 "
                 "and at most 1; run the same code at both sides"
+            )
+        ids = (self.state, self.next_state, *self.kept_states)
+        if not all(isinstance(each, int) and 0 <= each < 2**63 for each in ids):
+            raise ProtocolError(
+                f"the server sent {peer_text(repr(ids))} as ids of states, which must be whole "
+                "numbers from 0 on; run the same code at both sides"
             )
 
     def put_into(self, content: RecordDict) -> RecordDict:
@@ -106,8 +119,8 @@ class Memory:
 
     `steps` and `batches` are the numbers of optimizer steps taken and batches read. `moments` are
     the optimizer's, `personal` the tensors of the personal part, both by name. `history` is the
-    state of the wire's codecs (AQ-SGD's activations), and `loss_scale` that of float16. `branch` is
-    the branch of the run's `History` that the state belongs to.
+    state of the wire's codecs (AQ-SGD's activations), and `loss_scale` that of float16. `id` is the
+    `next_state` of the work that made the state; 0 before any work.
     """
 
     steps: int = 0
@@ -116,13 +129,13 @@ class Memory:
     personal: dict[str, Tensor] = field(default_factory=dict)
     history: dict[str, Tensor] = field(default_factory=dict)
     loss_scale: LossScale = INITIAL_SCALE
-    branch: int = 0
+    id: int = 0
 
     @staticmethod
-    def of(state: RecordDict) -> "Memory | None":
-        """Return the stored state; None at the client's first message."""
+    def of(state: RecordDict) -> "Memory":
+        """Return the stored state; that before any work if nothing is stored."""
         if _COUNTS not in state:
-            return None
+            return Memory()
         counts: dict[str, Any] = dict(state.metric_records[_COUNTS])
         groups: dict[str, Any] = {
             name: {key: tensor_of(array) for key, array in state.array_records[name].items()}
@@ -136,78 +149,91 @@ class Memory:
         for name in _KEPT:
             state[name] = to_arrays(getattr(self, name))
 
-    def save(self, parent: Path, round: int, run: RunSpec, oldest: int = 0) -> None:
-        """Write a checkpoint from which the run can be resumed after `round`.
+    def save(self, parent: Path, join: JoinInfo, run: RunSpec) -> None:
+        """Write a checkpoint of the state, and remove those that the run cannot go back to.
 
         Args:
             parent: The folder of the client's checkpoints.
-            round: The round.
+            join: The information for the work that made the state.
             run: The run.
-            oldest: The oldest round that the run may go back to; those before it are removed.
+
+        Raises:
+            StorageError: A file cannot be written.
         """
         Checkpoint(
-            round=round,
+            round=join.round,
+            state=self.id,
             owner=_owner(parent),
             settings=run.settings,
             facts=self._counts,
             tensors={name: getattr(self, name) for name in _KEPT},
         ).write(parent)
-        # A server that never saves must not fill the disk.
-        prune(parent, max(oldest, round - _MOST_SAVES * run.train.save_every))
+        prune_states(parent, {self.id, *join.kept_states})
 
     @staticmethod
-    def restore(parent: Path, history: History, run: RunSpec) -> "Memory":
-        """Return the client's last state that belongs to a history, now of its present branch.
-
-        The checkpoints after it, which belong to no branch of the history, are removed.
+    def restore(parent: Path, state: int, run: RunSpec) -> "Memory":
+        """Return the state with this id from its checkpoint.
 
         Raises:
             CheckpointError: There is no such checkpoint, or it is damaged.
         """
         atomic.recover(parent)
-        for number, path in reversed(checkpoints_in(parent).items()):
-            facts = facts_of(path, _KEPT)
-            if number > history.last_round_of(facts["branch"]):
-                continue
-            checkpoint = Checkpoint.read(path, run, _owner(parent), _KEPT)
-            groups: dict[str, Any] = {name: checkpoint.tensors[name] for name in _KEPT}
-            remove_after(parent, number)
-            return Memory._of(groups, {**checkpoint.facts, "branch": history.branch})
-        raise CheckpointError(
-            f"{parent} holds nothing of round {min(history.rounds, default=0)} or before, so this "
-            "client cannot continue the run; start it on the machine with that folder (node config "
-            "state-dir), or start a new run without resume"
-        )
+        if state not in (found := states_in(parent)):
+            names = ", ".join(path.name for path in found.values()) or "nothing"
+            raise CheckpointError(
+                f"{parent} does not hold the state {state:016x} from which the run continues, but "
+                f"{names}; start this client on the machine with that folder (node config "
+                "state-dir), or start a new run without resume"
+            )
+        checkpoint = Checkpoint.read(found[state], run, _owner(parent), _KEPT)
+        groups: dict[str, Any] = {name: checkpoint.tensors[name] for name in _KEPT}
+        return Memory._of(groups, checkpoint.facts)
+
+    @staticmethod
+    def intact(parent: Path, run: RunSpec) -> list[int]:
+        """Return the ids of the states that can be restored, and log each damaged checkpoint.
+
+        Raises:
+            ConfigError: A checkpoint was written with other settings.
+        """
+        atomic.recover(parent)
+        found = []
+        for state, path in states_in(parent).items():
+            try:
+                Checkpoint.read(path, run, _owner(parent), _KEPT)
+            except CheckpointError as exc:
+                log.warning("%s", exc)
+            else:
+                found.append(state)
+        return found
 
     @property
     def _counts(self) -> dict[str, Any]:
         scale = {"loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
-        return {"steps": self.steps, "batches": self.batches, "branch": self.branch, **scale}
+        return {"steps": self.steps, "batches": self.batches, "id": self.id, **scale}
 
     @staticmethod
     def _of(groups: dict[str, Any], counts: dict[str, Any]) -> "Memory":
         scale = LossScale(value=counts["loss_scale"], good_steps=counts["good_steps"])
-        kept = {name: counts[name] for name in ("steps", "batches", "branch")}
+        kept = {name: counts[name] for name in ("steps", "batches", "id")}
         return Memory(**groups, **kept, loss_scale=scale)
 
 
 def _record_of(info: Hello | JoinInfo) -> ConfigRecord:
-    fields = asdict(info)
-    fields |= fields.pop("history")
     # Flower's records hold lists, not tuples.
-    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()})
+    fields = asdict(info).items()
+    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in fields})
 
 
 def _fields_of(record: ConfigRecord) -> dict[str, Any]:
     fields: dict[str, Any] = dict(record)
-    lists = {name: fields.pop(name, None) for name in ("labels", "branches", "rounds")}
+    lists = {name: fields[name] for name in ("labels", "kept_states") if name in fields}
     if odd := [name for name, value in lists.items() if not isinstance(value, list)]:
         raise ProtocolError(
             f"the server sent {peer_text(repr(lists[odd[0]]))} as {odd[0]}, which must be a list; "
             "run the same code at both sides"
         )
-    history = History(branches=tuple(lists["branches"]), rounds=tuple(lists["rounds"]))
-    return {**fields, "labels": tuple(lists["labels"]), "history": history}
+    return {**fields, **{name: tuple(value) for name, value in lists.items()}}
 
 
 def _owner(parent: Path) -> str:

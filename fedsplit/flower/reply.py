@@ -67,12 +67,14 @@ def content_of(reply: Message) -> RecordDict:
 class Identity:
     """A client's answer to `Hello`: its name, and the fingerprint and settings of its run.
 
-    `settings` is empty if the fingerprint is the server's.
+    `settings` is empty if the fingerprint is the server's. `states` are the ids of the states that
+    the client can continue from; None if it has no checkpoints.
     """
 
     client: str
     config: str
     settings: Mapping[str, str]
+    states: frozenset[int] | None
 
 
 def identity_of(content: RecordDict, clients: Collection[str]) -> Identity:
@@ -97,10 +99,17 @@ def identity_of(content: RecordDict, clients: Collection[str]) -> Identity:
             "run the same code at both sides"
         )
     settings = content.config_records.get("settings", ConfigRecord())
+    states = hello.get("states")
+    if not (states is None or isinstance(states, list)):
+        raise ProtocolError(
+            f"its first reply has {peer_text(repr(states))} as states, which must be a list; run "
+            "the same code at both sides"
+        )
     return Identity(
         client=client,
         config=config,
         settings={name: str(value) for name, value in settings.items()},
+        states=None if states is None else frozenset(s for s in states if isinstance(s, int)),
     )
 
 

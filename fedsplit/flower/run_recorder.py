@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -11,15 +11,16 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 from transformers import PreTrainedModel, TokenizersBackend
 
+from fedsplit import atomic
 from fedsplit.config import to_yaml
 from fedsplit.data import Corpus
-from fedsplit.errors import ConfigError
+from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.flower.records import load_arrays, to_arrays
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model import SplitModel
 from fedsplit.model.describe import shared
 from fedsplit.model.placement import placed
-from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune, remove_after
+from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, facts_of, prune, remove_after
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.runs.result import write_result
@@ -43,6 +44,14 @@ class Method(Protocol):
         """Load what `state` returned."""
         ...
 
+    @property
+    def client_states(self) -> Mapping[str, int]:
+        """The ids of the clients' states that go with the server's."""
+        ...
+
+    @client_states.setter
+    def client_states(self, states: Mapping[str, int]) -> None: ...
+
 
 class RunRecorder:
     """Writes a run's folder, and restores a run from it.
@@ -64,6 +73,7 @@ class RunRecorder:
         tokenizer: TokenizersBackend | None,
     ) -> None:
         self.first_round = 1
+        self._checkpoints: dict[int, Mapping[str, int]] = {}
         self._run = run
         self._corpus = corpus
         self._model = model
@@ -114,7 +124,7 @@ class RunRecorder:
             is_good: Whether training may go back to the round, so that it is saved.
         """
         load_arrays(shared(self._model, self._run), arrays)
-        self._folder.append(stats)
+        self._when_there_is_room(lambda: self._folder.append(stats))
         log.info("%s", stats.line)
         train = self._run.train
         if stats.eval_loss < self._best:
@@ -128,12 +138,11 @@ class RunRecorder:
                 )
         if train.save_every and stats.round % train.save_every == 0 and is_good:
             self.save(stats.round)
-            prune(self._folder.checkpoints, stats.round - train.save_every)
 
     @property
-    def checkpoints(self) -> Sequence[int]:
-        """The rounds that have a checkpoint, oldest first."""
-        return tuple(checkpoints_in(self._folder.checkpoints))
+    def checkpoints(self) -> Mapping[int, Mapping[str, int]]:
+        """The ids of the clients' states that go with each checkpoint, by round, oldest first."""
+        return self._checkpoints
 
     def save(self, number: int) -> None:
         """Write the checkpoint of a round.
@@ -142,14 +151,18 @@ class RunRecorder:
             StorageError: A file cannot be written.
         """
         self._write(self._folder.checkpoints, number)
+        prune(self._folder.checkpoints, number - self._run.train.save_every)
+        self._checkpoints[number] = dict(self._method.client_states)
+        kept = checkpoints_in(self._folder.checkpoints)
+        self._checkpoints = {n: ids for n, ids in self._checkpoints.items() if n in kept}
 
-    def go_back(self) -> ArrayRecord:
-        """Load the last checkpoint into trunk and strategy; return its client weights.
+    def go_back(self, number: int) -> ArrayRecord:
+        """Load the checkpoint of a round into trunk and strategy; return its client weights.
 
         Raises:
             CheckpointError: It is damaged.
         """
-        self._go_back_to(self._last())
+        self._go_back_to(self._read(checkpoints_in(self._folder.checkpoints)[number]))
         return self.arrays
 
     def end_diverged(self, reason: str) -> str:
@@ -161,8 +174,10 @@ class RunRecorder:
         Raises:
             CheckpointError: It is damaged.
         """
-        checkpoint = self._last()
+        checkpoint = self._newest_intact()
         self._go_back_to(checkpoint)
+        if not checkpoint.round:
+            return "there is no model, because no round was good"
         self._finish(ended=reason)
         which = "the best round" if self._run.train.load_best else f"round {checkpoint.round}"
         return f"{self._folder.model} has the weights of {which}"
@@ -177,7 +192,11 @@ class RunRecorder:
             # Parts are joined on one device, and a trunk may be spread over several.
             placed(self._parts.trunk, "cpu")
         result = self._parts or self._model
-        write_result(self._folder, result, self._tokenizer, self._corpus, self._run, ended)
+        self._when_there_is_room(
+            lambda: write_result(
+                self._folder, result, self._tokenizer, self._corpus, self._run, ended
+            )
+        )
         # Only now: until the result is complete, its best weights are in best/ alone.
         self._folder.tidy()
         # For whoever reads the log of a deployment.
@@ -187,7 +206,7 @@ class RunRecorder:
 
     def _resume(self, folder: RunFolder) -> None:
         folder.tidy()
-        checkpoint = self._last()
+        checkpoint = self._newest_intact()
         if checkpoint.facts["corpus"] != self._corpus.sha256:
             raise ConfigError(
                 f"{folder.path} was trained on data with sha256 {checkpoint.facts['corpus']}, but "
@@ -196,30 +215,58 @@ class RunRecorder:
         self._go_back_to(checkpoint)
         self.first_round = checkpoint.round + 1
 
-    def _last(self) -> Checkpoint:
-        checkpoints = checkpoints_in(self._folder.checkpoints)
-        return self._read(checkpoints[max(checkpoints)])
+    def _newest_intact(self) -> Checkpoint:
+        """Return the newest checkpoint that can be read, and log those that cannot.
+
+        Raises:
+            CheckpointError: None can be read.
+            ConfigError: It was written with other settings.
+        """
+        damage = CheckpointError(f"{self._folder.checkpoints} has no checkpoint")
+        for path in reversed(checkpoints_in(self._folder.checkpoints).values()):
+            try:
+                return self._read(path)
+            except CheckpointError as exc:
+                damage = exc
+                log.warning("%s", exc)
+        raise damage
 
     def _go_back_to(self, checkpoint: Checkpoint) -> None:
         self._restore(checkpoint)
+        self._method.client_states = checkpoint.facts["states"]
         self._best = checkpoint.facts["best"]
         # Rounds after the checkpoint are trained again, so their records must not remain.
         self._folder.forget_after(checkpoint.round)
         remove_after(self._folder.best, checkpoint.round)
+        remove_after(self._folder.checkpoints, checkpoint.round)
+        # Again, since the process may have been killed before it did.
+        prune(self._folder.checkpoints, checkpoint.round - self._run.train.save_every)
+        self._checkpoints = {}
+        for number, path in checkpoints_in(self._folder.checkpoints).items():
+            with suppress(CheckpointError):  # an older one, which is not needed
+                self._checkpoints[number] = facts_of(path, _GROUPS)["states"]
 
     def _write(self, parent: Path, number: int) -> None:
         weights = {name: p.detach() for name, p in shared(self._model, self._run).items()}
-        Checkpoint(
+        checkpoint = Checkpoint(
             round=number,
             owner=self._owner,
             settings=self._run.settings,
-            facts={"corpus": self._corpus.sha256, "best": self._best},
+            facts={
+                "corpus": self._corpus.sha256,
+                "best": self._best,
+                "states": dict(self._method.client_states),
+            },
             tensors={
                 "client_weights": weights,
                 "trunk": self._method.trunk_server.service.engine.state(),
                 "strategy": self._method.state(),
             },
-        ).write(parent)
+        )
+        self._when_there_is_room(lambda: checkpoint.write(parent))
+
+    def _when_there_is_room(self, write: Callable[[], object]) -> None:
+        atomic.when_there_is_room(write, self._run.wire.budget_s)
 
     def _read(self, path: Path) -> Checkpoint:
         return Checkpoint.read(path, self._run, self._owner, _GROUPS)

@@ -1,12 +1,14 @@
 """Checkpoints: the state from which the server and the clients resume a run.
 
-A checkpoint is a folder such as `round-0007`, with safetensors files and a `checkpoint.json` that
-has the sha256 of each, and one of itself. It is written atomically (`fedsplit.atomic`): it is
-complete or absent.
+A checkpoint is a folder with safetensors files and a `checkpoint.json` that has the sha256 of each,
+and one of itself. It is written atomically (`fedsplit.atomic`): it is complete or absent. The
+folder of the server's is named after the round, as `round-0007`. A client's name also has the
+random id of its state, by which the server names the state to continue from.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model.manifest import has_digest, sha256_of, with_digest
 from fedsplit.spec import RunSpec
 
-FORMAT = 5
+FORMAT = 6
 """Version of a checkpoint's layout; checkpoints of format 1 have no number in their label."""
 
 _LABEL = "checkpoint.json"
-_PREFIX, _SUFFIX = "round-", ".safetensors"
+_SUFFIX = ".safetensors"
+_NAME = re.compile(r"round-([0-9]{4,})(?:-([0-9a-f]{16}))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,6 +39,7 @@ class Checkpoint:
         settings: The settings that decide the run's numbers.
         facts: Single values of the state.
         tensors: Groups of tensors by name; each group is one file.
+        state: The id of a client's state; 0 for the server's.
     """
 
     round: int
@@ -43,9 +47,10 @@ class Checkpoint:
     settings: dict[str, Any]
     facts: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
+    state: int = 0
 
     def write(self, parent: Path) -> Path:
-        """Write the checkpoint into `parent`; it replaces one of the same round.
+        """Write the checkpoint into `parent`; it replaces one of the same round and state.
 
         Returns:
             The folder of the checkpoint.
@@ -53,7 +58,7 @@ class Checkpoint:
         Raises:
             StorageError: A file cannot be written.
         """
-        final = parent / _name(self.round)
+        final = parent / _name(self.round, self.state)
         with atomic.new_folder(final) as unfinished:
             for name, group in self.tensors.items():
                 # safetensors writes only contiguous tensors.
@@ -62,6 +67,7 @@ class Checkpoint:
             label = {
                 "format": FORMAT,
                 "round": self.round,
+                "state": self.state,
                 "owner": self.owner,
                 "settings": self.settings,
                 "facts": self.facts,
@@ -83,11 +89,12 @@ class Checkpoint:
 
         Raises:
             CheckpointError: A file is missing or damaged, as its sha256 in the label shows, or the
-                folder is that of another round, or the checkpoint is that of another owner.
+                folder is that of another round or state, or the checkpoint is that of another
+                owner.
             ConfigError: The checkpoint was written with other settings; the text lists them.
         """
         label = _label(path, groups)
-        if (path.name, owner) != (_name(label["round"]), label["owner"]):
+        if (path.name, owner) != (_name(label["round"], label["state"]), label["owner"]):
             raise CheckpointError(
                 f"{path} holds round {label['round']} of {label['owner']}, but this folder is for "
                 f"{path.name} of {owner}; move it back to its place, or remove it to resume from "
@@ -102,13 +109,18 @@ class Checkpoint:
                     f"remove {path} to resume from the checkpoint before it"
                 )
         tensors = {Path(name).stem: load_file(path / name) for name in label["files"]}
-        kept = {name: label[name] for name in ("round", "owner", "settings", "facts")}
+        kept = {name: label[name] for name in ("round", "state", "owner", "settings", "facts")}
         return Checkpoint(**kept, tensors=tensors)
 
 
 def checkpoints_in(parent: Path) -> dict[int, Path]:
-    """Return the checkpoints in a folder by their round, oldest first."""
-    return dict(sorted(_folders(parent)))
+    """Return the server's checkpoints in a folder by their round, oldest first."""
+    return {number: path for number, state, path in _folders(parent) if not state}
+
+
+def states_in(parent: Path) -> dict[int, Path]:
+    """Return a client's checkpoints in a folder by the id of their state, oldest round first."""
+    return {state: path for _, state, path in _folders(parent) if state}
 
 
 def facts_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
@@ -138,16 +150,27 @@ def remove_after(parent: Path, number: int) -> None:
             atomic.remove(path)
 
 
-def _folders(parent: Path) -> Iterator[tuple[int, Path]]:
-    for path in parent.glob(f"{_PREFIX}*"):
-        number = path.name.removeprefix(_PREFIX)
-        # No other name of the same number, such as round-7.
-        if number.isdecimal() and path.name == _name(int(number)) and (path / _LABEL).is_file():
-            yield int(number), path
+def prune_states(parent: Path, kept: Collection[int]) -> None:
+    """Remove the client's checkpoints of all other states."""
+    for state, path in states_in(parent).items():
+        if state not in kept:
+            atomic.remove(path)
 
 
-def _name(number: int) -> str:
-    return f"{_PREFIX}{number:04d}"
+def _folders(parent: Path) -> list[tuple[int, int, Path]]:
+    """Return the checkpoints in a folder with round and state, oldest first."""
+    found = []
+    for path in parent.glob("round-*"):
+        if match := _NAME.fullmatch(path.name):
+            number, state = int(match[1]), int(match[2] or "0", 16)
+            # No other name of the same number, such as round-00007.
+            if path.name == _name(number, state) and (path / _LABEL).is_file():
+                found.append((number, state, path))
+    return sorted(found)
+
+
+def _name(number: int, state: int) -> str:
+    return f"round-{number:04d}" + (f"-{state:016x}" if state else "")
 
 
 def _label(path: Path, groups: Collection[str]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class RoundStats:
         clipped_replies: The replies whose change of the client weights the guard clipped.
         went_back_from: The round that diverged, if training went back from it to the round before
             this one, and continues at half the learning rate.
+        repeats: The times that the round was trained before, without a client that was missing
+            (`policy.missing=wait`).
         virtual_seconds: The duration on the virtual clock, if machines are simulated.
         client_bytes: The largest memory of one client for weights, gradients, moments and
             activations.
@@ -71,6 +73,7 @@ class RoundStats:
     refused_replies: int = 0
     clipped_replies: int = 0
     went_back_from: int = 0
+    repeats: int = 0
     virtual_seconds: float = math.nan
     client_bytes: int = 0
 
@@ -97,6 +100,7 @@ class RoundStats:
             "gradients clipped": self.clipped_gradients,
             "gradients refused": self.refused_gradients,
             "in quarantine": self.quarantines,
+            "repetitions": self.repeats,
         }
         troubles = [f"{count} {what}" for what, count in found.items() if count]
         if self.went_back_from:

@@ -32,6 +32,9 @@ class PolicySpec:
         discount_a: The strength of the discount.
         discount_b (versions): The age at which the discount of hinge begins.
         max_staleness (versions): The age above which a contribution is refused.
+        missing: What sync does about a client that is gone or fails. The round counts without the
+            client (drop), or the run waits for it and repeats the round from the last checkpoint
+            (wait): for at most policy.round_deadline_s, and at most three times in a row.
         combine: How the trunk combines the gradients of a step: their mean, weighted by tokens, or
             without weights the median of each number (median) or its mean without the largest and
             smallest quarter (trimmed).
@@ -54,6 +57,7 @@ class PolicySpec:
     discount_a: Annotated[float, AtLeast(0)] = 0.5
     discount_b: Annotated[float, AtLeast(0)] = 4.0
     max_staleness: Annotated[int, AtLeast(0)] = 32
+    missing: Annotated[str, OneOf("drop", "wait")] = "drop"
     combine: Annotated[str, OneOf("mean", "median", "trimmed")] = "mean"
     mixing: Annotated[float, Positive(most=1)] = 0.6
     buffer: Annotated[int, AtLeast(1)] = 1
@@ -67,6 +71,11 @@ class PolicySpec:
             raise ConfigError(
                 f"policy.combine={self.combine} combines several gradients, and policy=async steps "
                 "with one; use policy.combine=mean, policy=sync or policy=quorum"
+            )
+        if self.missing == "wait" and self.kind != "sync":
+            raise ConfigError(
+                f"policy.missing=wait waits for all clients, and policy={self.kind} does not; use "
+                "policy.missing=drop or policy=sync"
             )
         # From 1 on it is a count of clients.
         if self.quorum > 1 and self.quorum != int(self.quorum):

@@ -233,6 +233,13 @@ _CONFLICTS = (
         why=_NO_STEPS,
     ),
     _Conflict(
+        setting="policy.missing",
+        other="train.save_every",
+        when=lambda missing, save_every: missing == "wait" and not save_every,
+        why="policy.missing=wait repeats a round from the last checkpoint, and with "
+        "train.save_every=0 there is none; set train.save_every=1, or policy.missing=drop",
+    ),
+    _Conflict(
         setting="train.clients_per_pass",
         other="policy.kind",
         when=lambda clients, policy: clients > 1 and policy == "async",
@@ -252,7 +259,8 @@ class RunSpec:
     """All settings of one run; each group of them has a class of its own.
 
     All of them decide its numbers, except `name`, `launch`, `resume`, `sweep`, `generation`,
-    `limits`, `guard` and the addresses, TLS files, times and stash of `wire`.
+    `limits`, `guard`, `train.save_every`, `policy.missing`, and the addresses, TLS files, times and
+    stash of `wire`.
 
     >>> RunSpec(seed=1).fingerprint == RunSpec(seed=1, name="again").fingerprint
     True
@@ -328,6 +336,8 @@ class RunSpec:
         nested = {name: value for name, value in asdict(self).items() if name not in left_out}
         wire = nested["wire"].items()
         nested["wire"] = {name: value for name, value in wire if name not in _CHANGES_NO_NUMBER}
+        # What a run does about a crash does not change what it computes.
+        del nested["train"]["save_every"], nested["policy"]["missing"]
         return dict(_flat(nested, ""))
 
     @property

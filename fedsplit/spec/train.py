@@ -94,7 +94,7 @@ class TrainSpec:
     evaluate_every: Annotated[int, AtLeast(1)] = 1
     patience: Annotated[int, AtLeast(0)] = 0
     load_best: bool = False
-    save_every: Annotated[int, AtLeast(0)] = 0
+    save_every: Annotated[int, AtLeast(0)] = 1
     checkpointing: Annotated[str, OneOf("none", "trunk", "client", "all")] = "none"
     compile_client: Annotated[str, _COMPILE] = "off"
     compile_trunk: Annotated[str, _COMPILE] = "off"

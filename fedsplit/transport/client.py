@@ -17,7 +17,7 @@ from typing import Any, cast
 import grpc
 from torch import Tensor
 
-from fedsplit.errors import FedsplitError, ProtocolError
+from fedsplit.errors import FedsplitError, ProtocolError, TrunkGone
 from fedsplit.link import Link, Stream
 from fedsplit.spec import WireSpec
 from fedsplit.transport.address import check_port
@@ -33,7 +33,13 @@ from fedsplit.transport.frames import (
     to_frame,
     to_frames,
 )
-from fedsplit.transport.status import MAX_METADATA_BYTES, TOKEN_KEY, from_rpc_error, from_status
+from fedsplit.transport.status import (
+    MAX_METADATA_BYTES,
+    TOKEN_KEY,
+    from_rpc_error,
+    from_status,
+    is_refused,
+)
 from fedsplit.transport.tls import channel_credentials
 from fedsplit.wire.codec import traveling
 from fedsplit.wire.messages import GradientsRequest, R, Request
@@ -51,7 +57,7 @@ OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.max_receive_message_length", FRAME_BYTES),
     # A message that gRPC decompresses may have a thousand times the bytes that were received.
@@ -74,13 +80,25 @@ class GrpcLink(Link):
         token: The token that is sent with every call.
         wire: The deadline and TLS settings.
         ca: The PEM certificate of the authority to trust, in place of `wire.tls_ca`.
+        patience_s: Seconds for which no process may listen at the address. After them a request
+            fails with `TrunkGone`, which is final.
 
     Raises:
         ConfigError: `wire.tls_ca` cannot be read, or the port of the address does not exist.
     """
 
-    def __init__(self, address: str, *, token: str = "", wire: WireSpec, ca: bytes = b"") -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str = "",
+        wire: WireSpec,
+        ca: bytes = b"",
+        patience_s: float = math.inf,
+    ) -> None:
         check_port("the trunk's address ", address)
+        self._patience_s = patience_s
+        self._refused_at: float | None = None  # the first refusal since the last reply
         self.bytes_up = 0
         self.bytes_down = 0
         self._address = address
@@ -145,7 +163,7 @@ class GrpcLink(Link):
         try:
             answer = send(frame, timeout=self.deadline_s, metadata=self._metadata)
         except grpc.RpcError as exc:
-            raise from_rpc_error(exc, self._address, self.deadline_s) from exc
+            raise self.error_of(exc, expired=False) from exc
         self.count(len(frame), len(answer))
         return from_frame(answer, FRAME_BYTES)
 
@@ -155,6 +173,7 @@ class GrpcLink(Link):
         Raises:
             FedsplitError: The body is an error, or no legal reply.
         """
+        self._refused_at = None
         if isinstance(body, FedsplitError):
             raise body
         reply = CALLS[type(request)].reply
@@ -171,6 +190,14 @@ class GrpcLink(Link):
         # The watch cancels a late call, so gRPC itself reports CANCELLED.
         if expired:
             return self.error("DEADLINE_EXCEEDED")
+        if is_refused(exc):
+            now = time.monotonic()
+            self._refused_at = self._refused_at or now
+            if now - self._refused_at > self._patience_s:
+                return TrunkGone(
+                    f"no process has listened at {self._address} for {self._patience_s:g} s, so "
+                    "the run of this trunk has ended"
+                )
         return from_rpc_error(exc, self._address, self.deadline_s)
 
     def error(self, status: str, details: str = "") -> FedsplitError:

@@ -80,6 +80,13 @@ def is_rpc_error(exc: Exception) -> bool:
     return isinstance(exc, grpc.RpcError)
 
 
+def is_refused(exc: grpc.RpcError) -> bool:
+    """Whether no process listens at the address, though its machine answers."""
+    # The words of the operating system, of a missing socket file as well.
+    refused = re.search("connection refused|no such file", exc.details() or "", re.IGNORECASE)
+    return exc.code() is grpc.StatusCode.UNAVAILABLE and refused is not None
+
+
 def from_rpc_error(exc: grpc.RpcError, address: str, deadline_s: float) -> FedsplitError:
     """The trunk's error if the metadata has its code, or else the error for gRPC's status."""
     metadata = {item.key: str(item.value) for item in exc.trailing_metadata() or ()}

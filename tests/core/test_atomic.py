@@ -115,3 +115,30 @@ def test_a_file_is_created_once(tmp_path):
 def test_removing_what_is_not_there_does_nothing(tmp_path):
     atomic.remove(tmp_path / "best")
     assert names(tmp_path) == []
+
+
+def test_a_line_is_added_once_there_is_room(tmp_path, caplog):
+    file = tmp_path / "metrics.jsonl"
+    file.symlink_to("/dev/full")
+    waits = []
+
+    def make_room(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            file.unlink()
+
+    atomic.when_there_is_room(lambda: atomic.append_line(file, "a"), 60.0, sleep=make_room)
+    assert file.read_text() == "a\n" and waits == [5.0, 5.0, 5.0]
+    (line,) = caplog.messages
+    assert f"{file} cannot be written: No space left" in line and "up to 60 s for room" in line
+
+
+def test_a_disk_that_stays_full_and_other_errors_end_the_wait(tmp_path):
+    file, waits = tmp_path / "full", []
+    file.symlink_to("/dev/full")
+    for budget_s, path in ((12.0, file), (60.0, tmp_path)):
+        with pytest.raises(StorageError, match=f"{path} cannot be written"):
+            atomic.when_there_is_room(
+                lambda path=path: atomic.append_line(path, "a"), budget_s, sleep=waits.append
+            )
+    assert waits == [5.0, 5.0]

@@ -9,7 +9,14 @@ import torch
 
 from fedsplit.errors import CheckpointError, ConfigError, StorageError
 from fedsplit.model.manifest import with_digest
-from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, prune, remove_after
+from fedsplit.runs.checkpoint import (
+    Checkpoint,
+    checkpoints_in,
+    prune,
+    prune_states,
+    remove_after,
+    states_in,
+)
 from fedsplit.spec import RunSpec, TrainSpec
 from tests.core.damage import room_for, with_flipped
 
@@ -105,7 +112,7 @@ def test_a_snapshot_of_another_format_is_refused_by_its_number(tmp_path):
     label = json.loads((path / "checkpoint.json").read_text())
     del label["format"]  # as the first format had none
     (path / "checkpoint.json").write_text(json.dumps(label))
-    with pytest.raises(CheckpointError, match="a checkpoint of format 1, and this version reads 5"):
+    with pytest.raises(CheckpointError, match="a checkpoint of format 1, and this version reads 6"):
         read(path)
 
 
@@ -156,6 +163,16 @@ def test_a_full_disk_is_our_error_and_the_checkpoint_before_stays(tmp_path, size
             checkpoint().write(tmp_path)
     assert read(path).round == 3
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_client_s_states_are_found_by_their_ids(tmp_path):
+    for number, state in ((1, 0xB), (2, 0xA), (2, 0xC)):
+        replace(checkpoint(number), state=state).write(tmp_path)
+    found = states_in(tmp_path)
+    assert list(found) == [0xB, 0xA, 0xC] and not checkpoints_in(tmp_path)
+    assert found[0xA].name == "round-0002-000000000000000a"
+    prune_states(tmp_path, {0xA, 0xD})
+    assert list(states_in(tmp_path)) == [0xA]
 
 
 def test_only_the_folder_s_own_name_is_a_checkpoint(tmp_path):

@@ -10,9 +10,8 @@ from flwr.app import RecordDict
 from transformers import GPT2Config
 
 from fedsplit.errors import BadTensor, ConfigError, HistoryLost, ProtocolError
-from fedsplit.flower.records import Memory
+from fedsplit.flower.records import JoinInfo, Memory
 from fedsplit.link import Link, LocalLink
-from fedsplit.runs.history import History
 from fedsplit.spec import RunSpec, TrainSpec, WireSpec
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import encode_tensor
@@ -185,17 +184,21 @@ def test_a_forward_that_is_made_again_goes_by_the_same(expected: Numbers) -> Non
     assert same(*gradients)
 
 
+JOIN = JoinInfo(client="alice", round=1, address="", token="", config="", tokenizer="", run_id="")
+
+
 def test_history_outlives_a_process(tmp_path: Path, expected: Numbers) -> None:
     run = run_of()
     run = replace(run, train=replace(run.train, save_every=1))
     with world(TINY, run) as here:
         first = here.add("alice")
         losses = trained(first, EPOCHS[:4])
-        memory, context = Memory(history=dict(first.trunk.encoder_state)), RecordDict()
+        memory = Memory(id=7, history=dict(first.trunk.encoder_state))
+        context = RecordDict()
         memory.put_into(context)
-        memory.save(tmp_path, 1, run)
-        for kept in (Memory.of(context), Memory.restore(tmp_path, History(), run)):
-            assert kept is not None and same(kept.history, dict(first.trunk.encoder_state))
+        memory.save(tmp_path, JOIN, run)
+        for kept in (Memory.of(context), Memory.restore(tmp_path, 7, run)):
+            assert same(kept.history, dict(first.trunk.encoder_state))
         second = here.add("alice", encoder_state=memory.history)
         second.model.load_state_dict(first.model.state_dict())
         second.trainer.steps = first.trainer.steps

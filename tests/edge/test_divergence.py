@@ -22,7 +22,6 @@ from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model import initial_parts
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.history import History
 from fedsplit.spec import GuardSpec, RunSpec, SplitSpec
 from simulations.sweep import _finished
 from tests.edge.federation import SGD, client_that, federate, joined, spec_for, without_seconds
@@ -71,7 +70,7 @@ def slower_from(run: RunSpec, round: int) -> RunFolder:
     path = checkpoints_in(folder.checkpoints)[round]
     groups = ("client_weights", "trunk", "strategy")
     saved = Checkpoint.read(path, run, f"server/{folder.id}", groups)
-    saved.tensors["strategy"]["invitations/lr_scale"] = torch.tensor(0.5, dtype=torch.float64)
+    saved.tensors["strategy"]["lr_scale"] = torch.tensor(0.5, dtype=torch.float64)
     saved.write(folder.checkpoints)
     return resumed(run)
 
@@ -258,16 +257,6 @@ def test_steps_that_clients_could_not_take_are_counted_over_rounds() -> None:
     }
 
 
-def test_the_state_of_an_abandoned_branch_does_not_count() -> None:
-    first = History().back_to(4)
-    second = first.back_to(2)
-    assert first.last_round_of(0) == 4 and first.last_round_of(first.branch) == math.inf
-    assert second.last_round_of(0) == 2 and second.last_round_of(first.branch) == 2
-    third = second.back_to(7)
-    assert third.last_round_of(0) == 2 and third.last_round_of(second.branch) == 7
-    assert third.last_round_of(12345) == -1
-
-
 JOIN = JoinInfo(
     client="c", round=1, address="", token="", config="", tokenizer="", run_id="", lr_scale=0.5
 )
@@ -278,14 +267,14 @@ JOIN = JoinInfo(
     [
         ({"lr_scale": math.nan}, "scales the learning rate by nan"),
         ({"lr_scale": 1e9}, "scales the learning rate by 1000000000.0"),
-        ({"branches": [1, 2], "rounds": [1]}, "2 branches and 1 rounds"),
-        ({"branches": [1], "rounds": [-1]}, "whole numbers from 0 on"),
-        ({"branches": ["a"], "rounds": [1]}, "whole numbers from 0 on"),
-        ({"branches": 5}, "sent 5 as branches, which must be a list"),
+        ({"state": -1}, "ids of states, which must be whole numbers from 0 on"),
+        ({"next_state": "../x"}, "ids of states, which must be whole numbers from 0 on"),
+        ({"kept_states": ["a"]}, "ids of states, which must be whole numbers from 0 on"),
+        ({"kept_states": 5}, "sent 5 as kept_states, which must be a list"),
         ({"lr_scale": "x"}, "scales the learning rate by x"),
     ],
 )
-def test_a_client_refuses_an_impossible_history_or_rate(fields: dict[str, Any], text: str) -> None:
+def test_a_client_refuses_an_impossible_state_or_rate(fields: dict[str, Any], text: str) -> None:
     content = JOIN.put_into(RecordDict())
     assert JoinInfo.of(content) == JOIN
     content["fedsplit"] = ConfigRecord({**content.config_records["fedsplit"], **fields})

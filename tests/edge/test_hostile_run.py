@@ -314,13 +314,11 @@ def test_a_run_dir_is_neither_written_nor_cleared(tmp_path: Path, tokenizer: str
     settings = words_for(tmp_path, "train.save_every=1") | {"run-dir": str(victim)}
     node = SuperNode(config={"allowed-path": str(tmp_path)})
     told = answer_of(node, settings, tokenizer)
-    assert "train.save_every=1 saves the state of client-0, and its machine names no folder" in told
+    assert "'client': 'client-0'" in told and "states" not in told
     assert sorted(path for path in victim.rglob("*") if path.parent.name == "client-0") == old
-    # With a folder of its own, the client writes there and nowhere else.
-    kept = tmp_path / "kept"
-    own = SuperNode(config={**node.config, "state-dir": str(kept)})
-    assert "'client': 'client-0'" in answer_of(own, settings, tokenizer)
-    assert (kept / "tiny" / "client-0" / RUN_ID).is_dir()
+    # With a folder of its own, the client looks there and nowhere else.
+    own = SuperNode(config={**node.config, "state-dir": str(tmp_path / "kept")})
+    assert "'states': []" in answer_of(own, settings, tokenizer)
     assert sorted(path for path in victim.rglob("*") if path.parent.name == "client-0") == old
 
 

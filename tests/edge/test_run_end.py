@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import sys
@@ -67,23 +68,21 @@ def files_in(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            found[str(path.relative_to(folder))] = content_of(path)
+            # A client's checkpoint has the random id of its state in its name.
+            name = re.sub(r"(round-\d{4})-\w{16}/", r"\1/", str(path.relative_to(folder)))
+            found[name] = content_of(path)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found["metrics.jsonl"] = [json.loads(line) | {"seconds": 0} for line in lines]
     return found
 
 
 def content_of(path: Path) -> object:
-    """The content of a file without the random id of the branch that a resumed run begins."""
-    if path.name == "strategy.safetensors":
-        state = load_file(path)
-        del state["invitations/branches"]
-        return {name: tensor.tolist() for name, tensor in state.items()}
+    """The content of a file without the random ids of the clients' states."""
     if path.name == "checkpoint.json":
         label = json.loads(path.read_text(encoding="utf-8"))
-        label["facts"].pop("branch", None)
-        label["files"].pop("strategy.safetensors", None)
-        return {key: value for key, value in label.items() if key != "digest"}
+        for name in ("id", "states"):
+            label["facts"].pop(name, None)
+        return {key: value for key, value in label.items() if key not in ("digest", "state")}
     return path.read_bytes()
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +346,21 @@ def test_a_server_killed_in_a_call_is_a_lost_connection() -> None:
                 waiting.result(10)
             with pytest.raises(errors.ConnectionLost, match=f"no trunk answers at {where}"):
                 link.exchange(forward())
+
+
+def test_a_trunk_whose_process_is_gone_is_given_up(service: EchoService) -> None:
+    with ExitStack() as server:
+        address = server.enter_context(serving(service))
+        with linked(address, patience_s=0.2) as link:
+            link.exchange(forward())
+            server.close()
+            codes: list[str] = []
+            while "TRUNK_GONE" not in codes:
+                with pytest.raises(FedsplitError) as failure:
+                    link.exchange(forward())
+                codes.append(failure.value.code)
+                time.sleep(0.01)
+    assert codes[0] == "CONN_LOST" and not failure.value.retryable
 
 
 def test_closing_a_link_ends_its_call_and_its_threads(address: str, service: EchoService) -> None:

@@ -8,7 +8,7 @@ as `TrainSpec` says, and the trunk knows which clients have work (`coordinator`)
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging import INFO, WARNING
 from typing import ClassVar
 
@@ -21,17 +21,20 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from fedsplit.client.objective import ClientObjective
-from fedsplit.errors import ConfigError, Diverged
+from fedsplit.errors import Diverged
 from fedsplit.flower.records import WEIGHT
+from fedsplit.flower.strategy.client_states import ClientStates
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
 from fedsplit.flower.strategy.divergence import DivergenceGuard
 from fedsplit.flower.strategy.early_stopping import EarlyStopping
+from fedsplit.flower.strategy.fit import require_fit
+from fedsplit.flower.strategy.going_back import Repeats, Setback, newest_common
 from fedsplit.flower.strategy.invitations import Invitations
 from fedsplit.flower.strategy.nodes import NodeRegistry
 from fedsplit.flower.strategy.recorder import Recorder
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState
-from fedsplit.flower.strategy.state import load_state_into, only_averages, state_of, under
+from fedsplit.flower.strategy.state import load_state_into, state_of, under
 from fedsplit.flower.strategy.weight_guard import WeightGuard
 from fedsplit.flower.strategy.wrapping import WrappingStrategy
 from fedsplit.flower.trunk_server import TrunkServer
@@ -44,7 +47,7 @@ from fedsplit.trunk.update import TrunkUpdate
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _CLIENT_STRATEGY, _GUARD = "client_weights/", "guard/"
-_DIVERGENCE, _INVITATIONS = "divergence/", "invitations/"
+_DIVERGENCE = "divergence/"
 """The prefixes of the state of the strategy's parts in a checkpoint."""
 _SLOWER = 0.5
 """The factor on the learning rate after training went back."""
@@ -95,6 +98,8 @@ class SplitStrategy(WrappingStrategy):
         self._is_over = False
         self._early_stopping = EarlyStopping(run.train.patience)
         self._divergence = DivergenceGuard(run)
+        self._states = ClientStates()
+        self._repeats = Repeats(run.policy)
         self._went_back_from = 0
 
     # --- hooks --------------------------------------------------------------------------------
@@ -106,25 +111,13 @@ class SplitStrategy(WrappingStrategy):
             ConfigError: The run does not fit; the text names the setting and what to do.
         """
         self.client_objective.check(self.run)
-        name, policy = type(self).__name__, self.run.policy
-        strategy = type(self.client_strategy).__name__
-        if policy.kind not in self.policies:
-            raise ConfigError(
-                f"policy={policy.kind} does not go with {name}; use policy="
-                f"{' or policy='.join(self.policies)}"
-            )
-        why = ""
-        if policy.kind == "async":
-            why = "policy=async mixes client weights by itself (policy.mixing, policy.buffer)"
-        elif not self.averages_clients:
-            why = f"{name} hands the client weights from client to client"
-        elif self.run.client_weights.personal == "both":
-            why = "client_weights.personal=both leaves nothing to aggregate"
-        if why and not only_averages(self.client_strategy):
-            raise ConfigError(
-                f"{why}, so client_weights.strategy={strategy} would have no effect; use "
-                "flwr.serverapp.strategy.FedAvg"
-            )
+        require_fit(
+            type(self).__name__,
+            self.run,
+            self.client_strategy,
+            policies=self.policies,
+            averages_clients=self.averages_clients,
+        )
 
     def make_server(self, trunk: TrunkPart) -> TrunkServer:
         """Return the server of the trunk."""
@@ -162,13 +155,15 @@ class SplitStrategy(WrappingStrategy):
             evaluate_config: Sent to the clients that evaluate.
             evaluate_fn: Evaluates the client weights at the server, before the first round and
                 after each round.
-            first_round: The first round of a resumed run.
+            first_round: The first round of a resumed run. It begins earlier if a client does not
+                have its state of that time any more.
             run_id: The run's id, by which clients find their checkpoints; by default a new one.
 
         Returns:
             The client weights after the last round, and the metrics of every round.
 
         Raises:
+            CheckpointError: The clients cannot continue from any checkpoint of a resumed run.
             DeadlineExceeded: Too few clients connected in time.
             ModelMismatch: A client is configured for another run.
             Diverged: No client finished a round (see `RoundCoordinator.require_progress`), or
@@ -178,33 +173,35 @@ class SplitStrategy(WrappingStrategy):
         self.summary()
         # Register clients first: a process that a simulation forks while gRPC starts would die.
         self._invitations.run_id = run_id or new_run_id()
-        if first_round > 1:
-            self._change_history(first_round - 1)
-        registry = NodeRegistry(grid, self.run, self._invitations)
-        registry.register_all()
+        self._registry = NodeRegistry(grid, self.run, self._invitations)
+        self._registry.register_all()
         self.grid, self._num_rounds = grid, num_rounds
         result = Result(arrays=initial_arrays)
+        if checkpoints := self._recorder.checkpoints:
+            common = newest_common(checkpoints, self._registry.states)
+            if common < first_round - 1:
+                result.arrays, first_round = self._recorder.go_back(common), common + 1
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         _evaluate_at_server(evaluate_fn, first_round - 1, result)
         while True:
-            self.coordinator = self._new_coordinator(grid, registry, timeout)
-            if self._went_back_from:
-                # A run that is resumed from here knows that it went back.
+            self.coordinator = self._new_coordinator(timeout)
+            is_saved = first_round - 1 in self._recorder.checkpoints and not self._went_back_from
+            if self.run.train.save_every and not is_saved:
+                # The first one, or one from which a resumed run knows that it went back.
                 self._recorder.save(first_round - 1)
             with self.trunk_server:
                 log(INFO, "Trunk is served at %s", self.trunk_server.address)
-                problem = self._rounds(first_round, configs, evaluate_fn, result)
-            if not problem:
+                setback = self._rounds(first_round, configs, evaluate_fn, result)
+            if not setback:
                 return result
-            first_round = self._go_back(problem, result)
+            first_round = self._go_back(setback, result)
 
     # --- state --------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """Return the state of this strategy and of the wrapped one, by name.
 
-        At the end of a round with a checkpoint no client has work (`Drain.ALL`), so no client's
-        weights are missing.
+        The work that clients have not finished is not part of it (`client_states`).
         """
         rounds, stopping = self.coordinator.rounds, self._early_stopping
         own = {"version": rounds.version, "sent": rounds.sent, "worse": stopping.worse}
@@ -213,12 +210,12 @@ class SplitStrategy(WrappingStrategy):
             _CLIENT_STRATEGY: state_of(self.client_strategy),
             _GUARD: self._guard.state(),
             _DIVERGENCE: self._divergence.state(),
-            _INVITATIONS: self._invitations.state(),
         }
         return {
             **{name: torch.tensor(value) for name, value in own.items()},
-            # float64 keeps the loss exactly; torch's default is float32.
+            # float64 keeps the numbers exactly; torch's default is float32.
             "best": torch.tensor(stopping.best, dtype=torch.float64),
+            "lr_scale": torch.tensor(self._invitations.lr_scale, dtype=torch.float64),
             **{prefix + n: tensor for prefix, part in parts.items() for n, tensor in part.items()},
         }
 
@@ -236,18 +233,24 @@ class SplitStrategy(WrappingStrategy):
         load_state_into(self.client_strategy, under(_CLIENT_STRATEGY, state))
         self._guard.load_state(under(_GUARD, state))
         self._divergence.load_state(under(_DIVERGENCE, state))
-        self._invitations.load_state(under(_INVITATIONS, state))
-        self._scale_lr(self._invitations.lr_scale)
+        self._scale_lr(float(state["lr_scale"]))
+
+    @property
+    def client_states(self) -> Mapping[str, int]:
+        """The ids of the clients' states that go with the server's."""
+        return self._states.merged(self.coordinator.unmerged)
+
+    @client_states.setter
+    def client_states(self, states: Mapping[str, int]) -> None:
+        self._states.go_back(states)
 
     # --- a round ------------------------------------------------------------------------------
 
     def drain_of(self, number: int) -> Drain:
-        """Return the clients a round waits for: all, if it may be the last one or is saved."""
-        train = self.run.train
-        may_be_last = number == self._num_rounds or self._early_stopping.may_stop()
-        if may_be_last or (train.save_every and number % train.save_every == 0):
+        """Return the clients that a round waits for: all, if it may be the last one."""
+        if number == self._num_rounds or self._early_stopping.may_stop():
             return Drain.ALL
-        return Drain.NONE if number % train.evaluate_every else Drain.RETURNED
+        return Drain.NONE if number % self.run.train.evaluate_every else Drain.RETURNED
 
     def _rounds(
         self,
@@ -255,34 +258,40 @@ class SplitStrategy(WrappingStrategy):
         configs: tuple[ConfigRecord, ConfigRecord],
         evaluate_fn: EvaluateFn | None,
         result: Result,
-    ) -> str:
-        """Run the rounds from `first` on; return why training must go back, or nothing."""
+    ) -> Setback | None:
+        """Run the rounds from `first` on; return why training must go back, if it must."""
         for number in range(first, self._num_rounds + 1):
             if self._is_over:  # a resumed run may have stopped early before it was killed
                 break
             log(INFO, "[ROUND %s/%s]", number, self._num_rounds)
-            if problem := self._round(number, configs, result):
-                return problem
+            if setback := self._round(number, configs, result):
+                return setback
             _evaluate_at_server(evaluate_fn, number, result)
-        return ""
+        return None
 
     def _round(
         self, number: int, configs: tuple[ConfigRecord, ConfigRecord], result: Result
-    ) -> str:
-        """Run and record one round; return why training must go back, or nothing."""
-        coordinator, failure = self.coordinator, None
+    ) -> Setback | None:
+        """Run and record one round; return why training must go back, if it must."""
+        coordinator, failure, engine = self.coordinator, None, self.trunk_server.service.engine
+        if self.run.policy.missing == "wait":
+            self._registry.wait_for_all(coordinator.timeout_s)
         # Before `catch_up`: late replies that arrive between two rounds count in the new round.
-        coordinator.metrics = RoundMetrics()
+        coordinator.metrics = RoundMetrics(repeats=self._repeats.of(number))
+        short_steps = engine.short_steps
         try:
             stats, is_last = self._train_and_evaluate(number, configs, result)
         except Diverged as exc:
             failure = exc
+        short_steps = engine.short_steps - short_steps
+        if setback := self._repeats.setback_in(number, coordinator.metrics, short_steps):
+            return setback
         if problem := self._divergence.problem_in(coordinator.metrics):
-            problem = f"round {number}: {problem}"
+            reason = f"{problem} ({failure})" if failure else problem
+            setback = Setback(round=number, reason=reason, diverged=True)
             if self._recorder.checkpoints:
-                self._went_back_from = number
-                return problem
-            log(WARNING, "%s; there is no checkpoint to go back to (train.save_every)", problem)
+                return setback
+            log(WARNING, "%s; there is no checkpoint to go back to (train.save_every)", setback)
         if failure:
             raise failure
         self._is_over = self._early_stopping.stops(stats) or is_last
@@ -290,7 +299,7 @@ class SplitStrategy(WrappingStrategy):
         self._went_back_from = 0
         self._recorder.on_round(stats, result.arrays, is_good=self._divergence.is_calm)
         coordinator.forget_departed()
-        return ""
+        return None
 
     def _train_and_evaluate(
         self, number: int, configs: tuple[ConfigRecord, ConfigRecord], result: Result
@@ -326,66 +335,62 @@ class SplitStrategy(WrappingStrategy):
         )
         return stats, is_last
 
-    def _go_back(self, problem: str, result: Result) -> int:
-        """Continue from the last checkpoint at a lower learning rate; return the next round.
+    def _go_back(self, setback: Setback, result: Result) -> int:
+        """Continue from the last checkpoint, slower if training diverges; return the next round.
 
         Raises:
             Diverged: Training went back before. The result of the run is the last checkpoint's.
         """
-        last, left = self._recorder.checkpoints[-1], self._went_back_from
+        last = max(self._recorder.checkpoints)
         has_gone_back = self._invitations.lr_scale < 1
         # It refers to the old trunk service, whose optimizer would stay in memory.
         del self.coordinator
         self.trunk_server.renew()
-        if has_gone_back:
+        if setback.diverged and has_gone_back:
             # Served meanwhile, so that clients at work learn that their tokens are void.
             with self.trunk_server:
-                outcome = self._recorder.end_diverged(problem)
+                outcome = self._recorder.end_diverged(str(setback))
             raise Diverged(
-                f"{problem}; training went back before, to half the learning rate, so the run "
+                f"{setback}; training went back before, to half the learning rate, so the run "
                 f"ends; {outcome}; lower train.lr, or look at the data"
             )
-        log(WARNING, "%s; training goes back to round %d at half the learning rate", problem, last)
-        result.arrays = self._recorder.go_back()
-        self._change_history(last)
-        self._scale_lr(_SLOWER)
-        self._went_back_from = left
+        result.arrays = self._recorder.go_back(last)
+        rate = ""
+        if setback.diverged:
+            self._scale_lr(_SLOWER)
+            self._went_back_from, rate = setback.round, " at half the learning rate"
+        log(WARNING, "%s; training goes back to round %d%s", setback, last, rate)
         return last + 1
-
-    def _change_history(self, round: int) -> None:
-        """Have clients continue from their state after `round`."""
-        self._invitations.history = self._invitations.history.back_to(round)
 
     def _scale_lr(self, factor: float) -> None:
         self._invitations.lr_scale = factor
         self.trunk_server.service.scale_lr(factor)
 
-    def _new_coordinator(
-        self, grid: Grid, registry: NodeRegistry, timeout_s: float | None
-    ) -> RoundCoordinator:
+    def _new_coordinator(self, timeout_s: float | None) -> RoundCoordinator:
         return RoundCoordinator(
-            grid=grid,
-            registry=registry,
+            grid=self.grid,
+            registry=self._registry,
             run=self.run,
             trunk_server=self.trunk_server,
             add_join_info=self._add_join_info,
             merge=self._merge,
+            states=self._states,
             guard=self._guard,
             rounds=self._first_rounds,
             timeout_s=timeout_s,
         )
 
-    def _evaluate(
-        self, number: int, arrays: ArrayRecord, config: ConfigRecord
-    ) -> MetricRecord | None:
-        """Measure held-out loss at the clients that the wrapped strategy selects."""
-        messages = list(self.configure_evaluate(number, arrays, config, self.grid))
-        replies = self.coordinator.evaluate(number, messages) if messages else []
-        return self.aggregate_evaluate(number, replies) if replies else None
-
-    def _add_join_info(self, message: Message, client: str, number: int) -> None:
-        oldest = min(self._recorder.checkpoints, default=0)
-        self._invitations.add_to(message, client, number, self.trunk_server, oldest)
+    def _add_join_info(self, message: Message, client: str, number: int, next_state: int) -> None:
+        saved = {states.get(client, 0) for states in self._recorder.checkpoints.values()}
+        self._invitations.add_to(
+            message,
+            client,
+            number,
+            self.trunk_server,
+            state=self._states.of(client),
+            next_state=next_state,
+            kept_states=saved | self._states.needed(client, self.coordinator.unmerged),
+        )
 
 
 def _evaluate_at_server(evaluate_fn: EvaluateFn | None, number: int, result: Result) -> None:

@@ -11,9 +11,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedsplit.errors import Diverged
-from fedsplit.flower.client_arrays import packed, shapes_of, unpacked
+from fedsplit.flower.client_arrays import pack
 from fedsplit.flower.records import ARRAYS, WEIGHT
 from fedsplit.flower.reply import evaluation_content, training_content
+from fedsplit.flower.strategy.client_states import ClientStates
 from fedsplit.flower.strategy.nodes import NodeRegistry
 from fedsplit.flower.strategy.round_metrics import RoundMetrics, numbers_of
 from fedsplit.flower.strategy.round_policy import (
@@ -61,6 +62,7 @@ class RoundCoordinator:
         trunk_server: The trunk's server; its service gets the names of the clients with work.
         add_join_info: Adds to a message what a client needs to take part in a round.
         merge: Merges replies.
+        states: The states of the clients.
         guard: Bounds the clients' changes of the client weights.
         rounds: The policy's state at the start.
         timeout_s: Real seconds that a round may take; None: what the policy allows.
@@ -73,13 +75,15 @@ class RoundCoordinator:
         registry: NodeRegistry,
         run: RunSpec,
         trunk_server: TrunkServer,
-        add_join_info: Callable[[Message, str, int], None],
+        add_join_info: Callable[[Message, str, int, int], None],
         merge: Merge,
+        states: ClientStates,
         guard: WeightGuard,
         rounds: RoundState,
         timeout_s: float | None,
     ) -> None:
         self.rounds = rounds
+        self._states = states
         self._guard = guard
         self.tracker = MessageTracker(grid)
         self.metrics = RoundMetrics()
@@ -140,6 +144,11 @@ class RoundCoordinator:
             if client in self._done or self._missed[client] >= _MISSED_ROUNDS:
                 self._service.forget(client)
 
+    @property
+    def unmerged(self) -> list[Work]:
+        """The work that has replied and is not merged yet, in the order of its numbers."""
+        return sorted((work for work, _ in self.rounds.arrived), key=lambda work: work.number)
+
     # --- a round ------------------------------------------------------------------------------
 
     def catch_up(self, arrays: ArrayRecord) -> ArrayRecord:
@@ -185,6 +194,7 @@ class RoundCoordinator:
         if self._run.policy.kind == "sync":
             for work in self.rounds.awaited:
                 self.metrics.reasons.append("no reply in time")
+                self.metrics.missing.add(work.client)
                 log(WARNING, "round %s: %s is given up: no reply in time", number, work.client)
                 # It is not of the next round, so the steps of that one are not without it.
                 self._service.release(work.client)
@@ -226,10 +236,10 @@ class RoundCoordinator:
         reasons = []
         for message in messages:
             name = self.name_of(message)
-            self._add_join_info(message, name, number)
+            self._add_join_info(message, name, number, 0)
             # A count of earlier work must not bound this reply.
             self._service.engine.work.take(name)
-            self._pack(message)
+            pack(message.content, self._run.wire.client_weights)
             self.metrics.count_arrays(message)
         asked = dict(zip(self.tracker.send(messages), messages, strict=True))
         until = time.monotonic() + self.timeout_s
@@ -245,6 +255,7 @@ class RoundCoordinator:
                     replies.append((name, reply))
                     self.metrics.evaluated.append((name, numbers_of(reply)))
         self.tracker.give_up(asked)
+        self.metrics.missing |= {self.name_of(message) for message in asked.values()}
         if not replies:
             problem = (
                 f"round {number}, evaluation: none of {len(messages)} clients finished; the first "
@@ -302,10 +313,11 @@ class RoundCoordinator:
         out = []
         for work in works:
             message = self._sent[work.client] = messages[work.client]
-            self._add_join_info(message, work.client, work.round)
+            next_state = self._states.begin(work)
+            self._add_join_info(message, work.client, work.round, next_state)
             # A count of earlier work must not become the weight of this one.
             self._service.engine.work.take(work.client)
-            self._started[work.number] = self._pack(message)
+            self._started[work.number] = pack(message.content, self._run.wire.client_weights)
             self.metrics.count_arrays(message)
             self.metrics.asked.add(work.client)
             out.append(message)
@@ -330,20 +342,6 @@ class RoundCoordinator:
             close_after=1 + failures,
             until=self.rounds.deadline,
         )
-
-    def _pack(self, message: Message) -> ArrayRecord:
-        """Compress a message's client weights with the run's codec.
-
-        Returns:
-            The weights as the client decodes them.
-        """
-        arrays = message.content.array_records.get(ARRAYS, ArrayRecord())
-        codec = self._run.wire.client_weights
-        if codec == "none":
-            return arrays
-        carried = packed(arrays, codec)
-        message.content = RecordDict({**message.content, ARRAYS: carried})
-        return unpacked(carried, codec, shapes_of(arrays))
 
     def _message_again(self, work: Work, arrays: ArrayRecord) -> Message:
         last = self._sent[work.client]
@@ -382,8 +380,10 @@ class RoundCoordinator:
             # The trunk's barrier must not wait for a client that has failed.
             self._service.release(work.client)
             del self._started[work.number]
+            self._states.ended(work)
             self.metrics.reasons.append(problem)
             return Failed(number=work.number)
+        self._states.replied(work)
         numbers = numbers_of(reply)
         self._replies[work.number] = reply
         self.metrics.trained.append((work.client, numbers))
@@ -396,4 +396,5 @@ class RoundCoordinator:
         )
 
     def _take(self, work: Work) -> tuple[ArrayRecord, Message]:
+        self._states.ended(work)
         return self._started.pop(work.number), self._replies.pop(work.number)

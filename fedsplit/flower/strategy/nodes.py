@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import WARNING
 
@@ -40,6 +40,7 @@ class NodeRegistry:
         self._invitations = invitations
         self._clients = frozenset(f"client-{number}" for number in range(run.num_nodes))
         self._names: dict[int, str] = {}
+        self._states: dict[str, frozenset[int]] = {}
         self._first_messages = MessageTracker(grid)
         self._asked: set[int] = set()
         # The nodes that have not answered their first message, by the id of the message.
@@ -97,10 +98,26 @@ class NodeRegistry:
                 found.setdefault(name, node)
         return dict(sorted(found.items()))
 
+    def wait_for_all(self, timeout_s: float) -> None:
+        """Wait until all clients of the run are connected, for at most `timeout_s` seconds."""
+        until, missing = time.monotonic() + timeout_s, 0
+        while number := self._run.num_nodes - len(self.present()):
+            if time.monotonic() > until:
+                return
+            if number != missing:
+                log(WARNING, "The round waits for %d clients that are not connected", number)
+            missing = number
+            time.sleep(_POLL_S)
+
     @property
     def names(self) -> list[str]:
         """The names of all clients that were ever registered, sorted."""
         return sorted(set(self._names.values()))
+
+    @property
+    def states(self) -> Mapping[str, frozenset[int]]:
+        """The ids of the states that each client could continue from when it was registered."""
+        return self._states
 
     def name_of(self, node: int) -> str:
         """Return the name of a node's client; empty if the node is not registered."""
@@ -176,6 +193,15 @@ class NodeRegistry:
                 f"{self._run.fingerprint} ({settings}); start both from the same code, conf/ and "
                 "overrides"
             )
+        if identity.states is None and self._run.train.save_every:
+            log(
+                WARNING,
+                "%s keeps no state, because its SuperNode has no state-dir; this run cannot be "
+                "resumed with it",
+                identity.client,
+            )
+        # The first node of a name is the one that is used while it is connected.
+        self._states.setdefault(identity.client, identity.states or frozenset())
         return identity.client
 
     def _log(self, errors: dict[int, FedsplitError]) -> None:

@@ -1,6 +1,6 @@
 """The interface between a strategy and the records of its run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 from flwr.app import ArrayRecord
@@ -16,16 +16,16 @@ class Recorder(Protocol):
         ...
 
     @property
-    def checkpoints(self) -> Sequence[int]:
-        """The rounds that have a checkpoint, oldest first."""
+    def checkpoints(self) -> Mapping[int, Mapping[str, int]]:
+        """The ids of the clients' states that go with each checkpoint, by round, oldest first."""
         ...
 
     def save(self, number: int) -> None:
         """Write the checkpoint of a round."""
         ...
 
-    def go_back(self) -> ArrayRecord:
-        """Load the last checkpoint into trunk and strategy; return its client weights."""
+    def go_back(self, number: int) -> ArrayRecord:
+        """Load the checkpoint of a round into trunk and strategy; return its client weights."""
         ...
 
     def end_diverged(self, reason: str) -> str:

@@ -32,8 +32,9 @@ class RoundMetrics:
     the reasons of failures in training, `refused_replies` the number of replies, in training and
     evaluation, that were refused, and `clipped_replies` that of clipped ones. `broken` are the
     clients that could not train, and `unmeasured` those that could not evaluate, because numbers
-    were not finite or out of proportion. Sums are in the order of names, because a sum of floats
-    depends on its order and the order of arrival is random.
+    were not finite or out of proportion; `missing` are those that did not do
+    one of it for another reason. The round was repeated `repeats` times before. Sums are in the
+    order of names, because a sum of floats depends on its order and the order of arrival is random.
     """
 
     trained: list[tuple[str, Numbers]] = field(default_factory=list)
@@ -43,6 +44,8 @@ class RoundMetrics:
     clipped_replies: int = 0
     broken: set[str] = field(default_factory=set)
     unmeasured: set[str] = field(default_factory=set)
+    repeats: int = 0
+    missing: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
     arrays_bytes: int = 0
 
@@ -75,8 +78,8 @@ class RoundMetrics:
         if reply.has_error():
             problem = peer_text(reply.error.reason)
             # Flower puts the class of the error before its text.
-            if any(error.__name__ in problem[:_HEAD] for error in _OF_NUMBERS):
-                broken.add(client)
+            is_of_numbers = any(error.__name__ in problem[:_HEAD] for error in _OF_NUMBERS)
+            (broken if is_of_numbers else self.missing).add(client)
             log(WARNING, "%s: %s failed: %s", where, client, problem)
             return problem
         try:
@@ -134,6 +137,7 @@ class RoundMetrics:
             refused_replies=self.refused_replies,
             clipped_replies=self.clipped_replies,
             went_back_from=went_back_from,
+            repeats=self.repeats,
             client_bytes=int(max((n["peak-bytes"] for n in trained), default=0)),
         )
 

@@ -29,9 +29,11 @@ class WrappingStrategy(Strategy):
 
     Attributes:
         coordinator: The coordinator of the rounds; it is there while they run.
+        grid: Flower's grid, from the start of the rounds on.
     """
 
     coordinator: RoundCoordinator
+    grid: Grid
 
     def __init__(self, client_strategy: Strategy, run: RunSpec) -> None:
         self.run = run
@@ -79,6 +81,14 @@ class WrappingStrategy(Strategy):
     ) -> MetricRecord | None:
         """Let the wrapped strategy aggregate the metrics."""
         return self.client_strategy.aggregate_evaluate(server_round, replies)
+
+    def _evaluate(
+        self, number: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> MetricRecord | None:
+        """Measure held-out loss at the clients that the wrapped strategy selects."""
+        messages = list(self.configure_evaluate(number, arrays, config, self.grid))
+        replies = self.coordinator.evaluate(number, messages) if messages else []
+        return self.aggregate_evaluate(number, replies) if replies else None
 
     def summary(self) -> None:
         """Log the run's settings."""
