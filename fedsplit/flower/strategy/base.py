@@ -153,11 +153,9 @@ class SplitStrategy(WrappingStrategy):
                 `policy.round_deadline_s`, if that is not in seconds of a virtual clock.
             train_config: Sent to the clients that train.
             evaluate_config: Sent to the clients that evaluate.
-            evaluate_fn: Evaluates the client weights at the server, before the first round and
-                after each round.
-            first_round: The first round of a resumed run. It begins earlier if a client does not
-                have its state of that time any more.
-            run_id: The run's id, by which clients find their checkpoints; by default a new one.
+            evaluate_fn: Evaluates the client weights at the server, first before all rounds.
+            first_round: The first round of a resumed run. It begins earlier if a client needs that.
+            run_id: The run's id for the clients' checkpoints; by default a new one.
 
         Returns:
             The client weights after the last round, and the metrics of every round.
@@ -175,18 +173,15 @@ class SplitStrategy(WrappingStrategy):
         self._invitations.run_id = run_id or new_run_id()
         self._registry = NodeRegistry(grid, self.run, self._invitations)
         self._registry.register_all()
-        self.grid, self._num_rounds = grid, num_rounds
-        result = Result(arrays=initial_arrays)
-        if checkpoints := self._recorder.checkpoints:
-            common = newest_common(checkpoints, self._registry.states)
-            if common < first_round - 1:
-                result.arrays, first_round = self._recorder.go_back(common), common + 1
+        self.grid, self._num_rounds, result = grid, num_rounds, Result(arrays=initial_arrays)
+        saved = self._recorder.checkpoints
+        if saved and (common := newest_common(saved, self._registry.states)) < first_round - 1:
+            result.arrays, first_round = self._recorder.go_back(common), common + 1
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         _evaluate_at_server(evaluate_fn, first_round - 1, result)
         while True:
             self.coordinator = self._new_coordinator(timeout)
-            is_saved = first_round - 1 in self._recorder.checkpoints and not self._went_back_from
-            if self.run.train.save_every and not is_saved:
+            if self.run.train.save_every and (self._went_back_from or first_round == 1):
                 # The first one, or one from which a resumed run knows that it went back.
                 self._recorder.save(first_round - 1)
             with self.trunk_server:

@@ -76,7 +76,7 @@ class Repeats:
 def newest_common(
     checkpoints: Mapping[int, Mapping[str, int]], states: Mapping[str, frozenset[int]]
 ) -> int:
-    """Return the newest checkpoint of the server whose clients' states are all intact.
+    """Return the newest round of which the server and all clients have an intact checkpoint.
 
     Args:
         checkpoints: The ids of the clients' states that go with each checkpoint, by round.
