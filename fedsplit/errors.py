@@ -134,6 +134,13 @@ class SessionLost(FedsplitError):
     status = "NOT_FOUND"
 
 
+class ServerRestarted(FedsplitError):
+    """The trunk went back to an older version as its server was started again; do so as well."""
+
+    code = "SERVER_RESTARTED"
+    status = "FAILED_PRECONDITION"
+
+
 class NonFinite(FedsplitError):
     """A tensor contains NaN or Inf; it was refused, and the trunk's state did not change."""
 

@@ -5,9 +5,10 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
@@ -85,7 +86,17 @@ Devices = Annotated[
     str,
     typer.Option(metavar="NAME", help="torch device; several, cuda:0,cuda:1, or auto for all GPUs"),
 ]
-
+StateDir = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR",
+        help="where trunks that train are saved, and read from at the next start; by default they "
+        "are not saved",
+    ),
+]
+SaveEvery = Annotated[
+    int, typer.Option(metavar="STEPS", help="steps of a trunk between two of its saved states")
+]
 
 _OPTIONS = {
     "wire.bind": "--bind",
@@ -115,6 +126,8 @@ class Serve(Command):
     token_file: TokenFile = ""
     revision: Revision = "main"
     device: Devices = "cpu"
+    state_dir: StateDir = ""
+    save_every: SaveEvery = 50
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
@@ -128,7 +141,7 @@ class Serve(Command):
     def _serve(self) -> None:
         quiet()
         from fedsplit.runs.folder import RunFolder
-        from fedsplit.serve import ADDRESS, hosted, plain_name, plan
+        from fedsplit.serve import ADDRESS, TrunkStates, hosted, plain_name, plan
 
         folders = [word for word in self.words if "=" not in word]
         if len(folders) + bool(self.model) > 1:
@@ -155,6 +168,9 @@ class Serve(Command):
             stopped.set()
 
         with ExitStack() as opened:
+            states = None
+            if self.state_dir:
+                states = opened.enter_context(TrunkStates(Path(self.state_dir), self.save_every))
             hosting = hosted(
                 served,
                 run,
@@ -162,6 +178,7 @@ class Serve(Command):
                 token=read_token(self.token_file),
                 device=self.device,
                 update=update_of(run),
+                states=states,
                 on_failure=stop_after_failure,
             )
             address = opened.enter_context(hosting)
@@ -170,7 +187,8 @@ class Serve(Command):
                 opened.enter_context(finished.announced(address))
             source = ["--run", folders[0]] if finished else ["--trunk", address]
             # Flushed, since other programs wait for this line.
-            print(self._ready_line(served, run, address, source), flush=True)
+            versions = states.versions if states else {}
+            print(self._ready_line(served, versions, run, address, source), flush=True)
             # Not without a timeout: a signal can reach the process without waking this thread.
             while not stopped.wait(_WAKE_S):
                 pass
@@ -189,9 +207,19 @@ class Serve(Command):
         return changed(finished, overrides) if finished else compose(overrides)
 
     def _ready_line(
-        self, served: "Sequence[Served]", run: RunSpec, address: str, source: Sequence[str]
+        self,
+        served: "Sequence[Served]",
+        versions: Mapping[str, int],
+        run: RunSpec,
+        address: str,
+        source: Sequence[str],
     ) -> str:
-        names = ", ".join(each.name for each in served)
+        names = ", ".join(
+            f"{each.name} at version {versions[each.name]}"
+            if versions.get(each.name)
+            else each.name
+            for each in served
+        )
         options = [*source]
         if "--trunk" in source:
             options += ["--model", served[0].model]

@@ -7,7 +7,6 @@ trunk and returns its output; autograd sends the gradients, so `loss.backward()`
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from fedsplit.client.autograd import (
     without_gradient,
 )
 from fedsplit.client.following import Follower, StepReminder
+from fedsplit.client.instance import ServerInstance
 from fedsplit.client.kv_session import CacheSession, TrunkCache
 from fedsplit.client.precision import Precision, may_overflow
 from fedsplit.client.rpc import RpcClient
@@ -59,6 +59,8 @@ class RemoteTrunk:
         autocast: The precision that the trunk's run sets, known once a session is open; empty if
             it sets none, and the trunk's is that of the client.
         round, version: The session's round, and the trunk's version after this client's last step.
+        instance: The server's process; it notices a restart.
+        encoder: The delta codec of training forwards.
         watch: Follows an optimizer, or warns if nothing asks the trunk for a step.
     """
 
@@ -99,10 +101,11 @@ class RemoteTrunk:
         self.watch: StepReminder | Follower = StepReminder(model, run.train, client)
         self._place = model.remote
         self._wire = run.wire
-        self._encoder = DeltaEncoder(run.wire, encoder_state)
-        self._rpc = RpcClient(link, run, client=client, encoder=self._encoder)
+        self.encoder = DeltaEncoder(run.wire, encoder_state)
+        self._rpc = RpcClient(link, run, client=client, encoder=self.encoder)
         self._session: ClientSession | None = None
         self.round = self.version = 0
+        self.instance = ServerInstance(client)
         self._precision, self.autocast = Precision(run.model), ""
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:
@@ -119,6 +122,8 @@ class RemoteTrunk:
                 that it began with, and gets the same dropout.
 
         Raises:
+            ServerRestarted: The server was started again, and its trunk has lost steps of this
+                client.
             FedsplitError: The trunk refuses this client, or cannot be reached.
         """
         request = m.OpenRequest(
@@ -129,7 +134,7 @@ class RemoteTrunk:
             # Evaluation does not depend on the run, so any run's client may evaluate.
             **(self._identity if training else {**self._identity, "config": ""}),
         )
-        reply = self._exchange_open(request)
+        reply = self._rpc.open(request, self._settings)
         if reply.limits.hidden_size != self._hidden_size:
             raise ModelMismatch(
                 f"the trunk's hidden size is {reply.limits.hidden_size}, but this model's is "
@@ -137,7 +142,7 @@ class RemoteTrunk:
             )
         self.watch.session_ended()
         # A step that was not taken is repeated, from the references that it began with.
-        self._encoder.rollback()
+        self.encoder.rollback()
         self._session = ClientSession(
             name=reply.session,
             trains=request.training,
@@ -145,6 +150,7 @@ class RemoteTrunk:
             step_began=first_call,
         )
         self.round, self.version, self.autocast = round, reply.version, reply.autocast
+        self.instance.opened(reply, continues=training and first_call > 0)
         return reply.version
 
     def close(self) -> None:
@@ -220,7 +226,7 @@ class RemoteTrunk:
         below_trains = hidden_BTD.requires_grad
         entering_BTD = hidden_BTD if below_trains else hidden_BTD.detach().requires_grad_()
         if self._wire.history_bytes:
-            request = self._encoder.encode(request)
+            request = self.encoder.encode(request)
         graph = RemoteGraph(
             rpc=self._rpc,
             session=session,
@@ -252,7 +258,7 @@ class RemoteTrunk:
             numbers_B: The number of each sequence's example, int64; it stays the same for the whole
                 run. Empty for sequences without numbers.
         """
-        return self._encoder.of(numbers_B)
+        return self.encoder.of(numbers_B)
 
     # --- generation ---------------------------------------------------------------------------
 
@@ -276,16 +282,9 @@ class RemoteTrunk:
             # Generation does not depend on the run, so any run's client may generate.
             **{**self._identity, "config": ""},
         )
-        session = self._exchange_open(request).session
+        session = self._rpc.open(request, self._settings).session
         self._caches.add(session)
         return session
-
-    def _exchange_open(self, request: m.OpenRequest) -> m.OpenReply:
-        try:
-            return self.exchange(request)
-        except ModelMismatch:
-            # The trunk names the settings that differ if it knows the client's.
-            return self.exchange(replace(request, **self._settings))
 
     def end_generations(self) -> None:
         """Close the sessions of deleted caches."""
@@ -315,7 +314,7 @@ class RemoteTrunk:
     @property
     def encoder_state(self) -> Mapping[str, Tensor]:
         """The references of the delta codec, by name; empty without `wire.history_bytes`."""
-        return self._encoder.state
+        return self.encoder.state
 
     def run_pieces(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         """Run micro-batches, `train.micro_batches` of them at a time; return their results."""
@@ -344,10 +343,10 @@ class RemoteTrunk:
             client_sq_norm=client_sq_norm,
             loss_scale=loss_scale,
         )
-        self.version = self.exchange(request).version
+        self.version = self.instance.own_version = self.exchange(request).version
         session.stepped()
         self.watch.stepped()
-        self._encoder.commit()
+        self.encoder.commit()
 
     def follow(self, optimizer: Optimizer, *, step: int = 0) -> Follower:
         """Contribute to the trunk's step before each step of this optimizer of the client weights.

@@ -9,8 +9,9 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedsplit.client.pipeline import MicroBatchPipeline
 from fedsplit.errors import (
@@ -18,6 +19,7 @@ from fedsplit.errors import (
     FedsplitError,
     HistoryLost,
     Internal,
+    ModelMismatch,
     StaleVersion,
 )
 from fedsplit.link import Link
@@ -33,7 +35,8 @@ log = logging.getLogger(__name__)
 _REFORWARDS = 6
 """How often a forward is repeated because its graph has expired, before the backward fails."""
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
+# With the backoff of gRPC, a client is back within 5 s of a server that was away for long.
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 3.0
 
 
 class RpcClient:
@@ -66,6 +69,14 @@ class RpcClient:
         # Other clients in this process may draw random numbers while this one waits.
         with rng_released():
             return self._retry(partial(self._link.exchange, request))
+
+    def open(self, request: m.OpenRequest, settings: dict[str, Any]) -> m.OpenReply:
+        """As `exchange`; an error for another model or run names the settings that differ."""
+        try:
+            return self.exchange(request)
+        except ModelMismatch:
+            # The trunk can name them if it knows the client's.
+            return self.exchange(replace(request, **settings))
 
     def exchange_in_turn(self, request: m.Request[m.R]) -> m.R:
         """As `exchange`, while the other micro-batches of the step run."""

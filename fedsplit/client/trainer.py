@@ -10,7 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,13 +21,22 @@ from transformers import PreTrainedModel
 from fedsplit.client.footprint import Footprint
 from fedsplit.client.norms import require_comparable_norms
 from fedsplit.client.objective import ClientObjective, Prediction
+from fedsplit.client.progress import FitProgress
 from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
+from fedsplit.client.rollback import Rollback, StateStore
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch, micro_batches
 from fedsplit.data.tasks import COUNTS, TASKS
-from fedsplit.errors import GradExploded, NonFinite, SessionLost, StaleVersion
+from fedsplit.errors import (
+    FedsplitError,
+    GradExploded,
+    NonFinite,
+    ServerRestarted,
+    SessionLost,
+    StaleVersion,
+)
 from fedsplit.model.acceleration import apply_training_options, autocast, precision_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient, unscale
@@ -144,19 +153,29 @@ class ClientTrainer:
             NonFinite: A tensor held NaN or Inf; no parameter of the client has changed.
             GradExploded: The trunk refused a far too large gradient, or reports one; as above.
         """
+        return self._step(batches, None)
+
+    def _step(self, batches: Sequence[Batch], rollback: Rollback | None) -> StepStats:
         num_tokens = sum(batch.num_tokens for batch in batches)
         self._model.train()
         self.optimizer.zero_grad()
         loss = self._forward_backward(batches, num_tokens)
         client_sq_norm, sq_norm = self._sq_norms()
         # The trunk first: if it refuses the step, the client has not changed yet.
-        self._step_trunk(num_tokens, client_sq_norm)
+        with rollback.saving() if rollback else nullcontext():
+            self._step_trunk(num_tokens, client_sq_norm)
         coefficient = self._clip_coefficient(client_sq_norm, sq_norm)
         self.optimizer.step(self.steps, coefficient, self._lr_scale)
         self._count_step()
         return StepStats(loss=loss, num_tokens=num_tokens)
 
-    def fit(self, batches: Iterable[Sequence[Batch]], *, round: int = 0) -> FitStats:
+    def fit(
+        self,
+        batches: Iterable[Sequence[Batch]],
+        *,
+        round: int = 0,
+        states: StateStore | None = None,
+    ) -> FitStats:
         """Train one step on each group of batches, in a session of its own.
 
         A step that the trunk refuses as stale, or whose session it has lost, is repeated on the
@@ -164,53 +183,42 @@ class ClientTrainer:
         numbers are not finite. It then changes no parameter at either side; only the loss scale
         falls, if there is one.
 
+        Args:
+            batches: The groups; a sequence of them if there are `states`.
+            round: The number of the round.
+            states: Keeps the client's states. If the server is started again with an older version
+                of the trunk, the client goes back to it, and repeats the groups from there on.
+
         Raises:
             NonFinite: Three steps in a row were not finite, and the loss scale cannot fall.
             GradExploded: Three steps in a row had a far too large gradient.
+            ServerRestarted: The server was started again with an older version of the trunk, of
+                which there is no state.
             FedsplitError: The trunk cannot be reached, or refuses with an error that is final.
         """
-        done: list[StepStats] = []
-        refused = skipped = overflows = in_a_row = 0
         # Calls are numbered by the steps of the whole run: a client may train twice in an
         # asynchronous round, and needs other dropout the second time.
-        per_batch = self._run.train.micro_batches
-        first_call = self.steps * self._run.train.accumulation * per_batch
+        first_call = self.steps * self._run.train.accumulation * self._run.train.micro_batches
+        progress = FitProgress()
+        rollback = Rollback(self, self._trunk, self._run, states, batches) if states else None
         with self._trunk.session(round, first_call=first_call):
-            for group in batches:
-                next_call = self._trunk.next_call + len(group) * per_batch
+            groups = iter(batches)
+            while (group := next(groups, None)) is not None:
                 try:
-                    done.append(self._step_with_retries(group, round))
-                    in_a_row = 0
-                    continue
-                except StaleVersion as reason:
-                    log.warning("%s gives up a step: %s", self._trunk.client, reason)
-                    refused += 1
-                except (NonFinite, GradExploded) as reason:
-                    log.warning("%s skips a step: %s", self._trunk.client, reason)
-                    skipped, in_a_row = skipped + 1, in_a_row + 1
-                    is_overflow = isinstance(reason, NonFinite) and self._is_scaled
-                    if is_overflow and self.loss_scale.can_fall:
-                        self.loss_scale, in_a_row = self.loss_scale.after_overflow(), 0
-                        overflows += 1
-                        log.warning(
-                            "%s lowers the loss scale to %g",
-                            self._trunk.client,
-                            self.loss_scale.value,
-                        )
-                    elif in_a_row == _ATTEMPTS:
+                    progress = self._fit_group(group, progress, round, rollback)
+                except ServerRestarted as reason:
+                    if not rollback:
                         raise
-                # Drops the gradients of the step from the trunk; the next step has its own calls.
-                self._trunk.open(round, first_call=next_call)
-        num_tokens = sum(stats.num_tokens for stats in done)
-        nats = sum(stats.loss * stats.num_tokens for stats in done)
+                    progress = rollback.go_back(reason, round)
+                    groups = rollback.groups_from(progress.groups)
         return FitStats(
-            loss=nats / max(1, num_tokens),
-            num_tokens=num_tokens,
-            steps=len(done),
-            repeated=sum(stats.repeats for stats in done),
-            refused=refused,
-            skipped=skipped,
-            overflows=overflows,
+            loss=progress.nats / max(1, progress.num_tokens),
+            num_tokens=progress.num_tokens,
+            steps=progress.steps,
+            repeated=progress.repeated,
+            refused=progress.refused,
+            skipped=progress.skipped,
+            overflows=progress.overflows,
             peak_bytes=self._footprint.num_bytes,
         )
 
@@ -235,14 +243,62 @@ class ClientTrainer:
             self._trunk.open(round, training=False)
             return self._predict(batch)
 
-    def _step_with_retries(self, group: Sequence[Batch], round: int) -> StepStats:
+    # --- the parts of a fit -------------------------------------------------------------------
+
+    def _fit_group(
+        self,
+        group: Sequence[Batch],
+        progress: FitProgress,
+        round: int,
+        rollback: Rollback | None,
+    ) -> FitProgress:
+        """Train a step on a group of batches; return the progress after it."""
+        progress = progress.begin(self._trunk.next_call)
+        next_call = progress.next_call + len(group) * self._run.train.micro_batches
+        if rollback:
+            rollback.progress = progress
+        try:
+            stats = self._step_with_retries(group, round, rollback)
+            return progress.taken(stats.loss, stats.num_tokens, stats.repeats)
+        except StaleVersion as reason:
+            log.warning("%s gives up a step: %s", self._trunk.client, reason)
+            progress = progress.given_up()
+        except (NonFinite, GradExploded) as reason:
+            log.warning("%s skips a step: %s", self._trunk.client, reason)
+            progress = progress.left_out(is_overflow=self._lower_scale(reason))
+            if progress.in_a_row == _ATTEMPTS:
+                raise
+        # Drops the gradients of the step from the trunk; the next step has its own calls.
+        self._trunk.open(round, first_call=next_call)
+        return progress
+
+    def _lower_scale(self, reason: FedsplitError) -> bool:
+        """Lower the loss scale after an overflow; return False if it was none, or cannot fall."""
+        is_overflow = isinstance(reason, NonFinite) and self._is_scaled
+        if not (is_overflow and self.loss_scale.can_fall):
+            return False
+        self.loss_scale = self.loss_scale.after_overflow()
+        log.warning("%s lowers the loss scale to %g", self._trunk.client, self.loss_scale.value)
+        return True
+
+    def _step_with_retries(
+        self, group: Sequence[Batch], round: int, rollback: Rollback | None
+    ) -> StepStats:
         first_call = self._trunk.next_call
-        for repeats in range(_ATTEMPTS - 1):
+        repeats = attempts = 0
+        while True:
+            instance = self._trunk.instance.id
             try:
-                return replace(self.step(group), repeats=repeats)
+                return replace(self._step(group, rollback), repeats=repeats)
             except (StaleVersion, SessionLost):
-                self._trunk.open(round, first_call=first_call)
-        return replace(self.step(group), repeats=_ATTEMPTS - 1)
+                attempts += 1
+                if attempts == _ATTEMPTS:
+                    raise
+            self._trunk.open(round, first_call=first_call)
+            repeats += 1
+            # A server may be started again more often than a step is attempted.
+            if self._trunk.instance.id != instance:
+                attempts = 0
 
     # --- the parts of a step ------------------------------------------------------------------
 

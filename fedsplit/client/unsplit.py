@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fedsplit.client.instance import ServerInstance
 from fedsplit.randomness import draws
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class NoTrunk:
 
     def __init__(self, model: PreTrainedModel, *, client: str) -> None:
         self.client = client
+        self.instance = ServerInstance(client)
         self.draws = draws(model)
 
     def open(self, round: int = 0, *, training: bool = True, first_call: int = 0) -> int:

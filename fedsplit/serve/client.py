@@ -60,6 +60,7 @@ def reach(
     run: RunSpec | None = None,
     revision: str = "main",
     device: str = "cpu",
+    client: str = "",
 ) -> Reached:
     """Build the client's part of a model, with the server's cut, and connect it to its trunk.
 
@@ -71,10 +72,10 @@ def reach(
         token: The server's token, if it requires one.
         tls_ca: The PEM file of the authority to trust, if the server has TLS.
         kv: The side that keeps the trunk's keys and values: `server` or `client`.
-        run: The run that the server was configured with, needed to train; its split is replaced
-            by the server's.
+        run: The run that the server was configured with, needed to train; the split is its own.
         revision: The revision of a hub id.
         device: The torch device of the client's part.
+        client: The client's name, which decides its dropout; by default a random one.
 
     Raises:
         ModelMismatch: The server serves another model, or no trunk of this name.
@@ -89,8 +90,7 @@ def reach(
         info = link.exchange(ServiceInfoRequest(served_model_name=served_model_name))
         run = replace(run, split=SplitSpec.parse(info.blocks))
         config = Source(name=source, revision=revision).config()
-        # Sessions belong to a client's name, and clients here have no configured ones.
-        name = f"client-{secrets.token_hex(8)}"
+        name = client or f"client-{secrets.token_hex(8)}"
         if not _is_of(info.model, config, run.split):
             why = _difference(link, info, config, run.split, name, served_model_name)
             raise ModelMismatch(
@@ -98,16 +98,16 @@ def reach(
                 "same model at both sides, or choose another trunk of the server: "
                 f"{peer_text(', '.join(info.served_model_names))}"
             )
-        client = client_of(pretrained_run(run, source, revision, adapter), config, device)
+        model = client_of(pretrained_run(run, source, revision, adapter), config, device)
         if adapter:
-            load_adapter(client, adapter)
-        on_device(client, device).eval()  # type: ignore[no-untyped-call]
+            load_adapter(model, adapter)
+        on_device(model, device).eval()  # type: ignore[no-untyped-call]
         remote = RemoteTrunk(
-            link, client, run, client=name, served_model_name=served_model_name, kv=kv
+            link, model, run, client=name, served_model_name=served_model_name, kv=kv
         )
-        connect(client, remote)
+        connect(model, remote)
         on_failure.pop_all()
-    return Reached(model=client, trunk=remote, link=link)
+    return Reached(model=model, trunk=remote, link=link)
 
 
 def _is_of(fingerprint: str, config: PretrainedConfig, split: SplitSpec) -> bool:

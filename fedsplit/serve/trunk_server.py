@@ -14,6 +14,7 @@ from fedsplit.model.lora import load_adapter, share_frozen
 from fedsplit.model.placement import devices_of, placed
 from fedsplit.model.source import Source
 from fedsplit.serve.shared import pretrained_run
+from fedsplit.serve.trunk_states import TrunkStates
 from fedsplit.spec import RunSpec, WireSpec
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.router import TrunkRouter
@@ -22,6 +23,9 @@ from fedsplit.trunk.update import TrunkUpdate
 
 _MAX_CLIENTS = 64
 """The least limit on streams at a time; a run with many clients raises it."""
+
+_DRAIN_S = 10.0
+"""The longest wait for the other clients of a step that has begun when the server stops."""
 
 _NAME_AND_VALUE = re.compile(r"([A-Za-z0-9_-]{1,64})=(.+)")
 
@@ -95,11 +99,14 @@ def hosted(
     token: str = "",
     device: str = "cpu",
     update: type[TrunkUpdate] = TrunkUpdate,
+    states: TrunkStates | None = None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """A context that serves trunks for generation and training; gives the server's address.
 
-    At its end the server refuses new calls, finishes calls in progress, and disconnects.
+    At its end the server refuses new calls, finishes calls in progress, and disconnects. With
+    `states`, it first finishes the steps that clients have contributed to, and saves the trunks
+    after that.
 
     Args:
         served: The trunks; only the trunk's tensors of each model are read.
@@ -110,6 +117,7 @@ def hosted(
         device: The torch device of the trunks; several as `cuda:0,cuda:1`, or `auto` for all GPUs.
         update: How a step of a trunk is made from the clients' gradients; the `update` of the run's
             method.
+        states: Where the trunks are saved, and restored from; by default they are not saved.
         on_failure: Called once all trunks have failed.
 
     Raises:
@@ -125,6 +133,8 @@ def hosted(
         each.name: TrunkService(trunk, run, update=update)
         for each, trunk in trunks_of(served, run, device)
     }
+    if states:
+        states.restore(services, run)
     router = TrunkRouter(services, token=token, max_clients=run.limits.clients)
     clients = max(_MAX_CLIENTS, 2 * run.clients)
     server = GrpcServer(
@@ -138,11 +148,23 @@ def hosted(
 
     for ended in router.trunks.values():
         ended.add_done_callback(check_failed)
+    with _running(router, server, states) as bound:
+        yield wire.advertise or bound
+
+
+@contextmanager
+def _running(router: TrunkRouter, server: GrpcServer, states: TrunkStates | None) -> Iterator[str]:
+    """A context in which the trunks and the server run; gives the address that it listens on."""
     with ExitStack() as opened:
+        if states:
+            for name, steps in states.last_steps.items():
+                router.resume(name, steps)
+            opened.callback(states.finish)
         opened.enter_context(router)
         opened.callback(server.stop)
-        bound = server.start()
-        yield wire.advertise or bound
+        if states:
+            opened.callback(router.drain, _DRAIN_S)
+        yield server.start()
 
 
 def trunks_of(

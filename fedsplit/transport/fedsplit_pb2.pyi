@@ -173,18 +173,20 @@ class OpenRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served_model_name: _Optional[str] = ..., identity: _Optional[_Mapping[str, str]] = ..., model_settings: _Optional[_Mapping[str, str]] = ..., run_settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("session", "server_instance_id", "version", "limits", "autocast")
+    __slots__ = ("session", "server_instance_id", "version", "limits", "autocast", "save_every")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
+    SAVE_EVERY_FIELD_NUMBER: _ClassVar[int]
     session: str
     server_instance_id: str
     version: int
     limits: Limits
     autocast: str
-    def __init__(self, session: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ...) -> None: ...
+    save_every: int
+    def __init__(self, session: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ..., save_every: _Optional[int] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec", "bases_B", "references", "other_mode", "calls_ago", "autocast")

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.generation import Generation
 from fedsplit.trunk.norm_guard import GuardCounts
 from fedsplit.trunk.scheduler import Scheduler
+from fedsplit.trunk.sessions import AcceptedStep
 from fedsplit.trunk.training import Training
 from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.trunk.virtual_time import VirtualTimeScheduler
@@ -51,6 +52,9 @@ class TrunkEngine:
         submit: Queues a call and returns its future; raises the reason if the engine has ended.
         ended: Has a result after the engine was stopped, or the exception that it failed with.
         work: Counts the work of each client; any thread may take a count.
+        at_rest: Called by the engine's thread after each turn that leaves no contribution waiting
+            for its step, so that `state` is that of a whole step. Set it before `start`.
+        last_steps: The last step that was accepted of each client, by which it is known again.
     """
 
     def __init__(
@@ -71,6 +75,9 @@ class TrunkEngine:
         self._scheduler = _scheduler_for(run, clock, self.training.is_excluded)
         self.submit = self._scheduler.submit
         self._on_turn = on_turn
+        self.at_rest: Callable[[], None] = lambda: None
+        self.last_steps: dict[str, AcceptedStep] = {}
+        self._is_draining = False
         self._in_hand: list[Call] = []
         self._thread = threading.Thread(target=self._loop, name="trunk-engine", daemon=True)
 
@@ -85,11 +92,19 @@ class TrunkEngine:
         """Start the engine's thread."""
         self._thread.start()
 
+    def drain(self, patience_s: float) -> None:
+        """Finish the step that clients have contributed to, within `patience_s`, and end."""
+        with suppress(FedsplitError):  # the engine may have failed before, and takes no calls
+            self.run(self._begin_to_drain)
+        wait([self.ended], timeout=patience_s)
+
+    def _begin_to_drain(self) -> None:
+        self._is_draining = True
+
     def stop(self) -> None:
         """Finish the running call, refuse the waiting ones, and end the thread."""
-        draining = Draining("the trunk is shutting down; no new work is taken")
         with suppress(FedsplitError):  # the engine may have failed before, and takes no calls
-            self.run(lambda: self._scheduler.close(draining), late=True)
+            self.run(self._close, late=True)
         if self._thread.is_alive():
             self._thread.join()
 
@@ -206,6 +221,11 @@ class TrunkEngine:
             self._answer(self._in_hand)
         # After the reply, so that the client that completed the barrier does not wait for the step.
         self.training.step_if_due()
+        if not self.training.barrier.contributions:
+            self.at_rest()
+            if self._is_draining:
+                self._close()
+                return
         # Calls in the queue first: backwards are more urgent, and requests can join this pass.
         if not self._generation.due_in() and not self._scheduler.has_arrivals(
             Kind.GENERATE.priority
@@ -231,6 +251,9 @@ class TrunkEngine:
         else:
             self._end()
             self.ended.set_result(None)
+
+    def _close(self) -> None:
+        self._scheduler.close(Draining("the trunk is shutting down; no new work is taken"))
 
     def _expire(self) -> None:
         self.training.drop_expired()
@@ -263,6 +286,9 @@ class TrunkEngine:
             match call.kind:
                 case Kind.STEP:
                     self.work.stepped(call.client, call.request.num_tokens)
+                    self.last_steps[call.client] = AcceptedStep(
+                        session=call.session, call=call.request.call, version=reply.version
+                    )
                 case Kind.FORWARD | Kind.EVALUATE:
                     self.work.passed(call.client, call.request.smashed_BTD.shape[:2].numel())
             call.future.set_result(reply)
@@ -320,7 +346,8 @@ class TrunkEngine:
 
     def _on_thread(self, work: Callable[[], Any]) -> Any:
         # Before `start` and after `stop` no other thread uses the state, so the caller runs it.
-        return self.run(work).result() if self._thread.is_alive() else work()
+        is_own = threading.current_thread() is self._thread
+        return work() if is_own or not self._thread.is_alive() else self.run(work).result()
 
 
 def _scheduler_for(

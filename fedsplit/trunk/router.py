@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsplit.errors import ConfigError, ModelMismatch, Overloaded, SessionLost, Unauthenticated
 from fedsplit.trunk.service import TrunkService
-from fedsplit.trunk.sessions import no_session
+from fedsplit.trunk.sessions import AcceptedStep, no_session
 from fedsplit.wire import messages as m
 
 
@@ -134,6 +134,20 @@ class TrunkRouter:
             member = self._sessions.get(session)
         if member:
             member.service.disconnected(session)
+
+    def resume(self, name: str, steps: Mapping[str, AcceptedStep]) -> None:
+        """Route these steps to the trunk `name`, which answers them if they are sent again."""
+        for client, step in steps.items():
+            member = self._admitted(name, client)
+            with self._lock:
+                member.opening -= 1
+                member.sessions.add(step.session)
+                self._sessions[step.session] = member
+
+    def drain(self, patience_s: float) -> None:
+        """Have every trunk finish its step and end, one after another; see `TrunkEngine.drain`."""
+        for service in self._services.values():
+            service.engine.drain(patience_s)
 
     def _info(self, request: m.ServiceInfoRequest, token: str) -> m.ServiceInfoReply:
         service = self._services[self._name(request.served_model_name)]

@@ -33,7 +33,7 @@ from fedsplit.trunk.guard import require_dtype
 from fedsplit.trunk.positions import num_positions, require_positions
 from fedsplit.trunk.registry import ClientRegistry
 from fedsplit.trunk.session_table import SessionTable
-from fedsplit.trunk.sessions import Session, SessionInfo, Steps
+from fedsplit.trunk.sessions import AcceptedStep, Session, SessionInfo, Steps
 from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.wire import messages as m
 from fedsplit.wire.delta import DeltaDecoder
@@ -62,6 +62,7 @@ class TrunkService:
     ) -> None:
         self.engine = TrunkEngine(trunk, run, clock, update=update, on_turn=self.expire_sessions)
         self.server_instance_id = secrets.token_hex(8)
+        self.save_every = 0
         self.limits = m.Limits(
             max_rows=run.train.batch_size,
             max_tokens=run.data.sequence_length,
@@ -110,11 +111,16 @@ class TrunkService:
             return False
         self._clients.forget(client)
         self._last_steps.pop(client, None)
+        self.engine.last_steps.pop(client, None)
         self.decoder.forget(client)
         self.engine.work.take(client)
         if not self.engine.ended.done():
             self.engine.run(lambda: self.engine.training.forget_client(client))
         return True
+
+    def resume(self, steps: Mapping[str, AcceptedStep]) -> None:
+        """Answer a step again that clients took before the trunk's state was loaded."""
+        self._last_steps |= {client: step.remembered() for client, step in steps.items()}
 
     def expire_sessions(self) -> None:
         """Drop the sessions that have expired."""
@@ -259,6 +265,7 @@ class TrunkService:
             version=version,
             limits=self.limits,
             autocast=self._autocast,
+            save_every=self.save_every,
         )
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:

@@ -28,6 +28,21 @@ _EVENTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptedStep:
+    """An accepted step of a client: its session, its call, and the version that it makes."""
+
+    session: str
+    call: int
+    version: int
+
+    def remembered(self) -> Steps:
+        """Return the step with its reply."""
+        future: Future[StepReply] = Future()
+        future.set_result(StepReply(version=self.version))
+        return {(self.session, self.call): future}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo:
     """The client, the round and the purpose of a session: to train, to evaluate or to generate."""
 

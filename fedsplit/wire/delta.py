@@ -85,11 +85,7 @@ class DeltaEncoder:
         self._named: dict[int, Reference] = {}
         self._admitted: set[int] = set()
         self._thread = threading.local()
-        self._next = {
-            int(name): Reference.of(*(state[f"{name}/{way}"].view(torch.bfloat16) for way in _WAYS))
-            for name in dict.fromkeys(name.split("/")[0] for name in state)
-        }
-        self.commit()
+        self.load_state(state)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -99,6 +95,15 @@ class DeltaEncoder:
             for example, reference in self._kept.items()
             for way, tensor_TD in zip(_WAYS, (reference.up_TD, reference.down_TD), strict=True)
         }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from the references that `state` returned."""
+        self._kept = {}
+        self._next = {
+            int(name): Reference.of(*(state[f"{name}/{way}"].view(torch.bfloat16) for way in _WAYS))
+            for name in dict.fromkeys(name.split("/")[0] for name in state)
+        }
+        self.commit()
 
     @contextmanager
     def of(self, examples_B: Tensor) -> Iterator[None]:

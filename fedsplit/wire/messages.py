@@ -54,7 +54,8 @@ class OpenReply(Reply):
     """A new session; `server_instance_id` is random per start of the server.
 
     `autocast` is the precision of the trunk's matrix products, or empty for that of its weights.
-    If it is float16, the client has to scale its losses.
+    If it is float16, the client has to scale its losses. The trunk saves its state when its version
+    reaches a multiple of `save_every`; 0 means that it saves none.
     """
 
     session: str
@@ -62,6 +63,7 @@ class OpenReply(Reply):
     version: int
     limits: Limits
     autocast: str = ""
+    save_every: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,9 @@ MESSAGES: dict[str, Body] = {
     "open_reply": m.OpenReply(
         session="s-1", server_instance_id="i-1", version=MANY, limits=LIMITS, autocast="float16"
     ),
+    "open_reply of a trunk that saves its state": m.OpenReply(
+        session="s-1", server_instance_id="i-1", version=3, limits=LIMITS, save_every=50
+    ),
     "open_reply with defaults": m.OpenReply(
         session="",
         server_instance_id="",
