@@ -196,8 +196,8 @@ class NodeRegistry:
         if identity.states is None and self._run.train.save_every:
             log(
                 WARNING,
-                "%s keeps no state, because its SuperNode has no state-dir; this run cannot be "
-                "resumed with it",
+                "%s keeps no state, because its SuperNode has no state-dir: this run cannot be "
+                "resumed with it, and a SuperNode that is started again has new optimizer moments",
                 identity.client,
             )
         # The first node of a name is the one that is used while it is connected.
