@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,12 @@ class Hello:
 
     @staticmethod
     def of(content: RecordDict) -> "Hello":
-        """Read the message's content."""
-        return Hello(**_fields_of(content.config_records[_HELLO]))
+        """Read the message's content.
+
+        Raises:
+            ProtocolError: It is not that of such a message.
+        """
+        return Hello(**_fields_of(content, _HELLO, Hello))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +113,12 @@ class JoinInfo:
 
     @staticmethod
     def of(content: RecordDict) -> "JoinInfo":
-        """Read the information from a message's content."""
-        return JoinInfo(**_fields_of(content.config_records[_JOIN_INFO]))
+        """Read the information from a message's content.
+
+        Raises:
+            ProtocolError: It is not there, or is impossible.
+        """
+        return JoinInfo(**_fields_of(content, _JOIN_INFO, JoinInfo))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,19 +229,25 @@ class Memory:
 
 def _record_of(info: Hello | JoinInfo) -> ConfigRecord:
     # Flower's records hold lists, not tuples.
-    fields = asdict(info).items()
-    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in fields})
+    values = asdict(info).items()
+    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in values})
 
 
-def _fields_of(record: ConfigRecord) -> dict[str, Any]:
-    fields: dict[str, Any] = dict(record)
-    lists = {name: fields[name] for name in ("labels", "kept_states") if name in fields}
-    if odd := [name for name, value in lists.items() if not isinstance(value, list)]:
+def _fields_of(content: RecordDict, key: str, kind: type[Hello | JoinInfo]) -> dict[str, Any]:
+    found: dict[str, Any] = dict(content.config_records.get(key, ConfigRecord()))
+    if odd := sorted(found.keys() ^ {each.name for each in fields(kind)}):
         raise ProtocolError(
-            f"the server sent {peer_text(repr(lists[odd[0]]))} as {odd[0]}, which must be a list; "
-            "run the same code at both sides"
+            f"the server's record {key!r} has {len(found)} values, not {len(fields(kind))}; the "
+            f"first difference is {peer_text(odd[0])!r}; run the same code at both sides"
         )
-    return {**fields, **{name: tuple(value) for name, value in lists.items()}}
+    lists = {name: found[name] for name in ("labels", "kept_states") if name in found}
+    for name, value in lists.items():
+        if not isinstance(value, list):
+            raise ProtocolError(
+                f"the server sent {peer_text(repr(value))} as {name}, which must be a list; run "
+                "the same code at both sides"
+            )
+    return {**found, **{name: tuple(value) for name, value in lists.items()}}
 
 
 def _owner(parent: Path) -> str:
