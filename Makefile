@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 JOBS ?= 4
+MINUTES ?= 30
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format proto clean
+.PHONY: help install run test soak check format proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +41,10 @@ run: install ## train the default experiment through `flwr run`; leaves runs/<na
 
 test: $(DEVELOPED) ## run the whole suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+soak: $(DEVELOPED) ## train and generate under random faults for MINUTES; leaves runs/soak.png
+	mkdir -p runs
+	$(BIN)/python -m simulations.bench soak --minutes $(MINUTES) --json runs/soak.json
 
 check: $(DEVELOPED) ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -3,7 +3,8 @@
     python -m simulations.bench generate --json FILE
 
 `all` runs all benchmarks, one after the other. FILE gets one JSON object: `figures` by name, and
-`rows`, the measurements behind them. Times are meaningful only on a machine without other load.
+`rows`, the measurements behind them. Pictures are written beside FILE. Times are meaningful only on
+a machine without other load.
 `--size toy` only tests that the program runs.
 """
 
@@ -26,12 +27,21 @@ BENCHES = (
     "generate",
     "guard",
     "memory",
+    "schedules",
+    "soak",
     "step",
     "strangers",
     "wire",
 )
 """Each has `measure(size)` for the sizes `full` and `toy`. A module is imported only to run it, so
 that one that needs only the core runs without the other dependencies."""
+
+_OPTIONS: dict[str, tuple[str, type[int] | type[float]]] = {
+    "cases": ("fuzz", int),
+    "count": ("schedules", int),
+    "minutes": ("soak", float),
+}
+"""The options of single benchmarks, by the argument of their `measure`."""
 
 # Threads that spin while they wait take cores from other processes. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -46,11 +56,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("name", choices=(*BENCHES, "all"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and rows there")
     parser.add_argument("--size", choices=("full", "toy"), default="full")
-    parser.add_argument("--cases", type=int, metavar="N", help="fuzz: the number of cases")
+    for option, (bench, kind) in _OPTIONS.items():
+        text = f"{bench}: the number of {option}"
+        parser.add_argument(f"--{option}", type=kind, metavar="N", help=text)
     arguments = parser.parse_args(words)
-    if arguments.cases and arguments.name != "fuzz":
-        parser.error("--cases is for fuzz")
-    options = {"cases": arguments.cases} if arguments.cases else {}
+    options = {name: value for name in _OPTIONS if (value := getattr(arguments, name))}
+    for option in options:
+        if arguments.name != _OPTIONS[option][0]:
+            parser.error(f"--{option} is for {_OPTIONS[option][0]}")
     quiet_libraries()
     report = Report()
     try:
@@ -63,6 +76,8 @@ def main(words: list[str] | None = None) -> int:
     print(report)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        for name, picture in report.pictures.items():
+            arguments.json.with_name(name).write_bytes(picture)
     return 0
 
 

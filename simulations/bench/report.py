@@ -16,10 +16,11 @@ Figure = float | bool
 
 @dataclass(slots=True)
 class Report:
-    """The figures and rows of a benchmark; each row is printed when it is added."""
+    """The figures, rows and PNG pictures of a benchmark; each row is printed when it is added."""
 
     figures: dict[str, Figure] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, bytes] = field(default_factory=dict)
 
     def row(self, of: str, **values: Any) -> None:
         """Add a measurement of the quantity `of`."""
@@ -37,9 +38,10 @@ class Report:
         return self.spread(of, [a / b for a, b in zip(over, under, strict=True)], **which)
 
     def take(self, other: "Report") -> None:
-        """Add the figures and rows of another report."""
+        """Add the figures, rows and pictures of another report."""
         self.figures |= other.figures
         self.rows += other.rows
+        self.pictures |= other.pictures
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that is written to a file."""

@@ -93,6 +93,7 @@ FIGURES = {
         "loss_others_x1e6",
         "overhead",
     ],
+    "soak": ["faults", "growing", "rounds", "rounds_compared", "sessions", "violations"],
     "strangers": [
         "memory_per_mib",
         *(f"p99_as_busy_{attack}" for attack in sorted(ATTACKS)),
@@ -160,6 +161,17 @@ def costing_what_it_says(told: dict[str, Any]) -> None:
     assert abs(figures["loss_delta_default"]) < 0.002
 
 
+def of_right_numbers(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    violations = [row["text"] for row in told["rows"] if row["of"] == "violation"]
+    assert figures["violations"] == 0, violations
+    assert min(figures["rounds_compared"], figures["sessions"], figures["faults"]) > 0
+    trends = [row for row in told["rows"] if "zero_within" in row]
+    kinds = {row["of"].partition("_")[0] for row in trends}
+    assert kinds == {"rss", "descriptors", "threads", "step"}
+    assert sum(not row["zero_within"] for row in trends) == figures["growing"]
+
+
 HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accelerate": of_the_same_loss,
     "clients": more_with_more_clients,
@@ -168,6 +180,7 @@ HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "generate": exact_and_small,
     "guard": without_false_alarms,
     "memory": saved_at_the_trunk,
+    "soak": of_right_numbers,
     "step": exact_with_four_transfers,
     "strangers": of_no_harm,
     "wire": measured_on_every_way,

@@ -18,8 +18,8 @@ from fedsplit.spec import PolicySpec, WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from fedsplit.wire.messages import CloseRequest, ForwardRequest, Request
-from tests.core.worlds import Member, World, batch, same, small_run, world
 from simulations.proxy import Proxy, proxied
+from tests.core.worlds import Member, World, batch, same, small_run, world
 
 STEPS = 8
 

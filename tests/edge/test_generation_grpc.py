@@ -10,9 +10,9 @@ from fedsplit.errors import ConnectionLost, TooLarge
 from fedsplit.spec import WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.wire import messages as m
+from simulations.proxy import proxied
 from tests.core.generating import Scene, prompt, scene
 from tests.edge.forked import Program
-from simulations.proxy import proxied
 from tests.edge.trunkserver import TOKEN, served, wire_spec
 
 MODES = {
