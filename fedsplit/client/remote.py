@@ -131,6 +131,7 @@ class RemoteTrunk:
             hidden_size=self._hidden_size,
             round=round,
             training=training and self._mode != "isolated",
+            last_instance_id=self.instance.id,
             # Evaluation does not depend on the run, so any run's client may evaluate.
             **(self._identity if training else {**self._identity, "config": ""}),
         )

@@ -164,7 +164,7 @@ class Rollback:
                 return progress
 
     def _restore(self, reason: ServerRestarted) -> FitProgress:
-        version, numbers = self._trunk.version, self._store.numbers
+        version, numbers = self._trunk.instance.kept_version, self._store.numbers
         missing = ServerRestarted(
             f"{reason}; this client has states of the versions {numbers}, and none of {version}"
         )

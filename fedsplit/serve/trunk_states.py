@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,7 +24,8 @@ from fedsplit.wire.messages import ServiceInfoRequest
 
 log = logging.getLogger(__name__)
 
-_TRUNK, _CLIENTS = "trunk", "clients.json"
+_TRUNK, _STARTS = "trunk", "starts.json"
+_MOST_STARTS = 64
 
 
 class TrunkStates:
@@ -108,9 +110,10 @@ class TrunkSaver:
     """Saves the state of one trunk, and restores it.
 
     A state is copied by the engine's thread and written by another one, so training waits only if
-    the state before it is not written yet. Beside the states there is a list of the clients, whose
-    steps a restarted trunk must wait for: those that were at work in a state, and those that have
-    joined since.
+    the state before it is not written yet. Beside the states there is a file with what has happened
+    since the last of them: the server's starts, each with the version up to which the trunk has the
+    steps that were taken at it, and the clients that have joined, whose steps a restarted trunk
+    must wait for.
 
     Args:
         service: The trunk's service, which has not started.
@@ -133,9 +136,16 @@ class TrunkSaver:
         self._writing: Future[None] | None = None
         self._present: frozenset[str] = frozenset()
         # The version at which each client has joined last.
-        self._joined: dict[str, int] = self._read_clients()
+        self._joined: dict[str, int] = {}
+        self._starts: dict[str, int] = {}
+        self._read_starts()
         self.steps: dict[str, AcceptedStep] = {}
         self.restored = self._saved = self._restore(service)
+        self._starts = {k: min(v, self.restored) for k, v in self._starts.items()}
+        service.past_instances = dict(list(self._starts.items())[-_MOST_STARTS:])
+        # At the next start, no step above the version that it begins with is left.
+        self._starts = service.past_instances | {service.server_instance_id: sys.maxsize}
+        self._write_starts()
         service.save_every = every
         service.engine.at_rest = self._at_rest
 
@@ -194,16 +204,19 @@ class TrunkSaver:
             # Not waited for: the engine does this before all else when it starts.
             self._engine.expect(clients, at_once=most, close_after=most, until=float("inf"))
 
-    def _read_clients(self) -> dict[str, int]:
-        path = self._states.folder / _CLIENTS
+    def _read_starts(self) -> None:
+        path = self._states.folder / _STARTS
         try:
-            listed: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self._starts, self._joined = found["starts"], found["joined"]
         except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as exc:
-            log.error("%s cannot be read (%s); no client is awaited for it", path, exc)
-            return {}
-        return listed
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            log.error("%s cannot be read (%r); all clients go back to version 0", path, exc)
+
+    def _write_starts(self) -> None:
+        text = json.dumps({"starts": self._starts, "joined": self._joined})
+        atomic.write_text(self._states.folder / _STARTS, text)
 
     # --- save, on the engine's thread ---------------------------------------------------------
 
@@ -222,7 +235,7 @@ class TrunkSaver:
         kept = {k: v for k, v in self._joined.items() if v >= oldest}
         self._joined = kept | dict.fromkeys(joined, version)
         try:
-            atomic.write_text(self._states.folder / _CLIENTS, json.dumps(self._joined))
+            self._write_starts()
         except StorageError as exc:
             log.error("%s; after a kill the trunk would not wait for its clients", exc)
 

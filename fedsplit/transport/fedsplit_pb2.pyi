@@ -122,7 +122,7 @@ class Limits(_message.Message):
     def __init__(self, max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., session_tokens: _Optional[int] = ..., stateless_bytes: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training", "generating", "cache_tokens", "served_model_name", "identity", "model_settings", "run_settings")
+    __slots__ = ("protocol", "client", "model", "config", "hidden_size", "round", "training", "generating", "cache_tokens", "served_model_name", "identity", "model_settings", "run_settings", "last_instance_id")
     class IdentityEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +157,7 @@ class OpenRequest(_message.Message):
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     MODEL_SETTINGS_FIELD_NUMBER: _ClassVar[int]
     RUN_SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    LAST_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client: str
     model: str
@@ -170,23 +171,26 @@ class OpenRequest(_message.Message):
     identity: _containers.ScalarMap[str, str]
     model_settings: _containers.ScalarMap[str, str]
     run_settings: _containers.ScalarMap[str, str]
-    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served_model_name: _Optional[str] = ..., identity: _Optional[_Mapping[str, str]] = ..., model_settings: _Optional[_Mapping[str, str]] = ..., run_settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    last_instance_id: str
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., model: _Optional[str] = ..., config: _Optional[str] = ..., hidden_size: _Optional[int] = ..., round: _Optional[int] = ..., training: bool = ..., generating: bool = ..., cache_tokens: _Optional[int] = ..., served_model_name: _Optional[str] = ..., identity: _Optional[_Mapping[str, str]] = ..., model_settings: _Optional[_Mapping[str, str]] = ..., run_settings: _Optional[_Mapping[str, str]] = ..., last_instance_id: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("session", "server_instance_id", "version", "limits", "autocast", "save_every")
+    __slots__ = ("session", "server_instance_id", "version", "limits", "autocast", "save_every", "kept_version")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     SAVE_EVERY_FIELD_NUMBER: _ClassVar[int]
+    KEPT_VERSION_FIELD_NUMBER: _ClassVar[int]
     session: str
     server_instance_id: str
     version: int
     limits: Limits
     autocast: str
     save_every: int
-    def __init__(self, session: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ..., save_every: _Optional[int] = ...) -> None: ...
+    kept_version: int
+    def __init__(self, session: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., autocast: _Optional[str] = ..., save_every: _Optional[int] = ..., kept_version: _Optional[int] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("session", "call", "training", "smashed_BTD", "attention_mask_BT", "position_ids_BT", "codec", "bases_B", "references", "other_mode", "calls_ago", "autocast")

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
@@ -92,14 +92,15 @@ class TrunkEngine:
         """Start the engine's thread."""
         self._thread.start()
 
-    def drain(self, patience_s: float) -> None:
-        """Finish the step that clients have contributed to, within `patience_s`, and end."""
-        with suppress(FedsplitError):  # the engine may have failed before, and takes no calls
-            self.run(self._begin_to_drain)
-        wait([self.ended], timeout=patience_s)
+    def drain(self) -> "Future[None]":
+        """Have the thread end as soon as no contribution waits for its step; return `ended`."""
 
-    def _begin_to_drain(self) -> None:
-        self._is_draining = True
+        def drain() -> None:
+            self._is_draining = True
+
+        with suppress(FedsplitError):  # the engine may have failed before, and takes no calls
+            self.run(drain)
+        return self.ended
 
     def stop(self) -> None:
         """Finish the running call, refuse the waiting ones, and end the thread."""

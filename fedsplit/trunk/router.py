@@ -3,7 +3,7 @@
 import hmac
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from threading import Lock
@@ -145,9 +145,12 @@ class TrunkRouter:
                 self._sessions[step.session] = member
 
     def drain(self, patience_s: float) -> None:
-        """Have every trunk finish its step and end, one after another; see `TrunkEngine.drain`."""
-        for service in self._services.values():
-            service.engine.drain(patience_s)
+        """Have every trunk finish the step that clients have contributed to, and end.
+
+        Args:
+            patience_s: The longest time to wait for the other clients of these steps, in seconds.
+        """
+        wait([service.engine.drain() for service in self._services.values()], timeout=patience_s)
 
     def _info(self, request: m.ServiceInfoRequest, token: str) -> m.ServiceInfoReply:
         service = self._services[self._name(request.served_model_name)]

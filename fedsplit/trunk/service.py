@@ -63,6 +63,7 @@ class TrunkService:
         self.engine = TrunkEngine(trunk, run, clock, update=update, on_turn=self.expire_sessions)
         self.server_instance_id = secrets.token_hex(8)
         self.save_every = 0
+        self.past_instances: dict[str, int] = {}
         self.limits = m.Limits(
             max_rows=run.train.batch_size,
             max_tokens=run.data.sequence_length,
@@ -266,6 +267,7 @@ class TrunkService:
             limits=self.limits,
             autocast=self._autocast,
             save_every=self.save_every,
+            kept_version=self.past_instances.get(request.last_instance_id, 0),
         )
 
     def _forward(self, session: Session, request: m.ForwardRequest) -> m.ForwardReply:

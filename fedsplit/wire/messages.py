@@ -55,7 +55,9 @@ class OpenReply(Reply):
 
     `autocast` is the precision of the trunk's matrix products, or empty for that of its weights.
     If it is float16, the client has to scale its losses. The trunk saves its state when its version
-    reaches a multiple of `save_every`; 0 means that it saves none.
+    reaches a multiple of `save_every`; 0 means that it saves none. `kept_version` is the version up
+    to which it has the steps that were taken at the `last_instance_id` of the request, if that is
+    an earlier start.
     """
 
     session: str
@@ -64,6 +66,7 @@ class OpenReply(Reply):
     limits: Limits
     autocast: str = ""
     save_every: int = 0
+    kept_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,8 @@ class OpenRequest(Request[OpenReply]):
 
     `identity` has digests of the weights that the client's part came from, and of its adapter
     (`fedsplit.model.identity`). A refused client repeats the request with the settings behind
-    `model` and `config`, so that the trunk can name those that differ.
+    `model` and `config`, so that the trunk can name those that differ. `last_instance_id` is the
+    `server_instance_id` of the client's session before, or empty.
     """
 
     protocol: int
@@ -94,6 +98,7 @@ class OpenRequest(Request[OpenReply]):
     identity: dict[str, str] = field(default_factory=dict)
     model_settings: dict[str, str] = field(default_factory=dict)
     run_settings: dict[str, str] = field(default_factory=dict)
+    last_instance_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -22,7 +22,7 @@ from fedsplit.wire.messages import (
 )
 
 _IDS = ("session", "client", "model")
-_NAMES_OR_NONE = ("config", "served_model_name")
+_NAMES_OR_NONE = ("config", "served_model_name", "last_instance_id")
 _INTEGERS = (torch.int64, torch.int32)
 _OF_MASKS = (*_INTEGERS, torch.bool)
 _LEAST = {

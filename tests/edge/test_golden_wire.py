@@ -69,6 +69,16 @@ MESSAGES: dict[str, Body] = {
         model_settings={"rope_parameters.rope_theta": "10000"},
         run_settings={"train.lr": "0.1"},
     ),
+    "open_request of a client that comes back": m.OpenRequest(
+        protocol=4,
+        client="client-0",
+        model="model",
+        config="config",
+        hidden_size=4096,
+        round=0,
+        training=True,
+        last_instance_id="i-0",
+    ),
     "open_request with defaults": m.OpenRequest(
         protocol=0, client="", model="", config="", hidden_size=0, round=0, training=False
     ),
@@ -76,7 +86,12 @@ MESSAGES: dict[str, Body] = {
         session="s-1", server_instance_id="i-1", version=MANY, limits=LIMITS, autocast="float16"
     ),
     "open_reply of a trunk that saves its state": m.OpenReply(
-        session="s-1", server_instance_id="i-1", version=3, limits=LIMITS, save_every=50
+        session="s-1",
+        server_instance_id="i-1",
+        version=3,
+        limits=LIMITS,
+        save_every=50,
+        kept_version=2,
     ),
     "open_reply with defaults": m.OpenReply(
         session="",
