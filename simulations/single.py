@@ -9,13 +9,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from fedsplit.config import to_yaml
 from fedsplit.console import ending_with_its_reader
-from fedsplit.runs.folder import RunFolder
+from fedsplit.runs.folder import RunFolder, new_run_id
 from fedsplit.runs.metrics import evaluated
 from fedsplit.spec import RunSpec
 from simulations.launch import run_flwr
@@ -205,14 +205,23 @@ def _inline(run: RunSpec, folder: RunFolder) -> None:
 
 def _flwr(run: RunSpec, folder: RunFolder) -> None:
     with (folder.path / "flower.log").open("w", encoding="utf-8") as log:
+
+        def write(line: str) -> None:
+            # Without room on the disk, the log has a gap, and the run goes on.
+            with suppress(OSError):
+                print(line, file=log, flush=True)
+
         run_flwr(
             _APP,
-            run_config=_run_config(run, folder),
+            folder,
+            # The id lets the app continue the run when it is started again. A resumed run has one.
+            run_config=_run_config(run, folder) | {"run-id": "" if run.resume else new_run_id()},
             num_clients=run.num_nodes,
             workers=run.launch.workers,
-            log_path=folder.path / "superlink.log",
+            restarts=run.launch.restarts,
             start_timeout_s=run.launch.start_timeout_s,
-            on_output=lambda line: print(line, file=log, flush=True),
+            on_output=write,
+            on_restart=lambda line: print(line, flush=True),
         )
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from fedsplit.config import Variants, from_yaml, to_yaml
 from fedsplit.errors import DataError, Diverged, error_text
+from fedsplit.flower.processes import SECONDS_TO_END
 from fedsplit.runs.compare import Group, Run, number
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
-from simulations.launch import SECONDS_TO_END
 from simulations.single import carry_out, claim
 
 _PRELOADED = ["fedsplit.flower.client_app", "fedsplit.flower.server_app", __name__]

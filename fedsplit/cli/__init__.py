@@ -14,9 +14,10 @@ from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
 from fedsplit.cli.results import Compare, Plot, Shards
 from fedsplit.cli.serve import Info, Serve
+from fedsplit.cli.supervise import Supervise
 from fedsplit.console import ending_with_its_reader, print_error
 
-_COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Serve, Generate, Chat)
+_COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Serve, Generate, Chat, Supervise)
 _EXAMPLES = (
     "examples:",
     "fedsplit split gpt2 --split 1/10/1 --out parts",

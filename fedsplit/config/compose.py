@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsplit.config.location import conf_dir
 from fedsplit.config.overrides import (
+    NO_SETTINGS,
     RunConfig,
     check,
     from_keys,
@@ -84,13 +85,16 @@ def from_run_config(run_config: RunConfig) -> RunSpec:
     """Return the run of Flower's run config; an empty value means the default of `conf/`.
 
     The key `config` is a whole run as YAML and takes precedence over all other keys except
-    `run-dir`, the folder for results.
+    `run-dir`, the folder for results. The keys `run-id` and `end-mark` are no settings
+    of the run.
 
     Raises:
         ConfigError: A key or a value is not allowed, or a value is an interpolation.
     """
     # Flower requires a default for every key, and pyproject.toml has empty ones.
     keys = {key: value for key, value in run_config.items() if value != ""}
+    for key in NO_SETTINGS:
+        keys.pop(key, None)
     text, run_dir = keys.pop("config", None), keys.pop("run-dir", None)
     spec = _composed(from_keys(keys)) if text is None else _parsed(str(text))
     if run_dir is None:

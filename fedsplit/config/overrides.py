@@ -47,6 +47,8 @@ RUN_CONFIG_KEYS = {
     "resume": "resume",
 }
 """Keys of `[tool.flwr.app.config]`, and the group or field that each one sets."""
+NO_SETTINGS = ("run-id", "end-mark")
+"""Keys of it that are for a program that starts the app again, and no settings of the run."""
 
 
 _LISTS = ("lora.targets", "launch.trunk_device")
@@ -242,7 +244,7 @@ def from_keys(run_config: RunConfig) -> list[str]:
     if unknown:
         raise ConfigError(
             f"run config has the unknown keys {', '.join(sorted(unknown))}; allowed: "
-            f"{', '.join([*RUN_CONFIG_KEYS, 'overrides', 'config', 'run-dir'])}"
+            f"{', '.join([*RUN_CONFIG_KEYS, 'overrides', 'config', 'run-dir', *NO_SETTINGS])}"
         )
     return [f"{RUN_CONFIG_KEYS[key]}={_literal(value)}" for key, value in keys.items()] + free
 

@@ -62,6 +62,7 @@ class RunRecorder:
         model: The client's part, or the unsplit model of a baseline, with initial weights.
         parts: Both parts of a split model; None for a baseline.
         tokenizer: The run's tokenizer; None for images.
+        run_id: The id of a new run, or of one that a killed process began; "" for a new id.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class RunRecorder:
         model: PreTrainedModel,
         parts: SplitModel | None,
         tokenizer: TokenizersBackend | None,
+        run_id: str = "",
     ) -> None:
         self.first_round = 1
         self._checkpoints: dict[int, Mapping[str, int]] = {}
@@ -79,6 +81,7 @@ class RunRecorder:
         self._model = model
         self._parts = parts
         self._tokenizer = tokenizer
+        self._given_id = run_id
 
     @property
     def run_id(self) -> str:
@@ -104,13 +107,19 @@ class RunRecorder:
         self._method = method
         run = self._run
         resumed = RunFolder.to_resume(run)
-        self._folder = resumed or RunFolder.begin(Path(run.launch.run_dir), run.name, to_yaml(run))
+        self._folder = resumed or RunFolder.begin(
+            Path(run.launch.run_dir), run.name, to_yaml(run), self._given_id
+        )
         with self._folder.held():
             self._best = math.inf
             if resumed:
                 # Again, since another process may have finished the run before it was locked here.
                 resumed.require_resumable()
                 self._resume(resumed)
+            elif self._folder.rounds():
+                # A killed process began the run, and wrote no checkpoint.
+                self._folder.forget_after(0)
+                remove_after(self._folder.best, 0)
             log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
             yield
             self._finish()

@@ -1,6 +1,8 @@
 """Flower's ServerApp: builds the model's parts, trains them with a strategy, records the run."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -20,12 +22,14 @@ from fedsplit.data import (
     tokenizer_to_json,
     train_tokenizer,
 )
+from fedsplit.errors import Diverged
 from fedsplit.flower.records import WEIGHT
 from fedsplit.flower.run_recorder import RunRecorder
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.model.describe import config_of, parts_of, whole_of
 from fedsplit.model.limits import require_positions, require_rows
 from fedsplit.model.placement import devices_of, placed
+from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 
 log = logging.getLogger("flwr.fedsplit")
@@ -35,9 +39,40 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train a run, and write its folder."""
+    """Train a run, and write its folder.
+
+    Two keys of the run config are for a program that starts the app again when its process is gone.
+    With the same `run-id`, the app continues the run of this id, or ends at once if it is finished.
+    It makes the file `end-mark` when it ends, so that a later end of its processes is no failure.
+    """
     quiet_libraries()
-    run = from_run_config(context.run_config)
+    run_id, end_mark = (str(context.run_config.get(key, "")) for key in ("run-id", "end-mark"))
+    try:
+        if run := _to_do(from_run_config(context.run_config), run_id):
+            _train(grid, run, run_id)
+    finally:
+        if end_mark:
+            Path(end_mark).touch()
+
+
+def _to_do(run: RunSpec, run_id: str) -> RunSpec | None:
+    """Return the run as it must be begun or resumed; None if it is finished.
+
+    Raises:
+        Diverged: The run of this id ended so.
+    """
+    begun = RunFolder.of_id(Path(run.launch.run_dir), run.name, run_id) if run_id else None
+    if begun is None:
+        return run
+    if begun.is_finished:
+        if begun.divergence:
+            raise Diverged(f"{begun.path} ended, because it diverged ({begun.divergence})")
+        log.info("Run %s is finished already: %s", run.name, begun.path)
+        return None
+    return run if begun.last_saved_round is None else replace(run, resume=str(begun.path))
+
+
+def _train(grid: Grid, run: RunSpec, run_id: str) -> None:
     corpus = load_corpus(run.data, run.task)
     labels = labels_of(corpus)
     tokenizer = _tokenizer(run, corpus)
@@ -50,7 +85,7 @@ def main(grid: Grid, context: Context) -> None:
     device = run.launch.trunk_device
     parts = parts_of(run, config, devices_of(device)[0]) if run.baseline == "none" else None
     model = parts.client if parts else whole_of(run, config)
-    recorder = RunRecorder(run, corpus, model, parts, tokenizer)
+    recorder = RunRecorder(run, corpus, model, parts, tokenizer, run_id)
     # Clients load the tokenizer of a pretrained model by themselves.
     tokenizer_json = (
         "" if tokenizer is None or run.model.pretrained else tokenizer_to_json(tokenizer)

@@ -61,22 +61,33 @@ class RunFolder:
         raise AssertionError("the candidates do not end")
 
     @staticmethod
-    def begin(parent: Path, name: str, config: str) -> "RunFolder":
+    def begin(parent: Path, name: str, config: str, run_id: str = "") -> "RunFolder":
         """Write `config` into the claimed folder of this name, or into a new one.
 
         Returns:
-            The folder, which now has a run id and a config.
+            The folder, which now has a run id and a config. A run that is begun again, with the
+            `run_id` that it had before, has its earlier folder.
         """
         for path in _candidates(parent, name):
             atomic.make_folder(path)
+            folder = RunFolder(path.resolve())
             # Folders of earlier versions have a config, but no run.json.
-            has_config = (path / _CONFIG).exists()
+            has_config = folder._config.exists()
+            identity = json.dumps({"id": run_id or new_run_id()})
             # Of two processes with one name, only one can create the file.
-            if not has_config and atomic.create(path / _ID, json.dumps({"id": new_run_id()})):
-                folder = RunFolder(path.resolve())
-                atomic.write_text(folder._config, config)
+            is_new = not has_config and atomic.create(path / _ID, identity)
+            if is_new or (run_id and folder._has_id(run_id)):
+                # A config that is there may be locked by another process.
+                if not has_config:
+                    atomic.write_text(folder._config, config)
                 return folder
         raise AssertionError("the candidates do not end")
+
+    @staticmethod
+    def of_id(parent: Path, name: str, run_id: str) -> "RunFolder | None":
+        """Return the folder of the run with this name and id; None if it has not begun."""
+        folders = map(RunFolder, itertools.takewhile(Path.exists, _candidates(parent, name)))
+        return next((folder for folder in folders if folder._has_id(run_id)), None)
 
     @staticmethod
     def to_resume(run: RunSpec) -> "RunFolder | None":
@@ -235,6 +246,12 @@ class RunFolder:
         return self.path / "best"
 
     @property
+    def last_saved_round(self) -> int | None:
+        """The round of the newest checkpoint by its name; None if there is none."""
+        numbers = (path.name.removeprefix("round-") for path in self.checkpoints.glob("round-*"))
+        return max((int(number) for number in numbers if number.isdigit()), default=None)
+
+    @property
     def last_checkpoint(self) -> int:
         """The round after which a resumed run continues."""
         return max(self._checkpoints_by_round)
@@ -305,6 +322,11 @@ class RunFolder:
     # --- the address of its trunk -----------------------------------------------------------------
 
     @property
+    def lock_file(self) -> Path:
+        """The file that the process that trains the run has open."""
+        return self._config
+
+    @property
     def address(self) -> str:
         """The address at which the run's trunk is served now.
 
@@ -341,6 +363,12 @@ class RunFolder:
     @property
     def _address(self) -> Path:
         return self.path / "trunk.address"
+
+    def _has_id(self, run_id: str) -> bool:
+        # A folder whose id cannot be read belongs to another run.
+        with suppress(CheckpointError):
+            return self.id == run_id
+        return False
 
     @property
     def _is_resumable(self) -> bool:

@@ -117,6 +117,8 @@ class LaunchSpec:
         workers (clients): The simulated clients that work at once (0: all of them).
         run_dir: The folder that has one folder per run.
         start_timeout_s (seconds): The longest wait for the first node.
+        restarts: How often launch=flwr starts the run again, in a row without another finished
+            round, when a process of it is gone (0: never).
         trunk_device: The torch device of the server's trunk: one, several with commas, or auto
             for all GPUs.
         client_device: The torch device of clients whose node config names none.
@@ -126,6 +128,7 @@ class LaunchSpec:
     workers: Annotated[int, AtLeast(0)] = 0
     run_dir: str = "runs"
     start_timeout_s: Annotated[float, DURATION] = 120.0
+    restarts: Annotated[int, AtLeast(0)] = 5
     trunk_device: str = "cpu"
     client_device: str = "cpu"
 

@@ -28,7 +28,7 @@ from fedsplit.config import (
     to_yaml,
 )
 from fedsplit.config.hints import _ELSEWHERE
-from fedsplit.config.overrides import RUN_CONFIG_KEYS
+from fedsplit.config.overrides import NO_SETTINGS, RUN_CONFIG_KEYS
 from fedsplit.config.schema import field_names
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.spec import ClientWeightsSpec, DataSpec, ModelSpec, RunSpec, SplitSpec
@@ -192,7 +192,7 @@ def test_a_key_of_a_free_field_can_be_removed():
 def test_run_config_keys_are_those_of_pyproject_and_hold_no_values():
     text = (ROOT / "pyproject.toml").read_text()
     keys = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
-    assert keys.keys() == {*RUN_CONFIG_KEYS, "overrides", "config", "run-dir"}
+    assert keys.keys() == {*RUN_CONFIG_KEYS, *NO_SETTINGS, "overrides", "config", "run-dir"}
     assert set(keys.values()) == {""}
     assert from_run_config(keys) == compose()
 

@@ -88,6 +88,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder, mark = RunFolder(here / "runs" / "tiny"), str(here)
     # Flower's processes have other working directories.
     words = [*overrides_for(here, *ROUNDS), f"data.path={os.path.relpath(here, ROOT)}/corpus.txt"]
+    words.append("launch.restarts=0")
     with marking(mark), driver(*words) as process:
         await_that(lambda: len(folder.rounds()) == 2 or process.poll() is not None)
         log = (folder.path / "flower.log").read_text(encoding="utf-8")
@@ -220,16 +221,19 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
             deployment.enter_context(background(*supernode, env=env, cwd=place))
         flwr = {"env": env, "cwd": place, "capture_output": True, "text": True, "check": False}
         command = [str(BIN / "flwr"), "run", str(ROOT), "own", "--stream", "--run-config"]
-        refused, done = (
-            subprocess.run([*command, str(home / f"{name}.toml")], timeout=PATIENCE_S, **flwr)
-            for name in ("hostile", "run")
-        )
+        command.append(str(home / "hostile.toml"))
+        refused = subprocess.run(command, timeout=PATIENCE_S, **flwr)
+        command = [str(BIN / "fedsplit"), "supervise", str(ROOT), "own", "--state", "run.state"]
+        command += ["--run-config", str(home / "run.toml")]
+        done, again = (subprocess.run(command, timeout=PATIENCE_S, **flwr) for _ in range(2))
         listed = subprocess.run([str(BIN / "flwr"), "ls", "--format", "json"], **flwr)
     # A real SuperNode refuses it, and not only a client that this process pretends to be.
     assert "sharding.target=subprocess.Popen is not of fedsplit" in refused.stdout
     assert not mark.exists()
     statuses = sorted(each["status"] for each in json.loads(listed.stdout)["runs"])
     assert statuses == ["finished:completed", "finished:failed"], done.stdout
+    # The second supervisor found that the run was over, and submitted no other one.
+    assert (done.returncode, again.returncode) == (0, 0), done.stderr + again.stderr
     folder = RunFolder(results / "tiny")
     assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0), (2, 0)]
     kept = sorted(path.name for path in (tmp_path / "kept/tiny/client-1" / folder.id).iterdir())

@@ -2,15 +2,23 @@
 
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from fedsplit.errors import ConfigError, DeadlineExceeded, Internal
+from fedsplit.runs.folder import RunFolder
 from simulations.launch import _exit_on_signals, run_flwr
+from simulations.single import run_one
+from tests.edge.federation import federate, joined, spec_for, without_seconds
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +40,7 @@ clientapp = "tinyapp.apps:client"
 config = ""
 folder = ""
 module = "os"
+end-mark = ""
 """
 
 APPS = '''
@@ -58,6 +67,7 @@ def main(grid, context):
         Path(given["folder"], f"pids-{call}").write_text(" ".join(str(r["pid"]) for r in replies))
     Path(given["folder"], "config").write_text(given["config"], encoding="utf-8")
     print("DONE", Path.cwd().name, flush=True)
+    Path(given["end-mark"]).touch()
     raise ValueError("the app was asked to fail")
 
 @client.query()
@@ -111,8 +121,8 @@ def left_behind(mark: str, lines: list[str]) -> list[psutil.Process]:
 
 def run(app: Path, lines: list[str], **options: object) -> None:
     """Run the app with three clients: more than the cores of a small machine."""
-    defaults = {"num_clients": 3, "run_config": {}, "log_path": app / "superlink.log"}
-    run_flwr(app, **{"on_output": lines.append} | defaults | options)
+    defaults = {"num_clients": 3, "run_config": {}, "on_output": lines.append}
+    run_flwr(app, RunFolder(app), **defaults | options)
 
 
 OF_OTHERS = {
@@ -185,7 +195,7 @@ def test_a_stopped_driver_stops_everything(app: Path, mark: str) -> None:
 
 def test_an_app_that_flower_refuses_is_an_error(app: Path, mark: str) -> None:
     (app / "pyproject.toml").write_text(PYPROJECT.replace('publisher = "tests"', ""))
-    with pytest.raises(Internal, match="(?s)did not complete: refused.*publisher"):
+    with pytest.raises(ConfigError, match="(?s)Flower refused the app in .*publisher"):
         run(app, [])
     assert left_behind(mark, []) == []
 
@@ -210,3 +220,77 @@ def test_without_flower_the_error_says_what_to_install(
         ConfigError, match=r"needs the command flower-superlink.*flwr\[simulation\]"
     ):
         run(app, [], commands=app)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from fedsplit.runs.folder import RunFolder
+from simulations.launch import run_flwr
+
+app = Path(sys.argv[1])
+run_flwr(app, RunFolder(app), run_config={"folder": str(app)}, num_clients=1)
+"""
+
+
+def test_a_driver_that_is_killed_leaves_no_process(app: Path, mark: str) -> None:
+    command = [sys.executable, "-c", DRIVER, str(app)]
+    lines: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        for line in driver.stdout or ():
+            lines.append(line)
+            if line.startswith("SESSION"):
+                driver.kill()
+    assert lines[-1].startswith("SESSION")
+    deadline = time.monotonic() + 60
+    while left_behind(mark, lines):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_run_whose_processes_are_killed_ends_with_the_same_weights(
+    tmp_path: Path, mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The SuperLink goes in the middle of the second round, and then the new simulation."""
+    words = ["train.rounds=3", "train.local_steps=50", "train.save_every=1", "sharding=iid"]
+    words.append("clients=2")
+    spec = spec_for(tmp_path, *words, "launch=flwr")
+    folder = RunFolder(Path(spec.launch.run_dir, spec.name))
+    victims = ["flower-superlink", "flwr-simulation"]
+    over = threading.Event()
+
+    def kill_in_turn() -> None:
+        began = 0.0
+        while not over.wait(0.1) and victims:
+            if folder.rounds() and kill_one(mark, victims[0], began):
+                began = time.time()  # the next victim is one of the next attempt
+                victims.pop(0)
+
+    killer = threading.Thread(target=kill_in_turn)
+    killer.start()
+    try:
+        run_one(spec)
+    finally:
+        over.set()
+        killer.join()
+    gone = [line for line in capsys.readouterr().out.splitlines() if "; restart " in line]
+    assert gone == [
+        "the SuperLink is gone; restart 1 of 5 in 1 s, from round 2",
+        "the simulation is gone; restart 2 of 5 in 2 s, from round 2",
+    ]
+    inline = federate(spec_for(tmp_path, *words, "name=inline"))
+    undisturbed, recovered = joined(inline), joined(folder)
+    assert all(torch.equal(undisturbed[name], recovered[name]) for name in undisturbed)
+    assert without_seconds(folder.rounds()) == without_seconds(inline.rounds())
+    assert left_behind(mark, []) == []
+
+
+def kill_one(mark: str, program: str, began: float) -> bool:
+    """Kill the process of this program that has lived a second, but not since before `began`."""
+    for process in left_behind(mark, []):
+        with suppress(psutil.Error):
+            names = {Path(word).name for word in process.cmdline()[:2]}
+            if program in names and began < process.create_time() < time.time() - 1:
+                process.kill()
+                return True
+    return False
