@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from fedsplit.wire.messages import CloseRequest, ForwardRequest, Request
 from simulations.proxy import Proxy, proxied
-from tests.core.worlds import Member, World, batch, same, small_run, world
+from tests.core.worlds import Member, World, batch, same, small_run, wait_until, world
+from tests.edge.disturbed import FAULTS, DisturbedLink
 
 STEPS = 8
 
@@ -32,7 +34,7 @@ def federation(
     reset_every: int = 0,
     deadline_s: float = 30.0,
     micro_batches: int = 1,
-    link_class: type[GrpcLink] = GrpcLink,
+    link_class: Callable[..., GrpcLink] = GrpcLink,
 ) -> Iterator[tuple[World, Proxy]]:
     """A served trunk and its clients, a proxy between them."""
     wire = WireSpec(budget_s=60.0, call_deadline_s=20.0)
@@ -174,6 +176,25 @@ def test_sessions_that_are_lost_change_no_number_of_micro_batches(
     assert got.stats[0].repeated > 0
     assert got.equals(replace(expected, stats=got.stats))
     assert got.stats[0].loss == expected.stats[0].loss
+
+
+TRAINED = {"OpenRequest", "ForwardRequest", "BackwardRequest", "StepRequest", "CloseRequest"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_every_message_changes_no_number(
+    config: PretrainedConfig, undisturbed: Callable[..., Outcome], fault: str
+) -> None:
+    """A copy of an Open takes the place of the client's session, whose step is then repeated."""
+    expected = undisturbed(3)
+    with federation(config, 3, link_class=partial(DisturbedLink, fault)) as (here, _):
+        got = train(here)
+        links = [member.trunk._link for member in here.members.values()]
+        assert all(link.phases == TRAINED for link in links)
+        wait_until(lambda: here.service.num_sessions == 0)
+        assert (here.service.engine.stashed_bytes, here.service.engine.num_waiting) == (0, 0)
+    stats = [replace(each, repeated=0) for each in got.stats]
+    assert replace(got, stats=stats).equals(expected)
 
 
 def test_a_network_that_stands_still_changes_no_number(

@@ -12,6 +12,7 @@ from fedsplit.transport.client import GrpcLink
 from fedsplit.wire import messages as m
 from simulations.proxy import proxied
 from tests.core.generating import Scene, prompt, scene
+from tests.edge.disturbed import FAULTS, DisturbedLink
 from tests.edge.forked import Program
 from tests.edge.trunkserver import TOKEN, served, wire_spec
 
@@ -61,6 +62,17 @@ def test_connections_that_are_reset_change_no_token(mode):
         with client_at(here, proxy.address) as alice:
             assert torch.equal(alice.says(text(), **asked), here.wanted(text(), **asked))
         assert proxy.resets > 0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_every_message_changes_no_token(fault):
+    with served("llama") as (here, address):
+        with closing(DisturbedLink(fault, address, token=TOKEN, wire=wire_spec())) as link:
+            alice = here.client("alice", link=link)
+            for asked in (MODES["greedy"], MODES["beams"]):
+                assert torch.equal(alice.says(text(), **asked), here.wanted(text(), **asked))
+            alice.remote.end_generations()
+            assert link.phases >= {"OpenRequest", "GenerateRequest"}
 
 
 def test_a_network_that_stands_still_changes_no_token():
