@@ -18,9 +18,10 @@ WORDS = ("train.rounds=3", "train.local_steps=2", "lora=on", "lora.rank=2", "lor
 
 
 class Lost:
-    """Work of client-1 in round 2 that is lost so many times, before it was done or after."""
+    """Work of a client in round 2 that is lost so many times, before it was done or after."""
 
-    def __init__(self, times: int, *, after: bool) -> None:
+    def __init__(self, times: int, *, after: bool, client: str = "client-1") -> None:
+        self._client = client
         self._left = times
         self._after = after
         self._lock = threading.Lock()
@@ -28,7 +29,7 @@ class Lost:
     def __call__(self, message: Message, context: Context, go_on: Callable[[], Message]) -> Message:
         info = message.content.config_records["fedsplit"]
         with self._lock:
-            is_lost = info["client"] == "client-1" and info["round"] == 2 and self._left > 0
+            is_lost = info["client"] == self._client and info["round"] == 2 and self._left > 0
             self._left -= is_lost
         if not is_lost:
             return go_on()
@@ -63,6 +64,13 @@ def test_a_client_that_stays_away_is_left_out_of_the_round(tmp_path: Path) -> No
     run = spec_for(tmp_path, *WORDS, "policy.missing=wait")
     rounds = federate(run, client_that(train=Lost(4, after=False))).rounds()
     assert [(stats.repeats, stats.failed) for stats in rounds] == [(0, 0), (3, 1), (0, 0)]
+
+
+@pytest.mark.parametrize("policy", ["sync", "async"])
+def test_a_round_whose_clients_are_all_gone_is_repeated(tmp_path: Path, policy: str) -> None:
+    run = spec_for(tmp_path, *WORDS, "clients=1", f"policy={policy}")
+    rounds = federate(run, client_that(train=Lost(2, after=True, client="client-0"))).rounds()
+    assert [(stats.repeats, stats.failed) for stats in rounds] == [(0, 0), (2, 0), (0, 0)]
 
 
 def test_a_run_that_drops_it_goes_on_at_once(tmp_path: Path) -> None:

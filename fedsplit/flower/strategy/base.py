@@ -279,7 +279,8 @@ class SplitStrategy(WrappingStrategy):
         except Diverged as exc:
             failure = exc
         short_steps = engine.short_steps - short_steps
-        if setback := self._repeats.setback_in(number, coordinator.metrics, short_steps):
+        setback = self._repeats.setback_in(number, coordinator.metrics, short_steps)
+        if setback and self._recorder.checkpoints:
             return setback
         if problem := self._divergence.problem_in(coordinator.metrics):
             reason = f"{problem} ({failure})" if failure else problem

@@ -33,7 +33,7 @@ class Setback:
 
 
 class Repeats:
-    """Decides whether a round is repeated because a client was missing.
+    """Decides whether a round is repeated because a client was missing, or all of them.
 
     Args:
         policy: The policy of the run.
@@ -55,7 +55,9 @@ class Repeats:
             metrics: What its clients did.
             short_steps: The steps of the trunk without a client that was awaited.
         """
-        if not self._waits or not (metrics.missing or short_steps):
+        # Weights that no client has seen are no reason to end a run.
+        all_gone = not metrics.trained and metrics.gone and metrics.gone >= metrics.asked
+        if not (all_gone or (self._waits and (metrics.missing or short_steps))):
             return None
         names = ", ".join(sorted(metrics.missing)) or "a client that was awaited"
         repeats = self.of(number)
@@ -69,7 +71,7 @@ class Repeats:
             )
             return None
         self._round, self._number = number, repeats + 1
-        reason = f"{names} did not finish it, and policy.missing=wait"
+        reason = f"{names} did not finish it"
         return Setback(round=number, reason=reason, diverged=False)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from logging import WARNING
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 
 from fedsplit.data import TASKS
@@ -19,6 +20,14 @@ from fedsplit.trunk.norm_guard import GuardCounts
 Numbers = Mapping[str, float]
 
 _OF_NUMBERS = (NonFinite, GradExploded)
+_GONE = (
+    ErrorCode.UNKNOWN,
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+)
+"""The errors with which Flower replies for a client that does not."""
 _HEAD = 60
 """The characters of an error's reason in which its class is named."""
 
@@ -27,14 +36,15 @@ _HEAD = 60
 class RoundMetrics:
     """The metrics of a round while it runs.
 
-    `trained` and `evaluated` hold the replies' metrics with the client's name; one client's
-    entries are in the order of arrival. `asked` are the clients that were sent work. `reasons` are
-    the reasons of failures in training, `refused_replies` the number of replies, in training and
+    `trained` and `evaluated` hold the replies' metrics with the client's name; one client's entries
+    are in the order of arrival. `asked` are the clients that were sent work. `reasons` are the
+    reasons of failures in training, `refused_replies` the number of replies, in training and
     evaluation, that were refused, and `clipped_replies` that of clipped ones. `broken` are the
     clients that could not train, and `unmeasured` those that could not evaluate, because numbers
-    were not finite or out of proportion; `missing` are those that did not do
-    one of it for another reason. The round was repeated `repeats` times before. Sums are in the
-    order of names, because a sum of floats depends on its order and the order of arrival is random.
+    were not finite or out of proportion; `missing` are those that did not do one of it for another
+    reason, and `gone` those of them of which Flower knows that. The round was repeated `repeats`
+    times before. Sums are in the order of names, because a sum of floats depends on its order and
+    the order of arrival is random.
     """
 
     trained: list[tuple[str, Numbers]] = field(default_factory=list)
@@ -46,6 +56,7 @@ class RoundMetrics:
     unmeasured: set[str] = field(default_factory=set)
     repeats: int = 0
     missing: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
     arrays_bytes: int = 0
 
@@ -80,6 +91,8 @@ class RoundMetrics:
             # Flower puts the class of the error before its text.
             is_of_numbers = any(error.__name__ in problem[:_HEAD] for error in _OF_NUMBERS)
             (broken if is_of_numbers else self.missing).add(client)
+            if reply.error.code in _GONE:
+                self.gone.add(client)
             log(WARNING, "%s: %s failed: %s", where, client, problem)
             return problem
         try:
