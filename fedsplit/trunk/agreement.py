@@ -1,5 +1,6 @@
 """The agreement of client and trunk at Open: one model and cut, one run, and the same weights."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,12 +63,18 @@ class Agreement:
         settings = request.model_settings, self.model_settings
         _require_same("model and cut (fingerprint)", request.model, self.model, settings)
         if request.training or request.config:
-            settings = request.run_settings, self.run.texts
-            fingerprint = self.run.fingerprint
+            fingerprint, texts = _settings_of(self.run)
+            settings = request.run_settings, texts
             _require_same("run configuration (fingerprint)", request.config, fingerprint, settings)
         if found := misfit(request.identity, self.identity):
             trained = _TRAINED.format(version=version) if version else ""
             raise ModelMismatch(f"{found}{trained}")
+
+
+# A trunk opens many sessions of one run, and the text of its settings takes as long as a forward.
+@functools.lru_cache(maxsize=16)
+def _settings_of(run: RunSpec) -> tuple[str, Mapping[str, str]]:
+    return run.fingerprint, run.texts
 
 
 def _require_same(

@@ -222,8 +222,9 @@ class TrunkService:
             return self._open(request, client)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
             return self._wait(step)  # type: ignore[return-value]
-        session = self._sessions.of(request.session, client)  # type: ignore[attr-defined]
-        reply: m.R = self._answers[type(request)](session, request)
+        name: str = request.session  # type: ignore[attr-defined]
+        with self._sessions.serving(name, client) as session:
+            reply: m.R = self._answers[type(request)](session, request)
         return reply
 
     def disconnected(self, session: str) -> None:

@@ -3,9 +3,10 @@
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from fedsplit.errors import Forbidden, Overloaded
+from fedsplit.errors import FedsplitError, Forbidden, Overloaded
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.sessions import Session, no_session
 
@@ -93,11 +94,28 @@ class SessionTable:
             self._open[name] = self._open.pop(name)
             return session
 
+    @contextmanager
+    def serving(self, name: str, client: str) -> Iterator[Session]:
+        """A context that handles a request of a session; see `of` for what it raises.
+
+        A connection carries a session from its first request that was not refused. So a session
+        without one expires after a request that was refused, as if that had not come.
+        """
+        session = self.of(name, client)
+        try:
+            yield session
+        except FedsplitError:
+            if not session.is_carried:
+                self.disconnected(name)
+            raise
+        session.is_carried = True
+
     def disconnected(self, name: str) -> None:
         """Let a session expire in `policy.deadline_s`, unless its client sends a request."""
         with self._lock:
             if (session := self._open.get(name)) and session.expires_at == math.inf:
                 session.expires_at = self._clock() + self._run.policy.deadline_s
+                session.is_carried = False
 
     def expired(self) -> list[Session]:
         """Return the sessions to end: disconnected ones, and idle ones that generate."""

@@ -64,7 +64,8 @@ class SessionInfo:
 class Session:
     """A session of a client; `lock` is held while a request is checked.
 
-    The session is dropped at `expires_at` unless a request arrives before. `leaving` is then the
+    The session is dropped at `expires_at` unless a request arrives before; it `is_carried` by a
+    connection once a request of it was answered on that. `leaving` is then the
     future of its end, and `used_at` is the time of the last request, in seconds. A client has at
     most `at_once` calls outstanding, and may repeat each. `in_progress` are the calls that the
     engine has not answered, and `too_large` the last call whose reply was too large to keep.
@@ -76,6 +77,7 @@ class Session:
     replies: "OrderedDict[tuple[type, int], Future[Any]]" = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     expires_at: float = math.inf
+    is_carried: bool = False
     used_at: float = 0.0
     leaving: "Future[None] | None" = None
     in_progress: "set[Future[Any]]" = field(default_factory=set)

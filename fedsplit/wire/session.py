@@ -29,12 +29,14 @@ class SessionState:
     """The state of a session.
 
     `last_call` is the highest call that had a forward, `outstanding` the calls whose backward is
-    missing, in order, and `backwards` the number of backwards since the last step.
+    missing, in order, `backwards` the number of backwards since the last step, and `last_step` the
+    call of that step.
     """
 
     last_call: int = -1
     outstanding: tuple[int, ...] = ()
     backwards: int = 0
+    last_step: int = -1
 
     def __str__(self) -> str:
         waiting = f"{len(self.outstanding)} forwards outstanding"
@@ -42,7 +44,7 @@ class SessionState:
 
 
 def advance(state: SessionState, event: Event, call: int = 0) -> SessionState:
-    """The state after `event`; `call` is the number of the forward or backward.
+    """The state after `event`; `call` is the number of the forward, backward or step.
 
     A training forward has a new call, or repeats one that still waits for its backward.
 
@@ -50,8 +52,8 @@ def advance(state: SessionState, event: Event, call: int = 0) -> SessionState:
         ProtocolError: The event is not legal now.
 
     >>> state = advance(SessionState(), Event.FORWARD, call=7)
-    >>> advance(advance(state, Event.BACKWARD, call=7), Event.STEP)
-    SessionState(last_call=7, outstanding=(), backwards=0)
+    >>> advance(advance(state, Event.BACKWARD, call=7), Event.STEP, call=7)
+    SessionState(last_call=7, outstanding=(), backwards=0, last_step=7)
     """
     rule = _TABLE[event]
     if not rule.legal(state, call):
@@ -97,9 +99,10 @@ _TABLE = {
         "a backward that found no graph", lambda s, call: s.backwards > 0, _expired
     ),
     Event.STEP: _Rule(
-        "a backward since the last step",
-        lambda s, call: s.backwards > 0,
-        lambda s, call: replace(s, backwards=0),
+        # A copy of an earlier step may come so late that its reply is no longer kept.
+        "a backward since the last step, and a later call than that one's",
+        lambda s, call: s.backwards > 0 and call > s.last_step,
+        lambda s, call: replace(s, backwards=0, last_step=call),
     ),
     Event.GENERATE: _Rule(
         "a new call",

@@ -41,6 +41,9 @@ def test_legal_orders(
         pytest.param([(F, 0), (B, 0)], B, 0, "needs an outstanding forward", id="backward twice"),
         pytest.param([(F, 0)], S, 0, "step .* needs a backward since the last", id="step"),
         pytest.param([(F, 0), (B, 0), (S, 0)], S, 0, "0 backwards to step with", id="step twice"),
+        pytest.param(
+            [(F, 0), (B, 0), (S, 0), (F, 1), (B, 1)], S, 0, "a later call", id="late copy of a step"
+        ),
         pytest.param([(F, 1), (B, 1)], F, 1, "needs a new call", id="old call"),
         pytest.param(
             [(F, 1)], F, 0, "new call, but the session is open at call 1", id="earlier call"
