@@ -14,15 +14,13 @@ from fedsplit.errors import ConfigError, ConnectionLost, Internal
 from fedsplit.flower.control import COMPLETED, App, RunConfig, SubmittedRun, SuperLink
 from fedsplit.flower.processes import SERVER_APP, is_alive, process_with
 from fedsplit.flower.supervision import Backend, LogFollower, Tail
-from fedsplit.runs.folder import RunFolder, is_run_id, new_run_id
+from fedsplit.runs.folder import STILL_TRAINED, RunFolder, is_run_id, new_run_id
 
 _POLL_S = 1.0
 _RETRY_S = 2.0
 _LOG_S = 10.0
 """The longest wait for the rest of the log of a run that is over, in seconds."""
 _ROUND = re.compile(r"\bround +(\d+)/\d+ ")
-_OWN_ERROR = re.compile(r"fedsplit\.errors\.\w+: ")
-"""The last line of the traceback of an error that the ServerApp raised on purpose."""
 
 T = TypeVar("T")
 
@@ -121,7 +119,11 @@ class RemoteRun(Backend):
                 return ""
             if latest.is_over:
                 log.ended_within(_LOG_S)
-                self._refuse_own_error(latest)
+                if is_own_error(latest.details, self.last_lines):
+                    raise Internal(
+                        f"the run did not complete: {latest.state} ({latest.details}). The last "
+                        f"lines of the run:\n{self.last_lines}"
+                    )
                 return f"the run is gone ({latest.details})"
             # Flower itself notices this after a minute. It may be over by now.
             with suppress(ConfigError):
@@ -132,13 +134,6 @@ class RemoteRun(Backend):
         """Return the process id of the run's ServerApp if it trains on this machine."""
         folder = RunFolder.of_id(self._parent, self._name, self._id)
         return process_with(folder.lock_file, SERVER_APP) if folder else None
-
-    def _refuse_own_error(self, run: SubmittedRun) -> None:
-        if _OWN_ERROR.search(str(self._tail)):
-            raise Internal(
-                f"the run did not complete: {run.state} ({run.details}). The last lines of the "
-                f"run:\n{self._tail}"
-            )
 
     def _take(self, line: str) -> None:
         if match := _ROUND.search(line):
@@ -158,6 +153,21 @@ class RemoteRun(Backend):
                     raise
                 self._say(f"{exc}; tries again for {left_s:.0f} s")
                 time.sleep(_RETRY_S)
+
+
+def is_own_error(details: str, log: str) -> bool:
+    """Return whether a run failed with an error of fedsplit, and would fail with it again.
+
+    Args:
+        details: Flower's reason for the end, which has the text of an exception without its class.
+        log: The last lines of the log, which has the class in a traceback. It may have other
+            errors, such as those of clients.
+    """
+    text = details.partition(" failed with exception: ")[2].partition("\n")[0]
+    # An earlier process of the run may be frozen, and ends when Flower has given it up.
+    if not text or STILL_TRAINED in text:
+        return False
+    return re.search(rf"fedsplit\.errors\.\w+: {re.escape(text)}", log) is not None
 
 
 def _id_in(state: Path) -> str:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _ID, _CONFIG, _DIVERGED = "run.json", "config.yaml", "diverged.txt"
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
+STILL_TRAINED = "is still trained by another process"
 
 
 def new_run_id() -> str:
@@ -161,8 +162,8 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
                 raise ConfigError(
-                    f"{self.path} is still trained by another process; stop that one, or wait for "
-                    "its end, before the run is resumed"
+                    f"{self.path} {STILL_TRAINED}; stop that one, or wait for its end, before the "
+                    "run is resumed"
                 ) from exc
             except OSError as exc:
                 # Some file systems have no locks, and a run must be possible there.

@@ -15,7 +15,7 @@ from fedsplit.errors import ConfigError, Diverged, FedsplitError, Internal
 from fedsplit.flower import client_app, server_app
 from fedsplit.flower.inline import run_inline
 from fedsplit.flower.processes import end_all, roles_of
-from fedsplit.flower.remote_run import _id_in
+from fedsplit.flower.remote_run import _id_in, is_own_error
 from fedsplit.flower.supervision import Backend, supervise
 from fedsplit.runs.folder import RunFolder
 from tests.edge.federation import run_config, spec_for, without_seconds
@@ -84,6 +84,29 @@ def test_without_restarts_left_the_error_has_what_was_gone_and_the_last_lines(
 def test_an_error_of_the_run_itself_is_final() -> None:
     with pytest.raises(Diverged, match="as it was"):
         supervised(Scripted((0, GONE), (1, Diverged("as it was"))), restarts=5)
+
+
+LOG = """WARNING: client-1: fedsplit.errors.ConnectionLost: no trunk answers
+Traceback (most recent call last):
+  File "server_app.py", line 1, in main
+fedsplit.errors.Diverged: round 2: the loss is inf (twice)
+fedsplit.errors.ConfigError: runs/a is still trained by another process; stop that one"""
+
+
+@pytest.mark.parametrize(
+    ("details", "is_own"),
+    [
+        ("ServerApp failed with exception: round 2: the loss is inf (twice)", True),
+        ("Simulation failed with exception: round 2: the loss is inf (twice)", True),
+        ("ServerApp failed with exception: [Errno 111] Connection refused", False),
+        ("ServerApp failed with exception: runs/a is still trained by another process; s", False),
+        ("Task failed with unknown error.", False),
+        ("No heartbeat received from the task", False),
+        ("", False),
+    ],
+)
+def test_a_run_that_failed_with_an_own_error_is_final(details: str, is_own: bool) -> None:
+    assert is_own_error(details, LOG) == is_own
 
 
 @pytest.fixture
