@@ -158,7 +158,9 @@ class _OwnSuperLink(Backend):
                 if _await_health(process, port, self._start_timeout_s, self._log_path):
                     run_id = self._submit(link, _end_mark(home))
                     log.start(run_id)
-                    gone = self._watch(home, link, run_id, log)
+                    # It is needed even if it ends before the first look at the processes.
+                    needed = {process.pid: ROLES["flower-superlink"]}
+                    gone = self._watch(home, link, run_id, log, needed)
             except ConnectionLost:
                 gone = _SUPERLINK_GONE
             if gone:
@@ -170,11 +172,12 @@ class _OwnSuperLink(Backend):
         self._tail.append(line)
         self._on_output(line)
 
-    def _watch(self, home: Path, link: SuperLink, run_id: int, log: LogFollower) -> str:
+    def _watch(
+        self, home: Path, link: SuperLink, run_id: int, log: LogFollower, needed: dict[int, str]
+    ) -> str:
         """Wait for the end of the run or of a process that it needs; return what is gone."""
         deadline = time.monotonic() + self._start_timeout_s
         has_started = False
-        needed: dict[int, str] = {}
         while True:
             is_over = log.ended_within(_POLL_S)
             alive = self._needed(home)
