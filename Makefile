@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test soak check format proto clean
+.PHONY: help install run test faults soak check format proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,10 @@ run: install ## train the default experiment through `flwr run`; leaves runs/<na
 
 test: $(DEVELOPED) ## run the whole suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+faults: $(DEVELOPED) ## kill processes of runs at every named point, and compare the weights
+	mkdir -p runs
+	$(BIN)/python -m simulations.bench faults --rows runs/faults.jsonl --json runs/faults.json
 
 soak: $(DEVELOPED) ## train and generate under random faults for MINUTES; leaves runs/soak.png
 	mkdir -p runs

@@ -23,6 +23,7 @@ BENCHES = (
     "accelerate",
     "clients",
     "compress",
+    "faults",
     "fuzz",
     "generate",
     "guard",
@@ -36,10 +37,12 @@ BENCHES = (
 """Each has `measure(size)` for the sizes `full` and `toy`. A module is imported only to run it, so
 that one that needs only the core runs without the other dependencies."""
 
-_OPTIONS: dict[str, tuple[str, type[int] | type[float]]] = {
-    "cases": ("fuzz", int),
-    "count": ("schedules", int),
-    "minutes": ("soak", float),
+_OPTIONS: dict[str, tuple[str, type[int] | type[float] | type[str], str]] = {
+    "cases": ("fuzz", int, "the number of cases"),
+    "count": ("schedules", int, "the number of schedules"),
+    "minutes": ("soak", float, "the number of minutes"),
+    "only": ("faults", str, "the ways of use, or overhead, with commas"),
+    "rows": ("faults", str, "the file of rows, from which a call continues"),
 }
 """The options of single benchmarks, by the argument of their `measure`."""
 
@@ -56,9 +59,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("name", choices=(*BENCHES, "all"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and rows there")
     parser.add_argument("--size", choices=("full", "toy"), default="full")
-    for option, (bench, kind) in _OPTIONS.items():
-        text = f"{bench}: the number of {option}"
-        parser.add_argument(f"--{option}", type=kind, metavar="N", help=text)
+    for option, (bench, kind, text) in _OPTIONS.items():
+        metavar = "TEXT" if kind is str else "N"
+        parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=f"{bench}: {text}")
     arguments = parser.parse_args(words)
     options = {name: value for name in _OPTIONS if (value := getattr(arguments, name))}
     for option in options:

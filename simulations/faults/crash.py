@@ -6,23 +6,21 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 import psutil
-from safetensors.torch import load_file
-from torch import Tensor
 
-from fedsplit.runs.folder import RunFolder
 from simulations.faults.points import POINTS, PROGRESS
 from simulations.faults.services import Service, processes_of
 from simulations.faults.watcher import Passage, watching
-from simulations.faults.ways import ROUNDS, WAYS, Way, runs_in
+from simulations.faults.ways import WAYS, Way, runs_in
 
 FROZEN_S = 3.0
 """Seconds that a frozen process stands still."""
-_PATIENCE_S = 240.0
+_PATIENCE_S = 400.0
 _SECONDS_TO_END = 10.0
 _LINES = 12
 
@@ -37,7 +35,8 @@ class Case:
         victim: The role of the process; "run" is the one process of an inline run.
         action: SIGKILL, or SIGSTOP and SIGCONT `FROZEN_S` seconds later.
         nth: The number of the passage of the point, in all processes together.
-        after: Passages count from the server's checkpoint of this round on; 0: from the start.
+        after: Passages count from the server's checkpoint of this round or version on; 0: from the
+            start.
     """
 
     way: str
@@ -52,13 +51,13 @@ class Case:
         return f"{self.way}: {self.action} {self.victim} at {when}, after round {self.after}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What became of a run.
 
     Attributes:
         why: Why it is not as it must be, with the last lines of its logs; empty if it is.
-        weights: The weights of its result, if it has one.
+        weights: The sha256 of the bytes of each tensor of its result; empty without one.
         struck_s: Seconds from its start to the fault; NaN without one.
         recovery_s: The longest time without progress from the fault on, including the time that a
             process stood still.
@@ -68,17 +67,12 @@ class Outcome:
     """
 
     why: str
-    weights: dict[str, Tensor]
+    weights: dict[str, str]
     struck_s: float
     recovery_s: float
     load_s: float
     restarts: int
     leftover: int
-
-    def equals(self, undisturbed: "Outcome") -> bool:
-        """Return whether the weights are those of another run, bit for bit."""
-        mine, others = self.weights, undisturbed.weights
-        return mine.keys() == others.keys() and all(mine[k].equal(others[k]) for k in mine)
 
 
 def run_with(way_name: str, case: Case | None) -> Outcome:
@@ -141,10 +135,10 @@ class _Trial:
             time.sleep(0.02)
 
     def _is_managed(self, service: Service) -> bool:
-        """Return whether an end of a service is the harness's to mend."""
-        # A service manager starts all again, but only the victim of a fault may need it.
+        """Return whether a service manager starts a service again if it ends now."""
         is_struck = self._record.struck == self._record.struck
-        return bool(self._case and is_struck and self._case.victim in self._way.managed)
+        run_was_struck = is_struck and self._case and self._case.victim == self._way.run
+        return service is not self._services[-1] or bool(run_was_struck)
 
     def _clean_up(self) -> int:
         """End all services; return the number of processes that are left, and kill them."""
@@ -176,7 +170,7 @@ class _Trial:
 
     def _has_checkpoint(self, number: int) -> bool:
         # The name of a round has four digits, so names are in the order of rounds.
-        rounds = runs_in(self._folder).glob("*/checkpoints/round-*/checkpoint.json")
+        rounds = self._folder.glob(self._way.checkpoints)
         return not number or any(each.parent.name >= f"round-{number:04d}" for each in rounds)
 
     def _strike(self, case: Case, pid: int) -> None:
@@ -190,8 +184,9 @@ class _Trial:
         if case.action == "kill":
             self._killed = victim.pid
             victim.kill()
-            with suppress(psutil.TimeoutExpired):
-                victim.wait(5.0)
+            # Not `wait`, which would take the exit code from the service that started it.
+            while _runs(victim):
+                time.sleep(0.001)
             return
         victim.suspend()
         timer = threading.Timer(FROZEN_S, self._resume, [victim])
@@ -204,7 +199,8 @@ class _Trial:
             victim.resume()
 
     def _processes_as(self, role: str) -> list[psutil.Process]:
-        if role == "run":
+        # A process that was forked has the command line of the other one.
+        if role not in self._way.roles:
             return [psutil.Process(self._services[-1].pid)]
         pattern = re.compile(self._way.roles[role])
         found = []
@@ -218,7 +214,7 @@ class _Trial:
 
     def _judged(self, leftover: int) -> Outcome:
         record = self._record
-        weights, problem = self._result()
+        tensors, problem = self._way.result(self._folder)
         problem = record.problem or problem
         if self._case and record.struck != record.struck:
             problem = problem or "the point was not reached"
@@ -228,7 +224,7 @@ class _Trial:
         gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
         return Outcome(
             why=f"{problem}\n{self._last_lines()}" if problem else "",
-            weights=weights,
+            weights={k: sha256(t.numpy().tobytes()).hexdigest() for k, t in tensors.items()},
             struck_s=record.struck - record.started,
             recovery_s=max(gaps, default=0.0),
             load_s=record.load_s,
@@ -236,25 +232,15 @@ class _Trial:
             leftover=leftover,
         )
 
-    def _result(self) -> tuple[dict[str, Tensor], str]:
-        """Return the weights of the run's one result, and what is wrong with it."""
-        parent = runs_in(self._folder)
-        folders = map(RunFolder, parent.iterdir() if parent.is_dir() else ())
-        finished = [folder for folder in folders if folder.is_finished]
-        if not finished:
-            return {}, "the run has no result"
-        weights = load_file(finished[0].model / "model.safetensors")
-        rounds = [stats.round for stats in finished[0].rounds()]
-        if rounds != list(range(1, ROUNDS + 1)):
-            return weights, f"metrics.jsonl has the rounds {rounds}"
-        # A run without a checkpoint may begin again beside its dead folder.
-        if len(finished) > 1:
-            return weights, f"the run was carried out {len(finished)} times"
-        return weights, ""
-
     def _last_lines(self) -> str:
         texts = []
         for path in [*self._folder.glob("*.log"), *runs_in(self._folder).glob("*/*.log")]:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             texts.append("\n".join([f"[{path.name}]", *lines[-_LINES:]]))
         return "\n".join(texts)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False

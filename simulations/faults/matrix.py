@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from simulations.faults.crash import Case
-from simulations.faults.points import POINTS
+from simulations.faults.points import CLIENT_POINTS, STATE_POINTS, TRUNK_POINTS
 
 _SIMULATED = {
     "simulation": (
@@ -35,15 +35,46 @@ _SIMULATED = {
 }
 """The points of `launch=flwr`, by victim."""
 
+_DEPLOYED = {
+    "serverapp": (
+        "forward received",
+        "barrier half full",
+        "step unpublished",
+        "server checkpoint synced",
+        "round start",
+        "client weights half sent",
+        "evaluation",
+        "result half written",
+        "result written",
+    ),
+    "clientapp": ("forward replied", "client step taken", "client checkpoint synced"),
+    "supernode": ("client step taken", "evaluation"),
+    "superlink": ("step taken", "evaluation", "end of run"),
+    "supervisor": ("step taken", "result half written"),
+}
+"""The points of a deployment, by victim."""
+
+_SERVED = (
+    "forward received",
+    "forward replied",
+    "backward received",
+    "backward applied",
+    "backward replied",
+    "barrier half full",
+    "step unpublished",
+    "step taken",
+)
+"""The points of `fedsplit serve`, whose process is the victim."""
+
 
 def cases(way: str) -> list[Case]:
     """Return all cases of a way of use."""
-    return list({"inline": _inline, "flwr": _flwr}[way]())
+    return list(_CASES[way]())
 
 
 def _inline() -> Iterator[Case]:
-    for point in POINTS:
-        yield Case(way="inline", point=point, victim="run")
+    for each in (*TRUNK_POINTS, *CLIENT_POINTS):
+        yield Case(way="inline", point=each.name, victim="run")
     # Before the first checkpoint of the server there is nothing to resume.
     for point in ("client checkpoint synced", "step taken", "server checkpoint half written"):
         yield Case(way="inline", point=point, victim="run", after=0)
@@ -62,9 +93,29 @@ def _flwr() -> Iterator[Case]:
         yield Case(way="flwr", point="step taken", victim=victim, action="freeze")
 
 
+def _deployed() -> Iterator[Case]:
+    for victim, points in _DEPLOYED.items():
+        for point in points:
+            yield Case(way="deployed", point=point, victim=victim)
+    for victim in ("serverapp", "superlink"):
+        yield Case(way="deployed", point="step taken", victim=victim, action="freeze")
+
+
+def _served() -> Iterator[Case]:
+    for point in _SERVED:
+        yield Case(way="served", point=point, victim="server")
+    for each in STATE_POINTS:
+        yield Case(way="served", point=each.name, victim="server")
+    yield Case(way="served", point="step taken", victim="server", after=0)
+    yield Case(way="served", point="step taken", victim="server", action="freeze")
+
+
+_CASES = {"inline": _inline, "flwr": _flwr, "deployed": _deployed, "served": _served}
+
 QUICK = (
     Case(way="inline", point="step unpublished", victim="run"),
     Case(way="inline", point="server checkpoint synced", victim="run"),
     Case(way="inline", point="client checkpoint half written", victim="run"),
+    Case(way="flwr", point="barrier half full", victim="simulation"),
 )
-"""The cases of the suite and of a bench of size toy."""
+"""The cases of the suite."""

@@ -1,22 +1,28 @@
-"""Times the rounds of the default run, with or without checkpoints."""
+"""Times the rounds of a run, with or without checkpoints."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedsplit.errors import Internal
 from simulations.faults.points import POINTS
 from simulations.faults.services import ForkedModule
 from simulations.faults.watcher import Passage, environment, watching
+from simulations.faults.ways import runs_in
 
 _ROOT = Path(__file__).parents[2]
 
 
-def round_seconds(save_every: int, rounds: int) -> list[float]:
+def round_seconds(
+    save_every: int, rounds: int, settings: Callable[[Path], list[str]]
+) -> list[float]:
     """Return the seconds from round to round of an inline run, its checkpoint included.
 
     Args:
         save_every: The run's `train.save_every`.
         rounds: The number of values.
+        settings: Returns the run's other settings for a folder.
     """
     times: list[float] = []
 
@@ -25,10 +31,12 @@ def round_seconds(save_every: int, rounds: int) -> list[float]:
 
     with TemporaryDirectory(prefix="faults-", dir="/tmp") as name:
         folder = Path(name)
-        words = [f"train.rounds={rounds + 1}", f"train.save_every={save_every}"]
+        words = [*settings(folder), f"train.rounds={rounds + 1}"]
+        words += [f"train.save_every={save_every}", f"launch.run_dir={runs_in(folder)}"]
+        words += ["policy.missing=drop"]  # a run without checkpoints cannot wait
         service = ForkedModule(
             name="run",
-            command=["simulations.run", *words, f"launch.run_dir={folder / 'runs'}"],
+            command=["simulations.run", *words],
             environment=environment(folder),
             folder=_ROOT,
             log=folder / "run.log",
@@ -38,5 +46,6 @@ def round_seconds(save_every: int, rounds: int) -> list[float]:
             while service.exit_code is None:
                 service.tend(restart=False)
                 time.sleep(0.05)
-        assert service.exit_code == 0, service.log.read_text(encoding="utf-8")
+        if service.exit_code:
+            raise Internal(f"the run failed:\n{service.log.read_text(encoding='utf-8')}")
     return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]

@@ -74,6 +74,9 @@ TRUNK_POINTS = (
 )
 """The points that the process with the trunk reaches."""
 
+STATE_POINTS = _checkpoint("state", r"/state/base")
+"""The points at which `fedsplit serve` saves a trunk."""
+
 CLIENT_POINTS = (
     _point("client step taken", "fedsplit.client.trainer", "ClientTrainer.step", "after"),
     _point("client replies", _CLIENT, "packed", "before"),
@@ -81,7 +84,7 @@ CLIENT_POINTS = (
 )
 """The points that the process of a client reaches."""
 
-POINTS = {point.name: point for point in (*TRUNK_POINTS, *CLIENT_POINTS)}
+POINTS = {point.name: point for point in (*TRUNK_POINTS, *STATE_POINTS, *CLIENT_POINTS)}
 
 PROGRESS = ("step taken", "evaluation", "result written")
 """The points that show that a run goes on."""

@@ -1,23 +1,36 @@
 """The ways of use of a run, each as the commands that a machine's service manager keeps running."""
 
+import os
 import random
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import tomli_w
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedsplit.runs.folder import RunFolder
+from simulations.faults import served_clients
+from simulations.faults.served_clients import FIELDS, SAVE_EVERY, SPLIT, make_model
 from simulations.faults.services import ForkedModule, Program, Service
 from simulations.faults.watcher import environment
 
-NAME = "tiny"
-ROUNDS = 3
+_ROUNDS, _DEPLOYED_ROUNDS = 3, 2
+# Each message to a deployed client is a process of its own, which imports for seconds.
+_DEPLOYED_WORDS = (f"train.rounds={_DEPLOYED_ROUNDS}", f"train.evaluate_every={_DEPLOYED_ROUNDS}")
 _WORDS = "the of and to in is that it was for on are as with his they at be this from".split()
+_CHECKPOINTS = "runs/*/checkpoints/round-*/checkpoint.json"
 _ROOT = Path(__file__).parents[2]
+_BIN = Path(sys.executable).parent
 _RUN = (
     "experiment=toy",
-    f"name={NAME}",
+    "name=tiny",
     "clients=2",
-    "resume=auto",
     "sharding=iid",
     "data=text",
     "data.sequence_length=16",
@@ -27,8 +40,9 @@ _RUN = (
     "model.config.n_positions=32",
     # With dropout, a step that is repeated must draw the same numbers again.
     "model.config.resid_pdrop=0.1",
-    f"train.rounds={ROUNDS}",
+    f"train.rounds={_ROUNDS}",
     "train.save_every=1",
+    "policy.missing=wait",
 )
 
 
@@ -38,15 +52,19 @@ class Way:
 
     Attributes:
         services: Returns its commands for a folder, in the order of their start. The run is over
-            when the last one ends without an error.
+            when the last one, that of the run, ends without an error. It is started again only
+            after the harness has killed it, and the others always.
+        run: The role of the last service.
         roles: Patterns of the command lines of its processes, by role.
-        managed: The roles of the services; such a process is started again by the harness, as by a
-            service manager, and all others by the product.
+        checkpoints: Pattern of the files that complete the checkpoints of the server.
+        result: Returns the tensors of the result in a folder, and what is wrong with it, if it is.
     """
 
     services: Callable[[Path], Sequence[Service]]
+    run: str
     roles: dict[str, str]
-    managed: frozenset[str]
+    checkpoints: str
+    result: Callable[[Path], tuple[dict[str, Tensor], str]]
 
 
 def runs_in(folder: Path) -> Path:
@@ -54,14 +72,21 @@ def runs_in(folder: Path) -> Path:
     return folder / "runs"
 
 
-def _words(folder: Path, launch: str) -> list[str]:
+def settings(folder: Path) -> list[str]:
+    """Return the settings of the run, whose text is written into a folder."""
     corpus = folder / "corpus.txt"
     chance = random.Random(0)
     lines = (" ".join(chance.choices(_WORDS, k=chance.randint(20, 60))) for _ in range(40))
     corpus.write_text("\n".join(lines), encoding="utf-8")
-    places = (f"data.path={corpus}", f"launch.run_dir={runs_in(folder)}")
-    # The group of the launch precedes its fields.
-    return [*_RUN[:1], f"launch={launch}", *_RUN[1:], *places]
+    return [*_RUN, f"data.path={corpus}"]
+
+
+def _command(folder: Path, launch: str) -> list[str]:
+    """Return the words of a program that carries out the run, or continues it."""
+    first, *others = settings(folder)
+    places = ("resume=auto", f"launch.run_dir={runs_in(folder)}")
+    # The groups precede their fields.
+    return ["simulations.run", first, f"launch={launch}", *others, *places]
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -73,7 +98,7 @@ def _inline(folder: Path) -> Sequence[Service]:
     return [
         ForkedModule(
             name="run",
-            command=["simulations.run", *_words(folder, "inline")],
+            command=_command(folder, "inline"),
             environment=_environment(folder),
             folder=_ROOT,
             log=folder / "run.log",
@@ -85,7 +110,7 @@ def _flwr(folder: Path) -> Sequence[Service]:
     return [
         Program(
             name="run",
-            command=[sys.executable, "-m", "simulations.run", *_words(folder, "flwr")],
+            command=[sys.executable, "-m", *_command(folder, "flwr")],
             environment=_environment(folder),
             folder=_ROOT,
             log=folder / "run.log",
@@ -93,10 +118,112 @@ def _flwr(folder: Path) -> Sequence[Service]:
     ]
 
 
+def _deployed(folder: Path) -> Sequence[Service]:
+    place, home = folder / "place", folder / "home"
+    place.mkdir()
+    home.mkdir()
+    link, *nodes = _free_ports(3)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{link}"\n'
+        "insecure = true\n",
+        encoding="utf-8",
+    )
+    environment = {
+        **_environment(folder),
+        "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    }
+
+    def program(name: str, *command: str) -> Program:
+        words = [str(_BIN / command[0]), *command[1:]]
+        log = folder / f"{name}.log"
+        return Program(name=name, command=words, environment=environment, folder=place, log=log)
+
+    address, database = f"127.0.0.1:{link}", str(folder / "superlink.db")
+    own = ["--host", "127.0.0.1", "--port", str(link), "--database", database]
+    services = [program("superlink", "flower-superlink", "--insecure", *own)]
+    for number, port in enumerate(nodes):
+        node = f'partition-id={number} num-partitions=2 allowed-path="{folder}"'
+        node += f' state-dir="{folder / "kept"}"'
+        words = ["--insecure", "--superlink", address, "--port", str(port), "--node-config", node]
+        services.append(program(f"supernode-{number}", "flower-supernode", *words))
+    config, state = home / "run.toml", str(folder / "run.state")
+    overrides = " ".join([*settings(folder), *_DEPLOYED_WORDS])
+    texts = {"overrides": overrides, "run-dir": str(runs_in(folder))}
+    config.write_text(tomli_w.dumps(texts), encoding="utf-8")
+    words = [str(_ROOT), "own", "--run-config", str(config), "--state", state]
+    services.append(program("run", "fedsplit", "supervise", *words))
+    return services
+
+
+def _served(folder: Path) -> Sequence[Service]:
+    make_model(folder / "model")
+    address = f"127.0.0.1:{_free_ports(1)[0]}"
+    serve = [str(_BIN / "fedsplit"), "serve", "--model", f"base={folder / 'model'}"]
+    serve += ["--split", SPLIT, "--bind", address, "--state-dir", str(folder / "state")]
+    serve += ["--save-every", str(SAVE_EVERY), *FIELDS]
+    clients = [sys.executable, "-m", served_clients.__name__, str(folder), address]
+    return [
+        Program(
+            name=name,
+            command=command,
+            environment=_environment(folder),
+            folder=_ROOT,
+            log=folder / f"{name}.log",
+        )
+        for name, command in {"server": serve, "run": clients}.items()
+    ]
+
+
+def _result(rounds: int, folder: Path) -> tuple[dict[str, Tensor], str]:
+    parent = runs_in(folder)
+    folders = map(RunFolder, parent.iterdir() if parent.is_dir() else ())
+    finished = [folder for folder in folders if folder.is_finished]
+    if not finished:
+        return {}, "the run has no result"
+    tensors = load_file(finished[0].model / "model.safetensors")
+    recorded = [stats.round for stats in finished[0].rounds()]
+    if recorded != list(range(1, rounds + 1)):
+        return tensors, f"metrics.jsonl has the rounds {recorded}"
+    # A run without a checkpoint may begin again beside its dead folder.
+    if len(finished) > 1:
+        return tensors, f"the run was carried out {len(finished)} times"
+    return tensors, ""
+
+
+def _served_result(folder: Path) -> tuple[dict[str, Tensor], str]:
+    file = folder / "clients.safetensors"
+    if not file.exists():
+        return {}, "the clients have no result"
+    # The server has saved its trunk at its end.
+    trunk = load_file(max(folder.glob("state/base/round-*")) / "trunk.safetensors")
+    parameters = {name: tensor for name, tensor in trunk.items() if "parameter/" in name}
+    return {**load_file(file), **parameters}, ""
+
+
+def _free_ports(number: int) -> list[int]:
+    with ExitStack() as open_sockets:
+        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
 WAYS = {
-    "inline": Way(services=_inline, roles={}, managed=frozenset({"run"})),
+    "inline": Way(
+        services=_inline,
+        run="run",
+        roles={},
+        checkpoints=_CHECKPOINTS,
+        result=partial(_result, _ROUNDS),
+    ),
     "flwr": Way(
         services=_flwr,
+        run="launcher",
         roles={
             "launcher": r"-m simulations\.run",
             "superlink": r"flower-superlink",
@@ -106,7 +233,28 @@ WAYS = {
             "raylet": r"raylet/raylet ",
             "worker": r"ray::ClientApp",
         },
-        managed=frozenset({"launcher"}),
+        checkpoints=_CHECKPOINTS,
+        result=partial(_result, _ROUNDS),
+    ),
+    "deployed": Way(
+        services=_deployed,
+        run="supervisor",
+        roles={
+            "superlink": r"flower-superlink",
+            "serverapp": r"flwr-serverapp",
+            "supernode": r"flower-supernode",
+            "clientapp": r"flwr-clientapp",
+            "supervisor": r"fedsplit supervise",
+        },
+        checkpoints=_CHECKPOINTS,
+        result=partial(_result, _DEPLOYED_ROUNDS),
+    ),
+    "served": Way(
+        services=_served,
+        run="clients",
+        roles={"server": r"fedsplit serve"},
+        checkpoints="state/base/round-*/checkpoint.json",
+        result=_served_result,
     ),
 }
 """The ways of use by name."""

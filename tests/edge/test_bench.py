@@ -42,6 +42,15 @@ FIGURES = {
         "loss_delta_history",
         "loss_delta_strong",
     ],
+    "faults": [
+        "checkpoint_overhead",
+        "equal",
+        "leftover_processes",
+        "persons",
+        "points",
+        "recovery_s_max",
+        "recovery_s_max_inline",
+    ],
     "fuzz": [
         "cases",
         "crashes",
@@ -172,10 +181,18 @@ def of_right_numbers(told: dict[str, Any]) -> None:
     assert sum(not row["zero_within"] for row in trends) == figures["growing"]
 
 
+def of_equal_weights(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    assert figures["points"] == figures["equal"] > 0
+    assert figures["persons"] == figures["leftover_processes"] == 0
+    assert figures["checkpoint_overhead"] > 0
+
+
 HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accelerate": of_the_same_loss,
     "clients": more_with_more_clients,
     "compress": costing_what_it_says,
+    "faults": of_equal_weights,
     "fuzz": ending_as_it_may,
     "generate": exact_and_small,
     "guard": without_false_alarms,

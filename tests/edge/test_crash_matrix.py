@@ -1,6 +1,5 @@
 """A few cases of the crash matrix (`simulations/faults`): real processes die at named points."""
 
-import dataclasses
 import math
 
 import pytest
@@ -27,21 +26,13 @@ def test_an_undisturbed_run_needs_no_restart(undisturbed):
 def test_a_struck_run_ends_by_itself_with_the_same_weights(case, undisturbed):
     outcome = run_with(case.way, case)
     assert outcome.why == ""
-    assert outcome.equals(undisturbed)
+    assert outcome.weights == undisturbed.weights
     assert outcome.struck_s > 0 and outcome.leftover == 0
 
 
 def test_a_fault_that_did_not_happen_is_a_failure():
     outcome = run_with("inline", Case(way="inline", point="step taken", victim="run", after=9))
     assert outcome.why.startswith("the point was not reached")
-
-
-def test_weights_that_differ_in_one_bit_are_not_equal(undisturbed):
-    name = next(iter(undisturbed.weights))
-    other = undisturbed.weights[name].clone()
-    other.view(-1)[0] += 1e-7
-    changed = dataclasses.replace(undisturbed, weights={**undisturbed.weights, name: other})
-    assert not changed.equals(undisturbed)
 
 
 def test_the_names_of_points_differ():
