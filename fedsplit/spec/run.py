@@ -117,8 +117,8 @@ class LaunchSpec:
         workers (clients): The simulated clients that work at once (0: all of them).
         run_dir: The folder that has one folder per run.
         start_timeout_s (seconds): The longest wait for the first node.
-        restarts: How often launch=flwr starts the run again, in a row without another finished
-            round, when a process of it is gone (0: never).
+        restarts (times): How often launch=flwr starts the run again, in a row without another
+            finished round, when a process of it is gone (0: never).
         trunk_device: The torch device of the server's trunk: one, several with commas, or auto
             for all GPUs.
         client_device: The torch device of clients whose node config names none.
