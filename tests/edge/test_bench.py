@@ -102,6 +102,7 @@ FIGURES = {
         "loss_others_x1e6",
         "overhead",
     ],
+    "schedules": ["cpu_seconds", "planted_found", "schedules", "seconds", "violations"],
     "soak": ["faults", "growing", "rounds", "rounds_compared", "sessions", "violations"],
     "strangers": [
         "memory_per_mib",
@@ -188,6 +189,11 @@ def of_equal_weights(told: dict[str, Any]) -> None:
     assert figures["checkpoint_overhead"] > 0
 
 
+def of_no_violation(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    assert (figures["schedules"], figures["violations"], figures["planted_found"]) == (100, 0, 10)
+
+
 HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accelerate": of_the_same_loss,
     "clients": more_with_more_clients,
@@ -197,6 +203,7 @@ HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "generate": exact_and_small,
     "guard": without_false_alarms,
     "memory": saved_at_the_trunk,
+    "schedules": of_no_violation,
     "soak": of_right_numbers,
     "step": exact_with_four_transfers,
     "strangers": of_no_harm,

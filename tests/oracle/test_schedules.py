@@ -9,7 +9,7 @@ from simulations.schedules.planted import PLANTED
 from simulations.schedules.schedule import LINK_FAULTS, MESSAGES, Fault, Schedule, schedule_of
 from tests.oracle.kept import KEPT
 
-_PLAYED = range(1000)
+_PLAYED = range(500)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_each_fault_happens_to_each_kind_of_message(findings):
     pairs = [(fault, kind) for fault in LINK_FAULTS for kind in MESSAGES]
     assert [pair for pair in pairs if not findings.happened[pair]] == []
     for what in ("crash trunk", "crash trunk after", "checkpoint", "crash", "gone", "freeze"):
-        assert findings.happened[what, ""] > 10, what
+        assert findings.happened[what, ""] > 5, what
 
 
 def test_each_fault_is_planned_often_in_10000_schedules():
