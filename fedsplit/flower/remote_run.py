@@ -22,6 +22,9 @@ _LOG_S = 10.0
 """The longest wait for the rest of the log of a run that is over, in seconds."""
 _ROUND = re.compile(r"\bround +(\d+)/\d+ ")
 
+_MAY_PASS = ("DeadlineExceeded", "StorageError")
+"""Errors of a run that passes once its clients are back, or once there is room on the disk."""
+
 T = TypeVar("T")
 
 
@@ -167,7 +170,8 @@ def is_own_error(details: str, log: str) -> bool:
     # An earlier process of the run may be frozen, and ends when Flower has given it up.
     if not text or STILL_TRAINED in text:
         return False
-    return re.search(rf"fedsplit\.errors\.\w+: {re.escape(text)}", log) is not None
+    named = re.search(rf"fedsplit\.errors\.(\w+): {re.escape(text)}", log)
+    return named is not None and named[1] not in _MAY_PASS
 
 
 def _id_in(state: Path) -> str:

@@ -90,6 +90,7 @@ LOG = """WARNING: client-1: fedsplit.errors.ConnectionLost: no trunk answers
 Traceback (most recent call last):
   File "server_app.py", line 1, in main
 fedsplit.errors.Diverged: round 2: the loss is inf (twice)
+fedsplit.errors.DeadlineExceeded: 0 of clients=2 are connected after 120 s
 fedsplit.errors.ConfigError: runs/a is still trained by another process; stop that one"""
 
 
@@ -99,6 +100,7 @@ fedsplit.errors.ConfigError: runs/a is still trained by another process; stop th
         ("ServerApp failed with exception: round 2: the loss is inf (twice)", True),
         ("Simulation failed with exception: round 2: the loss is inf (twice)", True),
         ("ServerApp failed with exception: [Errno 111] Connection refused", False),
+        ("ServerApp failed with exception: 0 of clients=2 are connected after 120 s", False),
         ("ServerApp failed with exception: runs/a is still trained by another process; s", False),
         ("Task failed with unknown error.", False),
         ("No heartbeat received from the task", False),
