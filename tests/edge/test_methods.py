@@ -298,6 +298,19 @@ def test_a_strategy_that_remembers_goes_on_to_the_same_numbers(
     assert same(state_of(restored), state_of(lasting))
 
 
+@pytest.mark.parametrize("make", [FedAdam, lambda: FedAvgM(server_momentum=0.9)])
+def test_a_strategy_that_goes_back_to_its_beginning_remembers_nothing(
+    make: Callable[[], Strategy],
+) -> None:
+    strategy = make()
+    begun = load(save(state_of(strategy)))
+    aggregate(strategy, 1, record(0))
+    load_state_into(strategy, begun)
+    assert same(state_of(strategy), begun)
+    expected = as_bytes(aggregate(make(), 1, record(0)))
+    assert as_bytes(aggregate(strategy, 1, record(0))) == expected
+
+
 def test_the_memory_of_another_strategy_is_refused() -> None:
     strategy = FedAdam()
     aggregate(strategy, 1, record(0))

@@ -2,7 +2,7 @@
 
 FedAdam has moments, FedAvgM a momentum; Flower keeps them in plain attributes. A name here is
 `attribute:kind:place:key`, where kind is the type of the attribute: a `dict` or a `list` of NumPy
-arrays, Flower's `arrays`, or a single `number`. The place keeps the order, on which some of
+arrays, Flower's `arrays`, a single `number`, or `none`. The place keeps the order, on which some of
 Flower's sums depend. The state of a strategy inside a strategy is below that attribute's name.
 """
 
@@ -93,6 +93,9 @@ def _entries(value: object) -> Iterator[tuple[str, int, str, Any]]:
         yield from _numbered("list", (("", array) for array in value))
     elif isinstance(value, float):
         yield "number", 0, "", np.float64(value)
+    elif value is None:
+        # A strategy that goes back to its first round must lose the moments that it has now.
+        yield "none", 0, "", np.empty(0)
 
 
 def _all_arrays(values: Iterable[object]) -> bool:
@@ -111,4 +114,6 @@ def _value_of(kind: str, entries: list[tuple[int, str, np.ndarray]]) -> object:
         return {key: array for _, key, array in entries}
     if kind == "list":
         return [array for _, _, array in entries]
+    if kind == "none":
+        return None
     return float(entries[0][2])
