@@ -2,17 +2,33 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, DeadlineExceeded
+from fedsplit.flower import server_app
+from fedsplit.flower.inline import InlineGrid, run_inline
+from fedsplit.flower.strategy.going_back import Repeats
+from fedsplit.flower.strategy.invitations import Invitations
+from fedsplit.flower.strategy.nodes import GridView, NodeRegistry
+from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.runs.folder import RunFolder
-from fedsplit.spec import PolicySpec, RunSpec, TrainSpec
-from tests.edge.federation import client_that, federate, joined, spec_for, without_seconds
+from fedsplit.spec import LaunchSpec, PolicySpec, RunSpec, TrainSpec
+from tests.edge.federation import (
+    client_that,
+    federate,
+    joined,
+    run_config,
+    spec_for,
+    without_seconds,
+)
+from tests.edge.resuming import folder_of
 
 WORDS = ("train.rounds=3", "train.local_steps=2", "lora=on", "lora.rank=2", "lora.dropout=0.5")
 
@@ -77,6 +93,54 @@ def test_a_run_that_drops_it_goes_on_at_once(tmp_path: Path) -> None:
     run = spec_for(tmp_path, *WORDS)
     rounds = federate(run, client_that(train=Lost(1, after=True))).rounds()
     assert [(stats.repeats, stats.failed) for stats in rounds] == [(0, 0), (0, 1), (0, 0)]
+
+
+def test_a_client_that_leaves_after_its_training_is_waited_for(
+    tmp_path: Path, whole: RunFolder
+) -> None:
+    away: list[int] = []
+
+    def train(message: Message, context: Context, go_on: Callable[[], Message]) -> Message:
+        reply, info = go_on(), message.content.config_records["fedsplit"]
+        if (info["client"], info["round"]) == ("client-1", 2) and not away:
+            away.append(context.node_id)
+        return reply
+
+    def evaluate(message: Message, context: Context, go_on: Callable[[], Message]) -> Message:
+        if away:  # Chosen without the other client, which is back now and does not leave again.
+            away[0] = 0
+        return go_on()
+
+    def serve(grid: Grid, context: Context) -> None:
+        def present() -> list[int]:
+            return [node for node in grid.get_node_ids() if node not in away]
+
+        server_app.app(GridView(grid, present, patience_s=600), context)
+
+    run = spec_for(tmp_path, *WORDS, "policy.missing=wait")
+    client = client_that(train=train, evaluate=evaluate)
+    run_inline(serve, client, num_clients=3, run_config=run_config(run))
+    rounds = folder_of(run).rounds()
+    assert [stats.repeats for stats in rounds] == [0, 1, 0]
+    numbers = [replace(stats, repeats=0) for stats in without_seconds(rounds)]
+    assert numbers == without_seconds(whole.rounds())
+
+
+def test_waiting_for_all_clients_may_take_longer_than_for_the_first() -> None:
+    run = RunSpec(launch=LaunchSpec(start_timeout_s=0.01))
+    with ThreadPoolExecutor(1) as pool:
+        registry = NodeRegistry(InlineGrid(1, {}, pool), run, Invitations(run, "", ()))
+        assert not registry.wait_for_all(0.1)
+        with pytest.raises(DeadlineExceeded, match="0 of clients="):
+            registry.present()
+
+
+def test_each_round_since_an_older_checkpoint_is_repeated_at_most_three_times() -> None:
+    repeats, lost = Repeats(PolicySpec(missing="wait")), RoundMetrics(missing={"client-1"})
+    rounds = [2, 2, 2, 2, 3, 2, 3, 2, 3, 2, 3]
+    is_repeated = [repeats.setback_in(number, lost, 0) is not None for number in rounds]
+    assert is_repeated == [True] * 3 + [False] + [True, False] * 3 + [False]
+    assert (repeats.of(1), repeats.of(2), repeats.of(3)) == (0, 3, 3)
 
 
 @pytest.mark.parametrize("policy", ["quorum", "async"])

@@ -8,7 +8,7 @@ as `TrainSpec` says, and the trunk knows which clients have work (`coordinator`)
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from logging import INFO, WARNING
 from typing import ClassVar
 
@@ -269,10 +269,11 @@ class SplitStrategy(WrappingStrategy):
     ) -> Setback | None:
         """Run and record one round; return why training must go back, if it must."""
         coordinator, failure, engine = self.coordinator, None, self.trunk_server.service.engine
+        connected: Set[str] = frozenset()
         if self.run.policy.missing == "wait":
-            self._registry.wait_for_all(coordinator.timeout_s)
+            connected = self._registry.wait_for_all(coordinator.timeout_s)
         # Before `catch_up`: late replies that arrive between two rounds count in the new round.
-        coordinator.metrics = RoundMetrics(repeats=self._repeats.of(number))
+        coordinator.metrics = RoundMetrics(repeats=self._repeats.of(number), connected=connected)
         short_steps = engine.short_steps
         try:
             stats, is_last = self._train_and_evaluate(number, configs, result)

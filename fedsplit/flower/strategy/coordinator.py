@@ -111,14 +111,11 @@ class RoundCoordinator:
 
     def idle(self) -> dict[str, int]:
         """Return the nodes without work by the names of their clients, sorted by name."""
-        nodes = self.tracker.busy_nodes()
+        present, nodes = self._registry.present(), self.tracker.busy_nodes()
+        self.metrics.missing |= self.metrics.connected - present.keys()
         # A node with a message that was given up is still busy, though its work is not counted.
         names = {work.client for work in self.rounds.busy}
-        return {
-            name: node
-            for name, node in self._registry.present().items()
-            if name not in names and node not in nodes
-        }
+        return {n: node for n, node in present.items() if n not in names and node not in nodes}
 
     def name_of(self, message: Message) -> str:
         """Return the client that a message is sent to."""

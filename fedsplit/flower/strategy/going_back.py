@@ -1,5 +1,6 @@
 """Why a run goes back to a checkpoint, and to which one."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import WARNING
@@ -41,11 +42,12 @@ class Repeats:
 
     def __init__(self, policy: PolicySpec) -> None:
         self._waits = policy.missing == "wait"
-        self._round = self._number = 0
+        # Of each round by itself: a round is repeated also because a later one has to be.
+        self._numbers: Counter[int] = Counter()
 
     def of(self, number: int) -> int:
-        """Return how often a round was repeated so far."""
-        return self._number if number == self._round else 0
+        """Return how often a round was repeated so far because a client was missing in it."""
+        return self._numbers[number]
 
     def setback_in(self, number: int, metrics: RoundMetrics, short_steps: int) -> Setback | None:
         """Return the setback of a round that has to be repeated.
@@ -70,7 +72,7 @@ class Repeats:
                 repeats,
             )
             return None
-        self._round, self._number = number, repeats + 1
+        self._numbers[number] += 1
         reason = f"{names} did not finish it"
         return Setback(round=number, reason=reason, diverged=False)
 

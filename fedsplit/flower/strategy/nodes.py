@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from logging import WARNING
 
@@ -85,7 +85,9 @@ class NodeRegistry:
         Raises:
             DeadlineExceeded: No node is connected for `launch.start_timeout_s`.
         """
-        nodes = self._wait_for(1)
+        return self._named(self._wait_for(1))
+
+    def _named(self, nodes: list[int]) -> dict[str, int]:
         new = [node for node in nodes if node not in self._asked]
         self._ask(new)
         # A new node that does not answer must not hold up the others.
@@ -98,12 +100,19 @@ class NodeRegistry:
                 found.setdefault(name, node)
         return dict(sorted(found.items()))
 
-    def wait_for_all(self, timeout_s: float) -> None:
-        """Wait until all clients of the run are connected, for at most `timeout_s` seconds."""
+    def wait_for_all(self, timeout_s: float) -> Set[str]:
+        """Wait until all clients of the run are connected, for at most `timeout_s` seconds.
+
+        Returns:
+            The names of those that are.
+        """
         until, missing = time.monotonic() + timeout_s, 0
-        while number := self._run.num_nodes - len(self.present()):
-            if time.monotonic() > until:
-                return
+        while True:
+            # Not `present`, which waits less long for the first of them.
+            names = self._named(list(self._grid.get_node_ids())).keys()
+            number = self._run.num_nodes - len(names)
+            if not number or time.monotonic() > until:
+                return names
             if number != missing:
                 log(WARNING, "The round waits for %d clients that are not connected", number)
             missing = number

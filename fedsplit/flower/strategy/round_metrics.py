@@ -1,7 +1,7 @@
 """The metrics of one round, summed over the clients' replies into a `RoundStats`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from logging import WARNING
 
@@ -43,7 +43,8 @@ class RoundMetrics:
     clients that could not train, and `unmeasured` those that could not evaluate, because numbers
     were not finite or out of proportion; `missing` are those that did not do one of it for another
     reason, and `gone` those of them of which Flower knows that. The round was repeated `repeats`
-    times before. Sums are in the order of names, because a sum of floats depends on its order and
+    times before. `connected` are the clients that must not leave in this round; those that do are
+    missing. Sums are in the order of names, because a sum of floats depends on its order and
     the order of arrival is random.
     """
 
@@ -57,6 +58,7 @@ class RoundMetrics:
     repeats: int = 0
     missing: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
+    connected: Set[str] = frozenset()
     asked: set[str] = field(default_factory=set)
     arrays_bytes: int = 0
 
