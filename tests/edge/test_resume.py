@@ -64,6 +64,7 @@ VARIANTS = {
         "client_weights.strategy=flwr.serverapp.strategy.FedAdam",
         "client_weights.options={fraction_train: 0.5}",
     ),
+    "done-sampled": ("train.max_steps=2", "client_weights.options={fraction_train: 0.5}"),
     "strong": ("wire=strong", "train.accumulation=2"),
     "float16": ("model.autocast=float16",),
     "v1": ("strategy=splitfed_v1", "wire.client_weights=int8"),

@@ -47,7 +47,7 @@ from fedsplit.trunk.update import TrunkUpdate
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _CLIENT_STRATEGY, _GUARD = "client_weights/", "guard/"
-_DIVERGENCE = "divergence/"
+_DIVERGENCE, _DONE = "divergence/", "done/"
 """The prefixes of the state of the strategy's parts in a checkpoint."""
 _SLOWER = 0.5
 """The factor on the learning rate after training went back."""
@@ -201,6 +201,8 @@ class SplitStrategy(WrappingStrategy):
         rounds, stopping = self.coordinator.rounds, self._early_stopping
         own = {"version": rounds.version, "sent": rounds.sent, "worse": stopping.worse}
         own |= {"over": int(self._is_over), "went_back_from": self._went_back_from}
+        unmerged = {work.client for work in self.coordinator.unmerged}
+        own |= {_DONE + client: 1 for client in sorted(self._states.done - unmerged)}
         parts = {
             _CLIENT_STRATEGY: state_of(self.client_strategy),
             _GUARD: self._guard.state(),
@@ -225,6 +227,7 @@ class SplitStrategy(WrappingStrategy):
         self._early_stopping.worse = int(state["worse"])
         self._is_over = bool(state["over"])
         self._went_back_from = int(state["went_back_from"])
+        self._states.done = set(under(_DONE, state))
         load_state_into(self.client_strategy, under(_CLIENT_STRATEGY, state))
         self._guard.load_state(under(_GUARD, state))
         self._divergence.load_state(under(_DIVERGENCE, state))

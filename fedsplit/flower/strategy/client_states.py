@@ -12,9 +12,14 @@ from fedsplit.flower.strategy.round_policy import Work
 
 
 class ClientStates:
-    """The last state of each client; 0 is the state before any work."""
+    """The last state of each client; 0 is the state before any work.
+
+    Attributes:
+        done: The clients that have taken all steps of the run.
+    """
 
     def __init__(self) -> None:
+        self.done: set[str] = set()
         self._last: dict[str, int] = {}
         # By the number of the work: the state that it began with, and the one that it makes.
         self._works: dict[int, tuple[int, int]] = {}

@@ -87,7 +87,6 @@ class RoundCoordinator:
         self._guard = guard
         self.tracker = MessageTracker(grid)
         self.metrics = RoundMetrics()
-        self._done: set[str] = set()
         self._missed: Counter[str] = Counter()
         self._fruitless = 0
         self._registry = registry
@@ -123,11 +122,11 @@ class RoundCoordinator:
 
     def ready(self) -> dict[str, int]:
         """Return those of the idle nodes whose clients have steps left to train."""
-        return {name: node for name, node in self.idle().items() if name not in self._done}
+        return {name: node for name, node in self.idle().items() if name not in self._states.done}
 
     def is_done(self) -> bool:
         """Return whether all connected clients have taken all steps of the run."""
-        return bool(self._done) and self._done >= self._registry.present().keys()
+        return bool(self._states.done) and self._states.done >= self._registry.present().keys()
 
     def forget_departed(self) -> None:
         """Let the trunk drop its state for clients that are done or have left the run.
@@ -138,7 +137,7 @@ class RoundCoordinator:
         present = self._registry.present()
         for client in self._registry.names:
             self._missed[client] = 0 if client in present else self._missed[client] + 1
-            if client in self._done or self._missed[client] >= _MISSED_ROUNDS:
+            if client in self._states.done or self._missed[client] >= _MISSED_ROUNDS:
                 self._service.forget(client)
 
     @property
@@ -385,11 +384,11 @@ class RoundCoordinator:
         self._replies[work.number] = reply
         self.metrics.trained.append((work.client, numbers))
         if numbers["done"]:
-            self._done.add(work.client)
+            self._states.done.add(work.client)
         return Replied(
             number=work.number,
             num_tokens=int(numbers[WEIGHT]),
-            again=work.client not in self._done,
+            again=work.client not in self._states.done,
         )
 
     def _take(self, work: Work) -> tuple[ArrayRecord, Message]:
