@@ -222,8 +222,8 @@ class TrunkService:
             return self._open(request, client)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
             return self._wait(step)  # type: ignore[return-value]
-        name: str = request.session  # type: ignore[attr-defined]
-        with self._sessions.serving(name, client) as session:
+        session = self._sessions.of(request.session, client)  # type: ignore[attr-defined]
+        with self._sessions.serving(session.info.name):
             reply: m.R = self._answers[type(request)](session, request)
         return reply
 

@@ -95,20 +95,20 @@ class SessionTable:
             return session
 
     @contextmanager
-    def serving(self, name: str, client: str) -> Iterator[Session]:
-        """A context that handles a request of a session; see `of` for what it raises.
+    def serving(self, name: str) -> Iterator[None]:
+        """A context that handles a request of a session.
 
         A connection carries a session from its first request that was not refused. So a session
         without one expires after a request that was refused, as if that had not come.
         """
-        session = self.of(name, client)
         try:
-            yield session
+            yield
         except FedsplitError:
-            if not session.is_carried:
+            if (session := self._open.get(name)) and not session.is_carried:
                 self.disconnected(name)
             raise
-        session.is_carried = True
+        if session := self._open.get(name):
+            session.is_carried = True
 
     def disconnected(self, name: str) -> None:
         """Let a session expire in `policy.deadline_s`, unless its client sends a request."""

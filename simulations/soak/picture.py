@@ -22,7 +22,7 @@ def picture_of(series: Mapping[str, Series], trends: Mapping[str, Trend]) -> byt
                 continue
             minutes, trend = [each / 60.0 for each in seconds], trends[quantity]
             name = quantity.partition("_")[2]
-            label = f"{name}: {trend.slope:+.3g} ± {trend.margin:.2g} / h"
+            label = f"{name}: {trend.slope:+.3g} +- {trend.margin:.2g} / h"
             axes.plot(minutes, values, linewidth=0.8, label=label)
             axes.set_xlabel("minutes")
             axes.set_ylabel(f"{panel} ({unit_of(quantity)})")

@@ -119,7 +119,7 @@ class Texts:
     """
 
     def __init__(self, model: str) -> None:
-        whole = AutoModelForCausalLM.from_pretrained(model).eval()
+        whole = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False).eval()
         chance = torch.Generator().manual_seed(SHAPE.seed)
         lengths = [2 + number % 11 for number in range(_PROMPTS)]
         self._prompts = [

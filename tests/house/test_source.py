@@ -24,6 +24,7 @@ DOORS = {  # they answer a caller who is somewhere else, or end a program
     "fedsplit/transport/calls.py",
     "fedsplit/trunk/engine.py",
     "simulations/fuzzing/campaign.py",
+    "simulations/schedules/turns.py",
     "simulations/sweep.py",
 }
 
