@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from fedsplit import atomic
 from fedsplit.errors import Diverged, StorageError

@@ -57,8 +57,7 @@ def test_every_test_that_a_page_names_is_there():
             f"{page.relative_to(ROOT)}: {file}::{test}"
             for page in PAGES
             for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text("utf-8"))
-            if not (ROOT / file).is_file()
-            or f"def {test}(" not in (ROOT / file).read_text("utf-8")
+            if not (ROOT / file).is_file() or f"def {test}(" not in (ROOT / file).read_text("utf-8")
         ),
         "name the test as it is called now",
     )
