@@ -11,7 +11,7 @@ from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedsplit.errors import ConfigError, DeadlineExceeded
+from fedsplit.errors import ConfigError, DeadlineExceeded, Diverged
 from fedsplit.flower import server_app
 from fedsplit.flower.inline import InlineGrid, run_inline
 from fedsplit.flower.strategy.going_back import Repeats
@@ -87,6 +87,19 @@ def test_a_round_whose_clients_are_all_gone_is_repeated(tmp_path: Path, policy: 
     run = spec_for(tmp_path, *WORDS, "clients=1", f"policy={policy}")
     rounds = federate(run, client_that(train=Lost(2, after=True, client="client-0"))).rounds()
     assert [(stats.repeats, stats.failed) for stats in rounds] == [(0, 0), (2, 0), (0, 0)]
+
+
+def test_a_run_whose_clients_always_crash_ends_though_each_round_has_some_of_them(
+    tmp_path: Path,
+) -> None:
+    def train(message: Message, context: Context, go_on: Callable[[], Message]) -> Message:
+        error = Error(code=ErrorCode.CLIENT_APP_CRASHED, reason="it has crashed")
+        return Message(error, reply_to=message)
+
+    words = ("clients=2", "client_weights.options={fraction_train: 0.5}", "train.evaluate_every=4")
+    run = spec_for(tmp_path, *WORDS, *words, "train.rounds=4")
+    with pytest.raises(Diverged, match=r"round 3, .* none of 1 clients finished; .* has crashed"):
+        federate(run, client_that(train=train))
 
 
 def test_a_run_that_drops_it_goes_on_at_once(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ as `TrainSpec` says, and the trunk knows which clients have work (`coordinator`)
 
 import math
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from logging import INFO, WARNING
 from typing import ClassVar
 
@@ -100,6 +100,7 @@ class SplitStrategy(WrappingStrategy):
         self._divergence = DivergenceGuard(run)
         self._states = ClientStates()
         self._repeats = Repeats(run.policy)
+        self._fruitless: set[int] = set()
         self._went_back_from = 0
 
     # --- hooks --------------------------------------------------------------------------------
@@ -272,9 +273,8 @@ class SplitStrategy(WrappingStrategy):
     ) -> Setback | None:
         """Run and record one round; return why training must go back, if it must."""
         coordinator, failure, engine = self.coordinator, None, self.trunk_server.service.engine
-        connected: Set[str] = frozenset()
-        if self.run.policy.missing == "wait":
-            connected = self._registry.wait_for_all(coordinator.timeout_s)
+        waits = self.run.policy.missing == "wait"
+        connected = self._registry.wait_for_all(coordinator.timeout_s) if waits else frozenset()
         # Before `catch_up`: late replies that arrive between two rounds count in the new round.
         coordinator.metrics = RoundMetrics(repeats=self._repeats.of(number), connected=connected)
         short_steps = engine.short_steps
@@ -375,6 +375,7 @@ class SplitStrategy(WrappingStrategy):
             add_join_info=self._add_join_info,
             merge=self._merge,
             states=self._states,
+            fruitless=self._fruitless,
             guard=self._guard,
             rounds=self._first_rounds,
             timeout_s=timeout_s,

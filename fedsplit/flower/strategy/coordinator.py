@@ -63,6 +63,7 @@ class RoundCoordinator:
         add_join_info: Adds to a message what a client needs to take part in a round.
         merge: Merges replies.
         states: The states of the clients.
+        fruitless: The last rounds in a row in which no client has finished.
         guard: Bounds the clients' changes of the client weights.
         rounds: The policy's state at the start.
         timeout_s: Real seconds that a round may take; None: what the policy allows.
@@ -78,6 +79,7 @@ class RoundCoordinator:
         add_join_info: Callable[[Message, str, int, int], None],
         merge: Merge,
         states: ClientStates,
+        fruitless: set[int],
         guard: WeightGuard,
         rounds: RoundState,
         timeout_s: float | None,
@@ -88,7 +90,7 @@ class RoundCoordinator:
         self.tracker = MessageTracker(grid)
         self.metrics = RoundMetrics()
         self._missed: Counter[str] = Counter()
-        self._fruitless = 0
+        self._fruitless = fruitless
         self._registry = registry
         self._run = run
         self._service = trunk_server.service
@@ -206,16 +208,16 @@ class RoundCoordinator:
             Diverged: All clients of the run failed in this round, or some in each of three rounds.
         """
         if self.metrics.trained:
-            self._fruitless = 0
+            self._fruitless.clear()
             return
-        self._fruitless += 1
+        self._fruitless.add(number)
         asked = self.metrics.asked | {work.client for work in self.rounds.busy}
         reason = next(iter(self.metrics.reasons), "nothing before the deadline")
         problem = (
             f"round {number}, training: none of {len(asked)} clients finished; the first said: "
             f"{reason}"
         )
-        if asked.issuperset(self._registry.names) or self._fruitless == _FRUITLESS_ROUNDS:
+        if asked.issuperset(self._registry.names) or len(self._fruitless) >= _FRUITLESS_ROUNDS:
             raise Diverged(problem)
         log(WARNING, "%s", problem)
 
