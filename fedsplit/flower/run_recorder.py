@@ -193,7 +193,7 @@ class RunRecorder:
 
     def _finish(self, ended: str = "") -> None:
         """Write the result: the weights of the last round, or with `load_best` of the best one."""
-        self._folder.set_divergence(ended)
+        self._when_there_is_room(lambda: self._folder.set_divergence(ended))
         best = checkpoints_in(self._folder.best)
         if self._run.train.load_best and best:
             self._restore(self._read(best[max(best)]))
@@ -245,7 +245,7 @@ class RunRecorder:
         self._method.client_states = checkpoint.facts["states"]
         self._best = checkpoint.facts["best"]
         # Rounds after the checkpoint are trained again, so their records must not remain.
-        self._folder.forget_after(checkpoint.round)
+        self._when_there_is_room(lambda: self._folder.forget_after(checkpoint.round))
         remove_after(self._folder.best, checkpoint.round)
         remove_after(self._folder.checkpoints, checkpoint.round)
         # Again, since the process may have been killed before it did.
