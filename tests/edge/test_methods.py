@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from fedsplit.client.objective import ClientObjective, Prediction
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.flower.inline import _identify_this_process
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_dtypes_of
 from fedsplit.flower.strategy.state import load_state_into, state_of
@@ -24,6 +25,12 @@ from fedsplit.runs.metrics import RoundStats
 from tests.edge.federation import SGD, client_that, federate, joined, spec_for
 
 GoOn = Callable[[], Message]
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    """A message has a sender: Flower's of this process."""
+    _identify_this_process()
 
 
 def name_of(context: Context) -> str:
