@@ -41,8 +41,9 @@ def roles_of(home: Path) -> Mapping[int, str]:
             # A script stands after its interpreter.
             names = {Path(word).name for word in process.cmdline()[:2]}
             for name in names & ROLES.keys():
-                found[process.pid] = ROLES[name]
+                # First, since a process that ends meanwhile has no parent, and no role.
                 parents[process.pid] = process.ppid()
+                found[process.pid] = ROLES[name]
     # A child has the command line of its parent until it executes another program.
     return {pid: role for pid, role in found.items() if role != found.get(parents[pid])}
 
