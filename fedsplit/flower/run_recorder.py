@@ -165,14 +165,18 @@ class RunRecorder:
         kept = checkpoints_in(self._folder.checkpoints)
         self._checkpoints = {n: ids for n, ids in self._checkpoints.items() if n in kept}
 
-    def go_back(self, number: int) -> ArrayRecord:
-        """Load the checkpoint of a round into trunk and strategy; return its client weights.
+    def go_back(self, number: int) -> tuple[int, ArrayRecord]:
+        """Load the newest intact checkpoint of a round or before into trunk and strategy.
+
+        Returns:
+            The next round, and the client weights.
 
         Raises:
-            CheckpointError: It is damaged.
+            CheckpointError: None is intact.
         """
-        self._go_back_to(self._read(checkpoints_in(self._folder.checkpoints)[number]))
-        return self.arrays
+        checkpoint = self._newest_intact(number)
+        self._go_back_to(checkpoint)
+        return checkpoint.round + 1, self.arrays
 
     def end_diverged(self, reason: str) -> str:
         """Write the result of a run that diverged: that of its last checkpoint, or the best round.
@@ -224,15 +228,17 @@ class RunRecorder:
         self._go_back_to(checkpoint)
         self.first_round = checkpoint.round + 1
 
-    def _newest_intact(self) -> Checkpoint:
-        """Return the newest checkpoint that can be read, and log those that cannot.
+    def _newest_intact(self, last: float = math.inf) -> Checkpoint:
+        """Return the newest checkpoint up to a round that can be read; log those that cannot.
 
         Raises:
             CheckpointError: None can be read.
             ConfigError: It was written with other settings.
         """
         damage = CheckpointError(f"{self._folder.checkpoints} has no checkpoint")
-        for path in reversed(checkpoints_in(self._folder.checkpoints).values()):
+        for number, path in reversed(checkpoints_in(self._folder.checkpoints).items()):
+            if number > last:
+                continue
             try:
                 return self._read(path)
             except CheckpointError as exc:

@@ -76,6 +76,25 @@ def test_a_run_that_waits_has_the_numbers_of_one_without_a_loss(
     assert all(tensor.equal(weights[name]) for name, tensor in joined(folder).items())
 
 
+def test_a_damaged_checkpoint_is_passed_over_while_the_run_goes_on(
+    tmp_path: Path, whole: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = spec_for(tmp_path, *WORDS, "policy.missing=wait")
+    newest = Path(run.launch.run_dir, run.name, "checkpoints", "round-0001")
+    lost = Lost(1, after=False)
+
+    def train(message: Message, context: Context, go_on: Callable[[], Message]) -> Message:
+        if (reply := lost(message, context, go_on)).has_error():
+            (newest / "trunk.safetensors").write_bytes(b"")
+        return reply
+
+    folder = federate(run, client_that(train=train))
+    assert f"{newest}/trunk.safetensors is missing or damaged" in caplog.text
+    assert "training goes back to round 0" in caplog.text
+    numbers = [replace(stats, repeats=0) for stats in without_seconds(folder.rounds())]
+    assert numbers == without_seconds(whole.rounds())
+
+
 def test_a_client_that_stays_away_is_left_out_of_the_round(tmp_path: Path) -> None:
     run = spec_for(tmp_path, *WORDS, "policy.missing=wait")
     rounds = federate(run, client_that(train=Lost(4, after=False))).rounds()

@@ -177,7 +177,7 @@ class SplitStrategy(WrappingStrategy):
         self.grid, self._num_rounds, result = grid, num_rounds, Result(arrays=initial_arrays)
         saved = self._recorder.checkpoints
         if saved and (common := newest_common(saved, self._registry.states)) < first_round - 1:
-            result.arrays, first_round = self._recorder.go_back(common), common + 1
+            first_round, result.arrays = self._recorder.go_back(common)
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         _evaluate_at_server(evaluate_fn, first_round - 1, result)
         while True:
@@ -341,7 +341,6 @@ class SplitStrategy(WrappingStrategy):
         Raises:
             Diverged: Training went back before. The result of the run is the last checkpoint's.
         """
-        last = max(self._recorder.checkpoints)
         has_gone_back = self._invitations.lr_scale < 1
         # It refers to the old trunk service, whose optimizer would stay in memory.
         del self.coordinator
@@ -354,13 +353,13 @@ class SplitStrategy(WrappingStrategy):
                 f"{setback}; training went back before, to half the learning rate, so the run "
                 f"ends; {outcome}; lower train.lr, or look at the data"
             )
-        result.arrays = self._recorder.go_back(last)
+        first, result.arrays = self._recorder.go_back(max(self._recorder.checkpoints))
         rate = ""
         if setback.diverged:
             self._scale_lr(_SLOWER)
             self._went_back_from, rate = setback.round, " at half the learning rate"
-        log(WARNING, "%s; training goes back to round %d%s", setback, last, rate)
-        return last + 1
+        log(WARNING, "%s; training goes back to round %d%s", setback, first - 1, rate)
+        return first
 
     def _scale_lr(self, factor: float) -> None:
         self._invitations.lr_scale = factor

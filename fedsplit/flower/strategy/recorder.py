@@ -24,8 +24,12 @@ class Recorder(Protocol):
         """Write the checkpoint of a round."""
         ...
 
-    def go_back(self, number: int) -> ArrayRecord:
-        """Load the checkpoint of a round into trunk and strategy; return its client weights."""
+    def go_back(self, number: int) -> tuple[int, ArrayRecord]:
+        """Load the newest intact checkpoint of a round or before into trunk and strategy.
+
+        Returns:
+            The next round, and the client weights.
+        """
         ...
 
     def end_diverged(self, reason: str) -> str:
