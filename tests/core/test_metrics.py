@@ -43,7 +43,7 @@ def test_a_line_says_what_was_measured():
 
 def test_what_the_guard_did_is_reported():
     guarded = dict(clipped_gradients=2, refused_gradients=3, quarantines=1)
-    attacked = stats(refused_replies=0, short_steps=0, went_back_from=0, **guarded)
+    attacked = stats(refused_replies=0, short_steps=0, went_back_from=0, repeats=0, **guarded)
     assert attacked.line.endswith(", 2 gradients clipped, 3 gradients refused, 1 in quarantine")
     assert "gradients clipped, refused      2, 3" in closing_table([attacked])
     quiet = replace(attacked, **dict.fromkeys(guarded, 0))

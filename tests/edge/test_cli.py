@@ -200,7 +200,7 @@ def test_help_shows_an_example_and_says_what_each_argument_is(command, capsys):
 
 
 def test_a_shell_completes_commands_and_choices():
-    assert completed("fedsplit s") == ["split", "shards", "serve"]
+    assert completed("fedsplit s") == ["split", "shards", "serve", "supervise"]
     assert completed("fedsplit generate --kv ") == ["server", "client"]
     assert "--max-new-tokens" in completed("fedsplit chat --m")
 
