@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PATIENCE_S = 480.0
+PATIENCE_S = 1200.0
 
 
 @contextmanager
