@@ -5,6 +5,7 @@ folder that is replaced or removed is renamed first too, so a reader never finds
 """
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from fedsplit.errors import StorageError
 
@@ -185,6 +186,24 @@ def _is_full(error: BaseException | None) -> bool:
     texts = tuple(f"(os error {number})" for number in numbers)
     is_ours = isinstance(error, OSError) and error.errno in numbers
     return is_ours or any(text in str(error) for text in texts)
+
+
+def lock(file: IO[str], of: Path) -> bool:
+    """Lock an open file until it is closed; return False if another process has locked it.
+
+    Some file systems have no locks. Then nothing is locked, and a warning is logged.
+
+    Args:
+        file: The file, open for writing, since NFS grants an exclusive lock for no other file.
+        of: The folder that the lock is for.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as exc:
+        log.warning("%s cannot be locked (%s); use it in one process at a time", of, exc)
+    return True
 
 
 def remove(folder: Path) -> None:

@@ -5,10 +5,8 @@
 atomically: a run is finished if and only if it has this folder.
 """
 
-import fcntl
 import itertools
 import json
-import logging
 import re
 import secrets
 from collections.abc import Iterator
@@ -21,8 +19,6 @@ from fedsplit.errors import CheckpointError, ConfigError, DataError
 from fedsplit.runs import metrics
 from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
-
-log = logging.getLogger(__name__)
 
 _ID, _CONFIG, _DIVERGED = "run.json", "config.yaml", "diverged.txt"
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -156,18 +152,12 @@ class RunFolder:
             DataError: The folder is not a run's folder.
         """
         self._require_config()
-        # For writing, since NFS grants an exclusive lock for no other file.
         with self._config.open("r+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
+            if not atomic.lock(file, self.path):
                 raise ConfigError(
                     f"{self.path} {STILL_TRAINED}; stop that one, or wait for its end, before the "
                     "run is resumed"
-                ) from exc
-            except OSError as exc:
-                # Some file systems have no locks, and a run must be possible there.
-                log.warning("%s cannot be locked (%s); resume it once at a time", self.path, exc)
+                )
             yield
 
     def give_back(self) -> None:

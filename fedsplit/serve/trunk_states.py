@@ -1,6 +1,5 @@
 """The states of served trunks on disk: saved while they train, and read at the next start."""
 
-import fcntl
 import json
 import logging
 import sys
@@ -57,16 +56,11 @@ class TrunkStates:
         atomic.make_folder(self.folder)
         with atomic.writing(self.folder), ExitStack() as opened:
             file = opened.enter_context((self.folder / "lock").open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
+            if not atomic.lock(file, self.folder):
                 raise ConfigError(
                     f"{self.folder} is in use by another server; stop that one, or choose another "
                     "folder"
-                ) from exc
-            except OSError as exc:
-                # Some file systems have no locks.
-                log.warning("%s cannot be locked (%s); use it for one server", self.folder, exc)
+                )
             self._locked = opened.pop_all()
         return self
 
