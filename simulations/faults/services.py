@@ -134,8 +134,9 @@ class ForkedModule(Service):
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
+        # Not the programs themselves: Python warns of a program that is imported when it runs.
         context.set_forkserver_preload(
-            ["simulations.run", "fedsplit.flower.client_app", "fedsplit.flower.server_app"]
+            ["simulations.sweep", "fedsplit.flower.client_app", "fedsplit.flower.server_app"]
         )
         self._process = context.Process(
             target=_run, args=(self.command, self.environment, self.folder, self.log)
