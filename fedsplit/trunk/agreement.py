@@ -72,7 +72,7 @@ class Agreement:
 
 
 # A trunk opens many sessions of one run, and the text of its settings takes as long as a forward.
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _settings_of(run: RunSpec) -> tuple[str, Mapping[str, str]]:
     return run.fingerprint, run.texts
 

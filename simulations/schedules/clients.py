@@ -62,10 +62,10 @@ class Client:
     is_done: bool = False
     is_gone: bool = False
     is_invited: bool = False
-    epoch: int = 0
     messages: int = 0
     saved: list[Saved] = field(default_factory=list)
     rng: random.Random = field(init=False)
+    running: Program | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.world.schedule.seed}/{self.name}")
@@ -84,13 +84,8 @@ class Client:
     def start(self) -> None:
         """Run the program, in place of one that runs."""
         self.is_done = False
-        self.epoch += 1
-        self._advance(self._guarded(), self.epoch, None)
-
-    def stop(self) -> None:
-        """End the program where it is."""
-        self.is_done = True
-        self.epoch += 1
+        self.running = self._guarded()
+        self._advance(self.running, None)
 
     def _guarded(self) -> Program:
         try:
@@ -99,8 +94,8 @@ class Client:
         except FedsplitError as error:
             self.note("gave up", note=f"{error.code}: {error}")
 
-    def _advance(self, program: Program, epoch: int, value: Any) -> None:
-        if epoch != self.epoch:
+    def _advance(self, program: Program, value: Any) -> None:
+        if program is not self.running:
             return
         try:
             if isinstance(value, FedsplitError):
@@ -119,10 +114,10 @@ class Client:
         if isinstance(wanted, m.Request):
             self._send(program, wanted)
         else:
-            self.world.clock.after(wanted, partial(self._advance, program, epoch, None))
+            self.world.clock.after(wanted, partial(self._advance, program, None))
 
     def _send(self, program: Program, request: m.Request[Any]) -> None:
-        epoch, number = self.epoch, self.messages
+        number = self.messages
         self.messages += 1
         happens = {
             fault.what
@@ -136,20 +131,23 @@ class Client:
             nonlocal is_answered
             if not is_answered:
                 is_answered = True
-                self._advance(program, epoch, reply)
+                self._advance(program, reply)
 
         send = partial(self.world.send, self.name, request, answer)
         if "crash" in happens or "gone" in happens:
             send()
-            self._crash(is_gone="gone" in happens)
+            self._crash(program, is_gone="gone" in happens)
         elif "freeze" in happens:
             self.world.clock.after(self.world.schedule.frozen_s, send)
         else:
             send()
 
-    def _crash(self, *, is_gone: bool) -> None:
+    def _crash(self, program: Program, *, is_gone: bool) -> None:
         self.note("was killed", note="it is gone" if is_gone else "")
-        self.stop()
+        self.is_done = True
+        # Here and not when it is collected, which may be in another thread.
+        program.close()
+        self.running = None
         self.session = ""
         self.instance = self.saved[-1].instance if self.saved else ""
         self.world.hang_up(self.name)

@@ -106,8 +106,11 @@ def schedule_of(seed: int) -> Schedule:
     """Return the schedule with this seed."""
     rng = random.Random(f"schedule/{seed}")
     policy = rng.choice(("sync", "sync", "quorum", "async"))
-    clients = rng.choice((1, 2, 2, 2, 2, 3)) if policy == "sync" else rng.choice((2, 2, 2, 3))
-    steps = rng.choice((1, 1, 2, 2, 3) if clients < 3 else (1, 1, 2))
+    # Short, because what two faults can do to one another shows within a few messages of each.
+    clients = (
+        rng.choice((1, 2, 2, 2, 2, 2, 2, 3)) if policy == "sync" else rng.choice((2,) * 7 + (3,))
+    )
+    steps = rng.choice((1, 1, 1, 1, 2, 2, 3) if clients < 3 else (1, 1, 1, 2))
     others = [steps if rng.random() < 0.8 else rng.randint(1, 2) for _ in range(clients - 1)]
     generates = rng.random() < 0.2
     schedule = Schedule(
@@ -116,7 +119,7 @@ def schedule_of(seed: int) -> Schedule:
         steps=(steps, *others),
         tokens=tuple(rng.randint(1, 3) for _ in range(rng.choice((1, 1, 2)))) if generates else (),
         late=rng.choice((0.0, 0.0, 0.0, 0.0, 0.3)),
-        batches=rng.choice((1, 1, 1, 2)),
+        batches=rng.choice((1, 1, 1, 1, 1, 2)),
         deltas=rng.random() < 0.1,
         tight=rng.random() < 0.15,
     )
