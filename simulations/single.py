@@ -41,19 +41,29 @@ def run_one(run: RunSpec) -> float:
     """
     # Here as well as in the program, because Hydra catches errors in between and prints its text.
     with ending_with_its_reader():
-        asked = run
-        run, folder = claim(asked)
-        print(_heading(run), flush=True)
-        if run.resume:
-            print(f"resumes after round {folder.last_checkpoint} in {folder.path}", flush=True)
-        elif run.name != asked.name:
-            print(_why_renamed(asked, folder), flush=True)
-        with _printing_rounds(folder):
-            carry_out(run, folder)
+        if finished := RunFolder.finished_as(run):
+            run, folder = replace(run, name=finished.path.name), finished
+            print(_heading(run))
+            print(f"{folder.path} is finished already; leave resume out to train again")
+        else:
+            run, folder = _carried_out(run)
         print(f"\n{_printable(folder.closing_table)}")
         print(f"\nleft in {folder.path}: {left_in(folder.path)}")
         print(_next_commands(run, folder), flush=True)
         return min(stats.eval_loss for stats in evaluated(folder.rounds()))
+
+
+def _carried_out(asked: RunSpec) -> tuple[RunSpec, RunFolder]:
+    """Train the run that was asked for; return it under its folder's name, and the folder."""
+    run, folder = claim(asked)
+    print(_heading(run), flush=True)
+    if run.resume:
+        print(f"resumes after round {folder.last_checkpoint} in {folder.path}", flush=True)
+    elif run.name != asked.name:
+        print(_why_renamed(asked, folder), flush=True)
+    with _printing_rounds(folder):
+        carry_out(run, folder)
+    return run, folder
 
 
 def _printable(text: str) -> str:

@@ -62,6 +62,7 @@ def _to_do(run: RunSpec, run_id: str) -> RunSpec | None:
         Diverged: The run of this id ended so.
     """
     begun = RunFolder.of_id(Path(run.launch.run_dir), run.name, run_id) if run_id else None
+    begun = begun or RunFolder.finished_as(run)
     if begun is None:
         return run
     if begun.is_finished:

@@ -51,11 +51,8 @@ class RunFolder:
     @staticmethod
     def claim(parent: Path, name: str) -> "RunFolder":
         """Make a new folder `name` in `parent`, or `name-2`, `name-3`, ..., for a run to begin."""
-        for folder in _candidates(parent, name):
-            # Of two processes, one makes the folder.
-            if atomic.make_folder(folder):
-                return RunFolder(folder.resolve())
-        raise AssertionError("the candidates do not end")
+        # Of two processes, one makes the folder.
+        return RunFolder(next(filter(atomic.make_folder, _candidates(parent, name))).resolve())
 
     @staticmethod
     def begin(parent: Path, name: str, config: str, run_id: str = "") -> "RunFolder":
@@ -71,7 +68,7 @@ class RunFolder:
             # Folders of earlier versions have a config, but no run.json.
             has_config = folder._config.exists()
             identity = json.dumps({"id": run_id or new_run_id()})
-            # Of two processes with one name, only one can create the file.
+            # Of two processes, only one can create it.
             is_new = not has_config and atomic.create(path / _ID, identity)
             if is_new or (run_id and folder._has_id(run_id)):
                 # A config that is there may be locked by another process.
@@ -83,8 +80,7 @@ class RunFolder:
     @staticmethod
     def of_id(parent: Path, name: str, run_id: str) -> "RunFolder | None":
         """Return the folder of the run with this name and id; None if it has not begun."""
-        folders = map(RunFolder, itertools.takewhile(Path.exists, _candidates(parent, name)))
-        return next((folder for folder in folders if folder._has_id(run_id)), None)
+        return next((each for each in _of_name(parent, name) if each._has_id(run_id)), None)
 
     @staticmethod
     def to_resume(run: RunSpec) -> "RunFolder | None":
@@ -97,12 +93,10 @@ class RunFolder:
         if not run.resume:
             return None
         if run.resume == "auto":
-            candidates = _candidates(Path(run.launch.run_dir), run.name)
-            folders = list(map(RunFolder, itertools.takewhile(Path.exists, candidates)))
-            for folder in folders:
-                # The process may have been killed between its result and its cleanup.
-                if folder.is_finished:
-                    folder.tidy()
+            folders = _of_name(Path(run.launch.run_dir), run.name)
+            # A process may have been killed between its result and its cleanup.
+            for folder in (each for each in folders if each.is_finished):
+                folder.tidy()
             if folders and folders[-1].is_finished and (why := folders[-1].divergence):
                 raise ConfigError(
                     f"{folders[-1].path} ended, because it diverged ({why}), and would do so "
@@ -114,6 +108,21 @@ class RunFolder:
         folder.require_resumable()
         return folder
 
+    @staticmethod
+    def finished_as(run: RunSpec) -> "RunFolder | None":
+        """Return the last folder of this name, if it has the result that `resume=auto` asks for.
+
+        Without this, a process that is killed after it wrote its result would train again.
+        """
+        folders = _of_name(Path(run.launch.run_dir), run.name) if run.resume == "auto" else []
+        for last in (each for each in folders[-1:] if each.is_finished and not each.divergence):
+            # A config of another version has other settings.
+            with suppress(DataError):
+                if last.run.fingerprint == run.fingerprint:
+                    last.tidy()
+                    return last
+        return None
+
     def require_resumable(self) -> None:
         """Refuse to resume a run that has no checkpoint or is finished.
 
@@ -123,11 +132,9 @@ class RunFolder:
         if self._is_resumable:
             return
         found = "is finished" if self.is_finished else "has no checkpoint"
-        if (self.path / "snapshots").is_dir():
-            found = "has checkpoints of format 1 (snapshots/), which this version does not read"
         raise ConfigError(
-            f"{self.path} {found}, so it cannot be resumed; name the folder of a run with "
-            "train.save_every that was interrupted, or leave resume out to begin anew"
+            f"{self.path} {found}, so it cannot be resumed; name the folder of a run that was "
+            "interrupted, or leave resume out to begin anew"
         )
 
     @staticmethod
@@ -384,3 +391,8 @@ def _candidates(parent: Path, name: str) -> Iterator[Path]:
     yield parent / name
     for number in itertools.count(2):
         yield parent / f"{name}-{number}"
+
+
+def _of_name(parent: Path, name: str) -> list[RunFolder]:
+    """Return the folders of the runs of a name, in the order in which they began."""
+    return list(map(RunFolder, itertools.takewhile(Path.exists, _candidates(parent, name))))

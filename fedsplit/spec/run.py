@@ -276,7 +276,7 @@ class RunSpec:
         baseline: A method to compare split learning with, in place of it: the unsplit model on
             all data (central), FedAvg of whole models (fedavg), or each client alone (local).
         resume: The folder of a run to continue; auto continues the latest interrupted run of this
-            name, if there is one.
+            name, if there is one, and does not train again what is finished with these settings.
     """
 
     name: Annotated[str, Matching(NAME_PATTERN, "1 to 64 of the characters A-Z a-z 0-9 _ -")] = (

@@ -241,8 +241,24 @@ def test_other_data_is_refused(tmp_path):
 def test_auto_begins_anew_where_there_is_nothing(tmp_path):
     run = spec_for(tmp_path, *KEPT, "train.rounds=2")
     assert len(resumed(run).rounds()) == 2
-    again = resumed(run)  # the first one is finished
-    assert again.path.name == f"{run.name}-2"
+    other = resumed(replace(run, train=replace(run.train, rounds=1)))
+    assert other.path.name == f"{run.name}-2"
+
+
+def test_auto_does_not_train_again_what_is_finished(tmp_path):
+    run = spec_for(tmp_path, *KEPT, "train.rounds=1")
+    folder = federate(run)
+    written = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    assert resumed(run).path == folder.path
+    words = [*overrides_for(tmp_path, *KEPT), "train.rounds=1", "resume=auto"]
+    code, told, errors = Program("simulations.run", *words).end()
+    assert (code, errors) == (0, "")
+    assert f"{folder.path} is finished already; leave resume out to train again" in told
+    assert folder.closing_table.splitlines()[-1] in told
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == written
+    assert [each.name for each in folder.path.parent.iterdir()] == [run.name]
+    other = replace(run, train=replace(run.train, lr=0.02))
+    assert resumed(other).path.name == f"{run.name}-2"
 
 
 def test_a_folder_that_cannot_be_resumed_is_refused(tmp_path):
