@@ -11,7 +11,8 @@ _TRAINING, _SERVICE = "fedsplit.trunk.training", "fedsplit.trunk.service"
 _COORDINATOR, _RECORDER = "fedsplit.flower.strategy.coordinator", "fedsplit.flower.run_recorder"
 _CLIENT = "fedsplit.flower.client_app"
 _SERVERS, _CLIENTS = r"/checkpoints", r"/clients/[^/]+/[0-9a-f]{16}"
-_TEMPORARY = r"/\.unfinished-round-\d+"
+# A client's checkpoint has the id of its state in its name.
+_TEMPORARY = r"/\.unfinished-round-\d+(-[0-9a-f]{16})?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,7 @@ STATE_POINTS = _checkpoint("state", r"/state/base")
 """The points at which `fedsplit serve` saves a trunk."""
 
 CLIENT_POINTS = (
-    _point("client step taken", "fedsplit.client.trainer", "ClientTrainer.step", "after"),
+    _point("client step taken", "fedsplit.client.trainer", "ClientTrainer._step", "after"),
     _point("client replies", _CLIENT, "packed", "before"),
     *_checkpoint("client", _CLIENTS),
 )

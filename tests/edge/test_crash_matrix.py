@@ -1,12 +1,17 @@
 """A few cases of the crash matrix (`simulations/faults`): real processes die at named points."""
 
 import math
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from simulations.faults.crash import Case, Outcome, run_with
 from simulations.faults.matrix import QUICK
-from simulations.faults.points import POINTS
+from simulations.faults.points import CLIENT_POINTS, POINTS, TRUNK_POINTS
+from simulations.faults.watcher import watching
+from simulations.faults.ways import WAYS
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +38,20 @@ def test_a_struck_run_ends_by_itself_with_the_same_weights(case, undisturbed):
 def test_a_fault_that_did_not_happen_is_a_failure():
     outcome = run_with("inline", Case(way="inline", point="step taken", victim="run", after=9))
     assert outcome.why.startswith("the point was not reached")
+
+
+def test_a_run_passes_every_point():
+    points = {*TRUNK_POINTS, *CLIENT_POINTS}
+    passed = set()
+    with TemporaryDirectory(prefix="faults-", dir="/tmp") as name:
+        (run,) = WAYS["inline"].services(Path(name))
+        with watching(Path(name), points, lambda passage: passed.add(passage.point)):
+            run.start()
+            while run.exit_code is None:
+                run.tend(restart=False)
+                time.sleep(0.1)
+    assert run.exit_code == 0
+    assert passed == {point.name for point in points}
 
 
 def test_the_names_of_points_differ():
