@@ -7,13 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, UserConfig
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedsplit.errors import ConfigError, DeadlineExceeded, Diverged
-from fedsplit.flower import server_app
-from fedsplit.flower.inline import InlineGrid, run_inline
+from fedsplit.flower import client_app, server_app
+from fedsplit.flower.inline import (
+    InlineGrid,
+    _context,
+    _identify_this_process,
+    _Node,
+    _nodes,
+    run_inline,
+)
 from fedsplit.flower.strategy.going_back import Repeats
 from fedsplit.flower.strategy.invitations import Invitations
 from fedsplit.flower.strategy.nodes import GridView, NodeRegistry
@@ -154,6 +162,51 @@ def test_a_client_that_leaves_after_its_training_is_waited_for(
     run_inline(serve, client, num_clients=3, run_config=run_config(run))
     rounds = folder_of(run).rounds()
     assert [stats.repeats for stats in rounds] == [0, 1, 0]
+    numbers = [replace(stats, repeats=0) for stats in without_seconds(rounds)]
+    assert numbers == without_seconds(whole.rounds())
+
+
+@pytest.mark.parametrize("has_state", [True, False])
+def test_a_client_that_comes_back_as_another_node_is_known_by_its_state(
+    tmp_path: Path, whole: RunFolder, has_state: bool
+) -> None:
+    new_node, died, over = 99, threading.Event(), threading.Event()
+    app = ClientApp()
+    app.train()(client_app.train)
+
+    @app.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        reply = client_app.hello(message, context)
+        if context.node_id == new_node and not has_state:
+            reply.content["hello"]["states"] = [12345]
+            # Nothing else tells that the first node will not answer; here it does, later.
+            threading.Timer(1.0, over.set).start()
+        return reply
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        info = message.content.config_records["fedsplit"]
+        if (info["client"], info["round"]) == ("client-1", 2) and context.node_id != new_node:
+            died.set()
+            over.wait()
+        return client_app.evaluate(message, context)
+
+    run = spec_for(tmp_path, *WORDS, "policy.missing=wait")
+    config = run_config(run)
+    nodes = _nodes(app, 3, 1, config)
+    partition: UserConfig = {"partition-id": 1, "num-partitions": 3, "trust-runs": True}
+    nodes[new_node] = _Node(app, _context(1, config, new_node, partition))
+    _identify_this_process()
+    with ThreadPoolExecutor(4) as pool:
+        grid = InlineGrid(1, nodes, pool)
+
+        def present() -> list[int]:
+            return [node for node in grid.get_node_ids() if node != new_node or died.is_set()]
+
+        server_app.app(GridView(grid, present, patience_s=600), _context(1, config))
+        over.set()
+    rounds = folder_of(run).rounds()
+    assert [stats.repeats for stats in rounds] == [0, int(has_state), 0]
     numbers = [replace(stats, repeats=0) for stats in without_seconds(rounds)]
     assert numbers == without_seconds(whole.rounds())
 

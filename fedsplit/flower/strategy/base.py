@@ -172,7 +172,7 @@ class SplitStrategy(WrappingStrategy):
         self.summary()
         # Register clients first: a process that a simulation forks while gRPC starts would die.
         self._invitations.run_id = run_id or new_run_id()
-        self._registry = NodeRegistry(grid, self.run, self._invitations)
+        self._registry = NodeRegistry(grid, self.run, self._invitations, self._states.of)
         self._registry.register_all()
         self.grid, self._num_rounds, result = grid, num_rounds, Result(arrays=initial_arrays)
         saved = self._recorder.checkpoints

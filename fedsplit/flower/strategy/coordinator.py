@@ -87,7 +87,7 @@ class RoundCoordinator:
         self.rounds = rounds
         self._states = states
         self._guard = guard
-        self.tracker = MessageTracker(grid)
+        self.tracker = MessageTracker(grid, registry.replaced)
         self.metrics = RoundMetrics()
         self._missed: Counter[str] = Counter()
         self._fruitless = fruitless

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from logging import WARNING
+from logging import INFO, WARNING
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedsplit.errors import ConfigError, DeadlineExceeded, FedsplitError, ModelMismatch
-from fedsplit.flower.reply import content_of, identity_of, peer_text
+from fedsplit.flower.reply import Identity, content_of, identity_of, peer_text
 from fedsplit.flower.strategy.invitations import Invitations
 from fedsplit.flower.strategy.tracker import MessageTracker
 from fedsplit.model.identity import difference
@@ -20,6 +20,9 @@ from fedsplit.spec import RunSpec
 
 _POLL_S = 0.1
 """Seconds between two looks at the connected nodes."""
+
+_LOOK_S = 1.0
+"""Seconds between two looks while replies are awaited."""
 
 # By default a SuperLink forgets its nodes, and refuses those that it does not know.
 _START_AGAIN = " A SuperNode ends when its SuperLink is started again: start it again too."
@@ -32,12 +35,23 @@ class NodeRegistry:
         grid: Flower's grid.
         run: The run that they must be configured for.
         invitations: The first message to each node.
+        state_of: Returns the id of a client's last state, or 0. Only the client and this server
+            know it, so a new node that has it is the client, started again.
     """
 
-    def __init__(self, grid: Grid, run: RunSpec, invitations: Invitations) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        run: RunSpec,
+        invitations: Invitations,
+        state_of: Callable[[str], int] = lambda client: 0,
+    ) -> None:
         self._grid = grid
         self._run = run
         self._invitations = invitations
+        self._state_of = state_of
+        self._replaced: set[int] = set()
+        self._looked_at = 0.0
         self._clients = frozenset(f"client-{number}" for number in range(run.num_nodes))
         self._names: dict[int, str] = {}
         self._states: dict[str, frozenset[int]] = {}
@@ -96,9 +110,18 @@ class NodeRegistry:
         found: dict[str, int] = {}
         # In the order of registration: a node cannot take the name of one that is connected.
         for node, name in self._names.items():
-            if node in nodes:
+            if node in nodes and node not in self._replaced:
                 found.setdefault(name, node)
         return dict(sorted(found.items()))
+
+    def replaced(self) -> Set[int]:
+        """Return the nodes whose clients have come back as other nodes; ask new ones for it."""
+        if time.monotonic() >= self._looked_at + _LOOK_S:
+            self._looked_at = time.monotonic()
+            self._ask([node for node in self._grid.get_node_ids() if node not in self._asked])
+        if self._waiting:
+            self._log(self._take_answers())
+        return self._replaced
 
     def wait_for_all(self, timeout_s: float) -> Set[str]:
         """Wait until all clients of the run are connected, for at most `timeout_s` seconds.
@@ -177,13 +200,25 @@ class NodeRegistry:
         for message_id, reply in self._first_messages.collect(self._waiting).items():
             node = self._waiting.pop(message_id)
             try:
-                self._names[node] = self._name_in(reply)
+                identity = self._identity_in(reply)
             except FedsplitError as error:
                 errors[node] = error
+                continue
+            self._replaced |= self._nodes_that_were(identity)
+            self._names[node] = identity.client
         return errors
 
-    def _name_in(self, reply: Message) -> str:
-        """Return the name of the client that sent this first reply.
+    def _nodes_that_were(self, identity: Identity) -> set[int]:
+        """Return the earlier nodes of a client, if it proves by its state that it is the same."""
+        state = self._state_of(identity.client)
+        earlier = {node for node, name in self._names.items() if name == identity.client}
+        if not earlier or not state or state not in (identity.states or ()):
+            return set()
+        log(INFO, "%s was started again, as another node", identity.client)
+        return earlier
+
+    def _identity_in(self, reply: Message) -> Identity:
+        """Return what the client that sent this first reply says of itself.
 
         Raises:
             ConfigError: It cannot take part.
@@ -211,7 +246,7 @@ class NodeRegistry:
             )
         # The first node of a name is the one that is used while it is connected.
         self._states.setdefault(identity.client, identity.states or frozenset())
-        return identity.client
+        return identity
 
     def _log(self, errors: dict[int, FedsplitError]) -> None:
         for node, error in errors.items():

@@ -1,7 +1,7 @@
 """Messages that were sent through a grid, and their replies as they arrive."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
@@ -18,10 +18,13 @@ class MessageTracker:
 
     Args:
         grid: Flower's grid.
+        replaced: Returns the nodes that will never answer, because their SuperNode was started
+            again as another node. Flower itself notices this after a minute.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, replaced: Callable[[], Set[int]] = frozenset) -> None:
         self._grid = grid
+        self._replaced = replaced
         self._out: dict[str, Message] = {}
         self._lost: dict[str, Message] = {}
         self._given_up: set[str] = set()
@@ -63,6 +66,11 @@ class MessageTracker:
         """
         waiting = [i for i in ids if i in self._out]
         replies = {i: reply for i in waiting for reply in self._pull(i)}
+        replaced = self._replaced() if waiting else frozenset()
+        for i in waiting:
+            if i not in replies and self._out[i].metadata.dst_node_id in replaced:
+                code = ErrorCode.NODE_UNAVAILABLE
+                replies[i] = _failed(self._out[i], "its SuperNode was started again", code)
         for i in replies:
             del self._out[i]
         if replies or not waiting:
@@ -92,5 +100,5 @@ class MessageTracker:
         return [each for each in found if each.metadata.reply_to_message_id == message_id][:1]
 
 
-def _failed(message: Message, reason: str) -> Message:
-    return Message(Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason), reply_to=message)
+def _failed(message: Message, reason: str, code: int = ErrorCode.MESSAGE_UNAVAILABLE) -> Message:
+    return Message(Error(code=code, reason=reason), reply_to=message)
