@@ -10,7 +10,7 @@ from typing import Literal
 _TRAINING, _SERVICE = "fedsplit.trunk.training", "fedsplit.trunk.service"
 _COORDINATOR, _RECORDER = "fedsplit.flower.strategy.coordinator", "fedsplit.flower.run_recorder"
 _CLIENT = "fedsplit.flower.client_app"
-_SERVERS, _CLIENTS = r"/checkpoints", r"/clients/[^/]+/[0-9a-f]{16}"
+_SERVERS, _CLIENTS = r"/checkpoints", r"/client-\d+/[0-9a-f]{16}"
 # A client's checkpoint has the id of its state in its name.
 _TEMPORARY = r"/\.unfinished-round-\d+(-[0-9a-f]{16})?"
 
