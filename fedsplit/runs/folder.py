@@ -115,7 +115,8 @@ class RunFolder:
         Without this, a process that is killed after it wrote its result would train again.
         """
         folders = _of_name(Path(run.launch.run_dir), run.name) if run.resume == "auto" else []
-        for last in (each for each in folders[-1:] if each.is_finished and not each.divergence):
+        last = folders[-1] if folders else None
+        if last and last.is_finished and not last.divergence:
             # A config of another version has other settings.
             with suppress(DataError):
                 if last.run.fingerprint == run.fingerprint:
