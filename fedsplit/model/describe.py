@@ -32,6 +32,7 @@ from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.plan import classifier_fields, model_class_for, plan_for
 from fedsplit.model.source import Source
 from fedsplit.model.stage import ClientPart, TrunkPart, connect
+from fedsplit.model.trunkless import without_trunk
 from fedsplit.spec import ModelSpec, RunSpec
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,13 @@ def trunk_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Tru
 def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
     """The unsplit model before training, for a baseline."""
     options = _options(run, config, device)
-    if run.model.pretrained:
+    if run.baseline == "no_trunk":
+        weights = _weights(run, config, options)
+        client = build_client(config, run.split, seed=run.seed, **weights)
+        whole = without_trunk(
+            client, dtype=client.dtype, attn_implementation=weights["attn_implementation"]
+        )
+    elif run.model.pretrained:
         source, revision = run.model.pretrained, run.model.revision
         whole = load_whole(config, source, revision=revision, seed=run.seed, **options)
     else:

@@ -114,9 +114,12 @@ def _how(run: RunSpec, rounds: Sequence[RoundStats], ended: str) -> str:
 
 def _method(run: RunSpec) -> str:
     if run.baseline != "none":
+        what = (
+            "the clients' own blocks were" if run.baseline == "no_trunk" else "the whole model was"
+        )
         return (
-            f"Trained with fedsplit as a baseline ({run.baseline}) for split learning: the whole "
-            "model was trained, without a trunk server."
+            f"Trained with fedsplit as a baseline ({run.baseline}) for split learning: {what} "
+            "trained, without a trunk server."
         )
     text = (
         "Trained by federated split learning with fedsplit: no party held the whole model. "

@@ -274,7 +274,8 @@ class RunSpec:
         clients (clients): The number of clients.
         task: The task of the model's head.
         baseline: A method to compare split learning with, in place of it: the unsplit model on
-            all data (central), FedAvg of whole models (fedavg), or each client alone (local).
+            all data (central), FedAvg of whole models (fedavg), each client alone (local), or
+            FedAvg of the clients' own blocks without any trunk (no_trunk).
         resume: The folder of a run to continue; auto continues the latest interrupted run of this
             name, if there is one, and does not train again what is finished with these settings.
     """
@@ -286,7 +287,7 @@ class RunSpec:
     seed: Annotated[int, AtLeast(0, most=(1 << 64) - 1)] = 0
     clients: Annotated[int, AtLeast(1)] = 4
     task: Annotated[str, OneOf(*TASKS)] = "causal_lm"
-    baseline: Annotated[str, OneOf("none", "central", "fedavg", "local")] = "none"
+    baseline: Annotated[str, OneOf("none", "central", "fedavg", "local", "no_trunk")] = "none"
     resume: str = ""
     model: ModelSpec = field(default_factory=ModelSpec)
     split: SplitSpec = field(default_factory=SplitSpec)

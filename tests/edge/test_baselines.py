@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fedsplit.data import hold_out, load_corpus, train_tokenizer
 from fedsplit.errors import ConfigError
-from fedsplit.model.describe import config_of, whole_of
+from fedsplit.model.describe import client_of, config_of, whole_of
 from tests.edge.federation import (
     SGD,
     federate,
@@ -72,6 +72,25 @@ def test_fedavg_carries_whole_models_and_no_activations(tmp_path):
     assert fedavg.client_weights_bytes > 1.1 * split.client_weights_bytes
     assert fedavg.client_bytes > 1.1 * split.client_bytes
     assert fedavg.tokens == split.tokens
+
+
+def test_no_trunk_is_the_client_s_own_blocks_trained_alike(tmp_path):
+    words = (*SGD, "clients=1", "baseline=no_trunk", "train.rounds=2")
+    run = spec_for(tmp_path, *words)
+    training, _ = hold_out(load_corpus(run.data), run.data.held_out, run.seed)
+    tokenizer = train_tokenizer(training, run.data.vocabulary)
+    config = config_of(run, tokenizer)
+    judge = whole_of(run, config).train()
+    client = client_of(run, config)
+    assert judge.config.n_layer == len(client.held_blocks) < config.n_layer
+    assert judge.num_parameters() == client.num_parameters()
+    losses = [sgd_step(judge, union_of_batches(run, tokenizer, n), run.train.lr) for n in (1, 2)]
+    folder = federate(run)
+    assert [stats.loss for stats in folder.rounds()] == pytest.approx(losses, abs=1e-6)
+    assert [stats.bytes_up for stats in folder.rounds()] == [0, 0]
+    assert largest_difference(joined(folder), judge.state_dict()) < 1e-6
+    card = (folder.model / "README.md").read_text(encoding="utf-8")
+    assert "the clients' own blocks were trained, without a trunk server" in " ".join(card.split())
 
 
 def test_clients_alone_share_nothing(tmp_path):

@@ -77,18 +77,18 @@ def test_an_experiment_trains_every_variant_and_goes_on_where_it_stopped(
     words += ["sweep.variants.sequence='clients=1 train.local_steps=4'"]
     stdout = call(*words)
     folder = tmp_path / "runs" / "convergence"
-    runs = {"split-seed0", "central-seed0", "sequence-seed0"}
+    runs = {"split-seed0", "central-seed0", "sequence-seed0", "no_trunk-seed0"}
     assert {path.name for path in folder.iterdir()} == runs | {"table.json", "compare.png"}
     figures, rows = table_in(folder)
     assert rows["split"]["tokens"] == rows["central"]["tokens"]
     assert figures == {
         f"loss_ratio_to_{name}": pytest.approx(rows["split"]["loss"] / rows[name]["loss"])
-        for name in ("central", "sequence")
+        for name in ("central", "sequence", "no_trunk")
     }
     assert re.search(r"\nloss_ratio_to_central +\d(\.\d+)?\n", stdout)
     # Again: what is there is not trained again, and what is not finished is.
     shutil.rmtree(folder / "split-seed0" / "model")
-    assert "2 of 3 runs are there already" in call(*words[1:])
+    assert "3 of 4 runs are there already" in call(*words[1:])
     assert {path.name for path in folder.iterdir()} == runs | {
         "table.json",
         "compare.png",
@@ -109,7 +109,7 @@ def test_a_variant_that_fails_says_so_and_the_others_go_on(
     assert "lost-seed0 failed: " in stdout and "wire.tls_ca=/nowhere/ca.pem cannot be" in stdout
     assert "\nlost is left out, because lost-seed0 failed" in stdout
     figures, rows = table_in(tmp_path / "runs" / "broken")
-    assert set(rows) == {"split", "central", "sequence"} and len(figures) == 2
+    assert set(rows) == {"split", "central", "sequence", "no_trunk"} and len(figures) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 With `baseline=fedavg` each client trains the whole model and a Flower strategy averages them
 (McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-AISTATS, arXiv 1602.05629). With `local` each client keeps its own model. With `central` one node
-trains the model on the union of all clients' batches. Data, tokens, seeds and rounds are those of
-the split run.
+AISTATS, arXiv 1602.05629). `no_trunk` does the same with a model of the clients' own blocks alone,
+so its difference to the split run is what the trunk was worth. With `local` each client keeps its
+own model. With `central` one node trains the model on the union of all clients' batches. Data,
+tokens, seeds and rounds are those of the split run.
 """
 
 import time
@@ -25,8 +26,8 @@ class Unsplit(SplitStrategy):
     """`SplitStrategy` without a trunk to serve."""
 
     def check(self) -> None:
-        """Accept every policy; only `baseline=fedavg` uses the strategy for the client weights."""
-        if self.run.baseline == "fedavg":
+        """Accept every policy; only `fedavg` and `no_trunk` use the client weights' strategy."""
+        if self.run.baseline in ("fedavg", "no_trunk"):
             super().check()
 
     def make_server(self, trunk: TrunkPart) -> TrunkServer:
