@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from click import ClickException
 
+from fedsplit.cli.audit import Audit
 from fedsplit.cli.command import Command
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
@@ -17,7 +18,7 @@ from fedsplit.cli.serve import Info, Serve
 from fedsplit.cli.supervise import Supervise
 from fedsplit.console import ending_with_its_reader, print_error
 
-_COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Serve, Generate, Chat, Supervise)
+_COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Audit, Serve, Generate, Chat, Supervise)
 _EXAMPLES = (
     "examples:",
     "fedsplit split gpt2 --split 1/10/1 --out parts",
@@ -27,6 +28,7 @@ _EXAMPLES = (
     "fedsplit info 127.0.0.1:9500",
     "fedsplit plot runs/default",
     "fedsplit compare runs/default runs/default-2 --out compared",
+    "fedsplit audit runs/default --quick",
     "fedsplit shards sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards",
 )
 

@@ -16,6 +16,7 @@ FILES = sorted(
 
 
 DOORS = (
+    "audit",
     "transport",
     "config",
     "flower",

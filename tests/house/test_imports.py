@@ -12,6 +12,7 @@ from tests.house.source import CORE, FILES, ROOT, module, require_none, tree
 
 IMPORT_CORE = "\n".join(f"import {module(file)}" for file in CORE)
 LIBRARIES = {"torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tokenizers"}
+LIBRARIES |= {"cryptography"}  # AES, which torch does not have
 LIBRARIES |= {"huggingface_hub", "jinja2"}  # whose errors transformers lets through
 EXTRAS = {  # imported by the function that needs them
     "fedsplit/data/sources.py": {"sklearn"},

@@ -1,0 +1,148 @@
+"""A finished run as its server sees it: what the server knows, and the private text to score by.
+
+Shapes: B sequences, T tokens, D hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fedsplit.data import (
+    Corpus,
+    Sequences,
+    evaluation_batches,
+    hold_out,
+    load_corpus,
+    load_tokenizer,
+    tokenize,
+)
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.model import SplitModel, split_model
+from fedsplit.model.trunkless import without_trunk
+from fedsplit.runs.folder import RunFolder
+from fedsplit.spec import RunSpec, SplitSpec
+
+_PUBLIC_SEQUENCES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """What an honest but curious server knows of a run, and the text that it should not read.
+
+    Attributes:
+        run: The run.
+        whole: The trained model: the server has the trunk, and averages the rest.
+        private_BT: Token ids that clients could train on: held-out text of the run.
+        public_BT: Token ids of public text.
+        bytes_per_token: The bytes of text of a private token.
+    """
+
+    run: RunSpec
+    whole: PreTrainedModel
+    private_BT: Tensor
+    public_BT: Tensor
+    bytes_per_token: float
+
+    @staticmethod
+    def of_run(folder: RunFolder, sequences: int, tokens: int, public: str = "") -> "Scene":
+        """Return the scene of a finished run.
+
+        Args:
+            folder: The run's folder.
+            sequences: The number of private sequences.
+            tokens: The length of each, at most that of the run.
+            public: A file of public text; by default the text that the run trained on, since what
+                is private here is held out.
+
+        Raises:
+            ConfigError: The run is a baseline, or no language model.
+            DataError: The folder is not that of a finished run, or there is too little text.
+        """
+        run = folder.run
+        if run.task != "causal_lm" or run.baseline != "none":
+            raise ConfigError(
+                f"{folder.path} is a run of task={run.task} and baseline={run.baseline}; the audit "
+                "reads split language models"
+            )
+        model = RunFolder.finished(folder.path).model
+        tokenizer = load_tokenizer(str(model))
+        training, held_out = hold_out(load_corpus(run.data), run.data.held_out, run.seed)
+        if public:
+            path = str(Path(public).resolve())
+            training = load_corpus(replace(run.data, kind="text", path=path))
+        tokens = min(tokens, run.data.sequence_length)
+
+        def rows_of(corpus: Corpus, number: int) -> tuple[Tensor, float]:
+            examples = tokenize(corpus, tokenizer, run.data)
+            return _whole_rows(examples, corpus.name, number, tokens)
+
+        private_BT, bytes_per_token = rows_of(held_out, sequences)
+        public_BT, _ = rows_of(training, _PUBLIC_SEQUENCES)
+        whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=False, dtype="auto", attn_implementation="eager"
+        )
+        return Scene(
+            run=run,
+            whole=whole.eval(),
+            private_BT=private_BT,
+            public_BT=public_BT,
+            bytes_per_token=bytes_per_token,
+        )
+
+    def parts(self, more_blocks: int = 0) -> SplitModel:
+        """Return the parts; the bottom may have more blocks than in the run."""
+        return split_model(self.whole, self.split(more_blocks), attn_implementation="eager")
+
+    def split(self, more_blocks: int = 0) -> SplitSpec:
+        """Return the cut of the run, or one with a deeper bottom."""
+        return replace(self.run.split, bottom=self.run.split.bottom + more_blocks)
+
+    @property
+    def trunk_blocks(self) -> int:
+        """The number of blocks of the trunk."""
+        return len(self.parts().client.trunk_blocks)
+
+    def ends(self, more_blocks: int = 0) -> PreTrainedModel:
+        """Return the client's blocks as an ordinary model, as the server knows them."""
+        ends = without_trunk(self.parts(more_blocks).client, attn_implementation="eager")
+        ends.eval()
+        return ends
+
+    @property
+    def most_frequent(self) -> float:
+        """The share of the most frequent private token: what a constant guess gets right."""
+        return float(torch.bincount(self.private_BT.flatten()).max()) / self.private_BT.numel()
+
+    @property
+    def others_BT(self) -> Tensor:
+        """Public text of the shape of the private one, for a control."""
+        return self.public_BT[: len(self.private_BT)]
+
+
+def _whole_rows(examples: Sequences, name: str, number: int, tokens: int) -> tuple[Tensor, float]:
+    """Return rows without padding, cut to some tokens, and the bytes of a token."""
+    found: list[Tensor] = []
+    num_bytes = num_tokens = 0
+    for batch in evaluation_batches(examples, 1):
+        if batch.inputs["attention_mask"].all() and batch.labels.shape[1] >= tokens:
+            found.append(batch.inputs["input_ids"][:, :tokens])
+            num_bytes, num_tokens = num_bytes + batch.num_bytes, num_tokens + batch.num_tokens
+        if len(found) == number:
+            break
+    if not found:
+        raise DataError(f"{name} has no text of {tokens} tokens; give another file, or --quick")
+    return torch.cat(found), num_bytes / num_tokens
+
+
+def share_equal(guessed_BT: Tensor, true_BT: Tensor) -> float:
+    """Return the share of the tokens that were guessed."""
+    return float((guessed_BT == true_BT).float().mean())
+
+
+def of_all(rows: Sequence[Tensor]) -> Tensor:
+    """Return the rows of several messages as one tensor."""
+    return torch.cat([each.flatten(0, -2) for each in rows])
