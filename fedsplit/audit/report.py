@@ -61,13 +61,15 @@ class Audit:
     @property
     def leak(self) -> str:
         """The line beside the loss of a run: what a server reads without a defence."""
-        shown = (f"{name} {self.value('off', name):.0%}" for name in ("text", "labels"))
+        values = {name: self.value("off", name) for name in ("text", "labels")}
+        shown = (f"{name} {value:.0%}" for name, value in values.items() if not math.isnan(value))
         return "leak  " + "  ".join(shown)
 
     @property
     def broken(self) -> str:
         """Why the controls say that the instrument is broken; empty if they do not."""
-        for attack in ("text", "labels"):
+        # A run whose trunk takes no steps sends no gradient, so there is nothing to attack.
+        for attack in ("text", *({"labels"} & {cell.attack for cell in self.cells})):
             if not self.value("off", attack) >= _WORKS:
                 return (
                     f"without a defence, the attack on the {attack} recovers "

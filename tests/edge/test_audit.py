@@ -63,6 +63,7 @@ def test_an_instrument_that_reads_too_little_or_too_much_is_broken() -> None:
 
     good = [cell("text", 1.0), cell("labels", 0.99)]
     assert Audit(cells=good, chance=0.1, negative=0.12).broken == ""
+    assert Audit(cells=good[:1], chance=0.1).broken == ""  # no gradient was sent
     assert "chance is 10.0%" in Audit(cells=good, chance=0.1, negative=0.13).broken
     weak = [cell("text", 1.0), cell("labels", 0.9)]
     assert "labels recovers 90.0% and must recover 99%" in Audit(cells=weak).broken
