@@ -115,13 +115,15 @@ class RunFolder:
         Without this, a process that is killed after it wrote its result would train again.
         """
         folders = _of_name(Path(run.launch.run_dir), run.name) if run.resume == "auto" else []
-        last = folders[-1] if folders else None
-        if last and last.is_finished and not last.divergence:
-            # A config of another version has other settings.
-            with suppress(DataError):
-                if last.run.fingerprint == run.fingerprint:
-                    last.tidy()
-                    return last
+        # One that can be resumed comes first.
+        if not folders or any(each._is_resumable for each in folders):
+            return None
+        last = folders[-1]
+        # A config of another version has other settings.
+        with suppress(DataError):
+            if last.is_finished and not last.divergence and last.run.fingerprint == run.fingerprint:
+                last.tidy()
+                return last
         return None
 
     def require_resumable(self) -> None:

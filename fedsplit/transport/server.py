@@ -136,6 +136,9 @@ class GrpcServer:
         # Not waited for: a call may block until the service stops, which happens after this.
         self._pool.shutdown(wait=False)
         self._stopped.set()
+        # It has not begun after a start that failed.
+        if self._timer.is_alive():
+            self._timer.join()
 
 
 def _why_not(bind: str) -> str:

@@ -118,7 +118,10 @@ def test_a_variant_that_fails_says_so_and_the_others_go_on(
         ("sweep.seeds=[]", "sweep.variants and sweep.seeds go together"),
         ("sweep.variants.split='train.lr=no'", "sweep.variants.split (train.lr=no): train.lr='no'"),
         ("sweep.variants.split='seed=\"1'", 'sweep.variants.split (seed="1): No closing quotation'),
-        ("train.lr=0.1,0.2", "convergence is a sweep of its own (split, central, sequence)"),
+        (
+            "train.lr=0.1,0.2",
+            "convergence is a sweep of its own (split, central, sequence, no_trunk)",
+        ),
     ],
     ids=["no seeds", "a value", "quotes", "a sweep of a sweep"],
 )
