@@ -172,8 +172,7 @@ class RunFolder:
 
     def give_back(self) -> None:
         """Remove the folder if it is empty."""
-        # rmdir fails if the folder has content.
-        with suppress(OSError):
+        with suppress(OSError):  # it has content
             self.path.rmdir()
 
     # --- its content ------------------------------------------------------------------------------
