@@ -20,7 +20,7 @@ from fedsplit.wire import messages as m
 from fedsplit.wire.codec import traveling
 
 NEW_TOKENS = 8
-"""The tokens that are generated."""
+"""The most tokens that are generated."""
 
 Shielding = Callable[[RemoteTrunk], Shield]
 """Puts a shield around a trunk."""
@@ -121,12 +121,14 @@ def seen(
             if found.tensors(m.BackwardRequest, "call"):
                 trunk.step(step=0, num_tokens=ids_BT.numel(), client_sq_norm=0.0)
         found.loss = float(loss.detach())
-        prompt_BT = ids_BT[:, : max(1, ids_BT.shape[1] - NEW_TOKENS)]
+        # No longer than the text of the step, since a model has so many positions.
+        new_tokens = min(NEW_TOKENS, ids_BT.shape[1] - 1)
+        prompt_BT = ids_BT[:, :-new_tokens]
         found.text_BT = client.eval().generate(
             prompt_BT,
             attention_mask=torch.ones_like(prompt_BT),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
             do_sample=False,
         )
         trunk.end_generations()

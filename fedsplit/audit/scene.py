@@ -3,7 +3,6 @@
 Shapes: B sequences, T tokens, D hidden width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,14 +37,12 @@ class Scene:
         whole: The trained model: the server has the trunk, and averages the rest.
         private_BT: Token ids that clients could train on: held-out text of the run.
         public_BT: Token ids of public text.
-        bytes_per_token: The bytes of text of a private token.
     """
 
     run: RunSpec
     whole: PreTrainedModel
     private_BT: Tensor
     public_BT: Tensor
-    bytes_per_token: float
 
     @staticmethod
     def of_run(folder: RunFolder, sequences: int, tokens: int, public: str = "") -> "Scene":
@@ -76,21 +73,18 @@ class Scene:
             training = load_corpus(replace(run.data, kind="text", path=path))
         tokens = min(tokens, run.data.sequence_length)
 
-        def rows_of(corpus: Corpus, number: int) -> tuple[Tensor, float]:
+        def rows_of(corpus: Corpus, number: int) -> Tensor:
             examples = tokenize(corpus, tokenizer, run.data)
             return _whole_rows(examples, corpus.name, number, tokens)
 
-        private_BT, bytes_per_token = rows_of(held_out, sequences)
-        public_BT, _ = rows_of(training, _PUBLIC_SEQUENCES)
         whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=False, dtype="auto", attn_implementation="eager"
         )
         return Scene(
             run=run,
             whole=whole.eval(),
-            private_BT=private_BT,
-            public_BT=public_BT,
-            bytes_per_token=bytes_per_token,
+            private_BT=rows_of(held_out, sequences),
+            public_BT=rows_of(training, _PUBLIC_SEQUENCES),
         )
 
     def parts(self, more_blocks: int = 0) -> SplitModel:
@@ -123,26 +117,19 @@ class Scene:
         return self.public_BT[: len(self.private_BT)]
 
 
-def _whole_rows(examples: Sequences, name: str, number: int, tokens: int) -> tuple[Tensor, float]:
-    """Return rows without padding, cut to some tokens, and the bytes of a token."""
+def _whole_rows(examples: Sequences, name: str, number: int, tokens: int) -> Tensor:
+    """Return rows without padding, cut to some tokens."""
     found: list[Tensor] = []
-    num_bytes = num_tokens = 0
     for batch in evaluation_batches(examples, 1):
         if batch.inputs["attention_mask"].all() and batch.labels.shape[1] >= tokens:
             found.append(batch.inputs["input_ids"][:, :tokens])
-            num_bytes, num_tokens = num_bytes + batch.num_bytes, num_tokens + batch.num_tokens
         if len(found) == number:
             break
     if not found:
         raise DataError(f"{name} has no text of {tokens} tokens; give another file, or --quick")
-    return torch.cat(found), num_bytes / num_tokens
+    return torch.cat(found)
 
 
 def share_equal(guessed_BT: Tensor, true_BT: Tensor) -> float:
     """Return the share of the tokens that were guessed."""
     return float((guessed_BT == true_BT).float().mean())
-
-
-def of_all(rows: Sequence[Tensor]) -> Tensor:
-    """Return the rows of several messages as one tensor."""
-    return torch.cat([each.flatten(0, -2) for each in rows])

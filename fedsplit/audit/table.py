@@ -17,7 +17,7 @@ from fedsplit.audit.attacks.inverter import inverted
 from fedsplit.audit.attacks.labels import label_scores, labels_by_refinement, labels_with_prior
 from fedsplit.audit.attacks.search import search
 from fedsplit.audit.census import Seen, Shielding, seen
-from fedsplit.audit.scene import Scene, of_all, share_equal
+from fedsplit.audit.scene import Scene, share_equal
 from fedsplit.client.privacy import NoiseKey, Shield
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.wire import messages as m
@@ -191,8 +191,8 @@ class Auditor:
         return guessed_N.view(rows_BTD.shape[:2])
 
     def _labels(self, defence: Defence, found: Seen) -> Tensor:
-        grad_BTD = of_all(found.tensors(m.BackwardRequest, "grad_trunk_out_BTD"))
-        grad_BTD = grad_BTD.view(*self._scene.private_BT.shape, -1)[:, :-1].float()
+        (grad_BTD,) = found.tensors(m.BackwardRequest, "grad_trunk_out_BTD")
+        grad_BTD = grad_BTD[:, :-1].float()
         if isinstance(defence.gradient, float):
             log_shares_BTV = self._log_shares_BTV
             sigma = defence.gradient * self._of(defence).grad_radius

@@ -20,6 +20,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+from fedsplit.errors import ConfigError
+
 KEY_BYTES = 32
 
 
@@ -75,11 +77,14 @@ class NoiseKey:
 
     Args:
         key: 32 secret bytes of the client; never the run's seed, which the server knows.
+
+    Raises:
+        ConfigError: The key has another size.
     """
 
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_BYTES:
-            raise ValueError(f"a noise key has {KEY_BYTES} bytes, but this one {len(key)}")
+            raise ConfigError(f"a noise key has {KEY_BYTES} bytes, but this one {len(key)}")
         self._key = key
 
     @staticmethod
@@ -121,6 +126,9 @@ class Shield:
         bypass: Whether only the trunk's own contribution is computed from noisy rows. Without it,
             and without `shrink`, the noise is that of other frameworks.
         shrink: Whether rows are shrunk.
+
+    Raises:
+        ConfigError: A size of noise is none, or the gradient has noise and no radius.
     """
 
     def __init__(
@@ -135,6 +143,16 @@ class Shield:
         bypass: bool = True,
         shrink: bool = True,
     ) -> None:
+        if not 0 <= z < math.inf:
+            raise ConfigError(f"z={z}: give a size of noise from 0 on")
+        if gradient not in ("send", "none"):
+            if isinstance(gradient, str) or not 0 <= gradient < math.inf:
+                raise ConfigError(f"gradient={gradient!r}: give send, none or a size of noise")
+            if not 0 < grad_radius < math.inf:
+                raise ConfigError(
+                    f"gradient={gradient} is in units of grad_radius={grad_radius}; give the "
+                    "median norm of the gradient's rows for public text"
+                )
         self._trunk = trunk
         self._public = public
         self._key = key

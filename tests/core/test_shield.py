@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedsplit.client.privacy import NoiseKey, PublicRows, Shield, clipped
+from fedsplit.errors import ConfigError
 from fedsplit.model import connect, split_model
 from simulations.families import random_model
 from simulations.tiny import VOCABULARY, tiny_config
@@ -118,5 +119,19 @@ def test_a_model_trains_and_generates_through_it():
 
 
 def test_a_key_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="a noise key has 32 bytes, but this one 5"):
+    with pytest.raises(ConfigError, match="a noise key has 32 bytes, but this one 5"):
         NoiseKey(b"short")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"z": -1.0}, "z=-1.0: give a size of noise"),
+        ({"z": math.nan}, "z=nan: give a size of noise"),
+        ({"z": 0.0, "gradient": "never"}, "gradient='never': give send, none or a size"),
+        ({"z": 0.0, "gradient": 0.5}, "gradient=0.5 is in units of grad_radius=inf"),
+    ],
+)
+def test_noise_without_a_size_is_refused(public, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Shield(Trunk(), public, KEY, **options)

@@ -47,9 +47,11 @@ def test_a_run_passes_every_point():
         (run,) = WAYS["inline"].services(Path(name))
         with watching(Path(name), points, lambda passage: passed.add(passage.point)):
             run.start()
-            while run.exit_code is None:
+            deadline = time.monotonic() + 120
+            while run.exit_code is None and time.monotonic() < deadline:
                 run.tend(restart=False)
                 time.sleep(0.1)
+            run.stop()
     assert run.exit_code == 0
     assert passed == {point.name for point in points}
 

@@ -188,7 +188,7 @@ def test_a_client_that_comes_back_as_another_node_is_known_by_its_state(
         info = message.content.config_records["fedsplit"]
         if (info["client"], info["round"]) == ("client-1", 2) and context.node_id != new_node:
             died.set()
-            over.wait()
+            over.wait(120)  # a run that never notices fails, and does not hang
         return client_app.evaluate(message, context)
 
     run = spec_for(tmp_path, *WORDS, "policy.missing=wait")

@@ -15,10 +15,12 @@ from torch.nn.functional import normalize
 
 Gradient = Callable[[Tensor], Tensor]
 """The gradient [B, T, D] of the trunk's output for labels [B, T]."""
+
 _EXPLAINED = 0.05
 """The share of a gradient's square that right labels may leave, while others are wrong."""
 
 _LEAST_SPREAD = 0.02
+"""What stands for no noise: the cosines of other labels differ by more."""
 
 
 def label_scores(grad_BTD: Tensor, head_VD: Tensor) -> Tensor:

@@ -66,9 +66,9 @@ class MessageTracker:
         """
         waiting = [i for i in ids if i in self._out]
         replies = {i: reply for i in waiting for reply in self._pull(i)}
-        replaced = self._replaced() if waiting else frozenset()
+        replaced = self._replaced() if waiting and not replies else frozenset()
         for i in waiting:
-            if i not in replies and self._out[i].metadata.dst_node_id in replaced:
+            if self._out[i].metadata.dst_node_id in replaced:
                 code = ErrorCode.NODE_UNAVAILABLE
                 replies[i] = _failed(self._out[i], "its SuperNode was started again", code)
         for i in replies:
