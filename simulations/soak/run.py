@@ -34,7 +34,7 @@ _TRAINING = (
     *("train.schedule=constant", "train.save_every=1", "policy.deadline_s=120"),
 )
 _FEWEST_ROUNDS = 8
-"""A soak goes on until there are so many, since trends need some."""
+"""A soak goes on until there are so many, so that some are disturbed."""
 
 _SETTLE_S = 30.0
 """The seconds that a server has to free what its clients held, once all are gone."""
@@ -85,34 +85,42 @@ def soak(folder: Path, seconds: float, *, seed: int, num_mortals: int = 2) -> Fi
         ours, theirs = Rounds(folder / "disturbed"), Rounds(folder / "undisturbed")
         with mortals, Faults([serving, passing], servers, seed) as faults:
             end = time.monotonic() + seconds
-            while time.monotonic() < end or len(ours.read) < _FEWEST_ROUNDS:
+            while time.monotonic() < end or not _is_enough(found, ours):
                 time.sleep(max(_LEAST_PAUSE_S, seconds / _SAMPLES))
-                _sample(found, clients, ours)
+                found.samples.take()
+                for quantity, each in _collected(found, clients, ours).items():
+                    found.samples.add(quantity, *each)
                 if ended := [name for name, each in working.items() if not each.ask("alive")]:
                     found.violations += [f"{name} ended" for name in ended]
                     break
         clients.ask("stop")
         while clients.ask("alive"):
             time.sleep(_LEAST_PAUSE_S)
-        _sample(found, clients, ours)
+        # These are not in the series: what was measured without clients is no part of a trend.
+        _collected(found, clients, ours)
         theirs.take()
         found.faults = faults.counts + Counter(kill=mortals.kills)
         found.rounds, found.compared = len(ours.read), min(len(ours.read), len(theirs.read))
         found.sessions += mortals.sessions
         found.violations += [*mortals.violations, *ours.differences(theirs)]
+        found.violations += [f"{name} has too few values" for name in found.samples.too_few]
         found.violations += _left_behind(where, base)
     return found
 
 
-def _sample(found: Findings, clients: Process, rounds: Rounds) -> None:
-    found.samples.take()
-    for each in rounds.take():
-        found.samples.add("step_round", each["seconds"])
+def _is_enough(found: Findings, rounds: Rounds) -> bool:
+    return len(rounds.read) >= _FEWEST_ROUNDS and not found.samples.too_few
+
+
+def _collected(found: Findings, clients: Process, rounds: Rounds) -> dict[str, list[float]]:
+    """Count what clients did since the last call, and return the seconds of rounds and sessions."""
     log = clients.ask("take")
-    for seconds in log["seconds"]:
-        found.samples.add("step_session", seconds)
     found.sessions += len(log["seconds"])
     found.violations += log["violations"]
+    return {
+        "step_round": [each["seconds"] for each in rounds.take()],
+        "step_session": log["seconds"],
+    }
 
 
 class Mortals:

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from simulations.soak.trend import Trend, trend_of
+from simulations.soak.trend import Trend, suffices, trend_of
 
 Series = tuple[list[float], list[float]]
 """Times, in seconds since the beginning, and the values at these times."""
@@ -35,16 +35,21 @@ class Samples:
             self.add(f"descriptors_{name}", process.num_fds())
             self.add(f"threads_{name}", process.num_threads())
 
-    def add(self, quantity: str, value: float) -> None:
-        """Add the value of a quantity now."""
+    def add(self, quantity: str, *new: float) -> None:
+        """Add values that a quantity has now."""
         times, values = self.series.setdefault(quantity, ([], []))
-        times.append(time.monotonic() - self._began)
-        values.append(value)
+        times += [time.monotonic() - self._began] * len(new)
+        values += new
+
+    @property
+    def too_few(self) -> list[str]:
+        """The quantities that have too few values for a trend."""
+        return [name for name, (times, _) in self.series.items() if not suffices(times)]
 
     def trends(self) -> dict[str, Trend]:
-        """Return the trend of each quantity; their intervals together hold with 95 %."""
-        num = len(self.series)
-        return {name: trend_of(*series, of=num) for name, series in self.series.items()}
+        """Return the trend of each quantity that has one; the intervals together hold with 95 %."""
+        series = {name: self.series[name] for name in self.series if name not in self.too_few}
+        return {name: trend_of(*each, of=len(series)) for name, each in series.items()}
 
 
 def unit_of(quantity: str) -> str:

@@ -32,6 +32,12 @@ class Trend:
         return abs(self.slope) <= self.margin
 
 
+def suffices(seconds: Sequence[float]) -> bool:
+    """Whether values at these times have a trend: whether they are in enough blocks."""
+    t, _ = _blocks(np.asarray(seconds, dtype=float), np.zeros(len(seconds)))
+    return len(t) >= _FEWEST_BLOCKS
+
+
 def trend_of(seconds: Sequence[float], values: Sequence[float], *, of: int = 1) -> Trend:
     """Fit a line to the last two thirds of a series, by least squares over the means of blocks.
 

@@ -8,7 +8,7 @@ import pytest
 
 from fedsplit.errors import ConfigError
 from simulations.soak.picture import picture_of
-from simulations.soak.samples import Rounds
+from simulations.soak.samples import Rounds, Samples
 from simulations.soak.trend import trend_of
 
 SECONDS = np.arange(0.0, 1800.0, 3.0)
@@ -40,6 +40,14 @@ def test_what_grew_at_the_beginning_only_has_no_slope() -> None:
 def test_too_few_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="a trend needs values in 4 of 20; run for a longer time"):
         trend_of([0.0, 1.0, 2.0], [1.0, 1.0, 1.0])
+
+
+def test_a_quantity_with_too_few_values_has_no_trend_and_is_named() -> None:
+    samples = Samples({})
+    samples.series = {"rss_server": (list(SECONDS), [1.0] * len(SECONDS)), "step_round": ([], [])}
+    samples.add("step_session", 1.0, 2.0)
+    assert list(samples.trends()) == ["rss_server"]
+    assert samples.too_few == ["step_round", "step_session"]
 
 
 def test_rounds_with_other_numbers_are_named(tmp_path: Path) -> None:
