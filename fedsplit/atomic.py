@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -132,6 +133,29 @@ def create(path: Path, text: str) -> bool:
         except FileExistsError:
             return False
     return True
+
+
+def create_secret(path: Path, content: bytes) -> None:
+    """Create a file that only its owner can read, unless there is one of this name.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Readable by its owner only.
+        number, unfinished = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
+        try:
+            with open(number, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(number)
+            # Unlike a rename, a link replaces nothing: of two processes, one creates the file.
+            with suppress(FileExistsError):
+                os.link(unfinished, path)
+        finally:
+            Path(unfinished).unlink()
+    _sync(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -65,6 +65,13 @@ class StorageError(FedsplitError):
     status = "RESOURCE_EXHAUSTED"
 
 
+class PrivacyBudget(FedsplitError):
+    """A client's text would tell more than its privacy budget; the release was not sent."""
+
+    code = "PRIVACY_BUDGET"
+    status = "FAILED_PRECONDITION"
+
+
 # --- failures of the network and the peer, which are retryable --------------------------------
 
 

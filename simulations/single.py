@@ -160,7 +160,7 @@ def claim(run: RunSpec) -> tuple[RunSpec, RunFolder]:
         DataError: The data is not enough for the clients; raised before they are made.
     """
     if run.launch.kind == "inline" or run.clients > _MANY_CLIENTS:
-        from fedsplit.flower.node import partitions_of
+        from fedsplit.flower.share import partitions_of
 
         # Clients in this process get these, so nothing is read twice.
         partitions_of(run.data, run.task, run.sharding, run.clients, run.seed)

@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedsplit.data import (
     Corpus,
-    Sequences,
-    evaluation_batches,
     hold_out,
     load_corpus,
     load_tokenizer,
     tokenize,
 )
-from fedsplit.errors import ConfigError, DataError
+from fedsplit.data.batches import whole_rows
+from fedsplit.errors import ConfigError
 from fedsplit.model import SplitModel, split_model
 from fedsplit.model.trunkless import without_trunk
 from fedsplit.runs.folder import RunFolder
@@ -75,7 +74,7 @@ class Scene:
 
         def rows_of(corpus: Corpus, number: int) -> Tensor:
             examples = tokenize(corpus, tokenizer, run.data)
-            return _whole_rows(examples, corpus.name, number, tokens)
+            return whole_rows(examples, corpus.name, number, tokens)
 
         whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=False, dtype="auto", attn_implementation="eager"
@@ -115,19 +114,6 @@ class Scene:
     def others_BT(self) -> Tensor:
         """Public text of the shape of the private one, for a control."""
         return self.public_BT[: len(self.private_BT)]
-
-
-def _whole_rows(examples: Sequences, name: str, number: int, tokens: int) -> Tensor:
-    """Return rows without padding, cut to some tokens."""
-    found: list[Tensor] = []
-    for batch in evaluation_batches(examples, 1):
-        if batch.inputs["attention_mask"].all() and batch.labels.shape[1] >= tokens:
-            found.append(batch.inputs["input_ids"][:, :tokens])
-        if len(found) == number:
-            break
-    if not found:
-        raise DataError(f"{name} has no text of {tokens} tokens; give another file, or --quick")
-    return torch.cat(found)
 
 
 def share_equal(guessed_BT: Tensor, true_BT: Tensor) -> float:

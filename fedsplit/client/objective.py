@@ -56,9 +56,11 @@ class ClientObjective:
         """Raise an error for a run that does not fit the objective.
 
         Raises:
-            ConfigError: `train.mode` is `isolated`, and the objective does not train the bottom.
+            ConfigError: `train.mode` is `isolated`, and nothing trains the bottom.
         """
-        if run.train.mode == "isolated" and not cls.trains_bottom:
+        # With noise at the cut, the residual stream passes by the trunk, and carries a gradient.
+        has_bypass = run.privacy.kind != "off"
+        if run.train.mode == "isolated" and not (cls.trains_bottom or has_bypass):
             raise ConfigError(
                 "train.mode=isolated trains the bottom on a loss at the client, but "
                 f"{cls.__name__} has no such loss; use strategy=local_loss, or "

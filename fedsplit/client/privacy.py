@@ -11,8 +11,12 @@ Shapes: B sequences, T tokens, D hidden width, N rows.
 import hashlib
 import math
 import secrets
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +24,14 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+from fedsplit import atomic
+from fedsplit.client.ledger import Ledger
 from fedsplit.errors import ConfigError
 
 KEY_BYTES = 32
+
+_GRID = 1024
+"""The steps of the grid of released rows in one standard deviation of the noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +81,13 @@ def clipped(rows_BTD: Tensor, radius: float) -> Tensor:
 class NoiseKey:
     """Gaussian noise that a secret key and the data decide.
 
-    The noise of a sequence is the same whenever the same rows are sent again, so a server that
-    provokes repeats learns nothing more. AES in counter mode (NIST SP 800-38A) gives the bits.
+    The noise of a row is the same whenever the same row is sent again, so a server that provokes
+    repeats, and one that sees two texts with the same beginning, gets no second sample of it. The
+    bits are AES of a counter behind the digest of the row (counter mode, NIST SP 800-38A).
 
     Args:
-        key: 32 secret bytes of the client; never the run's seed, which the server knows.
+        key: 32 secret bytes of the client. What decides the other random numbers of a run is not
+            secret: the server knows it.
 
     Raises:
         ConfigError: The key has another size.
@@ -92,24 +103,58 @@ class NoiseKey:
         """Return a random key of the operating system."""
         return NoiseKey(secrets.token_bytes(KEY_BYTES))
 
-    def normals(self, rows_BTD: Tensor, purpose: str) -> Tensor:
-        """Return standard normal noise of the shape of rows, one stream for each sequence."""
-        noise = [self._stream(each.detach().cpu().numpy(), purpose) for each in rows_BTD.float()]
-        return torch.from_numpy(np.stack(noise)).to(rows_BTD)
+    @staticmethod
+    def kept(file: Path) -> "NoiseKey":
+        """Return the key in a file, which is made at the first time; only its owner may read it.
 
-    def _stream(self, rows_TD: np.ndarray[Any, np.dtype[np.float32]], purpose: str) -> Any:
-        name = hashlib.sha256(purpose.encode() + np.ascontiguousarray(rows_TD).tobytes()).digest()
-        half = math.ceil(rows_TD.size / 2)
-        # The first half of the digest makes the key of the stream, and the second one its counter.
-        key = hashlib.sha256(self._key + name[:16]).digest()
-        cipher = Cipher(algorithms.AES(key), modes.CTR(name[16:])).encryptor()
-        words = np.frombuffer(cipher.update(bytes(16 * half)), np.uint64).reshape(2, half)
+        Raises:
+            StorageError: The file cannot be written.
+            ConfigError: It has no key.
+        """
+        if not file.exists():
+            atomic.create_secret(file, secrets.token_bytes(KEY_BYTES))
+        return NoiseKey(file.read_bytes())
+
+    def normals(self, rows_BTD: Tensor, purpose: str) -> Tensor:
+        """Return standard normal noise of the shape of rows, on their device."""
+        rows_ND = rows_BTD.detach().float().cpu().flatten(0, -2).contiguous().numpy()
+        noise_ND = self._noise(rows_ND, hashlib.sha256(self._key + purpose.encode()).digest())
+        return torch.from_numpy(noise_ND).view(rows_BTD.shape).to(rows_BTD)
+
+    @staticmethod
+    def _noise(rows_ND: Any, key: bytes) -> Any:
+        N, D = rows_ND.shape
+        half = math.ceil(D / 2)
+        blocks = np.empty((N, half, 16), np.uint8)
+        names = b"".join(hashlib.sha256(row.tobytes()).digest()[:12] for row in rows_ND)
+        blocks[:, :, :12] = np.frombuffer(names, np.uint8).reshape(N, 1, 12)
+        blocks[:, :, 12:] = np.arange(half, dtype=">u4").view(np.uint8).reshape(half, 4)
+        # Every block is there once, and its counter in it, so this is counter mode for all rows.
+        cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305
+        words = np.frombuffer(cipher.update(blocks.tobytes()), np.uint64).reshape(N, half, 2)
         # 53 bits, in (0, 1], of which a logarithm is finite.
-        radius, angle = ((words >> np.uint64(11)) + 1) * 2.0**-53
+        uniform = ((words >> np.uint64(11)) + 1) * 2.0**-53
         # Box and Muller 1958.
-        size = np.sqrt(-2.0 * np.log(radius))
-        both = np.concatenate((size * np.cos(2 * np.pi * angle), size * np.sin(2 * np.pi * angle)))
-        return both[: rows_TD.size].reshape(rows_TD.shape).astype(np.float32)
+        size, angle = np.sqrt(-2.0 * np.log(uniform[..., 0])), 2 * np.pi * uniform[..., 1]
+        both = np.concatenate((size * np.cos(angle), size * np.sin(angle)), axis=1)
+        return both[:, :D].astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What a shield knows of the text of a forward.
+
+    Attributes:
+        examples: What names the text of each sequence in the ledger; None for the rows themselves.
+        factor: What the gradient of one token's loss is multiplied with.
+    """
+
+    examples: Sequence[bytes] | None = None
+    factor: float = 1.0
+
+
+class _Steps(threading.local):
+    step = _Step()
 
 
 class Shield:
@@ -122,10 +167,12 @@ class Shield:
         z: The standard deviation of the noise on each coordinate, in units of the public radius.
         gradient: What the trunk gets of the gradient of its output: `send`, `none`, or the
             standard deviation of noise, in units of the public radius of gradients, `grad_radius`.
-        grad_radius: The norm that rows of the gradient are clipped to before they get noise.
+        grad_radius: The norm that rows of the gradient are clipped to before they get noise, in
+            units of `factor` in `of`.
         bypass: Whether only the trunk's own contribution is computed from noisy rows. Without it,
             and without `shrink`, the noise is that of other frameworks.
         shrink: Whether rows are shrunk.
+        ledger: Counts what is released, and refuses what would exceed its budget.
 
     Raises:
         ConfigError: A size of noise is none, or the gradient has noise and no radius.
@@ -142,6 +189,7 @@ class Shield:
         grad_radius: float = math.inf,
         bypass: bool = True,
         shrink: bool = True,
+        ledger: Ledger | None = None,
     ) -> None:
         if not 0 <= z < math.inf:
             raise ConfigError(f"z={z}: give a size of noise from 0 on")
@@ -161,15 +209,38 @@ class Shield:
         self._grad_radius = grad_radius
         self._bypass = bypass
         self._map_DD = public.shrinking(self._sigma) if shrink and z else None
+        self._ledger, self._z = ledger, z
+        self._steps = _Steps()
         if hasattr(trunk, "new_cache"):
             self.new_cache = trunk.new_cache
 
+    @contextmanager
+    def of(self, texts_BT: Tensor, factor: float = 1.0) -> Iterator[None]:
+        """A context for the forwards of this thread on some text.
+
+        Args:
+            texts_BT: The token ids of each sequence; they name it in the ledger.
+            factor: What the gradient of one token's loss will be multiplied with, as by the share
+                of a token in a mean.
+        """
+        names = [hashlib.sha256(ids.numpy().tobytes()).digest() for ids in texts_BT.cpu()]
+        self._steps.step = _Step(examples=names, factor=factor)
+        try:
+            yield
+        finally:
+            self._steps.step = _Step()
+
     def __call__(self, hidden_BTD: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        """Return the trunk's output for noisy rows, beside the rows themselves."""
+        """Return the trunk's output for noisy rows, beside the rows themselves.
+
+        Raises:
+            PrivacyBudget: The ledger allows no further release of an example; nothing was sent.
+        """
         sent_BTD = self._released(hidden_BTD) if self._sigma else hidden_BTD
         out_BTD = self._trunk(sent_BTD, *inputs, **named)
         if self._gradient not in ("send", "none") and out_BTD.requires_grad:
-            out_BTD.register_hook(self._noisy_gradient)
+            # A backward may run in another thread.
+            out_BTD.register_hook(partial(self._noisy_gradient, self._steps.step))
         is_changed = self._sigma or self._gradient != "send"
         added_BTD = out_BTD - sent_BTD if self._bypass and is_changed else out_BTD
         if self._gradient == "none":
@@ -180,13 +251,35 @@ class Shield:
     def _released(self, hidden_BTD: Tensor) -> Tensor:
         # On the CPU, where the noise and the statistics are.
         rows_BTD = self._public.clipped(hidden_BTD.float().cpu()) - self._public.mean_D
-        noisy_BTD = rows_BTD + self._sigma * self._key.normals(rows_BTD, "rows")
+        noisy_BTD = _on_grid(
+            rows_BTD + self._sigma * self._key.normals(rows_BTD, "rows"), self._sigma
+        )
+        self._count(self._steps.step, "rows", noisy_BTD, self._z)
         if self._map_DD is not None:
             noisy_BTD = noisy_BTD @ self._map_DD
         return (self._public.mean_D + noisy_BTD).to(hidden_BTD)
 
-    def _noisy_gradient(self, grad_BTD: Tensor) -> Tensor:
-        rows_BTD = clipped(grad_BTD.float(), self._grad_radius)
-        sigma = float(self._gradient) * self._grad_radius
-        noise_BTD = sigma * self._key.normals(rows_BTD, "gradient")
-        return (rows_BTD + noise_BTD).to(grad_BTD.dtype)
+    def _noisy_gradient(self, step: _Step, grad_BTD: Tensor) -> Tensor:
+        z, radius = float(self._gradient), self._grad_radius * step.factor
+        rows_BTD = clipped(grad_BTD.float().cpu(), radius)
+        noise_BTD = z * radius * self._key.normals(rows_BTD, "gradient")
+        noisy_BTD = _on_grid(rows_BTD + noise_BTD, z * radius) if z else rows_BTD
+        if z:
+            self._count(step, "labels", noisy_BTD, z)
+        return noisy_BTD.to(grad_BTD)
+
+    def _count(self, step: _Step, kind: str, rows_BTD: Tensor, z: float) -> None:
+        if self._ledger:
+            self._ledger.release(kind, step.examples, rows_BTD.detach().numpy(), z)
+
+
+def _on_grid(rows_BTD: Tensor, sigma: float) -> Tensor:
+    """Return rows rounded to a grid that is fine beside noise of this size.
+
+    The last bits of a floating-point sum depend on the summand that the noise should hide (Mironov
+    2012, "On Significance of the Least Significant Bits for Differential Privacy", CCS). As a
+    gradient, it is that of the rows.
+    """
+    step = 2.0 ** math.floor(math.log2(sigma / _GRID))
+    rounded_BTD: Tensor = (rows_BTD.detach() / step).round() * step
+    return rows_BTD + (rounded_BTD - rows_BTD).detach()

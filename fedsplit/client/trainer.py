@@ -9,9 +9,9 @@ import inspect
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 from fedsplit.client.footprint import Footprint
 from fedsplit.client.norms import require_comparable_norms
 from fedsplit.client.objective import ClientObjective, Prediction
+from fedsplit.client.privacy import Shield
 from fedsplit.client.progress import FitProgress
 from fedsplit.client.proximal import ProximalTerm
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.rollback import Rollback, StateStore
 from fedsplit.client.scaling import INITIAL_SCALE, LossScale
+from fedsplit.client.stats import EvalStats, FitStats, StepStats
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.data.batches import Batch, micro_batches
 from fedsplit.data.tasks import COUNTS, TASKS
@@ -49,50 +51,6 @@ _ATTEMPTS = 3
 """The most attempts at one step, and the most steps in a row that may not be finite or refused."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepStats:
-    """One optimizer step: its mean loss in nats per token, its tokens, and its repetitions."""
-
-    loss: float
-    num_tokens: int
-    repeats: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitStats:
-    """The steps of a call to `fit`: their mean loss in nats per token, their tokens, their number.
-
-    `steps` counts the steps that were taken, `repeated` the attempts at them that failed before,
-    `refused` the steps that were stale at every attempt, and `skipped` those with NaN or Inf and
-    those whose gradient the trunk found far too large. `overflows` are those of them that lowered
-    the loss scale, so that the next step can succeed.
-    `peak_bytes` is the memory of weights, gradients, optimizer moments and saved activations
-    together, measured in the first step.
-    """
-
-    loss: float
-    num_tokens: int
-    steps: int
-    repeated: int
-    refused: int
-    skipped: int
-    overflows: int
-    peak_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalStats:
-    """Held-out data: summed loss in nats, tokens, and the UTF-8 bytes they stand for.
-
-    `counts` are those of `fedsplit.data.tasks.COUNTS`; 0 for language models.
-    """
-
-    nats: float
-    num_tokens: int
-    num_bytes: int
-    counts: Mapping[str, int]
-
-
 class ClientTrainer:
     """Trains a client's model together with its trunk, or as `train.mode` says.
 
@@ -108,6 +66,8 @@ class ClientTrainer:
         loss_scale: The loss scale after those steps; used only while a side computes in float16.
         lr_scale: The factor on the learning rate of this client.
         objective: The objective to minimize; that of a strategy is its `client_objective`.
+        shield: What stands between the model and the trunk, if anything does; it learns of which
+            texts a forward is.
 
     Raises:
         ConfigError: The run does not fit the objective, or the family does not support an option of
@@ -126,6 +86,7 @@ class ClientTrainer:
         loss_scale: LossScale = INITIAL_SCALE,
         lr_scale: float = 1.0,
         objective: type[ClientObjective] = ClientObjective,
+        shield: Shield | None = None,
     ) -> None:
         apply_training_options(model, run.train)
         trained = trainable(model)
@@ -138,6 +99,7 @@ class ClientTrainer:
         self._run = run
         self._task = TASKS[run.task]
         self._objective = objective(model, run)
+        self._shield = shield
         # Training needs no KV cache, which most families create by default.
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
@@ -238,10 +200,12 @@ class ClientTrainer:
 
     def _predict_held_out(self, batch: Batch, round: int) -> Prediction:
         try:
-            return self._predict(batch)
+            with self._shielded(batch, batch.num_tokens):
+                return self._predict(batch)
         except SessionLost:
             self._trunk.open(round, training=False)
-            return self._predict(batch)
+            with self._shielded(batch, batch.num_tokens):
+                return self._predict(batch)
 
     # --- the parts of a fit -------------------------------------------------------------------
 
@@ -322,10 +286,16 @@ class ClientTrainer:
     def _one_batch(self, batch: Batch, num_tokens: int) -> float:
         """Forward and backward of one batch; return its share of the loss."""
         weight = batch.num_tokens / num_tokens
-        with self._footprint.forward(), self._autocast(), self._trunk.examples(batch.examples_B):
+        of_batch = self._trunk.examples(batch.examples_B), self._shielded(batch, num_tokens)
+        with self._footprint.forward(), self._autocast(), of_batch[0], of_batch[1]:
             objective, loss = self._losses(batch)
         (objective * weight * self._scale).backward()
         return (loss * weight).item()
+
+    def _shielded(self, batch: Batch, num_tokens: int) -> AbstractContextManager[None]:
+        if self._shield is None:
+            return nullcontext()
+        return self._shield.of(batch.inputs["input_ids"], self._scale / num_tokens)
 
     def _sq_norms(self) -> tuple[float, float]:
         """The squared gradient norm of this client, and of client and trunk together."""

@@ -31,6 +31,15 @@ NODE_KEYS = {
 }
 """The keys of a node's config in place of the fields that the node sets."""
 
+PRIVACY_KEYS = {
+    "kind": "privacy",
+    "z": "privacy-z",
+    "gradient_z": "privacy-gradient-z",
+    "public": "public-text",
+    "budget_bits": "privacy-budget-bits",
+}
+"""The keys of a node's config that replace fields of the run's `privacy`."""
+
 _BY_NAME = {
     **dict.fromkeys(NODE_KEYS, Authority.NODE),
     "resume": Authority.SERVER,
@@ -51,6 +60,7 @@ _BY_NAME = {
     "wire.tls_cert": Authority.SERVER,
     "wire.tls_key": Authority.SERVER,
     "strategy.target": Authority.BOTH,
+    "privacy.public": Authority.BOTH,
     "launch.trunk_device": Authority.SERVER,
     "sweep.variants": Authority.SERVER,
 }
@@ -102,6 +112,8 @@ class Bounds:
             ConfigError: The text has the field and its value, and nothing of the machine.
         """
         self._check_target("strategy.target", run.strategy.target)
+        if run.privacy.public:
+            self._check_path("privacy.public", run.privacy.public)
         if run.model.pretrained:
             self._check_name("model.pretrained", run.model.pretrained, _MODEL)
         if not self.reads_corpus:

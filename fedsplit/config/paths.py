@@ -31,6 +31,7 @@ def with_absolute_paths(run: RunSpec, folder: Path) -> RunSpec:
     wire, data = run.wire, run.data
     return replace(
         run,
+        privacy=replace(run.privacy, public=file(run.privacy.public)),
         resume=run.resume if run.resume == "auto" else file(run.resume),
         model=replace(run.model, pretrained=name(run.model.pretrained)),
         data=replace(data, path=name(data.path) if data.kind == "hub" else file(data.path)),

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsplit.errors import DataError
+
 # The label that the losses of Hugging Face skip.
 IGNORED = -100
 
@@ -109,6 +111,29 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
     rows = range(len(examples))
     for start in range(0, len(rows), batch_size):
         yield examples.batch(rows[start : start + batch_size])
+
+
+def whole_rows(examples: Examples, name: str, number: int, tokens: int) -> Tensor:
+    """Return the token ids of the first rows without padding, cut to some tokens.
+
+    Args:
+        examples: The rows of a text.
+        name: Its name, for the error.
+        number: The most rows.
+        tokens: The length to which each is cut.
+
+    Raises:
+        DataError: No row is as long.
+    """
+    found: list[Tensor] = []
+    for batch in evaluation_batches(examples, 1):
+        if batch.inputs["attention_mask"].all() and batch.inputs["input_ids"].shape[1] >= tokens:
+            found.append(batch.inputs["input_ids"][:, :tokens])
+        if len(found) == number:
+            break
+    if not found:
+        raise DataError(f"{name} has no text of {tokens} tokens; give a longer one, or take fewer")
+    return torch.cat(found)
 
 
 def _shuffled_rows(num_rows: int, seed: int, first: int) -> Iterator[int]:

@@ -19,24 +19,19 @@ from transformers import PreTrainedModel
 
 from fedsplit.client.objective import ClientObjective
 from fedsplit.client.remote import RemoteTrunk
-from fedsplit.client.trainer import ClientTrainer, FitStats
+from fedsplit.client.stats import FitStats
+from fedsplit.client.trainer import ClientTrainer
 from fedsplit.client.unsplit import NoTrunk
 from fedsplit.config import from_run_config, resolve_class
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import ModelMismatch
 from fedsplit.flower.client_arrays import packed, unpacked
-from fedsplit.flower.node import (
-    Node,
-    Preparation,
-    Share,
-    remove_old_runs,
-    share_of,
-    tokenizer_of,
-)
+from fedsplit.flower.node import Node, remove_old_runs
 from fedsplit.flower.prototype import Prototype
 from fedsplit.flower.records import (
     ARRAYS,
     METRICS,
+    TOLD_NOTHING,
     WEIGHT,
     Hello,
     JoinInfo,
@@ -44,6 +39,8 @@ from fedsplit.flower.records import (
     load_arrays,
     to_arrays,
 )
+from fedsplit.flower.share import Preparation, Share, share_of, tokenizer_of
+from fedsplit.flower.shielding import ClientShield, public_ids, shielded
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.flower.withheld import withholding
 from fedsplit.model import ClientPart, connect
@@ -88,7 +85,11 @@ def hello(message: Message, context: Context) -> Message:
     share.require_full_batches(node.name)
     with withholding(node):
         # A client loads the tokenizer of a pretrained model by itself.
-        require_rows(config_of(run, tokenizer, hello.labels), tokenizer, hello.labels)
+        config = config_of(run, tokenizer, hello.labels)
+        require_rows(config, tokenizer, hello.labels)
+        if node.privacy.kind != "off":
+            public_ids(node, run, tokenizer, config)
+            node.secrets_of(run, hello.run_id)
         if run.baseline == "none":
             # The trunk is not called yet, but its authority's file can be read.
             channel_credentials(node.wire_of(run))
@@ -117,9 +118,11 @@ def train(message: Message, context: Context) -> Message:
             loss_scale=memory.loss_scale,
             lr_scale=session.join.lr_scale,
             objective=_objective(run),
+            shield=session.noise.shield if session.noise else None,
         )
         trainer.optimizer.load_state(memory.moments)
         stats = trainer.fit(session.share.groups(memory.batches, steps), round=session.join.round)
+        told = session.told
     join = session.join
     memory = Memory(
         id=join.next_state,
@@ -134,7 +137,8 @@ def train(message: Message, context: Context) -> Message:
     if folder := session.node.checkpoints_of(run, join.run_id):
         with withholding(session.node):
             memory.save(folder, join, run)
-    content = RecordDict({METRICS: MetricRecord(session.numbers_of(stats, memory, begin))})
+    numbers = {**session.numbers_of(stats, memory, begin), **told}
+    content = RecordDict({METRICS: MetricRecord(numbers)})
     # With client_weights.personal=both all client weights stay at the client.
     if session.shared:
         content[ARRAYS] = packed(to_arrays(session.shared), run.wire.client_weights)
@@ -146,9 +150,14 @@ def evaluate(message: Message, context: Context) -> Message:
     """Measure the loss on this client's held-out data."""
     with _session(message, context) as session:
         trainer = ClientTrainer(
-            session.model, session.trunk, session.run, objective=_objective(session.run)
+            session.model,
+            session.trunk,
+            session.run,
+            objective=_objective(session.run),
+            shield=session.noise.shield if session.noise else None,
         )
         stats = trainer.evaluate(session.share.evaluation(), round=session.join.round)
+        told = session.told
     numbers: Numbers = {
         WEIGHT: stats.num_tokens,
         "loss": stats.nats / max(1, stats.num_tokens),
@@ -157,6 +166,7 @@ def evaluate(message: Message, context: Context) -> Message:
         "bytes": stats.num_bytes,
         **stats.counts,
         **session.traffic,
+        **told,
     }
     return Message(RecordDict({METRICS: MetricRecord(numbers)}), reply_to=message)
 
@@ -176,6 +186,12 @@ class _ClientSession:
     model: PreTrainedModel
     trunk: RemoteTrunk | NoTrunk
     link: GrpcLink | None
+    noise: ClientShield | None = None
+
+    @property
+    def told(self) -> Mapping[str, float]:
+        """The most that noisy rows have told the server of a text, over all rounds."""
+        return self.noise.numbers if self.noise else TOLD_NOTHING
 
     @property
     def shared(self) -> Mapping[str, nn.Parameter]:
@@ -269,8 +285,10 @@ def _built(
             client=join.client,
             encoder_state=memory.history,
         )
-        connect(model, trunk)
-        yield session(trunk=trunk, link=link)
+        tokenizer = tokenizer_of(run, preparation)
+        with shielded(node, run, join.run_id, model, tokenizer, trunk) as noise:
+            connect(model, noise.shield if noise else trunk)
+            yield session(trunk=trunk, link=link, noise=noise)
 
 
 def _memory(context: Context, node: Node, run: RunSpec, join: JoinInfo) -> Memory:

@@ -26,6 +26,8 @@ METRICS = "metrics"
 """Key of a reply's metrics."""
 WEIGHT = "num-examples"
 """Flower's key of a client's weight; here it counts tokens."""
+TOLD_NOTHING = dict.fromkeys(("row-epsilon", "sequence-epsilon", "bits", "label-bits"), 0.0)
+"""The numbers of a reply that say what noisy rows have told; of a client without noise."""
 _HELLO, _JOIN_INFO, _COUNTS = "hello", "fedsplit", "counts"
 _KEPT = ("moments", "personal", "history")
 

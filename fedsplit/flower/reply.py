@@ -16,7 +16,7 @@ from fedsplit.data.tasks import COUNTS
 from fedsplit.errors import BadTensor, ModelMismatch, NonFinite, ProtocolError
 from fedsplit.flower.client_arrays import shapes_of, unpacked
 from fedsplit.flower.npy import values_of
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT
+from fedsplit.flower.records import ARRAYS, METRICS, TOLD_NOTHING, WEIGHT
 from fedsplit.trunk.work_counts import WorkCount
 
 MAX_NUMBER = 2**53
@@ -29,12 +29,14 @@ MAX_TOKEN_BYTES = 1024
 """The largest number of bytes of text that one token stands for."""
 
 _TRAFFIC = dict.fromkeys(("bytes-up", "bytes-down"), int)
+_TOLD = dict.fromkeys(TOLD_NOTHING, float)
 _TRAINING: Mapping[str, type] = {
     WEIGHT: int,
     "loss": float,
     "seconds": float,
     **dict.fromkeys(("steps", "repeated", "refused", "skipped", "peak-bytes", "done"), int),
     **_TRAFFIC,
+    **_TOLD,
 }
 _EVALUATION: Mapping[str, type] = {
     WEIGHT: int,
@@ -42,6 +44,7 @@ _EVALUATION: Mapping[str, type] = {
     "bytes": int,
     **dict.fromkeys(COUNTS, int),
     **_TRAFFIC,
+    **_TOLD,
 }
 
 Numbers = dict[str, int | float]

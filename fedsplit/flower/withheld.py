@@ -9,11 +9,12 @@ from fedsplit.errors import (
     DataError,
     FedsplitError,
     Internal,
+    PrivacyBudget,
     StorageError,
 )
 from fedsplit.flower.node import Node
 
-_LOCAL = (DataError, StorageError, CheckpointError, ConfigError)
+_LOCAL = (DataError, StorageError, CheckpointError, ConfigError, PrivacyBudget)
 """Errors that may contain paths, settings and text of the machine that raises them."""
 
 

@@ -47,6 +47,10 @@ class RoundStats:
         virtual_seconds: The duration on the virtual clock, if machines are simulated.
         client_bytes: The largest memory of one client for weights, gradients, moments and
             activations.
+        row_epsilon, sequence_epsilon: With `privacy`, epsilon at delta 1e-5 of one noisy row, and
+            of all rows of a text, over all releases; of the worst text of any client.
+        bits: The most bits that these rows tell of a token.
+        label_bits: The most bits that gradients tell of a label.
     """
 
     round: int
@@ -76,6 +80,10 @@ class RoundStats:
     repeats: int = 0
     virtual_seconds: float = math.nan
     client_bytes: int = 0
+    row_epsilon: float = 0.0
+    sequence_epsilon: float = 0.0
+    bits: float = 0.0
+    label_bits: float = 0.0
 
     @property
     def line(self) -> str:
@@ -83,11 +91,21 @@ class RoundStats:
         virtual = (
             "" if math.isnan(self.virtual_seconds) else f"  {self.virtual_seconds:.0f} s virtual"
         )
+        told = f"told {self.told}  " if self.bits else ""
         return (
             f"round {self.round:>3}/{self.rounds}  loss {self.loss:.4f}  {self.held_out}  "
             f"{self.tokens / max(self.seconds, 1e-9):>7.0f} {self.unit}/s{virtual}  "
             f"up {in_mib(self.bytes_up)}  down {in_mib(self.bytes_down)}  "
-            f"clients {self.clients} in, {self.late} late, {self.failed} failed{self._troubles}"
+            f"{told}clients {self.clients} in, {self.late} late, {self.failed} failed"
+            f"{self._troubles}"
+        )
+
+    @property
+    def told(self) -> str:
+        """What noisy rows and gradients have told the server of a text so far, at most."""
+        return (
+            f"{self.bits:.1f} bits/token, {self.label_bits:.1f} bits/label, epsilon "
+            f"{self.row_epsilon:.3g} a row and {self.sequence_epsilon:.3g} a sequence"
         )
 
     @property
@@ -202,6 +220,7 @@ def closing_table(
         ("client weights through Flower", in_mib(through_flower)),
         ("memory of a client", in_mib(max(stats.client_bytes for stats in rounds))),
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
+        *([("told the server, at most", last.told)] if last.bits else []),
         *([("steps without a client", f"{short:,}")] if short else []),
         *(
             [("gradients clipped, refused", f"{clipped:,}, {refused:,}")]

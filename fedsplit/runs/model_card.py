@@ -34,12 +34,21 @@ tags: [split-learning, federated-learning, fedsplit]
 
 ## What split learning does not protect
 
+{privacy}
+
+Like any language model, it may also have memorized training text.
+"""
+
+_IN_THE_CLEAR = """\
 Text and labels stayed with the clients, but the server can often reconstruct the text from the
 activations on the wire. This is easiest if the weights of the bottom are known, as they are here:
 the server averages bottom and top every round. Compression does not prevent it. Treat this
-checkpoint as trained on data that the server could read. Like any language model, it may also have
-memorized training text.
-"""
+checkpoint as trained on data that the server could read."""
+
+_WITH_NOISE = """\
+Clients added noise to what they sent (privacy={kind}, z={z:g}). Over the whole run, the server was
+told at most {told}, of the worst text, at delta 1e-5. The bits bound what a server can learn from
+the noisy rows and gradients, whatever it knows besides."""
 
 
 def model_card(
@@ -94,7 +103,14 @@ def model_card(
         down=in_mib(sum(stats.bytes_down for stats in rounds)),
         client_weights_bytes=in_mib(sum(stats.client_weights_bytes for stats in rounds)),
         fingerprint=run.fingerprint,
+        privacy=_privacy(run, rounds[-1]),
     )
+
+
+def _privacy(run: RunSpec, last: RoundStats) -> str:
+    if not last.bits:
+        return _IN_THE_CLEAR
+    return _WITH_NOISE.format(kind=run.privacy.kind, z=run.privacy.z, told=last.told)
 
 
 def _trunk_steps(rounds: Sequence[RoundStats]) -> str:

@@ -10,8 +10,10 @@ from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.guard import GuardSpec
 from fedsplit.spec.limits import LimitsSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
-from fedsplit.spec.run import NAME_PATTERN, LaunchSpec, RunSpec, SweepSpec, WireSpec
+from fedsplit.spec.privacy import PrivacySpec
+from fedsplit.spec.run import NAME_PATTERN, LaunchSpec, RunSpec, SweepSpec
 from fedsplit.spec.train import TrainSpec
+from fedsplit.spec.wire import WireSpec
 
 __all__ = [
     "NAME_PATTERN",
@@ -24,6 +26,7 @@ __all__ = [
     "LoraSpec",
     "ModelSpec",
     "PolicySpec",
+    "PrivacySpec",
     "RunSpec",
     "ShardingSpec",
     "SplitSpec",

@@ -1,4 +1,4 @@
-"""The settings of a whole run: those of its parts, the wire, the launch, and sweeps."""
+"""The settings of a whole run: those of its parts, the launch, and sweeps."""
 
 import hashlib
 import json
@@ -12,10 +12,8 @@ from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import (
     DURATION,
     AtLeast,
-    Codec,
     Matching,
     OneOf,
-    Positive,
     check_fields,
 )
 from fedsplit.spec.data import TASKS, DataSpec, ShardingSpec
@@ -24,7 +22,9 @@ from fedsplit.spec.generation import GenerationSpec
 from fedsplit.spec.guard import GuardSpec
 from fedsplit.spec.limits import LimitsSpec
 from fedsplit.spec.model import LoraSpec, ModelSpec, SplitSpec
+from fedsplit.spec.privacy import PrivacySpec
 from fedsplit.spec.train import TrainSpec
+from fedsplit.spec.wire import WireSpec
 
 # All other fields of WireSpec decide numbers. A new field does too, unless it is added here.
 _CHANGES_NO_NUMBER = (
@@ -34,78 +34,6 @@ _CHANGES_NO_NUMBER = (
 # Names of runs and variants become names of folders.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _CLIENT = re.compile(r"client-(0|[1-9][0-9]{0,18})")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WireSpec:
-    """The stream between client and trunk: addresses, TLS, codecs and limits.
-
-    The codecs and the history decide numbers; addresses, TLS, times and the stash do not.
-
-    Attributes:
-        bind: The address on which the trunk server listens: host:port, where port 0 picks a free
-            one, or unix:path.
-        advertise: The address that clients call, if it differs from wire.bind.
-        tls_cert: The PEM file of the server's certificate chain; wire.tls_key goes with it.
-        tls_key: The PEM file of the server's key.
-        tls_ca: The PEM file of the authority that clients trust.
-        insecure: Whether other machines may connect without TLS.
-        up: The codec of the hidden states that the client sends.
-        down: The codec of the hidden states that the trunk sends.
-        history_bytes (bytes): The most that each side stores of the last hidden states of a
-            client's examples, so that the wire carries the difference to them (0: none).
-        grad_up: The codec of the gradients that the client sends.
-        grad_down: The codec of the gradients that the trunk sends.
-        client_weights: The codec of the client weights that Flower carries, in both directions.
-        call_deadline_s (seconds): The longest time of one call.
-        budget_s (seconds): The longest time of one call with all its retries.
-        stash_ttl_s (seconds): The longest time that the trunk stores activations that wait for
-            their backward.
-        stash_bytes (bytes): The most memory for activations that wait for their backward.
-    """
-
-    bind: str = "127.0.0.1:0"
-    advertise: str = ""
-    tls_cert: str = ""
-    tls_key: str = ""
-    tls_ca: str = ""
-    insecure: bool = False
-    up: Annotated[str, Codec()] = "none"
-    down: Annotated[str, Codec()] = "none"
-    history_bytes: Annotated[int, AtLeast(0)] = 0
-    grad_up: Annotated[str, Codec()] = "none"
-    grad_down: Annotated[str, Codec()] = "none"
-    client_weights: Annotated[str, OneOf("none", "fp16", "int8")] = "none"
-    call_deadline_s: Annotated[float, DURATION] = 120.0
-    budget_s: Annotated[float, DURATION] = 300.0
-    stash_ttl_s: Annotated[float, DURATION] = 300.0
-    stash_bytes: Annotated[int, Positive()] = 4 << 30
-
-    def __post_init__(self) -> None:
-        check_fields(self, "wire")
-        if self.history_bytes and "none" in (self.up, self.down):
-            raise ConfigError(
-                f"wire.history_bytes is for what is compressed, but wire.up={self.up} and "
-                f"wire.down={self.down}; set both, or wire.history_bytes=0"
-            )
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ConfigError("wire.tls_cert and wire.tls_key go together; set both or neither")
-        if not (self.is_local or self.tls_cert or self.insecure):
-            raise ConfigError(
-                f"wire.bind={self.bind} can be reached from other machines without encryption; "
-                "set wire.tls_cert and wire.tls_key, or wire.insecure=true if you mean it"
-            )
-        if not self.advertise and self.bind.startswith(("0.0.0.0:", "[::]:")):
-            raise ConfigError(
-                f"wire.bind={self.bind} is every address of this machine and none that a client "
-                "can call; set wire.advertise=host:port"
-            )
-
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine can reach the trunk server."""
-        host = self.bind.rpartition(":")[0]
-        return self.bind.startswith("unix:") or host in ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +145,36 @@ _CONFLICTS = (
         why=_NO_TRUNK,
     ),
     _Conflict(
+        setting="privacy.kind",
+        other="baseline",
+        when=lambda privacy, baseline: privacy != "off" and baseline != "none",
+        why="privacy={run.privacy.kind} is noise at the cut, and baseline={run.baseline} has none; "
+        "set privacy=off",
+    ),
+    _Conflict(
+        setting="privacy.kind",
+        other="task",
+        when=lambda privacy, task: privacy != "off" and task == "image_classification",
+        why="privacy={run.privacy.kind} is for text, and its statistics are those of tokens; set "
+        "privacy=off for task={run.task}",
+    ),
+    _Conflict(
+        setting="privacy.kind",
+        other="train.mode",
+        when=lambda privacy, mode: privacy == "strict" and mode != "isolated",
+        why="with privacy=strict no gradient leaves a client, so the trunk stays as it is, but "
+        "train.mode={run.train.mode} sends gradients, which determine the labels; set "
+        "train.mode=isolated, or privacy=noise",
+    ),
+    _Conflict(
+        setting="privacy.kind",
+        other="shares_client_weights",
+        when=lambda privacy, shares: privacy == "strict" and shares,
+        why="with privacy=strict the server gets no client weights that it can read, from which "
+        "it would learn the words and the map to the cut; set client_weights=personal, or "
+        "privacy=noise",
+    ),
+    _Conflict(
         setting="wire.client_weights",
         other="shares_client_weights",
         when=lambda codec, shares: codec != "none" and not shares,
@@ -262,8 +220,8 @@ class RunSpec:
     """All settings of one run; each group of them has a class of its own.
 
     All of them decide its numbers, except `name`, `launch`, `resume`, `sweep`, `generation`,
-    `limits`, `guard`, `train.save_every`, `policy.missing`, and the addresses, TLS files, times and
-    stash of `wire`.
+    `limits`, `guard`, `train.save_every`, `policy.missing`, `privacy.budget_bits`, and the
+    addresses, TLS files, times and stash of `wire`.
 
     >>> RunSpec(seed=1).fingerprint == RunSpec(seed=1, name="again").fingerprint
     True
@@ -297,6 +255,7 @@ class RunSpec:
     train: TrainSpec = field(default_factory=TrainSpec)
     policy: PolicySpec = field(default_factory=PolicySpec)
     client_weights: ClientWeightsSpec = field(default_factory=ClientWeightsSpec)
+    privacy: PrivacySpec = field(default_factory=PrivacySpec)
     wire: WireSpec = field(default_factory=WireSpec)
     generation: GenerationSpec = field(default_factory=GenerationSpec)
     limits: LimitsSpec = field(default_factory=LimitsSpec)
@@ -340,6 +299,10 @@ class RunSpec:
         nested = {name: value for name, value in asdict(self).items() if name not in left_out}
         wire = nested["wire"].items()
         nested["wire"] = {name: value for name, value in wire if name not in _CHANGES_NO_NUMBER}
+        # A bound changes no number until it ends the run, and without noise nothing of it does.
+        del nested["privacy"]["budget_bits"]
+        if self.privacy.kind == "off":
+            del nested["privacy"]
         # What a run does about a crash does not change what it computes.
         del nested["train"]["save_every"], nested["policy"]["missing"]
         return dict(_flat(nested, ""))

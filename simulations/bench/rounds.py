@@ -19,10 +19,10 @@ from fedsplit.client.trainer import ClientTrainer
 from fedsplit.data import TASKS, Batch, Examples, evaluation_batches, labels_of, load_corpus
 from fedsplit.data.batches import training_batches
 from fedsplit.errors import FedsplitError
-from fedsplit.flower.node import partitions_of
 from fedsplit.flower.npy import values_of
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, load_arrays, to_arrays
 from fedsplit.flower.reply import training_content
+from fedsplit.flower.share import partitions_of
 from fedsplit.link import LocalLink
 from fedsplit.model import ClientPart, connect
 from fedsplit.model.describe import client_of, config_of, parts_of, shared

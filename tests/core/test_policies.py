@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsplit import errors
-from fedsplit.client.trainer import FitStats
+from fedsplit.client.stats import FitStats
 from fedsplit.spec import PolicySpec, WireSpec
 from tests.core.requests import ask, backward_of, contribute, forward_of, prepare
 from tests.core.worlds import batch, same, small_run, wait_until, world

@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fedsplit.client.trainer import FitStats
+from fedsplit.client.stats import FitStats
 from fedsplit.errors import ProtocolError
 from fedsplit.spec import PolicySpec, WireSpec
 from fedsplit.transport.client import GrpcLink

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
-from fedsplit.client.trainer import FitStats
+from fedsplit.client.stats import FitStats
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from tests.core.worlds import World, batch, wait_until, world

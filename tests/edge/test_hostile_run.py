@@ -19,8 +19,9 @@ from fedsplit.data import load_corpus, shard, tokenizer_to_json, train_tokenizer
 from fedsplit.errors import ConfigError, DataError, ProtocolError
 from fedsplit.flower.client_app import app as product
 from fedsplit.flower.inline import run_inline
-from fedsplit.flower.node import Node, own_corpora, partitions_of
+from fedsplit.flower.node import Node
 from fedsplit.flower.records import Hello
+from fedsplit.flower.share import own_corpora, partitions_of
 from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
 from fedsplit.spec.fields import described
 from tests.edge.federation import federate, overrides_for, spec_for, write_corpus
@@ -124,6 +125,7 @@ HOSTILE = {
     "wire.tls_key": ["wire.tls_cert=/evil", "wire.tls_key=/evil"],
     "wire.tls_ca": ["wire.tls_ca=/evil"],
     "strategy.target": ["strategy.target=evil.Evil"],
+    "privacy.public": ["privacy.public=/evil"],
     "launch.run_dir": ["launch.run_dir=/evil"],
     "launch.trunk_device": ["launch.trunk_device=cuda:9"],
     "launch.client_device": ["launch.client_device=cuda:9"],

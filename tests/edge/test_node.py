@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedsplit.data import load_corpus, tokenizer_to_json, train_tokenizer
-from fedsplit.flower.node import (
-    Node,
+from fedsplit.flower.node import Node
+from fedsplit.flower.share import (
     Preparation,
     Share,
     own_corpora,

@@ -154,6 +154,10 @@ class RoundMetrics:
             went_back_from=went_back_from,
             repeats=self.repeats,
             client_bytes=int(max((n["peak-bytes"] for n in trained), default=0)),
+            row_epsilon=_most(trained + evaluated, "row-epsilon"),
+            sequence_epsilon=_most(trained + evaluated, "sequence-epsilon"),
+            bits=_most(trained + evaluated, "bits"),
+            label_bits=_most(trained + evaluated, "label-bits"),
         )
 
 
@@ -165,6 +169,10 @@ def numbers_of(reply: Message) -> Numbers:
 
 def _by_name(entries: list[tuple[str, Numbers]]) -> list[Numbers]:
     return [numbers for _, numbers in sorted(entries, key=lambda entry: entry[0])]
+
+
+def _most(metrics: list[Numbers], key: str) -> float:
+    return max((numbers[key] for numbers in metrics), default=0.0)
 
 
 def _sum(metrics: list[Numbers], key: str) -> float:

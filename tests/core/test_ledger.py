@@ -1,0 +1,120 @@
+"""The ledger: its epsilons and bits, what counts as a release, and what outlasts a kill."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedsplit.client.ledger import Ledger, bits_of, epsilon
+from fedsplit.errors import PrivacyBudget, StorageError
+
+ROWS = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+TEXTS = [b"one", b"two"]
+
+
+@pytest.mark.parametrize(
+    ("z", "releases", "expected"),
+    # The privacy loss distributions of dp-accounting give the same (`simulations.accounting`).
+    [(1.0, 1, 9.997), (0.5, 1, 24.382), (1.0, 16, 65.319), (2.0, 128, 111.404)],
+)
+def test_epsilon_is_that_of_the_exact_gaussian_mechanism(z, releases, expected):
+    assert epsilon(2.0 / z * releases**0.5) == pytest.approx(expected, abs=1e-3)
+
+
+def test_without_a_release_nothing_is_told(tmp_path: Path):
+    spent = Ledger(tmp_path / "ledger.db").spent("rows")
+    assert (spent.num_texts, spent.num_rows, spent.row_epsilon, spent.bits) == (0, 0, 0.0, 0.0)
+
+
+def test_releases_add_for_each_text_and_repeats_do_not(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.release("rows", TEXTS, ROWS, 0.5)
+    ledger.release("rows", TEXTS, ROWS, 0.5)
+    once = ledger.spent("rows")
+    assert (once.num_texts, once.num_rows) == (2, 8)
+    assert once.row_epsilon == pytest.approx(24.382, abs=1e-3)
+    assert once.sequence_epsilon == epsilon(4.0 * 4**0.5), "a text has four rows"
+    assert once.bits == bits_of(0.5, 8)
+    # Another epoch, in which the bottom has changed.
+    ledger.release("rows", TEXTS[:1], ROWS[:1] + 1, 0.5)
+    twice = ledger.spent("rows")
+    assert (twice.num_texts, twice.num_rows) == (2, 12)
+    assert twice.row_epsilon == pytest.approx(epsilon(4.0 * 2**0.5))
+    assert twice.bits == 2 * bits_of(0.5, 8)
+    # Noise of another size.
+    ledger.release("rows", TEXTS[:1], ROWS[:1] + 2, 2.0)
+    assert ledger.spent("rows").bits == 2 * bits_of(0.5, 8) + bits_of(2.0, 8)
+
+
+def test_labels_have_a_ledger_of_their_own(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.release("labels", TEXTS, ROWS, 1.0)
+    assert ledger.spent("rows").num_rows == 0
+    assert ledger.spent("labels").num_rows == 8
+
+
+def test_texts_without_a_name_are_their_rows(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.release("rows", None, ROWS, 1.0)
+    ledger.release("rows", None, ROWS + 1, 1.0)
+    assert ledger.spent("rows").num_texts == 4
+
+
+def test_a_budget_refuses_the_release_that_would_exceed_it(tmp_path: Path):
+    most = 2.5 * bits_of(0.5, 8)
+    ledger = Ledger(tmp_path / "ledger.db", budget_bits=most)
+    ledger.release("rows", TEXTS, ROWS, 0.5)
+    ledger.release("rows", TEXTS[:1], ROWS[:1] + 1, 0.5)
+    with pytest.raises(PrivacyBudget, match=r"tell up to 7\.0 bits of each of its tokens"):
+        ledger.release("rows", TEXTS, ROWS + 2, 0.5)
+    # Neither text of the refused release is counted, and repeats are still allowed.
+    assert ledger.spent("rows").num_rows == 12
+    ledger.release("rows", TEXTS, ROWS, 0.5)
+    ledger.release("rows", TEXTS[1:], ROWS[1:] + 2, 0.5)
+    assert ledger.spent("rows").num_rows == 16
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from pathlib import Path
+from fedsplit.client.ledger import Ledger
+
+ledger = Ledger(Path(sys.argv[1]))
+for number in range(5):
+    ledger.release("rows", None, np.full((1, 3, 4), number, np.float32), 1.0)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_process_loses_no_release(tmp_path: Path):
+    file = tmp_path / "ledger.db"
+    died = subprocess.run([sys.executable, "-c", KILLED, str(file)], timeout=120, check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert Ledger(file).spent("rows").num_rows == 15
+
+
+def test_a_damaged_ledger_is_refused_and_left_as_it_is(tmp_path: Path):
+    file = tmp_path / "ledger.db"
+    file.write_bytes(b"this is no database, but long enough for the header of one" * 10)
+    before = file.read_bytes()
+    with pytest.raises(StorageError, match="cannot be opened: .*; a new one would not know"):
+        Ledger(file)
+    assert file.read_bytes() == before
+
+
+def test_a_ledger_that_cannot_be_written_stops_the_release(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.db")
+    # Another process that holds the file for longer than anybody waits.
+    other = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    ledger._database.execute("PRAGMA busy_timeout = 50")
+    with pytest.raises(StorageError, match="cannot be written: database is locked"):
+        ledger.release("rows", TEXTS, ROWS, 0.5)
+    other.execute("ROLLBACK")
+    assert os.path.getsize(tmp_path / "ledger.db") >= 0 and ledger.spent("rows").num_rows == 0
