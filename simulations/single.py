@@ -82,7 +82,10 @@ def _why_renamed(asked: RunSpec, folder: RunFolder) -> str:
 def _next_commands(run: RunSpec, folder: RunFolder) -> str:
     path = shlex.quote(str(folder.path))
     words = [f"compare it: fedsplit compare {path} ANOTHER_RUN"]
-    if run.task == "causal_lm" and run.baseline == "none":
+    if run.client_weights.sealed:
+        key = next(folder.path.glob("privacy/*/seal.key"), Path("KEY"))
+        words.append(f"join it at a client: fedsplit join {path} --key {key} --out whole")
+    elif run.task == "causal_lm" and run.baseline == "none":
         words.append(f"generate with it: fedsplit serve {path}")
         words.append(f'  and beside it: fedsplit generate --run {path} "SOME TEXT"')
     return "\n".join(words)

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, ClassVar
 
 import typer
+from click import UsageError
 
 from fedsplit import atomic
 from fedsplit.cli.command import Command
@@ -61,18 +62,35 @@ def _part_line(directory: Path) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join(Command):
-    """Join the two parts of a model."""
+    """Join the two parts of a model, or the sealed result of a run."""
 
     example: ClassVar[str] = "parts/bottom-top parts/trunk --out whole"
 
     client: Annotated[
-        str, typer.Argument(metavar="CLIENT_DIR", help="the bottom-top part's directory")
+        str,
+        typer.Argument(
+            metavar="CLIENT_DIR",
+            help="the bottom-top part's directory, or the folder of a run with sealed weights",
+        ),
     ]
-    trunk: Annotated[str, typer.Argument(metavar="TRUNK_DIR", help="the trunk part's directory")]
     out: Out
+    trunk: Annotated[
+        str,
+        typer.Argument(metavar="TRUNK_DIR", help="the trunk part's directory; not for a run"),
+    ] = ""
+    key: Annotated[
+        str, typer.Option(metavar="FILE", help="of a run: the key that its clients share")
+    ] = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.trunk) == bool(self.key):
+            raise UsageError("give TRUNK_DIR for two parts, or --key for the folder of a run")
 
     def run(self) -> None:
         """Write the whole model, with the tokenizer and other texts of the client's directory."""
+        if self.key:
+            self._join_sealed()
+            return
         from fedsplit.console import quiet_libraries
         from fedsplit.model.checkpoint import join_checkpoint
         from fedsplit.model.source import Source
@@ -81,6 +99,24 @@ class Join(Command):
         with _filled_whole(Path(self.out)) as folder:
             join_checkpoint(self.client, self.trunk, folder)
             Source(name=self.client).copy_texts(folder)
+        self._print_made()
+
+    def _join_sealed(self) -> None:
+        from fedsplit.client.seal import Seal
+        from fedsplit.console import quiet_libraries
+        from fedsplit.model.source import Source
+        from fedsplit.runs.folder import RunFolder
+        from fedsplit.runs.sealed_result import joined
+
+        quiet_libraries()
+        run = RunFolder(Path(self.client))
+        whole = joined(run, Seal.of(Path(self.key)))
+        with _filled_whole(Path(self.out)) as folder:
+            whole.save_pretrained(folder)
+            Source(name=str(run.model)).copy_texts(folder)
+        self._print_made()
+
+    def _print_made(self) -> None:
         print(f"{self.out}: the whole model, for AutoModelForCausalLM.from_pretrained")
 
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fedsplit.client.objective import ClientObjective
 from fedsplit.client.remote import RemoteTrunk
+from fedsplit.client.seal import SealedWeights
 from fedsplit.client.stats import FitStats
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.client.unsplit import NoTrunk
@@ -39,6 +40,7 @@ from fedsplit.flower.records import (
     load_arrays,
     to_arrays,
 )
+from fedsplit.flower.sealed_arrays import most_tokens, record_of, sealed_of
 from fedsplit.flower.share import Preparation, Share, share_of, tokenizer_of
 from fedsplit.flower.shielding import ClientShield, public_ids, shielded
 from fedsplit.flower.strategy import SplitStrategy
@@ -141,7 +143,11 @@ def train(message: Message, context: Context) -> Message:
     content = RecordDict({METRICS: MetricRecord(numbers)})
     # With client_weights.personal=both all client weights stay at the client.
     if session.shared:
-        content[ARRAYS] = packed(to_arrays(session.shared), run.wire.client_weights)
+        content[ARRAYS] = (
+            record_of(session.sealed(stats.num_tokens))
+            if run.client_weights.sealed
+            else packed(to_arrays(session.shared), run.wire.client_weights)
+        )
     return Message(content, reply_to=message)
 
 
@@ -198,6 +204,18 @@ class _ClientSession:
         """The client weights that go to the server: trained and not personal, by name."""
         return shared(self.model, self.run)
 
+    def sealed(self, num_tokens: int) -> SealedWeights:
+        """Return the client weights, sealed with the share of so many tokens of this round."""
+        run, seal = self.run, self.node.seal_of(self.run, self.join.run_id)
+        assert seal, "the run seals client weights"
+        return seal.sealed(
+            self.shared,
+            num_tokens,
+            most_tokens(run),
+            client=self.node.partition,
+            clients=run.clients,
+        )
+
     @property
     def personal(self) -> dict[str, Tensor]:
         """The client weights that stay at the client, by name."""
@@ -251,8 +269,11 @@ def _built(
     memory = _memory(context, node, run, join)
     config = config_of(run, tokenizer_of(run, preparation), join.labels)
     build = client_of if run.baseline == "none" else whole_of
+    # The server knows the run's seed, and so the initial weights that it gives.
+    seal = node.seal_of(run, join.run_id)
+    begun = replace(run, seed=seal.initial) if seal else run
     model = PROTOTYPE.model_of(
-        (join.run_id, run, node.device), lambda: build(run, config, node.device)
+        (join.run_id, begun, node.device), lambda: build(begun, config, node.device)
     )
     if run.baseline != "none":
         # Training needs no KV cache, which most families would create by default. The server's
@@ -263,7 +284,10 @@ def _built(
         weights = shared(model, run)
         shapes = {name: tuple(parameter.shape) for name, parameter in weights.items()}
         received = content.array_records[ARRAYS]
-        load_arrays(weights, unpacked(received, run.wire.client_weights, shapes))
+        if not seal:
+            load_arrays(weights, unpacked(received, run.wire.client_weights, shapes))
+        elif opened := seal.opened(sealed_of(received)):
+            load_arrays(weights, to_arrays(opened))
     with torch.no_grad():
         for name, parameter in personal(model, run).items():
             # A client's first message finds no personal part yet: it starts from the model's own.

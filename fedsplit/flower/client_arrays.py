@@ -18,23 +18,26 @@ from fedsplit.wire.compression import writer
 
 Shape = tuple[int, ...]
 
+AS_THEY_ARE = ("none", "nothing", "sealed")
+"""The values of `RunSpec.client_weights_codec` that compress nothing."""
+
 
 def pack(content: RecordDict, codec: str) -> ArrayRecord:
-    """Compress the client weights of a message with a codec of `wire.client_weights`.
+    """Compress the client weights of a message with a `RunSpec.client_weights_codec`.
 
     Returns:
         The weights as the client decodes them.
     """
     arrays = content.array_records.get(ARRAYS, ArrayRecord())
-    if codec == "none":
+    if codec in AS_THEY_ARE:
         return arrays
     content[ARRAYS] = carried = packed(arrays, codec)
     return unpacked(carried, codec, shapes_of(arrays))
 
 
 def packed(arrays: ArrayRecord, codec: str) -> ArrayRecord:
-    """Return client weights compressed by a codec of `wire.client_weights`."""
-    if codec == "none":
+    """Return client weights compressed by a `RunSpec.client_weights_codec`."""
+    if codec in AS_THEY_ARE:
         return arrays
     return ArrayRecord({name: _compressed(array, codec) for name, array in arrays.items()})
 
@@ -51,7 +54,7 @@ def unpacked(arrays: ArrayRecord, codec: str, shapes: Mapping[str, Shape]) -> Ar
         ModelMismatch: Other arrays arrived.
         BadTensor: Their bytes are not the codec's encoding of such shapes.
     """
-    if codec == "none":
+    if codec in AS_THEY_ARE:
         return arrays
     if odd := sorted(arrays.keys() ^ shapes.keys()):
         raise ModelMismatch(

@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import Context, UserConfig
 
 from fedsplit import atomic
+from fedsplit.client.seal import Seal
 from fedsplit.config.authority import NODE_KEYS, PRIVACY_KEYS, Bounds
 from fedsplit.errors import ConfigError, ProtocolError
 from fedsplit.runs.folder import is_run_id
@@ -37,7 +38,7 @@ class Node:
     device, `tls_ca` a file of trusted roots, `state_dir` the folder of the checkpoints from which
     a run is resumed, and `trunk_address` the address of the trunk, in place of the server's word.
     If the machine `trusts_runs`, a run may name anything on it. `privacy` is the run's, with what
-    the node's config sets in place of it.
+    the node's config sets in place of it, and `seal_key` the file of the key that clients share.
     """
 
     partition: int
@@ -49,6 +50,7 @@ class Node:
     trunk_address: str
     trusts_runs: bool
     privacy: PrivacySpec = field(default_factory=PrivacySpec)
+    seal_key: str = ""
 
     @staticmethod
     def of(context: Context, run: RunSpec) -> "Node":
@@ -78,6 +80,7 @@ class Node:
             trunk_address=str(settings.get("trunk-address", "")),
             trusts_runs=trusts_runs,
             privacy=_privacy_of(run, settings),
+            seal_key=str(settings.get("seal-key", "")),
         )
         if not 0 <= node.partition < run.num_nodes or node.partitions != run.num_nodes:
             raise ConfigError(
@@ -137,6 +140,23 @@ class Node:
                 "start its SuperNode with state-dir in --node-config"
             )
         return Path(run.launch.run_dir) / run.name / "privacy" / run_id / self.name
+
+    def seal_of(self, run: RunSpec, run_id: str) -> Seal | None:
+        """Return the seal of the clients of a run; None if the run has none.
+
+        Raises:
+            ConfigError: The node's config names no file with a key.
+        """
+        if not run.client_weights.sealed:
+            return None
+        if self.seal_key:
+            return Seal.of(Path(self.seal_key))
+        if not self.trusts_runs:
+            raise ConfigError(
+                "client_weights.sealed needs the key that all clients share; start each SuperNode "
+                "with seal-key=FILE in --node-config"
+            )
+        return Seal.kept(self.secrets_of(run, run_id).parent / "seal.key")
 
     def wire_of(self, run: RunSpec) -> WireSpec:
         """Return the run's wire, with this machine's own file of trusted roots."""

@@ -17,6 +17,7 @@ from fedsplit.errors import BadTensor, ModelMismatch, NonFinite, ProtocolError
 from fedsplit.flower.client_arrays import shapes_of, unpacked
 from fedsplit.flower.npy import values_of
 from fedsplit.flower.records import ARRAYS, METRICS, TOLD_NOTHING, WEIGHT
+from fedsplit.flower.sealed_arrays import is_sealed, returned
 from fedsplit.trunk.work_counts import WorkCount
 
 MAX_NUMBER = 2**53
@@ -117,18 +118,25 @@ def identity_of(content: RecordDict, clients: Collection[str]) -> Identity:
 
 
 def training_content(
-    content: RecordDict, *, sent: ArrayRecord, codec: str, work: WorkCount, is_stepped: bool
+    content: RecordDict,
+    *,
+    sent: ArrayRecord,
+    codec: str,
+    work: WorkCount,
+    is_stepped: bool,
+    client: str,
 ) -> RecordDict:
     """Return the checked content of a reply to training.
 
     Args:
         content: The content of the reply.
         sent: The client weights that were sent, as the client decoded them.
-        codec: The codec of `wire.client_weights` that packed the returned ones.
+        codec: The `RunSpec.client_weights_codec` of the returned ones.
         work: The client's work at the trunk since they were sent.
         is_stepped: Whether the trunk steps with its clients. It then counts their tokens, and its
             count is the weight of the reply. Otherwise the client's count is the weight, which the
             positions of its forwards bound.
+        client: The client's name.
 
     Raises:
         FedsplitError: The content cannot be used; the text says why.
@@ -142,7 +150,11 @@ def training_content(
         numbers[WEIGHT] = work.tokens
     checked = RecordDict({METRICS: MetricRecord(numbers)})  # type: ignore[arg-type]
     if sent:
-        checked[ARRAYS] = _arrays(content.array_records[ARRAYS], sent, codec)
+        found = content.array_records[ARRAYS]
+        is_readable = not is_sealed(sent)
+        checked[ARRAYS] = (
+            _arrays(found, sent, codec) if is_readable else returned(found, sent, client)
+        )
     return checked
 
 

@@ -15,10 +15,9 @@ from fedsplit import atomic
 from fedsplit.config import to_yaml
 from fedsplit.data import Corpus
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.flower.records import load_arrays, to_arrays
+from fedsplit.flower.server_weights import weights_of
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model import SplitModel
-from fedsplit.model.describe import shared
 from fedsplit.model.placement import placed
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, facts_of, prune, remove_after
 from fedsplit.runs.folder import RunFolder
@@ -78,6 +77,7 @@ class RunRecorder:
         self._checkpoints: dict[int, Mapping[str, int]] = {}
         self._run = run
         self._corpus = corpus
+        self._weights = weights_of(model, run)
         self._model = model
         self._parts = parts
         self._tokenizer = tokenizer
@@ -91,7 +91,7 @@ class RunRecorder:
     @property
     def arrays(self) -> ArrayRecord:
         """The current client weights, without personal ones."""
-        return to_arrays(shared(self._model, self._run))
+        return self._weights.arrays
 
     @contextmanager
     def recording(self, method: Method) -> Iterator[None]:
@@ -132,7 +132,7 @@ class RunRecorder:
             arrays: The client weights after the round.
             is_good: Whether training may go back to the round, so that it is saved.
         """
-        load_arrays(shared(self._model, self._run), arrays)
+        self._weights.arrays = arrays
         self._when_there_is_room(lambda: self._folder.append(stats))
         log.info("%s", stats.line)
         train = self._run.train
@@ -205,9 +205,10 @@ class RunRecorder:
             # Parts are joined on one device, and a trunk may be spread over several.
             placed(self._parts.trunk, "cpu")
         result = self._parts or self._model
+        sealed = self._weights.tensors if self._run.client_weights.sealed else None
         self._when_there_is_room(
             lambda: write_result(
-                self._folder, result, self._tokenizer, self._corpus, self._run, ended
+                self._folder, result, self._tokenizer, self._corpus, self._run, ended, sealed
             )
         )
         # Only now: until the result is complete, its best weights are in best/ alone.
@@ -262,7 +263,6 @@ class RunRecorder:
                 self._checkpoints[number] = facts_of(path, _GROUPS)["states"]
 
     def _write(self, parent: Path, number: int) -> None:
-        weights = {name: p.detach() for name, p in shared(self._model, self._run).items()}
         checkpoint = Checkpoint(
             round=number,
             owner=self._owner,
@@ -273,7 +273,7 @@ class RunRecorder:
                 "states": dict(self._method.client_states),
             },
             tensors={
-                "client_weights": weights,
+                "client_weights": self._weights.tensors,
                 "trunk": self._method.trunk_server.service.engine.state(),
                 "strategy": self._method.state(),
             },
@@ -291,6 +291,6 @@ class RunRecorder:
         return f"server/{self.run_id}"
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        load_arrays(shared(self._model, self._run), to_arrays(checkpoint.tensors["client_weights"]))
+        self._weights.tensors = checkpoint.tensors["client_weights"]
         self._method.trunk_server.service.engine.load_state(checkpoint.tensors["trunk"])
         self._method.load_state(checkpoint.tensors["strategy"])

@@ -142,15 +142,17 @@ class RunFolder:
 
     @staticmethod
     def finished(path: str | Path) -> "RunFolder":
-        """Return the folder of a finished run.
+        """Return the folder of a finished run that has a joined model.
 
         Raises:
-            DataError: The folder is not a run's folder, or the run is not finished.
+            DataError: The folder is not that of such a run.
         """
         folder = RunFolder(Path(path))
         folder._require_config()
         if not folder.is_finished:
             raise DataError(f"{path} has no model yet; serve it when the run is over")
+        if folder.run.client_weights.sealed:
+            raise DataError(f"{path} has sealed client weights; `fedsplit join` opens them")
         return folder
 
     @contextmanager
@@ -288,9 +290,7 @@ class RunFolder:
         self._require_config()
         rounds = self.rounds()
         if not rounds:
-            raise DataError(
-                f"{self.path} has no finished round yet; try again when the first one is over"
-            )
+            raise DataError(f"{self.path} has no finished round yet; try again after the first")
         return rounds
 
     # --- written by the run's server --------------------------------------------------------------

@@ -1,5 +1,9 @@
 """The result of a finished run: the joined model with its model card, the adapter, the plot."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
 from transformers import PreTrainedModel, TokenizersBackend
 
 from fedsplit import atomic
@@ -11,6 +15,7 @@ from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.loss_plot import plot_losses
 from fedsplit.runs.model_card import model_card
 from fedsplit.runs.sample import sample_of
+from fedsplit.runs.sealed_result import write_sealed
 from fedsplit.spec import RunSpec
 
 
@@ -21,6 +26,7 @@ def write_result(
     corpus: Corpus,
     run: RunSpec,
     ended: str = "",
+    sealed: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the result of a run into its folder.
 
@@ -31,12 +37,13 @@ def write_result(
         corpus: The corpus of all clients together, for the model card.
         run: The settings.
         ended: Why training ended early, if it diverged.
+        sealed: The sealed client weights, which the server cannot join with the trunk.
 
     Raises:
         StorageError: A file cannot be written; the run is not finished.
     """
     plot_losses(folder)
-    if run.lora.enabled and isinstance(result, SplitModel):
+    if run.lora.enabled and isinstance(result, SplitModel) and sealed is None:
         with atomic.new_folder(folder.adapter) as adapter:
             save_adapter(result.client, result.trunk, adapter)
     trunk = result.trunk if isinstance(result, SplitModel) else result
@@ -44,6 +51,11 @@ def write_result(
     cut = _cut(result) if isinstance(result, SplitModel) else "not split"
     layout = layout_of(corpus, tokenizer, run.data) if tokenizer else "none, but images"
     card = model_card(run, cut, attention, corpus, layout, folder.rounds(), ended)
+    if isinstance(result, SplitModel) and sealed is not None:
+        with atomic.new_folder(folder.model) as model:
+            write_sealed(model, result.trunk, sealed)
+            _write_texts(model, tokenizer, card)
+        return
     if isinstance(result, SplitModel):
         whole = join_model(result.client, result.trunk)
     else:
@@ -51,13 +63,17 @@ def write_result(
     # Last, since a run with this folder is finished and is not resumed.
     with atomic.new_folder(folder.model) as model:
         whole.save_pretrained(model)
-        if tokenizer:
-            tokenizer.save_pretrained(model)
-        (model / "README.md").write_text(card, encoding="utf-8")
+        _write_texts(model, tokenizer, card)
         if tokenizer and _is_trained(run) and whole.can_generate():
             sample = sample_of(whole, tokenizer, run.data.sequence_length)
             if sample is not None:
                 atomic.write_text(folder.sample, f"{sample}\n")
+
+
+def _write_texts(model: Path, tokenizer: TokenizersBackend | None, card: str) -> None:
+    if tokenizer:
+        tokenizer.save_pretrained(model)
+    (model / "README.md").write_text(card, encoding="utf-8")
 
 
 def _is_trained(run: RunSpec) -> bool:

@@ -120,11 +120,14 @@ class ClientWeightsSpec:
         strategy: The import path of the Flower strategy that aggregates client weights.
         options: The arguments of that strategy.
         personal: The parts that never leave their client.
+        sealed: Whether clients seal what they send under a key that the server does not have. The
+            server adds the weights (FedAvg), and only clients can join the trained model.
     """
 
     strategy: str = "flwr.serverapp.strategy.FedAvg"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     personal: Annotated[str, OneOf("none", "bottom", "top", "both")] = "none"
+    sealed: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "client_weights")

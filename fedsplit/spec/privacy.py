@@ -15,7 +15,7 @@ class PrivacySpec:
 
     Attributes:
         kind: Nothing (off), noise on smashed data and gradients (noise), or noise, no gradients and
-            no client weights (strict).
+            sealed client weights or none (strict).
         z (radii): The standard deviation of the noise on each coordinate of the smashed data, in
             units of the median distance of public rows from their mean, to which rows are clipped.
         gradient_z (radii): That of the noise on the gradients, which determine the labels (0: they

@@ -123,6 +123,30 @@ _OWN_TIME = (
     "with policy=async or policy.sim_slowdown each goes by its own time; use one of the two"
 )
 
+_OF_SEALED: dict[str, tuple[Any, ...]] = {
+    "policy.kind": ("sync",),
+    "client_weights.strategy": ("flwr.serverapp.strategy.FedAvg",),
+    "client_weights.personal": ("none", "bottom", "top"),
+    "wire.client_weights": ("none",),
+    "train.local_epochs": (0,),
+    "baseline": ("none",),
+}
+"""The values of other settings that sealed client weights go with."""
+
+
+def _of_sealed(other: str, allowed: tuple[Any, ...]) -> _Conflict:
+    def is_conflict(sealed: bool, value: Any) -> bool:
+        return sealed and value not in allowed
+
+    return _Conflict(
+        setting="client_weights.sealed",
+        other=other,
+        when=is_conflict,
+        why="client_weights.sealed is FedAvg of the clients of a round, and does not go with "
+        f"{other}={{run.{other}}}; set {other}={allowed[0]}",
+    )
+
+
 # The order decides which error is reported for a run with several conflicts.
 _CONFLICTS = (
     _Conflict(
@@ -168,12 +192,13 @@ _CONFLICTS = (
     ),
     _Conflict(
         setting="privacy.kind",
-        other="shares_client_weights",
-        when=lambda privacy, shares: privacy == "strict" and shares,
+        other="client_weights_codec",
+        when=lambda privacy, codec: privacy == "strict" and codec not in ("sealed", "nothing"),
         why="with privacy=strict the server gets no client weights that it can read, from which "
-        "it would learn the words and the map to the cut; set client_weights=personal, or "
-        "privacy=noise",
+        "it would learn the words and the map to the cut; set client_weights=sealed or "
+        "client_weights=personal, or privacy=noise",
     ),
+    *(_of_sealed(other, allowed) for other, allowed in _OF_SEALED.items()),
     _Conflict(
         setting="wire.client_weights",
         other="shares_client_weights",
@@ -291,6 +316,13 @@ class RunSpec:
     def shares_client_weights(self) -> bool:
         """Whether clients send any of their weights to the server."""
         return self.baseline != "local" and self.client_weights.personal != "both"
+
+    @property
+    def client_weights_codec(self) -> str:
+        """How messages carry client weights: sealed, nothing, or as `wire.client_weights` says."""
+        if not self.shares_client_weights:
+            return "nothing"
+        return "sealed" if self.client_weights.sealed else self.wire.client_weights
 
     @property
     def settings(self) -> dict[str, Any]:

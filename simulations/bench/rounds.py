@@ -20,7 +20,7 @@ from fedsplit.data import TASKS, Batch, Examples, evaluation_batches, labels_of,
 from fedsplit.data.batches import training_batches
 from fedsplit.errors import FedsplitError
 from fedsplit.flower.npy import values_of
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, load_arrays, to_arrays
+from fedsplit.flower.records import ARRAYS, METRICS, TOLD_NOTHING, WEIGHT, load_arrays, to_arrays
 from fedsplit.flower.reply import training_content
 from fedsplit.flower.share import partitions_of
 from fedsplit.link import LocalLink
@@ -160,6 +160,7 @@ class Rounds:
                 "done": 0,
                 "bytes-up": 0,
                 "bytes-down": 0,
+                **TOLD_NOTHING,
             }
             return training_content(
                 RecordDict({METRICS: MetricRecord(numbers), ARRAYS: trained}),
@@ -167,6 +168,7 @@ class Rounds:
                 codec="none",
                 work=work,
                 is_stepped=True,
+                client=member.name,
             )
         except FedsplitError as failure:
             self.failures.append(failure)

@@ -4,14 +4,17 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedsplit.client.seal import Seal, SealedWeights
 from fedsplit.errors import FedsplitError
 from fedsplit.flower.client_arrays import packed, shapes_of, unpacked
 from fedsplit.flower.npy import values_of
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, load_arrays
+from fedsplit.flower.records import ARRAYS, METRICS, TOLD_NOTHING, WEIGHT, load_arrays
 from fedsplit.flower.reply import evaluation_content, identity_of, training_content
+from fedsplit.flower.sealed_arrays import record_of
 from fedsplit.trunk.work_counts import WorkCount
 from simulations.fuzzing import odd
 from simulations.fuzzing.case import Case, Wrong
@@ -20,14 +23,18 @@ from simulations.fuzzing.stage import Stage
 _TENSORS = {"w": torch.ones(2, 3), "b": torch.zeros(3), "s": torch.tensor(0.5)}
 _SENT = ArrayRecord(_TENSORS)
 _WORK = WorkCount(steps=2, tokens=30, positions=40)
-_COMMON = {WEIGHT: 30, "loss": 2.5, "bytes-up": 10, "bytes-down": 20}
+_COMMON = {WEIGHT: 30, "loss": 2.5, "bytes-up": 10, "bytes-down": 20, **TOLD_NOTHING}
 _TRAINED = {
     **_COMMON,
     **{"steps": 2, "repeated": 0, "refused": 0, "skipped": 0},
     **{"seconds": 1.5, "peak-bytes": 1000, "done": 0},
 }
 _EVALUATED = {**_COMMON, "bits-per-byte": 1.5, "nats": 75.0, "bytes": 70, "correct": 0}
-_CODECS = ("none", "fp16", "int8")
+_CODECS = ("none", "fp16", "int8", "sealed")
+_NOBODYS = record_of(SealedWeights.none({"w": (2, 3), "b": (3,)}, 3))
+_SEALED = record_of(
+    Seal(bytes(32)).sealed({"w": torch.ones(2, 3), "b": torch.zeros(3)}, 1, 3, client=1, clients=3)
+)
 _DTYPES = ("float32", "float16", "float64", "int64", "bool", "uint8", "object", "<f4", "O", "V8")
 _RECORDS = (MetricRecord, ConfigRecord, ArrayRecord)
 
@@ -40,16 +47,19 @@ def flower_case(case: Case, stage: Stage) -> None:
 def _training(case: Case) -> None:
     rng, codec = case.rng, case.rng.choice(_CODECS)
     content = RecordDict({METRICS: MetricRecord(_numbers(rng, _TRAINED))})
-    content[ARRAYS] = _arrays(rng, packed(_SENT, codec))
+    sent = _NOBODYS if codec == "sealed" else _SENT
+    content[ARRAYS] = _arrays(rng, _SEALED if codec == "sealed" else packed(_SENT, codec))
     content = _records(rng, content)
     is_stepped = rng.random() < 0.5
 
     def read() -> RecordDict:
-        return training_content(content, sent=_SENT, codec=codec, work=_WORK, is_stepped=is_stepped)
+        return training_content(
+            content, sent=sent, codec=codec, work=_WORK, is_stepped=is_stepped, client="client-1"
+        )
 
     checked = _read(case, content, read)
     if checked is not None:
-        _require_plain(checked)
+        _require_plain(checked, sent)
 
 
 def _evaluation(case: Case) -> None:
@@ -93,16 +103,17 @@ def _read(case: Case, sent: Any, read: Callable[[], Any]) -> Any:
     return result
 
 
-def _require_plain(checked: RecordDict) -> None:
+def _require_plain(checked: RecordDict, sent: ArrayRecord) -> None:
     for name, array in checked.array_records[ARRAYS].items():
         values = values_of(array)
-        like = values_of(_SENT[name])
+        like = values_of(sent[name])
         if values.shape != like.shape or values.dtype != like.dtype or not _is_bounded(values):
             raise Wrong(f"{name} of a reply was accepted as {values!r}")
 
 
 def _is_bounded(values: Any) -> bool:
-    return bool((abs(values) <= 1e3).all())
+    # What is sealed may be any number.
+    return values.dtype == np.uint32 or bool((abs(values) <= 1e3).all())
 
 
 def _numbers(rng: random.Random, honest: dict[str, Any]) -> dict[str, Any]:

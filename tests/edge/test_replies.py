@@ -17,7 +17,7 @@ from flwr.serverapp import ServerApp
 from fedsplit.errors import BadTensor, DeadlineExceeded, ModelMismatch, NonFinite, ProtocolError
 from fedsplit.flower import client_app
 from fedsplit.flower.inline import run_inline
-from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT
+from fedsplit.flower.records import ARRAYS, METRICS, TOLD_NOTHING, WEIGHT
 from fedsplit.flower.reply import evaluation_content, identity_of, training_content
 from fedsplit.flower.strategy.invitations import Invitations
 from fedsplit.flower.strategy.nodes import GridView, NodeRegistry
@@ -38,6 +38,7 @@ TRAINED = {
     "done": 0,
     "bytes-up": 10,
     "bytes-down": 20,
+    **TOLD_NOTHING,
 }
 EVALUATED = {
     WEIGHT: 30,
@@ -48,6 +49,7 @@ EVALUATED = {
     "correct": 0,
     "bytes-up": 10,
     "bytes-down": 20,
+    **TOLD_NOTHING,
 }
 WORK = WorkCount(steps=2, tokens=30, positions=40)
 
@@ -71,7 +73,9 @@ def without(content, record, name):
 
 
 def check(content, *, sent=SENT, codec="none", work=WORK, is_stepped=True):
-    return training_content(content, sent=sent, codec=codec, work=work, is_stepped=is_stepped)
+    return training_content(
+        content, sent=sent, codec=codec, work=work, is_stepped=is_stepped, client="client-1"
+    )
 
 
 # --- the function -----------------------------------------------------------------------------
@@ -150,7 +154,7 @@ REFUSED = {
         reply_with(more=ConfigRecord({"text": "x" * 10**6})), ProtocolError, "difference is 'more'"
     ),
     "a further number": Refused(
-        reply_with({"more": 1}), ProtocolError, "has 12 numbers, not 11; the first difference is 'm"
+        reply_with({"more": 1}), ProtocolError, "has 16 numbers, not 15; the first difference is 'm"
     ),
     "a missing number": Refused(
         without(reply_with(), METRICS, "loss"), ProtocolError, "the first difference is 'loss'"
@@ -205,7 +209,7 @@ def test_a_reply_without_client_weights_has_no_record_for_them():
 REFUSED_EVALUATIONS = {
     "no metrics": (RecordDict(), "0 records, not 1"),
     "a further record": (RecordDict({METRICS: MetricRecord(), "x": ConfigRecord()}), "2 records"),
-    "no numbers": (RecordDict({METRICS: MetricRecord()}), "has 0 numbers, not 8"),
+    "no numbers": (RecordDict({METRICS: MetricRecord()}), "has 0 numbers, not 12"),
     "arrays": (RecordDict({METRICS: SENT}), "records of other types"),
     **{
         f"{name}={value}": (RecordDict({METRICS: MetricRecord({**EVALUATED, name: value})}), text)

@@ -237,7 +237,7 @@ class RoundCoordinator:
             self._add_join_info(message, name, number, 0)
             # A count of earlier work must not bound this reply.
             self._service.engine.work.take(name)
-            pack(message.content, self._run.wire.client_weights)
+            pack(message.content, self._run.client_weights_codec)
             self.metrics.count_arrays(message)
         asked = dict(zip(self.tracker.send(messages), messages, strict=True))
         until = time.monotonic() + self.timeout_s
@@ -315,7 +315,7 @@ class RoundCoordinator:
             self._add_join_info(message, work.client, work.round, next_state)
             # A count of earlier work must not become the weight of this one.
             self._service.engine.work.take(work.client)
-            self._started[work.number] = pack(message.content, self._run.wire.client_weights)
+            self._started[work.number] = pack(message.content, self._run.client_weights_codec)
             self.metrics.count_arrays(message)
             self.metrics.asked.add(work.client)
             out.append(message)
@@ -364,9 +364,13 @@ class RoundCoordinator:
         done = self._service.engine.work.take(work.client)
 
         def check(content: RecordDict) -> RecordDict:
-            codec = self._run.wire.client_weights
             checked = training_content(
-                content, sent=sent, codec=codec, work=done, is_stepped=self._is_stepped
+                content,
+                sent=sent,
+                codec=self._run.client_weights_codec,
+                work=done,
+                is_stepped=self._is_stepped,
+                client=work.client,
             )
             bounded = self._guard.bounded(work.client, checked, sent)
             self.metrics.clipped_replies += bounded is not checked

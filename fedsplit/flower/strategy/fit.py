@@ -35,6 +35,11 @@ def require_fit(
             f"policy={policy.kind} does not go with {name}; use policy="
             f"{' or policy='.join(policies)}"
         )
+    if run.client_weights.sealed and not averages_clients:
+        raise ConfigError(
+            f"{name} hands the client weights from client to client, and sealed ones are added; "
+            "use client_weights=averaged or another strategy"
+        )
     why = ""
     if policy.kind == "async":
         why = "policy=async mixes client weights by itself (policy.mixing, policy.buffer)"

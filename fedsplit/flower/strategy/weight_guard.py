@@ -18,6 +18,7 @@ from torch import Tensor
 from fedsplit.errors import GradExploded
 from fedsplit.flower.npy import values_of
 from fedsplit.flower.records import ARRAYS, METRICS
+from fedsplit.flower.sealed_arrays import is_sealed
 from fedsplit.spec import GuardSpec
 from fedsplit.trunk.norm_guard import NormGuard
 
@@ -55,7 +56,8 @@ class WeightGuard:
             GradExploded: The change is far larger than those of the rounds before.
         """
         steps = content.metric_records[METRICS]["steps"]
-        if not sent or not steps:
+        # What is sealed cannot be compared with anything.
+        if not sent or not steps or is_sealed(sent):
             return content
         changes = {
             name: values_of(array) - values_of(sent[name])

@@ -12,7 +12,9 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedsplit.client.seal import added
 from fedsplit.flower.records import ARRAYS, METRICS
+from fedsplit.flower.sealed_arrays import record_of, sealed_of
 from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_discount, with_dtypes_of
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
 from fedsplit.flower.strategy.nodes import GridView, seeded_sampling
@@ -106,6 +108,9 @@ class WrappingStrategy(Strategy):
         self._metrics += [RecordDict({METRICS: record}) for record in records]
         if not self.run.shares_client_weights:
             pass
+        elif self.run.client_weights.sealed:
+            found = [reply.content.array_records[ARRAYS] for _, _, reply in replies]
+            arrays = record_of(added([sealed_of(each) for each in found]))
         elif policy.kind == "async":
             changes = [
                 (started, reply.content.array_records[ARRAYS], policy.mixing * share.discount)
