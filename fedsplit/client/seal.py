@@ -173,8 +173,8 @@ class Seal:
         nonces = np.zeros((clients, NONCE_BYTES), np.uint8)
         nonces[client] = np.frombuffer(nonce, np.uint8)
         values = {}
-        for name, weight in weights.items():
-            exact = weight.detach().cpu().double().numpy()
+        for name, tensor in weights.items():
+            exact = tensor.detach().cpu().double().numpy()
             _require_sealable(name, exact)
             whole = np.rint(exact * counted).astype(np.int64).astype(np.uint32)
             values[name] = _plus(whole, self._pad(nonce, name, whole.shape))

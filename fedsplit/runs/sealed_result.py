@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fedsplit.client.seal import Seal, SealedWeights
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.model import join_model
 from fedsplit.model.describe import parts_of, shared
+from fedsplit.model.source import Source
 from fedsplit.model.stage import TrunkPart
 from fedsplit.runs.folder import RunFolder
 
@@ -55,7 +56,7 @@ def joined(folder: RunFolder, seal: Seal) -> PreTrainedModel:
     opened = seal.opened(SealedWeights.of_tensors(sealed))
     # The initial weights of clients are those of their key, also where none are trained.
     run = replace(folder.run, seed=seal.initial)
-    parts = parts_of(run, AutoConfig.from_pretrained(folder.model))
+    parts = parts_of(run, Source(name=str(folder.model)).config())
     parts.trunk.load_state_dict(trunk)
     with torch.no_grad():
         for name, parameter in shared(parts.client, run).items():

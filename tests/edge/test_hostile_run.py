@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.config import changed, compose, from_run_config
@@ -19,12 +19,12 @@ from fedsplit.data import load_corpus, shard, tokenizer_to_json, train_tokenizer
 from fedsplit.errors import ConfigError, DataError, ProtocolError
 from fedsplit.flower.client_app import app as product
 from fedsplit.flower.inline import run_inline
-from fedsplit.flower.node import Node
 from fedsplit.flower.records import Hello
 from fedsplit.flower.share import own_corpora, partitions_of
 from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
 from fedsplit.spec.fields import described
 from tests.edge.federation import federate, overrides_for, spec_for, write_corpus
+from tests.edge.nodes import node_of
 
 SECRET = "hunter2"
 RUN_ID = "0123456789abcdef"
@@ -134,21 +134,6 @@ HOSTILE = {
 """A hostile value of every field that takes any text or any mapping."""
 
 FREE = ("text", "a mapping", "a mapping to texts")
-
-
-def node_of(run: RunSpec, **config: Any) -> Node:
-    settings = {"partition-id": 0, "num-partitions": run.num_nodes, "trust-runs": False}
-    named = {key.replace("_", "-"): value for key, value in config.items()}
-    return Node.of(
-        Context(
-            run_id=1,
-            node_id=1,
-            node_config={**settings, **named},
-            state=RecordDict(),
-            run_config={},
-        ),
-        run,
-    )
 
 
 def test_every_field_that_may_be_any_text_is_in_the_table() -> None:

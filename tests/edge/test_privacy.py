@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 
 from fedsplit.client.ledger import Ledger, bits_of
 from fedsplit.errors import ConfigError, Diverged
-from fedsplit.flower.node import Node
 from fedsplit.spec import PrivacySpec, RunSpec
 from tests.edge.federation import federate, joined, metrics_lines, spec_for
+from tests.edge.nodes import node_of
 from tests.edge.resuming import interrupted, resumed
 
 HIDDEN = 16
@@ -126,12 +125,6 @@ def test_what_would_undo_the_protection_is_refused(
 
 
 # --- what a node decides --------------------------------------------------------------------------
-
-
-def node_of(run: RunSpec, **config: Any) -> Node:
-    partition = {"partition-id": 0, "num-partitions": run.clients}
-    context: Any = SimpleNamespace(node_config={**partition, "trust-runs": False, **config})
-    return Node.of(context, run)
 
 
 def test_a_node_decides_its_noise_whatever_the_run_says(tmp_path: Path) -> None:

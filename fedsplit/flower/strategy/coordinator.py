@@ -361,18 +361,14 @@ class RoundCoordinator:
     def _event_of(self, work: Work, reply: Message) -> Event:
         self.metrics.count_arrays(reply)
         sent = self._started[work.number]
-        done = self._service.engine.work.take(work.client)
+        client, done = work.client, self._service.engine.work.take(work.client)
+        codec, is_stepped = self._run.client_weights_codec, self._is_stepped
 
         def check(content: RecordDict) -> RecordDict:
             checked = training_content(
-                content,
-                sent=sent,
-                codec=self._run.client_weights_codec,
-                work=done,
-                is_stepped=self._is_stepped,
-                client=work.client,
+                content, sent=sent, codec=codec, work=done, is_stepped=is_stepped, client=client
             )
-            bounded = self._guard.bounded(work.client, checked, sent)
+            bounded = self._guard.bounded(client, checked, sent)
             self.metrics.clipped_replies += bounded is not checked
             return bounded
 
