@@ -48,6 +48,8 @@ def run_one(run: RunSpec) -> float:
         else:
             run, folder = _carried_out(run)
         print(f"\n{_printable(folder.closing_table)}")
+        if run.privacy.audit == "end":
+            print(_audited(folder))
         print(f"\nleft in {folder.path}: {left_in(folder.path)}")
         print(_next_commands(run, folder), flush=True)
         return min(stats.eval_loss for stats in evaluated(folder.rounds()))
@@ -64,6 +66,16 @@ def _carried_out(asked: RunSpec) -> tuple[RunSpec, RunFolder]:
     with _printing_rounds(folder):
         carry_out(run, folder)
     return run, folder
+
+
+def _audited(folder: RunFolder) -> str:
+    """Measure what a server reads of the run; return the line about it."""
+    from fedsplit.audit.report import audit
+
+    found = audit(folder, quick=True, noise=[folder.run.privacy.z])
+    found.write(folder.path / "audit")
+    found.add_to_card(folder.model / "README.md")
+    return found.leak
 
 
 def _printable(text: str) -> str:

@@ -13,7 +13,9 @@ from fedsplit.client.remote import RemoteTrunk
 from fedsplit.link import LocalLink
 from fedsplit.model import connect
 from fedsplit.model.describe import shared
+from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
+from fedsplit.optimization import PartOptimizer
 from fedsplit.spec import PolicySpec, RunSpec
 from fedsplit.trunk.service import TrunkService
 from fedsplit.wire import messages as m
@@ -34,7 +36,7 @@ COVERED = {
     "GenerateRequest.smashed_BTD": "generation (search)",
     "GenerateRequest.attention_mask_BT": "lengths, in the clear",
     "GenerateRequest.position_ids_BT": "lengths, in the clear",
-    "client weights": "known to every attack",
+    "client weights": "words; known to every attack",
 }
 """The attack that covers a tensor, by message and field."""
 
@@ -48,12 +50,14 @@ class Seen:
         loss: The loss of the step, in nats per token.
         text_BT: The prompt and the text that was generated after it.
         client_weights: The names of the tensors that go to the server after the round.
+        embedding_change_VD: What the client's step changes of its embedding.
     """
 
     requests: list[m.Request[Any]] = field(default_factory=list)
     loss: float = 0.0
     text_BT: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
     client_weights: list[str] = field(default_factory=list)
+    embedding_change_VD: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     def tensors(self, message: type[m.Request[Any]], name: str) -> list[Tensor]:
         """Return a field of all messages of a type."""
@@ -109,6 +113,7 @@ def seen(
     found, parts = Seen(), scene.parts(more_blocks)
     run = _alone(scene.run, ids_BT, more_blocks, wire)
     client = parts.client.train()
+    optimizer = PartOptimizer(trainable(client), run.train)
     service = _Recorded(parts.trunk, run)
     with service:
         found.requests = service.requests
@@ -133,6 +138,11 @@ def seen(
         )
         trunk.end_generations()
     found.client_weights = list(shared(client, scene.run))
+    # Last, since the texts above are those of the weights before the step.
+    embedding: Any = client.get_input_embeddings()
+    before_VD = embedding.weight.detach().clone()
+    optimizer.step(0, 1.0)
+    found.embedding_change_VD = embedding.weight.detach() - before_VD
     return found
 
 

@@ -22,7 +22,7 @@ from fedsplit.runs.folder import RunFolder
 NO_TRUNK = "no trunk at all"
 """The row that decides: what the client's blocks alone are worth, from which nothing leaves."""
 
-_ATTACKS = ("text", "text, linear", "labels", "generation")
+_ATTACKS = ("text", "text, linear", "text, 16 known", "labels", "words", "generation")
 _WORKS = 0.99
 """What the attacks must read without a defence, or the instrument is broken."""
 
@@ -61,7 +61,7 @@ class Audit:
     @property
     def leak(self) -> str:
         """The line beside the loss of a run: what a server reads without a defence."""
-        values = {name: self.value("off", name) for name in ("text", "labels")}
+        values = {name: self.value("off", name) for name in ("text", "labels", "words")}
         shown = (f"{name} {value:.0%}" for name, value in values.items() if not math.isnan(value))
         return "leak  " + "  ".join(shown)
 
@@ -114,6 +114,11 @@ class Audit:
             f"defence.\n\n{text}\n"
         )
 
+    def add_to_card(self, card: Path) -> None:
+        """Add the table to the model card of a run."""
+        text = card.read_text(encoding="utf-8").rstrip()
+        atomic.write_text(card, f"{text}\n\n## Measured\n\n{self.markdown}\n`{self.leak}`\n")
+
     def write(self, folder: Path) -> None:
         """Write `table.json`, `audit.md` and `audit.png` into a folder."""
         atomic.make_folder(folder)
@@ -158,8 +163,25 @@ def audit(
     Raises:
         DataError: The controls say that the instrument is broken.
     """
+    return audit_scene(Scene.of_run(folder, *sample_of(quick), public=public), noise)
+
+
+def sample_of(quick: bool) -> tuple[int, int]:
+    """Return the private sequences of an audit, and the tokens of each."""
+    return _QUICK if quick else _FULL
+
+
+def audit_scene(scene: Scene, noise: Sequence[float]) -> Audit:
+    """Attack a scene, and return what a server reads of it.
+
+    Args:
+        scene: The run or the model, as its server sees it.
+        noise: The sizes of noise, in units of the public radius.
+
+    Raises:
+        DataError: The controls say that the instrument is broken.
+    """
     begin = time.monotonic()
-    scene = Scene.of_run(folder, *(_QUICK if quick else _FULL), public=public)
     auditor = Auditor(scene)
     found = Audit(chance=scene.most_frequent, census=auditor.census())
     found.negative = auditor.negative()

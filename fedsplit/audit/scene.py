@@ -22,7 +22,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.model import SplitModel, split_model
 from fedsplit.model.trunkless import without_trunk
 from fedsplit.runs.folder import RunFolder
-from fedsplit.spec import RunSpec, SplitSpec
+from fedsplit.spec import DataSpec, ModelSpec, RunSpec, SplitSpec
 
 _PUBLIC_SEQUENCES = 256
 
@@ -65,12 +65,43 @@ class Scene:
                 "reads split language models"
             )
         model = RunFolder.finished(folder.path).model
-        tokenizer = load_tokenizer(str(model))
         training, held_out = hold_out(load_corpus(run.data), run.data.held_out, run.seed)
         if public:
-            path = str(Path(public).resolve())
-            training = load_corpus(replace(run.data, kind="text", path=path))
+            training = _text(run, public)
         tokens = min(tokens, run.data.sequence_length)
+        return Scene._of(run, str(model), sequences, tokens, private=held_out, public=training)
+
+    @staticmethod
+    def of_model(
+        model: str, split: str, sequences: int, tokens: int, *, private: str, public: str
+    ) -> "Scene":
+        """Return the scene of a model that a run would train.
+
+        Args:
+            model: The directory of a model, or its hub id.
+            split: The blocks of bottom, trunk and top.
+            sequences: The number of private sequences.
+            tokens: The length of each.
+            private: A file of text that the server should not read.
+            public: A file of text that it knows.
+
+        Raises:
+            ConfigError: The model cannot be split so.
+            DataError: There is too little text.
+        """
+        run = RunSpec(
+            model=ModelSpec(pretrained=model, family="", config={}),
+            split=SplitSpec.parse(split),
+            data=DataSpec(kind="text", path=private, sequence_length=tokens),
+        )
+        texts = {"private": _text(run, private), "public": _text(run, public)}
+        return Scene._of(run, model, sequences, tokens, **texts)
+
+    @staticmethod
+    def _of(
+        run: RunSpec, model: str, sequences: int, tokens: int, *, private: Corpus, public: Corpus
+    ) -> "Scene":
+        tokenizer = load_tokenizer(model)
 
         def rows_of(corpus: Corpus, number: int) -> Tensor:
             examples = tokenize(corpus, tokenizer, run.data)
@@ -82,8 +113,8 @@ class Scene:
         return Scene(
             run=run,
             whole=whole.eval(),
-            private_BT=rows_of(held_out, sequences),
-            public_BT=rows_of(training, _PUBLIC_SEQUENCES),
+            private_BT=rows_of(private, sequences),
+            public_BT=rows_of(public, _PUBLIC_SEQUENCES),
         )
 
     def parts(self, more_blocks: int = 0) -> SplitModel:
@@ -106,6 +137,12 @@ class Scene:
         return ends
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the head has the weights of the embedding."""
+        embedding, head = self.whole.get_input_embeddings(), self.whole.get_output_embeddings()
+        return getattr(embedding, "weight", None) is getattr(head, "weight", 0)
+
+    @property
     def most_frequent(self) -> float:
         """The share of the most frequent private token: what a constant guess gets right."""
         return float(torch.bincount(self.private_BT.flatten()).max()) / self.private_BT.numel()
@@ -114,6 +151,10 @@ class Scene:
     def others_BT(self) -> Tensor:
         """Public text of the shape of the private one, for a control."""
         return self.public_BT[: len(self.private_BT)]
+
+
+def _text(run: RunSpec, file: str) -> Corpus:
+    return load_corpus(replace(run.data, kind="text", path=str(Path(file).resolve())))
 
 
 def share_equal(guessed_BT: Tensor, true_BT: Tensor) -> float:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
@@ -23,7 +24,10 @@ from fedsplit.errors import ConfigError
 from fedsplit.spec import ModelSpec, RunSpec
 
 if TYPE_CHECKING:
+    from transformers import TokenizersBackend
+
     from fedsplit.serve.chat import Writer
+    from fedsplit.serve.client import Reached
 
 Model = Annotated[str, typer.Option(metavar="DIR", help="the whole model, or its hub id")]
 Run = Annotated[str, typer.Option("--run", metavar="RUN_DIR", help="the folder of a finished run")]
@@ -71,6 +75,16 @@ Dtype = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option(help="dtype of --model, as at the server; default float32"),
 ]
+Noise = Annotated[
+    float,
+    typer.Option(metavar="Z", help="noise on what is sent, in radii of public text", min=0.0),
+]
+StateDir = Annotated[
+    str, typer.Option(metavar="DIR", help="folder of the noise key and the ledger, with --noise")
+]
+Public = Annotated[
+    str, typer.Option(metavar="FILE", help="public text, with --noise; default random tokens")
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="torch device")]
 Beams = Annotated[int, typer.Option(metavar="N", help="number of beams for beam search")]
 
@@ -97,12 +111,17 @@ class _Prompting(Command):
     token_file: TokenFile = ""
     revision: Revision = "main"
     device: Device = "cpu"
+    noise: Noise = 0.0
+    state_dir: StateDir = ""
+    public: Public = ""
 
     def __post_init__(self) -> None:
         if not self.model and not self.run_dir:
             raise UsageError("one of the arguments --model --run is required")
         if self.model and self.run_dir:
             raise UsageError("argument --run: not allowed with argument --model")
+        if bool(self.noise) != bool(self.state_dir):
+            raise UsageError("--noise and --state-dir go together; give both or neither")
 
     @contextmanager
     def _writer(self, *, beams: int = 1) -> "Iterator[Writer]":
@@ -138,8 +157,22 @@ class _Prompting(Command):
             device=self.device,
         ) as reached:
             writer = Writer(reached=reached, tokenizer=tokenizer, options=options, out=sys.stdout)
-            yield writer
+            with self._shielded(reached, tokenizer):
+                yield writer
             print(writer.summary, file=sys.stderr)
+
+    @contextmanager
+    def _shielded(self, reached: "Reached", tokenizer: "TokenizersBackend") -> Iterator[None]:
+        """A context with the noise that was asked for; print at its end what it has told."""
+        from fedsplit.serve.client import shielded
+
+        if not self.noise:
+            yield
+            return
+        folder = Path(self.state_dir)
+        with shielded(reached, self.noise, folder, self.public, tokenizer) as ledger:
+            yield
+            print(f"told the server, at most: {ledger.spent('rows')}", file=sys.stderr)
 
     def _decoding(self, beams: int) -> dict[str, Any]:
         """Return the decoding options for the `generate` of transformers."""

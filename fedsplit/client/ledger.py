@@ -27,19 +27,25 @@ DELTA = 1e-5
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS releases (
-    kind TEXT, example BLOB, digest BLOB, num_rows INTEGER, sq_mu REAL, bits REAL,
-    PRIMARY KEY (kind, example, digest)
+    kind TEXT, example BLOB, place INTEGER, digest BLOB, num_rows INTEGER, sq_mu REAL, bits REAL,
+    PRIMARY KEY (kind, example, place, digest)
 ) WITHOUT ROWID
 """
-_ADD = "INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?, ?, ?)"
-_SPENT = "SELECT SUM(bits) FROM releases WHERE kind = ? AND example = ?"
-_WORST = """
-SELECT COUNT(*), SUM(num_rows), MAX(sq_mu), MAX(sequence_sq_mu), MAX(bits) FROM (
-    SELECT SUM(num_rows) AS num_rows, SUM(sq_mu) AS sq_mu, SUM(num_rows * sq_mu) AS sequence_sq_mu,
-        SUM(bits) AS bits
-    FROM releases WHERE kind = ? GROUP BY example
+_ADD = "INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)"
+_BITS = "SELECT SUM(bits) FROM releases WHERE kind = ? AND example = ? AND place = ?"
+_ALL = "SELECT COUNT(DISTINCT example), SUM(num_rows) FROM releases WHERE kind = ?"
+_OF_ROWS = """
+SELECT MAX(sq_mu), MAX(bits) FROM (
+    SELECT SUM(sq_mu) AS sq_mu, SUM(bits) AS bits
+    FROM releases WHERE kind = ? GROUP BY example, place
 )
 """
+_OF_TEXTS = """
+SELECT MAX(sq_mu) FROM (
+    SELECT SUM(num_rows * sq_mu) AS sq_mu FROM releases WHERE kind = ? GROUP BY example
+)
+"""
+_Release = tuple[str, bytes, int, bytes, int, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,13 @@ class Spent:
     row_epsilon: float
     sequence_epsilon: float
     bits: float
+
+    def __str__(self) -> str:
+        """The figures in words."""
+        return (
+            f"{self.bits:.1f} bits/token, epsilon {self.row_epsilon:.3g} a row and "
+            f"{self.sequence_epsilon:.3g} a sequence"
+        )
 
 
 class Ledger:
@@ -89,7 +102,7 @@ class Ledger:
             ) from exc
 
     def release(self, kind: str, examples: Sequence[bytes] | None, rows_BTD: Any, z: float) -> None:
-        """Count rows that are about to be sent, one sequence for each text.
+        """Count rows that are about to be sent, one whole sequence for each text.
 
         Args:
             kind: `rows` of hidden states, or `labels`, for rows of the gradient.
@@ -101,25 +114,49 @@ class Ledger:
             PrivacyBudget: A text would tell more than the budget; nothing is counted.
             StorageError: The file cannot be written.
         """
-        B, T, D = rows_BTD.shape
+        _, T, D = rows_BTD.shape
         digests = [hashlib.sha256(rows_TD.tobytes()).digest() for rows_TD in rows_BTD]
-        bits = bits_of(z, D)
-        releases = [
-            (kind, example, digest, T, (2.0 / z) ** 2, bits)
-            for example, digest in zip(examples or digests, digests, strict=True)
-        ]
+        cost = (2.0 / z) ** 2, bits_of(z, D)
+        named = zip(examples or digests, digests, strict=True)
+        self._add([(kind, example, 0, digest, T, *cost) for example, digest in named])
+
+    def release_tokens(self, kind: str, text: bytes, place: int, rows_BTD: Any, z: float) -> None:
+        """Count the next rows of a text that grows, such as one that is generated.
+
+        Several sequences, as in beam search, count as one text.
+
+        Args:
+            kind: As in `release`.
+            text: The name of the text.
+            place: The number of its rows before these.
+            rows_BTD: The noisy rows as a NumPy array.
+            z: The size of the noise, in radii.
+
+        Raises:
+            PrivacyBudget: The text would tell more than the budget; nothing is counted.
+            StorageError: The file cannot be written.
+        """
+        cost = (2.0 / z) ** 2, bits_of(z, rows_BTD.shape[2])
+        self._add(
+            [
+                (kind, text, place + t, hashlib.sha256(row_D.tobytes()).digest(), 1, *cost)
+                for rows_TD in rows_BTD
+                for t, row_D in enumerate(rows_TD)
+            ]
+        )
+
+    def _add(self, releases: Sequence[_Release]) -> None:
         try:
             with self._lock, self._database:
                 self._database.executemany(_ADD, releases)
-                for example in dict.fromkeys(release[1] for release in releases):
-                    self._require_budget(kind, example)
+                if self._budget_bits:
+                    for place in dict.fromkeys(release[:3] for release in releases):
+                        self._require_budget(place)
         except sqlite3.Error as exc:
             raise StorageError(f"the ledger {self._file} cannot be written: {exc}") from exc
 
-    def _require_budget(self, kind: str, example: bytes) -> None:
-        if not self._budget_bits:
-            return
-        ((bits,),) = self._database.execute(_SPENT, (kind, example))
+    def _require_budget(self, place: tuple[str, bytes, int]) -> None:
+        ((bits,),) = self._database.execute(_BITS, place)
         if bits > self._budget_bits:
             raise PrivacyBudget(
                 f"one more release of a text would tell up to {bits:.1f} bits of each of its "
@@ -130,7 +167,8 @@ class Ledger:
     def spent(self, kind: str) -> Spent:
         """Return what was released so far."""
         with self._lock:
-            ((texts, rows, sq_mu, sequence_sq_mu, bits),) = self._database.execute(_WORST, (kind,))
+            found = [self._database.execute(each, (kind,)) for each in (_ALL, _OF_ROWS, _OF_TEXTS)]
+            (texts, rows), (sq_mu, bits), (sequence_sq_mu,) = (next(each) for each in found)
         return Spent(
             num_texts=texts,
             num_rows=rows or 0,

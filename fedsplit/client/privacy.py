@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -118,26 +119,43 @@ class NoiseKey:
     def normals(self, rows_BTD: Tensor, purpose: str) -> Tensor:
         """Return standard normal noise of the shape of rows, on their device."""
         rows_ND = rows_BTD.detach().float().cpu().flatten(0, -2).contiguous().numpy()
-        noise_ND = self._noise(rows_ND, hashlib.sha256(self._key + purpose.encode()).digest())
+        noise_ND = self._noise(rows_ND.view(np.uint32), purpose)
         return torch.from_numpy(noise_ND).view(rows_BTD.shape).to(rows_BTD)
 
-    @staticmethod
-    def _noise(rows_ND: Any, key: bytes) -> Any:
-        N, D = rows_ND.shape
-        half = math.ceil(D / 2)
-        blocks = np.empty((N, half, 16), np.uint8)
-        names = b"".join(hashlib.sha256(row.tobytes()).digest()[:12] for row in rows_ND)
-        blocks[:, :, :12] = np.frombuffer(names, np.uint8).reshape(N, 1, 12)
-        blocks[:, :, 12:] = np.arange(half, dtype=">u4").view(np.uint8).reshape(half, 4)
-        # Every block is there once, and its counter in it, so this is counter mode for all rows.
-        cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305
-        words = np.frombuffer(cipher.update(blocks.tobytes()), np.uint64).reshape(N, half, 2)
-        # 53 bits, in (0, 1], of which a logarithm is finite.
-        uniform = ((words >> np.uint64(11)) + 1) * 2.0**-53
+    def _noise(self, words_ND: Any, purpose: str) -> Any:
+        N, D = words_ND.shape
+        # A block of 16 bytes gives four numbers.
+        num_blocks = math.ceil(D / 4)
+        blocks = np.empty((N, num_blocks, 4), np.uint32)
+        blocks[:, :, :3] = self._digests(words_ND, purpose)[:, None]
+        blocks[:, :, 3] = np.arange(num_blocks)
+        # No block comes twice, as each has its counter, so this is counter mode for all rows.
+        cipher = Cipher(algorithms.AES(self._derived(purpose)), modes.ECB()).encryptor()  # noqa: S305
+        words = np.frombuffer(cipher.update(blocks.tobytes()), np.uint32)
+        # In (0, 1], of which a logarithm is finite.
+        uniform = ((words.astype(np.float64) + 1.0) * 2.0**-32).astype(np.float32)
+        size, angle = torch.from_numpy(uniform).view(N, -1).chunk(2, dim=1)
         # Box and Muller 1958.
-        size, angle = np.sqrt(-2.0 * np.log(uniform[..., 0])), 2 * np.pi * uniform[..., 1]
-        both = np.concatenate((size * np.cos(angle), size * np.sin(angle)), axis=1)
-        return both[:, :D].astype(np.float32)
+        size, angle = (-2.0 * size.log()).sqrt(), 2 * math.pi * angle
+        both_ND = torch.cat((size * angle.cos(), size * angle.sin()), dim=1)[:, :D]
+        return both_ND.contiguous().numpy()
+
+    def _digests(self, words_ND: Any, purpose: str) -> Any:
+        """Return the digest [N, 3] of each row: multilinear hashes under secret factors.
+
+        Lemire and Kaser 2014, "Strongly Universal String Hashing is Fast", The Computer Journal,
+        arXiv 1202.4961: the upper half of a sum modulo 2^64 of products with random factors.
+        """
+        D = words_ND.shape[1]
+        cipher = Cipher(algorithms.AES(self._derived(f"{purpose}/digest")), modes.CTR(bytes(16)))
+        random = cipher.encryptor().update(bytes(8 * 3 * (D + 1)))
+        factors_FD = np.frombuffer(random, np.uint64).reshape(3, D + 1)
+        words_ND = words_ND.astype(np.uint64)
+        sums = [(words_ND * each[:D]).sum(axis=1) + each[D] for each in factors_FD]
+        return (np.stack(sums, axis=1) >> np.uint64(32)).astype(np.uint32)
+
+    def _derived(self, purpose: str) -> bytes:
+        return hashlib.sha256(self._key + purpose.encode()).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,10 +165,14 @@ class _Step:
     Attributes:
         examples: What names the text of each sequence in the ledger; None for the rows themselves.
         factor: What the gradient of one token's loss is multiplied with.
+        generation: The name of a text that grows; None for whole sequences.
+        place: The number of its tokens before these.
     """
 
     examples: Sequence[bytes] | None = None
     factor: float = 1.0
+    generation: bytes | None = None
+    place: int = 0
 
 
 class _Steps(threading.local):
@@ -211,6 +233,7 @@ class Shield:
         self._map_DD = public.shrinking(self._sigma) if shrink and z else None
         self._ledger, self._z = ledger, z
         self._steps = _Steps()
+        self._generations: WeakKeyDictionary[Any, bytes] = WeakKeyDictionary()
         if hasattr(trunk, "new_cache"):
             self.new_cache = trunk.new_cache
 
@@ -236,11 +259,12 @@ class Shield:
         Raises:
             PrivacyBudget: The ledger allows no further release of an example; nothing was sent.
         """
-        sent_BTD = self._released(hidden_BTD) if self._sigma else hidden_BTD
+        step = self._step_of(named.get("cache"))
+        sent_BTD = self._released(step, hidden_BTD) if self._sigma else hidden_BTD
         out_BTD = self._trunk(sent_BTD, *inputs, **named)
         if self._gradient not in ("send", "none") and out_BTD.requires_grad:
             # A backward may run in another thread.
-            out_BTD.register_hook(partial(self._noisy_gradient, self._steps.step))
+            out_BTD.register_hook(partial(self._noisy_gradient, step))
         is_changed = self._sigma or self._gradient != "send"
         added_BTD = out_BTD - sent_BTD if self._bypass and is_changed else out_BTD
         if self._gradient == "none":
@@ -248,13 +272,20 @@ class Shield:
             added_BTD = added_BTD.detach()
         return hidden_BTD + added_BTD if self._bypass and is_changed else added_BTD
 
-    def _released(self, hidden_BTD: Tensor) -> Tensor:
+    def _step_of(self, cache: Any) -> _Step:
+        """Return what is known of the text of a forward with this cache."""
+        if cache is None:
+            return self._steps.step
+        name = self._generations.setdefault(cache, secrets.token_bytes(16))
+        return _Step(generation=name, place=getattr(cache, "num_tokens", 0))
+
+    def _released(self, step: _Step, hidden_BTD: Tensor) -> Tensor:
         # On the CPU, where the noise and the statistics are.
         rows_BTD = self._public.clipped(hidden_BTD.float().cpu()) - self._public.mean_D
         noisy_BTD = _on_grid(
             rows_BTD + self._sigma * self._key.normals(rows_BTD, "rows"), self._sigma
         )
-        self._count(self._steps.step, "rows", noisy_BTD, self._z)
+        self._count(step, "rows", noisy_BTD, self._z)
         if self._map_DD is not None:
             noisy_BTD = noisy_BTD @ self._map_DD
         return (self._public.mean_D + noisy_BTD).to(hidden_BTD)
@@ -269,8 +300,13 @@ class Shield:
         return noisy_BTD.to(grad_BTD)
 
     def _count(self, step: _Step, kind: str, rows_BTD: Tensor, z: float) -> None:
-        if self._ledger:
-            self._ledger.release(kind, step.examples, rows_BTD.detach().numpy(), z)
+        if not self._ledger:
+            return
+        rows = rows_BTD.detach().numpy()
+        if step.generation:
+            self._ledger.release_tokens(kind, step.generation, step.place, rows, z)
+        else:
+            self._ledger.release(kind, step.examples, rows, z)
 
 
 def _on_grid(rows_BTD: Tensor, sigma: float) -> Tensor:

@@ -9,10 +9,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, TokenizersBackend
 
 from fedsplit.client.privacy import PublicRows
+from fedsplit.data import load_corpus, tokenize
+from fedsplit.data.batches import whole_rows
+from fedsplit.errors import DataError
 from fedsplit.model import ClientPart, connect
+from fedsplit.spec import DataSpec
 
 _ROWS_PER_COORDINATE = 4
 _LEAST_ROWS = 1024
@@ -25,6 +29,32 @@ class _Reached(Exception):  # noqa: N818  # it ends a forward at the cut, and is
     def __init__(self, rows_BTD: Tensor) -> None:
         super().__init__()
         self.rows_BTD = rows_BTD
+
+
+def public_ids(
+    path: str, tokens: int, tokenizer: TokenizersBackend | None, config: PretrainedConfig
+) -> Tensor:
+    """Return the token ids [B, T] of public text, or random ones where there is none.
+
+    Args:
+        path: A file of text; empty for none.
+        tokens: The length of a sequence.
+        tokenizer: The model's tokenizer.
+        config: The model's config.
+
+    Raises:
+        DataError: The text cannot be used.
+    """
+    if not path:
+        return random_tokens(config, tokens)
+    assert tokenizer is not None, "privacy is for tasks that read text"
+    data = DataSpec(kind="text", path=path, sequence_length=tokens)
+    try:
+        corpus = load_corpus(data)
+        examples = tokenize(corpus, tokenizer, data)
+        return whole_rows(examples, corpus.name, num_sequences(config, tokens), tokens)
+    except DataError as exc:
+        raise DataError(f"privacy.public={path}, the public text, cannot be used: {exc}") from exc
 
 
 def num_sequences(config: PretrainedConfig, tokens: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedsplit.client.objective import ClientObjective
+from fedsplit.client.public_text import public_ids
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.seal import SealedWeights
 from fedsplit.client.stats import FitStats
@@ -42,7 +43,7 @@ from fedsplit.flower.records import (
 )
 from fedsplit.flower.sealed_arrays import most_tokens, record_of, sealed_of
 from fedsplit.flower.share import Preparation, Share, share_of, tokenizer_of
-from fedsplit.flower.shielding import ClientShield, public_ids, shielded
+from fedsplit.flower.shielding import ClientShield, shielded
 from fedsplit.flower.strategy import SplitStrategy
 from fedsplit.flower.withheld import withholding
 from fedsplit.model import ClientPart, connect
@@ -90,7 +91,7 @@ def hello(message: Message, context: Context) -> Message:
         config = config_of(run, tokenizer, hello.labels)
         require_rows(config, tokenizer, hello.labels)
         if node.privacy.kind != "off":
-            public_ids(node, run, tokenizer, config)
+            public_ids(node.privacy.public, run.data.sequence_length, tokenizer, config)
             node.secrets_of(run, hello.run_id)
         if run.baseline == "none":
             # The trunk is not called yet, but its authority's file can be read.

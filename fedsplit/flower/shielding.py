@@ -5,22 +5,18 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 from torch import Tensor
-from transformers import PretrainedConfig, TokenizersBackend
+from transformers import TokenizersBackend
 
 from fedsplit.client.ledger import Ledger
 from fedsplit.client.privacy import NoiseKey, Shield
 from fedsplit.client.public_text import (
     gradient_radius,
-    num_sequences,
+    public_ids,
     public_rows,
-    random_tokens,
 )
-from fedsplit.data import load_corpus, tokenize
-from fedsplit.data.batches import whole_rows
-from fedsplit.errors import DataError
 from fedsplit.flower.node import Node
 from fedsplit.model import ClientPart
-from fedsplit.spec import DataSpec, RunSpec
+from fedsplit.spec import RunSpec
 
 
 @contextmanager
@@ -53,7 +49,7 @@ def shielded(
         return
     folder = node.secrets_of(run, run_id)
     key = NoiseKey.kept(folder / "noise.key")
-    ids_BT = public_ids(node, run, tokenizer, model.config)
+    ids_BT = public_ids(privacy.public, run.data.sequence_length, tokenizer, model.config)
     # In the mode isolated the trunk's output is a constant, and no gradient is sent.
     gradient = "none" if run.train.mode == "isolated" else privacy.gradient_z or "send"
     is_classifier = run.task != "causal_lm"
@@ -105,30 +101,3 @@ class ClientShield:
             "bits": min(rows.bits, self._most_bits),
             "label-bits": label_bits,
         }
-
-
-def public_ids(
-    node: Node, run: RunSpec, tokenizer: TokenizersBackend | None, config: PretrainedConfig
-) -> Tensor:
-    """Return the token ids [B, T] of a node's public text, or random ones where it has none.
-
-    Args:
-        node: The client's machine.
-        run: The run.
-        tokenizer: Its tokenizer.
-        config: The model's config.
-
-    Raises:
-        DataError: The text cannot be used.
-    """
-    tokens, path = run.data.sequence_length, node.privacy.public
-    if not path:
-        return random_tokens(config, tokens)
-    assert tokenizer is not None, "privacy is for tasks that read text"
-    data = DataSpec(kind="text", path=path, sequence_length=tokens)
-    try:
-        corpus = load_corpus(data)
-        examples = tokenize(corpus, tokenizer, data)
-        return whole_rows(examples, corpus.name, num_sequences(config, tokens), tokens)
-    except DataError as exc:
-        raise DataError(f"privacy.public={path}, the public text, cannot be used: {exc}") from exc

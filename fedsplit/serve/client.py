@@ -2,13 +2,18 @@
 
 import secrets
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, TokenizersBackend
 
 from fedsplit.client.evaluation import EvaluationTrunk
+from fedsplit.client.ledger import Ledger
+from fedsplit.client.privacy import NoiseKey, Shield
+from fedsplit.client.public_text import public_ids, public_rows
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.errors import ConfigError, FedsplitError, ModelMismatch, peer_text
 from fedsplit.model import ClientPart, connect
@@ -26,6 +31,9 @@ from fedsplit.wire.messages import (
     ServiceInfoReply,
     ServiceInfoRequest,
 )
+
+_PUBLIC_TOKENS = 32
+"""The length of the public sequences that give the statistics of a shield."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,6 +116,32 @@ def reach(
         connect(model, remote)
         on_failure.pop_all()
     return Reached(model=model, trunk=remote, link=link)
+
+
+@contextmanager
+def shielded(
+    reached: Reached, z: float, state_dir: Path, public: str, tokenizer: TokenizersBackend
+) -> Iterator[Ledger]:
+    """A context in which the trunk gets noisy rows; yields the ledger of what they tell.
+
+    Args:
+        reached: The model, connected to its trunk.
+        z: The size of the noise, in radii of public rows.
+        state_dir: The folder of the noise key and the ledger.
+        public: A file of public text; empty for random tokens.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        DataError: The public text cannot be used.
+        StorageError: Key or ledger cannot be written.
+    """
+    model, trunk = reached.model, reached.trunk
+    ids_BT = public_ids(public, _PUBLIC_TOKENS, tokenizer, model.config)
+    with closing(Ledger(state_dir / "ledger.db")) as ledger:
+        key = NoiseKey.kept(state_dir / "noise.key")
+        shield = Shield(trunk, public_rows(model, ids_BT), key, z=z, ledger=ledger)
+        connect(model, shield)
+        yield ledger
 
 
 def _is_of(fingerprint: str, config: PretrainedConfig, split: SplitSpec) -> bool:

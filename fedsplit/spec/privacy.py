@@ -24,6 +24,7 @@ class PrivacySpec:
             random tokens.
         budget_bits (bits): The most that the noisy rows of a text may tell of each of its tokens,
             over all releases (0: no bound).
+        audit: Whether simulations.run measures at the end what a server reads of the run (end).
     """
 
     kind: Annotated[str, OneOf("off", "noise", "strict")] = "off"
@@ -31,6 +32,7 @@ class PrivacySpec:
     gradient_z: Annotated[float, AtLeast(0, most=1000)] = 0.5
     public: str = ""
     budget_bits: Annotated[float, AtLeast(0)] = 0.0
+    audit: Annotated[str, OneOf("off", "end")] = "off"
 
     def __post_init__(self) -> None:
         check_fields(self, "privacy")

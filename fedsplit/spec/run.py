@@ -183,6 +183,25 @@ _CONFLICTS = (
         "privacy=off for task={run.task}",
     ),
     _Conflict(
+        setting="privacy.audit",
+        other="client_weights_codec",
+        when=lambda audit, codec: audit == "end" and codec == "sealed",
+        why="privacy.audit=end reads the joined model, and with client_weights.sealed a server has "
+        "none; join it at a client, and audit that: fedsplit audit DIR --split ...",
+    ),
+    _Conflict(
+        setting="privacy.audit",
+        other="task",
+        when=lambda audit, task: audit == "end" and task != "causal_lm",
+        why="privacy.audit=end reads language models, and task={run.task} makes none",
+    ),
+    _Conflict(
+        setting="privacy.audit",
+        other="baseline",
+        when=lambda audit, baseline: audit == "end" and baseline != "none",
+        why="privacy.audit=end reads what passes the cut, and baseline={run.baseline} has none",
+    ),
+    _Conflict(
         setting="privacy.kind",
         other="train.mode",
         when=lambda privacy, mode: privacy == "strict" and mode != "isolated",
@@ -245,8 +264,8 @@ class RunSpec:
     """All settings of one run; each group of them has a class of its own.
 
     All of them decide its numbers, except `name`, `launch`, `resume`, `sweep`, `generation`,
-    `limits`, `guard`, `train.save_every`, `policy.missing`, `privacy.budget_bits`, and the
-    addresses, TLS files, times and stash of `wire`.
+    `limits`, `guard`, `train.save_every`, `policy.missing`, `privacy.budget_bits`,
+    `privacy.audit`, and the addresses, TLS files, times and stash of `wire`.
 
     >>> RunSpec(seed=1).fingerprint == RunSpec(seed=1, name="again").fingerprint
     True
@@ -332,7 +351,7 @@ class RunSpec:
         wire = nested["wire"].items()
         nested["wire"] = {name: value for name, value in wire if name not in _CHANGES_NO_NUMBER}
         # A bound changes no number until it ends the run, and without noise nothing of it does.
-        del nested["privacy"]["budget_bits"]
+        del nested["privacy"]["budget_bits"], nested["privacy"]["audit"]
         if self.privacy.kind == "off":
             del nested["privacy"]
         # What a run does about a crash does not change what it computes.

@@ -21,6 +21,7 @@ from simulations.bench.report import Report
 
 BENCHES = (
     "accelerate",
+    "audit",
     "clients",
     "compress",
     "faults",

@@ -100,12 +100,21 @@ def leaving(seed: int, pause_s: float) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         time.sleep(pause_s)
         number = JoinInfo.of(message.content).round
-        name = context.node_config["partition-id"]
-        if random.Random(f"{seed}/{number}/{name}").random() < _GONE:
+        name, clients = (
+            int(context.node_config[key]) for key in ("partition-id", "num-partitions")
+        )
+        if name in gone_in(number, seed, clients):
             raise ConnectionLost(f"client {name} is gone in round {number}")
         return client_app.train(message, context)
 
     return app
+
+
+def gone_in(number: int, seed: int, clients: int) -> set[int]:
+    """Return the clients that are gone in a round; never all, since a run without any ends."""
+    chances = {name: random.Random(f"{seed}/{number}/{name}").random() for name in range(clients)}
+    stays = max(chances, key=chances.__getitem__)
+    return {name for name, chance in chances.items() if chance < _GONE and name != stays}
 
 
 # --- clients --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 from fedsplit.audit.attacks.inverter import inverted
 from fedsplit.audit.attacks.labels import label_scores, labels_by_refinement, labels_with_prior
 from fedsplit.audit.attacks.search import search
+from fedsplit.audit.attacks.words import word_scores, words_found
 from fedsplit.model import split_model
 from fedsplit.model.trunkless import without_trunk
 from simulations.families import random_model
@@ -85,6 +86,23 @@ def test_a_linear_map_from_public_rows_reads_private_ones():
     moved = 3.0 * private + 4.0 * directions_VD[0]
     assert (inverted(moved, public, tokens[0], 20) == tokens[1]).float().mean() < 0.6
     assert (inverted(moved, public, tokens[0], 20, matched=True) == tokens[1]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_words_of_a_step_are_read_from_the_weights(is_tied):
+    chance = torch.manual_seed(4)
+    tokens = torch.randint(200, (40,), generator=chance)
+    used = torch.unique(tokens)
+    change_VD = torch.zeros(200, 16)
+    if is_tied:
+        # All rows move away from the states, by their probabilities, and labels towards them.
+        state_D = torch.randn(16, generator=chance)
+        change_VD -= torch.rand(200, 1, generator=chance) * state_D
+    change_VD[used] += torch.randn(len(used), 16, generator=chance)
+    assert words_found(word_scores(change_VD, is_tied=is_tied), tokens) > 0.95
+    # Of another text it finds what chance gives.
+    other = torch.randint(200, (40,), generator=chance)
+    assert words_found(word_scores(change_VD, is_tied=is_tied), other) < 0.4
 
 
 def test_labels_are_read_from_the_gradient():

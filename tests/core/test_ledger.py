@@ -65,6 +65,19 @@ def test_texts_without_a_name_are_their_rows(tmp_path: Path):
     assert ledger.spent("rows").num_texts == 4
 
 
+def test_a_text_that_grows_tells_each_of_its_tokens_once(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.release_tokens("rows", b"a", 0, ROWS[:1], 0.5)  # four rows
+    ledger.release_tokens("rows", b"a", 4, ROWS[1:, :1], 0.5)
+    spent = ledger.spent("rows")
+    assert (spent.num_texts, spent.num_rows, spent.bits) == (1, 5, bits_of(0.5, 8))
+    assert spent.sequence_epsilon == epsilon(4.0 * 5**0.5)
+    # Another token at a place that was taken back, as with a draft.
+    ledger.release_tokens("rows", b"a", 3, ROWS[1:, 1:2], 0.5)
+    again = ledger.spent("rows")
+    assert again.num_rows == 6 and again.bits == 2 * bits_of(0.5, 8)
+
+
 def test_a_budget_refuses_the_release_that_would_exceed_it(tmp_path: Path):
     most = 2.5 * bits_of(0.5, 8)
     ledger = Ledger(tmp_path / "ledger.db", budget_bits=most)

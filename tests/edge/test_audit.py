@@ -1,6 +1,9 @@
 """The audit of a run: what its server reads, with the controls that judge the instrument."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +35,10 @@ def test_the_server_reads_everything_without_a_defence(found: Audit) -> None:
     for defence in ("off", "int8 up", "one more block"):
         for attack in ("text", "labels", "generation"):
             assert found.value(defence, attack) >= 0.98, (defence, attack)
-    assert found.leak == "leak  text 100%  labels 100%"
+    assert re.fullmatch("leak  text 100%  labels 100%  words [0-9]+%", found.leak)
+    # A head that is tied to the embedding changes all rows, and those of the text otherwise.
+    words = next(cell for cell in found.cells if cell.attack == "words")
+    assert words.value > words.chance + 0.2
     assert found.value("off", "text, linear") > found.chance
 
 
@@ -42,6 +48,19 @@ def test_noise_hides_the_text_and_the_shield_keeps_the_loss(found: Audit) -> Non
     assert found.value("gradient noise 0.5", "labels") < 0.6
     assert "labels" not in {c.attack for c in found.cells if c.defence == "no gradient"}
     assert found.losses["no gradient"] == found.losses["off"]
+
+
+def test_who_does_not_know_the_weights_reads_less(found: Audit) -> None:
+    personal = next(name for name in found.losses if name.startswith("personal"))
+    for defence in (personal, "sealed weights", "strict 0.5"):
+        assert "words" not in {c.attack for c in found.cells if c.defence == defence}
+        assert found.value(defence, "text") <= found.value("off", "text")
+    assert found.value("sealed weights", "text") < 0.7
+    assert found.value("sealed weights", "labels") < 0.5
+    assert found.losses["sealed weights"] == found.losses["off"], "of the same weights"
+    # Sequences that the server knows help it.
+    assert found.value("sealed weights", "text, 16 known") > found.chance
+    assert "labels" not in {c.attack for c in found.cells if c.defence == "strict 0.5"}
 
 
 def test_the_controls_and_the_census_are_there(found: Audit) -> None:
@@ -77,13 +96,45 @@ def test_the_command_prints_the_table_and_leaves_files(
     words = ["audit", str(folder.path), "--quick", "--noise", "0", "--out", str(out)]
     assert main(words) == 0
     told = capsys.readouterr().out
-    assert "leak  text 100%  labels 100%" in told and NO_TRUNK in told
+    assert "leak  text 100%  labels 100%  words" in told and NO_TRUNK in told
     table = json.loads((out / "table.json").read_text(encoding="utf-8"))
     assert {cell["defence"] for cell in table["cells"]} == {
         each.name for each in defences([0.0], trunk_blocks=2)
     }
-    assert (out / "audit.md").read_text(encoding="utf-8").count("\n|") == 10
+    assert (out / "audit.md").read_text(encoding="utf-8").count("\n|") == 13
     assert imread(out / "audit.png").std() > 0.01
+
+
+def test_a_model_is_audited_before_any_run(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = Path(folder.run.data.path).read_text(encoding="utf-8").splitlines()
+    for name, some in {"private": lines[:20], "public": lines[20:]}.items():
+        (tmp_path / name).write_text("\n".join(some), encoding="utf-8")
+    words = ["audit", str(folder.model), "--split", "1/*/1", "--quick", "--noise", "0"]
+    words += ["--private", str(tmp_path / "private"), "--public", str(tmp_path / "public")]
+    assert main([*words, "--out", str(tmp_path / "audited")]) == 0
+    assert "leak  text 100%  labels 100%  words" in capsys.readouterr().out
+    assert (tmp_path / "audited" / "table.json").exists()
+    assert main(["audit", str(folder.model), "--split", "1/*/1"]) == 2
+    assert "a model needs --private FILE and --public FILE" in capsys.readouterr().err
+
+
+def test_a_run_may_end_with_its_audit(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "simulations.run", "experiment=toy", "privacy.audit=end"]
+    words += [f"launch.run_dir={tmp_path}", "model.config.n_layer=3", "train.local_steps=1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (leak,) = (line for line in done.stdout.splitlines() if line.startswith("leak"))
+    assert (tmp_path / "toy" / "audit" / "table.json").exists()
+    card = (tmp_path / "toy" / "model" / "README.md").read_text(encoding="utf-8")
+    assert leak in card and "| sealed weights |" in card
+
+
+@pytest.mark.parametrize("words", [["client_weights=sealed"], ["baseline=fedavg"]])
+def test_a_run_without_a_joined_model_cannot_end_with_it(tmp_path: Path, words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="privacy.audit=end reads"):
+        spec_for(tmp_path, "privacy.audit=end", *words)
 
 
 def test_what_cannot_be_audited_is_refused(

@@ -28,6 +28,23 @@ FIGURES = {
         "largest_loss_gap",
         "sdpa_speedup",
     ],
+    "audit": [
+        "attacks",
+        "audit_s",
+        "chance",
+        "defences",
+        "negative",
+        "noise_labels",
+        "positive_labels",
+        "positive_text",
+        "shield_overhead",
+        "strict_labels",
+        "strict_loss_cost",
+        "strict_text",
+        "strict_vs_no_trunk",
+        "strict_words",
+        "words",
+    ],
     "clients": ["least_growth", "sample_cost_8c"],
     "memory": [
         "checkpointing_memory_saved",
@@ -194,8 +211,17 @@ def of_no_violation(told: dict[str, Any]) -> None:
     assert (figures["schedules"], figures["violations"], figures["planted_found"]) == (100, 0, 10)
 
 
+def of_what_is_read(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    assert min(figures["positive_text"], figures["positive_labels"]) >= 0.99
+    assert figures["negative"] <= figures["chance"] + 0.02
+    assert figures["strict_labels"] == figures["strict_words"] == 0
+    assert figures["attacks"] >= 6 and figures["defences"] >= 9
+
+
 HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accelerate": of_the_same_loss,
+    "audit": of_what_is_read,
     "clients": more_with_more_clients,
     "compress": costing_what_it_says,
     "faults": of_equal_weights,

@@ -54,11 +54,19 @@ def test_gradients_without_noise_tell_the_labels(tmp_path: Path) -> None:
     assert metrics_lines(folder)[0]["label_bits"] == pytest.approx(8.2, abs=0.1)
 
 
-def test_strict_sends_neither_gradients_nor_weights(tmp_path: Path) -> None:
+def test_strict_sends_no_gradient_and_no_weights_in_the_clear(tmp_path: Path) -> None:
     folder = federate(spec_for(tmp_path, "privacy=strict", "train.rounds=2"))
     line = metrics_lines(folder)[-1]
-    assert (line["label_bits"], line["client_weights_bytes"], line["version"]) == (0, 0, 0)
-    assert line["loss"] < metrics_lines(folder)[0]["loss"] + 0.1 and line["bits"] > 0
+    assert (line["label_bits"], line["version"]) == (0, 0) and line["bits"] > 0
+    assert folder.run.client_weights.sealed
+    # The bottom and the top learn without a gradient of the trunk.
+    assert line["eval_loss"] < metrics_lines(folder)[0]["eval_loss"]
+
+
+def test_strict_may_keep_the_weights_at_the_clients(tmp_path: Path) -> None:
+    words = "privacy=strict", "client_weights.sealed=false", "client_weights.personal=both"
+    folder = federate(spec_for(tmp_path, *words))
+    assert metrics_lines(folder)[0]["client_weights_bytes"] == 0
 
 
 def test_a_resumed_run_continues_its_ledger_and_its_noise(tmp_path: Path) -> None:

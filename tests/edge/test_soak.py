@@ -8,6 +8,7 @@ import pytest
 
 from fedsplit.errors import ConfigError
 from simulations.soak.picture import picture_of
+from simulations.soak.roles import gone_in
 from simulations.soak.samples import Rounds, Samples
 from simulations.soak.trend import trend_of
 
@@ -61,6 +62,12 @@ def test_rounds_with_other_numbers_are_named(tmp_path: Path) -> None:
     assert ours.take() == []
     theirs.take()
     assert ours.differences(theirs) == ["round 2: loss is 2.25 in place of 2.5"]
+
+
+def test_clients_are_gone_in_some_rounds_and_never_all() -> None:
+    gone = [gone_in(number, 220229421, 3) for number in range(5000)]
+    assert {len(each) for each in gone} == {0, 1, 2}
+    assert gone == [gone_in(number, 220229421, 3) for number in range(5000)]
 
 
 def test_the_picture_has_a_panel_for_each_kind() -> None:
