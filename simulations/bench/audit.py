@@ -129,7 +129,7 @@ def _gone_on(
     folder = _trained(run)
     result = folder.model
     if run.client_weights.sealed:
-        (key,) = (folder.path.parent / run.name).glob(f"privacy/{folder.id}/seal.key")
+        (key,) = folder.path.glob("privacy/*/seal.key")
         result = place / "joined" / folder.path.name
         joined(folder, Seal.of(key)).save_pretrained(result)
     return result, folder.rounds()[-1].bits_per_byte

@@ -1,5 +1,7 @@
 """Runs with noise: what clients count, what the server is told, and what a node decides."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from fedsplit.client.ledger import Ledger, bits_of
 from fedsplit.errors import ConfigError, Diverged
 from fedsplit.spec import PrivacySpec, RunSpec
 from tests.edge.federation import federate, joined, metrics_lines, spec_for
+from tests.edge.forked import Program
 from tests.edge.nodes import node_of
 from tests.edge.resuming import interrupted, resumed
 
@@ -168,3 +171,32 @@ def test_a_supernode_without_a_folder_keeps_no_ledger_and_so_sends_nothing() -> 
     run = replace(RunSpec(), privacy=PrivacySpec(kind="noise"))
     with pytest.raises(ConfigError, match="keeps a noise key and a ledger .* start its SuperNode"):
         node_of(run).secrets_of(run, "0" * 16)
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def test_a_text_is_generated_under_noise_and_counted(tmp_path: Path) -> None:
+    folder = federate(spec_for(tmp_path, "train.rounds=2"))
+    state = tmp_path / "state"
+    with Program("fedsplit", "serve", str(folder.path), "--bind", "127.0.0.1:0") as server:
+        assert server.stdout.readline(), "it is ready"
+        words = [sys.executable, "-m", "fedsplit", "generate", "--run", str(folder.path)]
+        words += ["--max-new-tokens", "4", "the of and", "--noise", "0.5"]
+        told = [
+            subprocess.run(
+                [*words, "--state-dir", str(state)],
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=True,
+            )
+            for _ in range(2)
+        ]
+    # The same key and the same prompt: the same noise, and so the same text.
+    assert told[0].stdout == told[1].stdout
+    assert "told the server, at most: 2.6 bits/token, epsilon 24.4 a row and" in told[1].stderr
+    spent = Ledger(state / "ledger.db").spent("rows")
+    assert spent.num_texts == 2 and spent.bits == bits_of(0.5, HIDDEN)
+    without = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert without.returncode == 2 and "--noise and --state-dir go together" in without.stderr
