@@ -93,6 +93,7 @@ def hello(message: Message, context: Context) -> Message:
         if node.privacy.kind != "off":
             public_ids(node.privacy.public, run.data.sequence_length, tokenizer, config)
             node.secrets_of(run, hello.run_id)
+        node.seal_of(run, hello.run_id)
         if run.baseline == "none":
             # The trunk is not called yet, but its authority's file can be read.
             channel_credentials(node.wire_of(run))

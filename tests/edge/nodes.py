@@ -1,9 +1,12 @@
 """A SuperNode's machine, as its config describes it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 
+from fedsplit.flower.client_app import app as product
 from fedsplit.flower.node import Node
 from fedsplit.spec import RunSpec
 
@@ -22,3 +25,15 @@ def node_of(run: RunSpec, **config: Any) -> Node:
         ),
         run,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuperNode:
+    """The product's client app on a machine whose owner trusts no run, with this node config."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message as the product does there."""
+        context.node_config = {**context.node_config, "trust-runs": False, **self.config}
+        return product(message, context)

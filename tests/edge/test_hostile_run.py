@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from fedsplit.config import changed, compose, from_run_config
 from fedsplit.config.authority import NODE_KEYS, Authority, authority_of
 from fedsplit.data import load_corpus, shard, tokenizer_to_json, train_tokenizer
 from fedsplit.errors import ConfigError, DataError, ProtocolError
-from fedsplit.flower.client_app import app as product
 from fedsplit.flower.inline import run_inline
 from fedsplit.flower.records import Hello
 from fedsplit.flower.share import own_corpora, partitions_of
 from fedsplit.spec import DataSpec, RunSpec, ShardingSpec
 from fedsplit.spec.fields import described
 from tests.edge.federation import federate, overrides_for, spec_for, write_corpus
-from tests.edge.nodes import node_of
+from tests.edge.nodes import SuperNode, node_of
 
 SECRET = "hunter2"
 RUN_ID = "0123456789abcdef"
@@ -38,17 +36,6 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for cache in (partitions_of, own_corpora):
         cache.cache_clear()
     yield
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuperNode:
-    """The product's client app on a machine whose owner trusts no run, with this node config."""
-
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        context.node_config = {**context.node_config, "trust-runs": False, **self.config}
-        return product(message, context)
 
 
 def answer_of(node: SuperNode, settings: Mapping[str, str], tokenizer: str = "") -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedsplit.client.ledger import bits_of
 from fedsplit.client.seal import Seal, SealedWeights
 from fedsplit.errors import ConfigError, DataError, ModelMismatch, ProtocolError
 from fedsplit.flower.sealed_arrays import record_of, returned
@@ -21,7 +22,7 @@ from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.sealed_result import joined as joined_sealed
 from fedsplit.spec import ModelSpec, RunSpec
 from tests.edge.federation import client_that, federate, joined, metrics_lines, spec_for
-from tests.edge.nodes import node_of
+from tests.edge.nodes import SuperNode, node_of
 from tests.edge.resuming import interrupted, resumed
 
 SHAPES = {"w": (4, 3), "b": (3,)}
@@ -177,6 +178,24 @@ def test_a_supernode_needs_the_key(tmp_path: Path) -> None:
     seal = node_of(run, seal_key=str(tmp_path / "seal.key")).seal_of(run, "0" * 16)
     assert seal and seal.initial == Seal(bytes(32)).initial
     assert node_of(RunSpec()).seal_of(RunSpec(), "0" * 16) is None
+
+
+def test_supernodes_decide_their_noise_and_share_a_key(tmp_path: Path) -> None:
+    key = tmp_path / "seal.key"
+    key.write_bytes(bytes(range(32)))
+    config = {"allowed-path": str(tmp_path), "state-dir": str(tmp_path / "kept")}
+    config |= {"seal-key": str(key), "privacy": "strict", "privacy-z": 1.0}
+    # The server would have less noise.
+    words = "clients=2", "privacy=strict", "privacy.z=0.01"
+    folder = federate(spec_for(tmp_path, *words), SuperNode(config=config))
+    assert metrics_lines(folder)[0]["bits"] == pytest.approx(bits_of(1.0, 16))
+    assert not (folder.path / "privacy").exists()
+    kept = tmp_path / "kept" / "privacy"
+    assert sorted(path.name for path in kept.glob("*/ledger.db")) == ["ledger.db"] * 2
+    assert joined_sealed(folder, Seal.of(key)).num_parameters() > 0
+    # A run in the clear is refused before the first round.
+    with pytest.raises(Exception, match="client-[01] stopped with ConfigError|does not go with"):
+        federate(spec_for(tmp_path, "clients=2", "name=clear"), SuperNode(config=config))
 
 
 # --- the reply of a client ------------------------------------------------------------------------
