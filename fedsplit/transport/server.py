@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -12,6 +13,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.link import Service
 from fedsplit.spec import LimitsSpec, WireSpec
 from fedsplit.transport.address import check_port
+from fedsplit.transport.allocator import give_back
 from fedsplit.transport.calls import SPARE_CALLS, STRANGERS, Calls
 from fedsplit.transport.frames import FRAME_BYTES, HEADER_BYTES, SERVICE
 from fedsplit.transport.tls import server_credentials
@@ -37,6 +39,8 @@ OPTIONS = {
     "grpc.so_reuseport": 0,
 }
 _BUDGETS = LimitsSpec()
+_GIVE_BACK_S = 60.0
+"""Seconds from one time that free memory is given back to the next; it takes milliseconds."""
 
 
 class GrpcServer:
@@ -115,9 +119,13 @@ class GrpcServer:
         return self._calls.usage
 
     def _expire(self) -> None:
-        """End late calls: one thread for the deadlines of all calls."""
+        """End late calls, with one thread for the deadlines of all; give back free memory."""
+        given_back = time.monotonic()
         while not self._stopped.wait(self._tick_s):
             self._calls.expire()
+            if time.monotonic() - given_back > _GIVE_BACK_S:
+                give_back()
+                given_back = time.monotonic()
 
     def _trunk_ended(self, name: str, ended: "Future[None]") -> None:
         """Report a trunk that failed as not serving, and the server once all trunks have failed."""
