@@ -40,7 +40,11 @@ from simulations.bench.report import Report, in_turns
 from simulations.single import carry_out, claim
 
 _NOISE = (0.2, 0.4)
-_RUN = {"full": (), "toy": ("experiment=toy", "model.config.n_layer=4", "train.rounds=1")}
+_SMALL = ("model.config.n_layer=4", "model.config.n_embd=16", "model.config.n_head=2")
+_RUN = {
+    "full": (),
+    "toy": ("experiment=toy", *_SMALL, "data.vocabulary=300", "train.rounds=1"),
+}
 _TUNING = ("train.lr=1e-3", "train.schedule=constant", "train.warmup_steps=0", "sharding=iid")
 _STEPS = {"full": (120, 40), "toy": (2, 1)}
 """Steps on public and on private text."""

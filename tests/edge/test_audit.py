@@ -123,7 +123,8 @@ def test_a_model_is_audited_before_any_run(
 def test_a_run_may_end_with_its_audit(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "simulations.run", "experiment=toy", "privacy.audit=end"]
     words += [f"launch.run_dir={tmp_path}", "model.config.n_layer=3", "train.local_steps=1"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    words += ["model.config.n_embd=16", "model.config.n_head=2", "data.vocabulary=300"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     (leak,) = (line for line in done.stdout.splitlines() if line.startswith("leak"))
     assert (tmp_path / "toy" / "audit" / "table.json").exists()
