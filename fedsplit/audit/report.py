@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fedsplit import atomic
 from fedsplit.audit.scene import Scene
-from fedsplit.audit.table import Auditor, Cell, defences
+from fedsplit.audit.table import KNOWN_TEXT, Auditor, Cell, defences
 from fedsplit.console import table_text
 from fedsplit.errors import DataError
 from fedsplit.runs.folder import RunFolder
@@ -22,7 +22,7 @@ from fedsplit.runs.folder import RunFolder
 NO_TRUNK = "no trunk at all"
 """The row that decides: what the client's blocks alone are worth, from which nothing leaves."""
 
-_ATTACKS = ("text", "text, linear", "text, 16 known", "labels", "words", "generation")
+_ATTACKS = ("text", "text, linear", KNOWN_TEXT, "labels", "words", "generation")
 _WORKS = 0.99
 """What the attacks must read without a defence, or the instrument is broken."""
 

@@ -29,6 +29,8 @@ _PERSONAL_STEPS = 60
 _SURROGATE_STEPS = 200
 _KNOWN = 16
 """The sequences of a client that an attacker knows, such as a client that works with the server."""
+KNOWN_TEXT = f"text, {_KNOWN} known"
+"""The name of the attack with these."""
 _STRICT = 0.5
 """The noise of `privacy=strict`."""
 _KEY = NoiseKey(bytes(32))
@@ -132,7 +134,7 @@ class Auditor:
         cells = [
             self._cell(defence, "text", self._text, found, private_BT),
             self._cell(defence, "text, linear", self._linear, found, private_BT),
-            self._cell(defence, f"text, {_KNOWN} known", self._known, found, private_BT),
+            self._cell(defence, KNOWN_TEXT, self._known, found, private_BT),
         ]
         # Its rows are those of text. Plain noise hides them as well as the shield's does.
         if not defence.is_plain:

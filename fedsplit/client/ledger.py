@@ -11,7 +11,6 @@ import hashlib
 import math
 import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -165,10 +164,18 @@ class Ledger:
             )
 
     def spent(self, kind: str) -> Spent:
-        """Return what was released so far."""
-        with self._lock:
-            found = [self._database.execute(each, (kind,)) for each in (_ALL, _OF_ROWS, _OF_TEXTS)]
-            (texts, rows), (sq_mu, bits), (sequence_sq_mu,) = (next(each) for each in found)
+        """Return what was released so far.
+
+        Raises:
+            StorageError: The file cannot be read.
+        """
+        queries = (_ALL, _OF_ROWS, _OF_TEXTS)
+        try:
+            with self._lock:
+                found = [self._database.execute(each, (kind,)).fetchone() for each in queries]
+        except sqlite3.Error as exc:
+            raise StorageError(f"the ledger {self._file} cannot be read: {exc}") from exc
+        (texts, rows), (sq_mu, bits), (sequence_sq_mu,) = found
         return Spent(
             num_texts=texts,
             num_rows=rows or 0,
@@ -179,8 +186,7 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file."""
-        with closing(self._database):
-            pass
+        self._database.close()
 
 
 def bits_of(z: float, hidden_size: int) -> float:

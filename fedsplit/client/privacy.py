@@ -25,11 +25,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from fedsplit import atomic
+from fedsplit.client.keys import kept_key, new_key, require_key
 from fedsplit.client.ledger import Ledger
 from fedsplit.errors import ConfigError
-
-KEY_BYTES = 32
 
 _GRID = 1024
 """The steps of the grid of released rows in one standard deviation of the noise."""
@@ -95,14 +93,12 @@ class NoiseKey:
     """
 
     def __init__(self, key: bytes) -> None:
-        if len(key) != KEY_BYTES:
-            raise ConfigError(f"a noise key has {KEY_BYTES} bytes, but this one {len(key)}")
-        self._key = key
+        self._key = require_key(key, "a noise key")
 
     @staticmethod
     def new() -> "NoiseKey":
         """Return a random key of the operating system."""
-        return NoiseKey(secrets.token_bytes(KEY_BYTES))
+        return NoiseKey(new_key())
 
     @staticmethod
     def kept(file: Path) -> "NoiseKey":
@@ -112,9 +108,7 @@ class NoiseKey:
             StorageError: The file cannot be written.
             ConfigError: It has no key.
         """
-        if not file.exists():
-            atomic.create_secret(file, secrets.token_bytes(KEY_BYTES))
-        return NoiseKey(file.read_bytes())
+        return NoiseKey(kept_key(file))
 
     def normals(self, rows_BTD: Tensor, purpose: str) -> Tensor:
         """Return standard normal noise of the shape of rows, on their device."""

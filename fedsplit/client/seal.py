@@ -21,10 +21,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from fedsplit import atomic
+from fedsplit.client.keys import kept_key, read_key, require_key
 from fedsplit.errors import ConfigError, NonFinite
 
-KEY_BYTES = 32
 NONCE_BYTES = 16
 
 _SCALE = 2.0**23
@@ -115,9 +114,7 @@ class Seal:
     """
 
     def __init__(self, key: bytes) -> None:
-        if len(key) != KEY_BYTES:
-            raise ConfigError(f"the key of a seal has {KEY_BYTES} bytes, but this one {len(key)}")
-        self._key = key
+        self._key = require_key(key, "the key of a seal")
 
     @staticmethod
     def of(file: Path) -> "Seal":
@@ -126,13 +123,7 @@ class Seal:
         Raises:
             ConfigError: There is no such file, or no key in it.
         """
-        try:
-            return Seal(file.read_bytes())
-        except OSError as exc:
-            raise ConfigError(
-                f"the key file {file} cannot be read ({exc.strerror}); make it once, as with "
-                f"head -c {KEY_BYTES} /dev/urandom, and copy it to all clients"
-            ) from exc
+        return Seal(read_key(file))
 
     @staticmethod
     def kept(file: Path) -> "Seal":
@@ -141,9 +132,7 @@ class Seal:
         Raises:
             StorageError: The file cannot be written.
         """
-        if not file.exists():
-            atomic.create_secret(file, secrets.token_bytes(KEY_BYTES))
-        return Seal.of(file)
+        return Seal(kept_key(file))
 
     @property
     def initial(self) -> int:

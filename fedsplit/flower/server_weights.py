@@ -15,21 +15,20 @@ from fedsplit.spec import RunSpec
 
 
 class ServerWeights(Protocol):
-    """The client weights of a run, as its server holds them.
-
-    Attributes:
-        arrays: The weights as a message to clients has them; it may be set to those of a round.
-        tensors: Tensors by name, from which a checkpoint restores them.
-    """
+    """The client weights of a run, as its server holds them."""
 
     @property
-    def arrays(self) -> ArrayRecord: ...  # noqa: D102  # see the class
+    def arrays(self) -> ArrayRecord:
+        """The weights as a message to clients has them; it may be set to those of a round."""
+        ...
 
     @arrays.setter
     def arrays(self, arrays: ArrayRecord) -> None: ...
 
     @property
-    def tensors(self) -> dict[str, Tensor]: ...  # noqa: D102  # see the class
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by name, from which a checkpoint restores the weights."""
+        ...
 
     @tensors.setter
     def tensors(self, tensors: Mapping[str, Tensor]) -> None: ...

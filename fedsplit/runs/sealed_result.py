@@ -59,6 +59,8 @@ def joined(folder: RunFolder, seal: Seal) -> PreTrainedModel:
     parts = parts_of(run, Source(name=str(folder.model)).config())
     parts.trunk.load_state_dict(trunk)
     with torch.no_grad():
-        for name, parameter in shared(parts.client, run).items():
-            parameter.copy_(opened[name])
+        weights = shared(parts.client, run)
+        # None if no round had a client: then the weights are the initial ones.
+        for name, tensor in opened.items():
+            weights[name].copy_(tensor)
     return join_model(parts.client, parts.trunk)
