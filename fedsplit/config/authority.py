@@ -55,6 +55,8 @@ _BY_NAME = {
     "sharding.options": Authority.RUN,
     "client_weights.strategy": Authority.SERVER,
     "client_weights.options": Authority.SERVER,
+    "client_weights.wrap": Authority.SERVER,
+    "client_weights.wrap_options": Authority.SERVER,
     "wire.bind": Authority.SERVER,
     "wire.advertise": Authority.SERVER,
     "wire.tls_cert": Authority.SERVER,

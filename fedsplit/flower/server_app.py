@@ -26,6 +26,7 @@ from fedsplit.errors import Diverged
 from fedsplit.flower.records import WEIGHT
 from fedsplit.flower.run_recorder import RunRecorder
 from fedsplit.flower.strategy import SplitStrategy
+from fedsplit.flower.strategy.noisy_mean import NoisyMean
 from fedsplit.model.describe import config_of, parts_of, whole_of
 from fedsplit.model.limits import require_positions, require_rows
 from fedsplit.model.placement import devices_of, placed
@@ -130,4 +131,4 @@ def _client_strategy(run: RunSpec) -> Strategy:
     minimums = dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
     options = {"weighted_by_key": WEIGHT, **minimums, **run.client_weights.options}
     strategy: Strategy = build(run.client_weights.strategy, Strategy, **options)
-    return strategy
+    return NoisyMean(strategy, run) if run.client_weights.wrap else strategy

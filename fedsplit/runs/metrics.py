@@ -51,6 +51,7 @@ class RoundStats:
             of all rows of a text, over all releases; of the worst text of any client.
         bits: The most bits that these rows tell of a token.
         label_bits: The most bits that gradients tell of a label.
+        weights_epsilon: With an accountant of the client weights, its epsilon of all rounds so far.
     """
 
     round: int
@@ -84,6 +85,7 @@ class RoundStats:
     sequence_epsilon: float = 0.0
     bits: float = 0.0
     label_bits: float = 0.0
+    weights_epsilon: float = 0.0
 
     @property
     def line(self) -> str:
@@ -92,6 +94,8 @@ class RoundStats:
             "" if math.isnan(self.virtual_seconds) else f"  {self.virtual_seconds:.0f} s virtual"
         )
         told = f"told {self.told}  " if self.bits else ""
+        if self.weights_epsilon:
+            told += f"weights epsilon {self.weights_epsilon:.3g}  "
         return (
             f"round {self.round:>3}/{self.rounds}  loss {self.loss:.4f}  {self.held_out}  "
             f"{self.tokens / max(self.seconds, 1e-9):>7.0f} {self.unit}/s{virtual}  "
@@ -221,6 +225,11 @@ def closing_table(
         ("memory of a client", in_mib(max(stats.client_bytes for stats in rounds))),
         ("late, failed", f"{sum(s.late for s in rounds)}, {sum(s.failed for s in rounds)}"),
         *([("told the server, at most", last.told)] if last.bits else []),
+        *(
+            [("epsilon of the client weights", f"{last.weights_epsilon:.3g}")]
+            if last.weights_epsilon
+            else []
+        ),
         *([("steps without a client", f"{short:,}")] if short else []),
         *(
             [("gradients clipped, refused", f"{clipped:,}, {refused:,}")]

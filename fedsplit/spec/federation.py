@@ -119,6 +119,11 @@ class ClientWeightsSpec:
     Attributes:
         strategy: The import path of the Flower strategy that aggregates client weights.
         options: The arguments of that strategy.
+        wrap: The import path of a wrapper of Flower that clips each client's change of the weights
+            and adds noise to the mean, so that readers of the weights learn less of a client; empty
+            for none.
+        wrap_options: The arguments of the wrapper, such as noise_multiplier and clipping_norm. An
+            accountant has target_delta and, for a budget that ends training, max_epsilon.
         personal: The parts that never leave their client.
         sealed: Whether clients seal what they send under a key that the server does not have. The
             server adds the weights (FedAvg), and only clients can join the trained model.
@@ -126,6 +131,8 @@ class ClientWeightsSpec:
 
     strategy: str = "flwr.serverapp.strategy.FedAvg"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    wrap: str = ""
+    wrap_options: dict[str, Any] = field(default_factory=dict, hash=False)
     personal: Annotated[str, OneOf("none", "bottom", "top", "both")] = "none"
     sealed: bool = False
 

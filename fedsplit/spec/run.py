@@ -133,17 +133,28 @@ _OF_SEALED: dict[str, tuple[Any, ...]] = {
 }
 """The values of other settings that sealed client weights go with."""
 
+_OF_WRAPPED: dict[str, tuple[Any, ...]] = {
+    "policy.kind": ("sync",),
+    "policy.missing": ("wait",),
+    "client_weights.sealed": (False,),
+    "client_weights.personal": ("none", "bottom", "top"),
+    "baseline": ("none", "fedavg", "no_trunk"),
+}
+"""Those that a wrapper of the strategy for the client weights goes with."""
 
-def _of_sealed(other: str, allowed: tuple[Any, ...]) -> _Conflict:
-    def is_conflict(sealed: bool, value: Any) -> bool:
-        return sealed and value not in allowed
+
+def _only_with(setting: str, why: str, other: str, allowed: tuple[Any, ...]) -> _Conflict:
+    """Return the conflict of a setting that is on with any other value of another one."""
+
+    def is_conflict(is_on: object, value: Any) -> bool:
+        return bool(is_on) and value not in allowed
 
     return _Conflict(
-        setting="client_weights.sealed",
+        setting=setting,
         other=other,
         when=is_conflict,
-        why="client_weights.sealed is FedAvg of the clients of a round, and does not go with "
-        f"{other}={{run.{other}}}; set {other}={allowed[0]}",
+        why=f"{setting} {why}, and does not go with {other}={{run.{other}}}; set "
+        f"{other}={allowed[0]}",
     )
 
 
@@ -217,7 +228,14 @@ _CONFLICTS = (
         "it would learn the words and the map to the cut; set client_weights=sealed or "
         "client_weights=personal, or privacy=noise",
     ),
-    *(_of_sealed(other, allowed) for other, allowed in _OF_SEALED.items()),
+    *(
+        _only_with("client_weights.sealed", "is FedAvg of the clients of a round", *each)
+        for each in _OF_SEALED.items()
+    ),
+    *(
+        _only_with("client_weights.wrap", "has noise for all clients of a round", *each)
+        for each in _OF_WRAPPED.items()
+    ),
     _Conflict(
         setting="wire.client_weights",
         other="shares_client_weights",
@@ -354,6 +372,8 @@ class RunSpec:
         del nested["privacy"]["budget_bits"], nested["privacy"]["audit"]
         if self.privacy.kind == "off":
             del nested["privacy"]
+        if not self.client_weights.wrap:
+            del nested["client_weights"]["wrap"], nested["client_weights"]["wrap_options"]
         # What a run does about a crash does not change what it computes.
         del nested["train"]["save_every"], nested["policy"]["missing"]
         return dict(_flat(nested, ""))

@@ -106,6 +106,8 @@ HOSTILE = {
     "sharding.options": ["sharding.options={path: /evil}"],
     "client_weights.strategy": ["client_weights.strategy=evil.Evil"],
     "client_weights.options": ["client_weights.options={path: /evil}"],
+    "client_weights.wrap": ["client_weights.wrap=evil.Evil", "policy.missing=wait"],
+    "client_weights.wrap_options": ["client_weights.wrap_options={path: /evil}"],
     "wire.bind": ["wire.bind=unix:/evil"],
     "wire.advertise": ["wire.advertise=unix:/evil"],
     "wire.tls_cert": ["wire.tls_cert=/evil", "wire.tls_key=/evil"],
@@ -204,12 +206,13 @@ def remember(**options: Any) -> None:
     [
         ("strategy.target", "fedsplit.flower.strategy.base.SplitStrategy"),
         ("client_weights.strategy", "flwr.serverapp.strategy.strategy.Strategy"),
+        ("client_weights.wrap", "flwr.serverapp.strategy.strategy.Strategy"),
     ],
 )
 def test_a_function_as_strategy_is_not_called_by_the_server(
     tmp_path: Path, name: str, base: str
 ) -> None:
-    run = spec_for(tmp_path, "clients=1", f"{name}={__name__}.remember")
+    run = spec_for(tmp_path, "clients=1", "policy.missing=wait", f"{name}={__name__}.remember")
     with pytest.raises(ConfigError, match=rf"remember' is <function .*; name a subclass of {base}"):
         federate(run)
     assert CALLED == []

@@ -74,6 +74,7 @@ def test_every_number_of_a_reply_is_used(run: RunSpec, replies: dict[str, Noting
         short_steps=0,
         guard_counts=GuardCounts(),
         went_back_from=0,
+        weights_epsilon=0.0,
     )
     unread = {kind: numbers.keys() - numbers.read for kind, numbers in replies.items()}
     assert unread == USED_ELSEWHERE

@@ -14,12 +14,17 @@ def with_discount(reply: Message, discount: float) -> Message:
     """Return a reply whose weight in any of Flower's averages is multiplied by `discount`."""
     if discount == 1.0:
         return reply
-    metrics = dict(reply.content.metric_records[METRICS])
-    metrics[WEIGHT] = metrics[WEIGHT] * discount  # type: ignore[operator]
+    weight = reply.content.metric_records[METRICS][WEIGHT]
+    return with_weight(reply, weight * discount)  # type: ignore[operator]
+
+
+def with_weight(reply: Message, weight: float) -> Message:
+    """Return a reply that has this weight in any of Flower's averages."""
+    metrics = {**reply.content.metric_records[METRICS], WEIGHT: weight}
     # A copy: the reply's own metrics, which go into the round's record, stay as they are.
-    lighter = copy(reply)
-    lighter.content = RecordDict({**reply.content, METRICS: MetricRecord(metrics)})
-    return lighter
+    weighted = copy(reply)
+    weighted.content = RecordDict({**reply.content, METRICS: MetricRecord(metrics)})
+    return weighted
 
 
 def fedasync(

@@ -34,7 +34,7 @@ from fedsplit.flower.strategy.nodes import NodeRegistry
 from fedsplit.flower.strategy.recorder import Recorder
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState
-from fedsplit.flower.strategy.state import load_state_into, state_of, under
+from fedsplit.flower.strategy.state import state_of, under
 from fedsplit.flower.strategy.weight_guard import WeightGuard
 from fedsplit.flower.strategy.wrapping import WrappingStrategy
 from fedsplit.flower.trunk_server import TrunkServer
@@ -229,7 +229,7 @@ class SplitStrategy(WrappingStrategy):
         self._is_over = bool(state["over"])
         self._went_back_from = int(state["went_back_from"])
         self._states.done = set(under(_DONE, state))
-        load_state_into(self.client_strategy, under(_CLIENT_STRATEGY, state))
+        self.load_client_strategy(under(_CLIENT_STRATEGY, state))
         self._guard.load_state(under(_GUARD, state))
         self._divergence.load_state(under(_DIVERGENCE, state))
         self._scale_lr(float(state["lr_scale"]))
@@ -318,7 +318,7 @@ class SplitStrategy(WrappingStrategy):
         if self._aggregated is not None:
             result.train_metrics_clientapp[number] = self._aggregated
         # With train.max_steps all clients can be done before the last round.
-        is_last = number == self._num_rounds or coordinator.is_done()
+        is_last = number == self._num_rounds or coordinator.is_done() or self.is_budget_spent
         if is_last or number % self.run.train.evaluate_every == 0:
             metrics = self._evaluate(number, arrays, configs[1])
             if metrics is not None:
@@ -332,6 +332,7 @@ class SplitStrategy(WrappingStrategy):
             short_steps=service.engine.short_steps - short,
             guard_counts=service.engine.guard_counts - guard_counts,
             went_back_from=self._went_back_from,
+            weights_epsilon=self.weights_epsilon,
         )
         return stats, is_last
 

@@ -47,6 +47,8 @@ def require_fit(
         why = f"{name} hands the client weights from client to client"
     elif run.client_weights.personal == "both":
         why = "client_weights.personal=both leaves nothing to aggregate"
+    if why and run.client_weights.wrap:
+        raise ConfigError(f"{why}, so client_weights.wrap would have no effect; leave it empty")
     if why and not only_averages(client_strategy):
         raise ConfigError(
             f"{why}, so client_weights.strategy={strategy} would have no effect; use "

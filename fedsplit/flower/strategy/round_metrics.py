@@ -119,6 +119,7 @@ class RoundMetrics:
         short_steps: int,
         guard_counts: GuardCounts,
         went_back_from: int,
+        weights_epsilon: float,
     ) -> RoundStats:
         """Return the round's record."""
         trained, evaluated = _by_name(self.trained), _by_name(self.evaluated)
@@ -158,6 +159,7 @@ class RoundMetrics:
             sequence_epsilon=_most(trained + evaluated, "sequence-epsilon"),
             bits=_most(trained + evaluated, "bits"),
             label_bits=_most(trained + evaluated, "label-bits"),
+            weights_epsilon=weights_epsilon,
         )
 
 

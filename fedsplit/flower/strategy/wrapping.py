@@ -4,13 +4,14 @@ The clients that have work cannot get more, so the wrapped strategy selects amon
 averages apply only where the policy of the run does not mix client weights by itself.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedsplit.client.seal import added
 from fedsplit.flower.records import ARRAYS, METRICS
@@ -18,7 +19,9 @@ from fedsplit.flower.sealed_arrays import record_of, sealed_of
 from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_discount, with_dtypes_of
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
 from fedsplit.flower.strategy.nodes import GridView, seeded_sampling
+from fedsplit.flower.strategy.noisy_mean import NoisyMean
 from fedsplit.flower.strategy.round_policy import Share
+from fedsplit.flower.strategy.state import load_state_into
 from fedsplit.spec import RunSpec
 
 
@@ -43,6 +46,26 @@ class WrappingStrategy(Strategy):
         self._num_working = 0
         self._metrics: list[RecordDict] = []
         self._aggregated: MetricRecord | None = None
+
+    @property
+    def weights_epsilon(self) -> float:
+        """The epsilon of the client weights of all rounds; 0 without an accountant."""
+        return self.client_strategy.epsilon if isinstance(self.client_strategy, NoisyMean) else 0.0
+
+    @property
+    def is_budget_spent(self) -> bool:
+        """Whether the client weights of another round would exceed the accountant's budget."""
+        return isinstance(self.client_strategy, NoisyMean) and self.client_strategy.is_spent
+
+    def load_client_strategy(self, state: Mapping[str, Tensor]) -> None:
+        """Load the state of the wrapped strategy.
+
+        Raises:
+            CheckpointError: The state is another strategy's.
+        """
+        load_state_into(self.client_strategy, state)
+        if isinstance(self.client_strategy, NoisyMean):
+            self.client_strategy.recount()
 
     def after_merge(self, shares: Sequence[Share]) -> None:
         """Called after replies were merged with these shares; it does nothing by default."""
