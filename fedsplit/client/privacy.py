@@ -114,9 +114,9 @@ class NoiseKey:
         """Return standard normal noise of the shape of rows, on their device."""
         rows_ND = rows_BTD.detach().float().cpu().flatten(0, -2).contiguous().numpy()
         noise_ND = self._noise(rows_ND.view(np.uint32), purpose)
-        return torch.from_numpy(noise_ND).view(rows_BTD.shape).to(rows_BTD)
+        return noise_ND.reshape(rows_BTD.shape).to(rows_BTD)
 
-    def _noise(self, words_ND: Any, purpose: str) -> Any:
+    def _noise(self, words_ND: Any, purpose: str) -> Tensor:
         N, D = words_ND.shape
         # A block of 16 bytes gives four numbers.
         num_blocks = math.ceil(D / 4)
@@ -125,14 +125,14 @@ class NoiseKey:
         blocks[:, :, 3] = np.arange(num_blocks)
         # No block comes twice, as each has its counter, so this is counter mode for all rows.
         cipher = Cipher(algorithms.AES(self._derived(purpose)), modes.ECB()).encryptor()  # noqa: S305
-        words = np.frombuffer(cipher.update(blocks.tobytes()), np.uint32)
+        random = cipher.update(blocks.data.cast("B"))
+        words = np.frombuffer(random, np.uint32).reshape(N, 2, -1)
         # In (0, 1], of which a logarithm is finite.
-        uniform = ((words.astype(np.float64) + 1.0) * 2.0**-32).astype(np.float32)
-        size, angle = torch.from_numpy(uniform).view(N, -1).chunk(2, dim=1)
+        uniform = (words.astype(np.float32) + np.float32(1)) * np.float32(2.0**-32)
         # Box and Muller 1958.
-        size, angle = (-2.0 * size.log()).sqrt(), 2 * math.pi * angle
-        both_ND = torch.cat((size * angle.cos(), size * angle.sin()), dim=1)[:, :D]
-        return both_ND.contiguous().numpy()
+        size = torch.from_numpy(uniform[:, 0]).log().mul_(-2).sqrt_()
+        angle = torch.from_numpy(uniform[:, 1]).mul_(2 * math.pi)
+        return torch.cat((size * angle.cos(), size * angle.sin()), dim=1)[:, :D]
 
     def _digests(self, words_ND: Any, purpose: str) -> Any:
         """Return the digest [N, 3] of each row: multilinear hashes under secret factors.
@@ -144,9 +144,8 @@ class NoiseKey:
         cipher = Cipher(algorithms.AES(self._derived(f"{purpose}/digest")), modes.CTR(bytes(16)))
         random = cipher.encryptor().update(bytes(8 * 3 * (D + 1)))
         factors_FD = np.frombuffer(random, np.uint64).reshape(3, D + 1)
-        words_ND = words_ND.astype(np.uint64)
-        sums = [(words_ND * each[:D]).sum(axis=1) + each[D] for each in factors_FD]
-        return (np.stack(sums, axis=1) >> np.uint64(32)).astype(np.uint32)
+        sums_NF = np.einsum("nd,fd->nf", words_ND.astype(np.uint64), factors_FD[:, :D])
+        return ((sums_NF + factors_FD[:, D]) >> np.uint64(32)).astype(np.uint32)
 
     def _derived(self, purpose: str) -> bytes:
         return hashlib.sha256(self._key + purpose.encode()).digest()

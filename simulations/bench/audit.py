@@ -7,13 +7,19 @@ of `privacy=strict`, and on gradients with noise of half a radius.
 `strict_loss_cost` and `strict_vs_no_trunk` are differences of held-out bits per byte. The model of
 the default run goes on with public text, and then with private text: split without noise, split
 with the noise (strict on the private text), and the clients' own blocks without any trunk. Each is
-trained as it is measured. `shield_overhead` is the time of a step with the shield over one without.
+trained as it is measured.
+
+`shield_overhead` is the time of a step with the shield over one without, and `shield_overhead_768`
+the same with the width and depth of GPT-2. `seal_share` is the time that all clients take to seal
+their weights and to open the mean, as a share of a round of the default run.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
@@ -25,13 +31,13 @@ from fedsplit.client.ledger import Ledger
 from fedsplit.client.privacy import NoiseKey, Shield
 from fedsplit.client.public_text import gradient_radius, public_rows, random_tokens
 from fedsplit.client.remote import RemoteTrunk
-from fedsplit.client.seal import Seal
+from fedsplit.client.seal import Seal, added
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.config import compose
 from fedsplit.data import Batch, Corpus, hold_out, load_corpus, load_tokenizer
 from fedsplit.link import LocalLink
 from fedsplit.model import connect
-from fedsplit.model.describe import config_of, parts_of
+from fedsplit.model.describe import config_of, parts_of, shared
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.sealed_result import joined
 from fedsplit.spec import ModelSpec, PolicySpec, RunSpec
@@ -49,6 +55,10 @@ _TUNING = ("train.lr=1e-3", "train.schedule=constant", "train.warmup_steps=0", "
 _STEPS = {"full": (120, 40), "toy": (2, 1)}
 """Steps on public and on private text."""
 _TURNS = {"full": 20, "toy": 1}
+_WIDE: dict[str, dict[str, int]] = {
+    "full": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "toy": {},
+}
 _METHODS = {
     "split": (("privacy=off",), ("privacy=off",)),
     "noise": (("privacy=noise", "privacy.gradient_z=0"), ("privacy=strict",)),
@@ -66,7 +76,8 @@ def measure(size: str) -> Report:
         run = _trained(compose(words))
         _attack(report, run, quick=size == "toy")
         _train_on(report, run, place, size)
-        _time_shield(report, run, place, _TURNS[size])
+        _time_shields(report, run, place, size)
+        _time_seals(report, run)
     return report
 
 
@@ -145,19 +156,40 @@ def _written(file: Path, corpus: Corpus) -> Path:
     return file
 
 
-# --- the time of a step ---------------------------------------------------------------------------
+# --- the time that protection takes ---------------------------------------------------------------
 
 
-def _time_shield(report: Report, folder: RunFolder, place: Path, turns: int) -> None:
+def _time_shields(report: Report, folder: RunFolder, place: Path, size: str) -> None:
     run = replace(folder.run, clients=1, policy=PolicySpec())
     config = config_of(run, load_tokenizer(str(folder.model)), ())
-    with (
-        _stepping(run, config, None) as plain,
-        _stepping(run, config, place / "ledger.db") as shielded,
-    ):
-        found = in_turns(turns, {"plain": plain, "shielded": shielded})
-    overhead = report.ratio("shield_overhead", found["shielded"], found["plain"])
-    report.figures["shield_overhead"] = overhead
+    wide = deepcopy(config)
+    wide.update(_WIDE[size])
+    for name, each in (("shield_overhead", config), ("shield_overhead_768", wide)):
+        with (
+            _stepping(run, each, None) as plain,
+            _stepping(run, each, place / f"{name}.db") as shielded,
+        ):
+            found = in_turns(_TURNS[size], {"plain": plain, "shielded": shielded})
+        report.figures[name] = report.ratio(name, found["shielded"], found["plain"])
+
+
+def _time_seals(report: Report, folder: RunFolder) -> None:
+    run = folder.run
+    model = parts_of(run, config_of(run, load_tokenizer(str(folder.model)), ())).client
+    weights, seal = shared(model, run), Seal(bytes(32))
+    begin = perf_counter()
+    sealed = [
+        seal.sealed(weights, 1, run.clients, client=number, clients=run.clients)
+        for number in range(run.clients)
+    ]
+    seconds = perf_counter() - begin
+    total = added(sealed)
+    begin = perf_counter()
+    seal.opened(total)
+    seconds += run.clients * (perf_counter() - begin)
+    share = seconds / median(stats.seconds for stats in folder.rounds())
+    report.row("seal_share", seconds=seconds, clients=run.clients, share=share)
+    report.figures["seal_share"] = share
 
 
 @contextmanager
