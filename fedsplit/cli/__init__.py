@@ -9,6 +9,7 @@ import typer
 from click import ClickException
 
 from fedsplit.cli.audit import Audit
+from fedsplit.cli.certs import Init, Request, Show, Sign
 from fedsplit.cli.command import Command
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
@@ -18,6 +19,7 @@ from fedsplit.cli.serve import Info, Serve
 from fedsplit.cli.supervise import Supervise
 from fedsplit.console import ending_with_its_reader, print_error
 
+_CERTS = (Init, Request, Sign, Show)
 _COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Audit, Serve, Generate, Chat, Supervise)
 _EXAMPLES = (
     "examples:",
@@ -26,6 +28,7 @@ _EXAMPLES = (
     "fedsplit serve --model gpt2 --split 1/10/1",
     'fedsplit generate --model gpt2 "Once upon a time"',
     "fedsplit info 127.0.0.1:9500",
+    "fedsplit certs init --out authority",
     "fedsplit plot runs/default",
     "fedsplit compare runs/default runs/default-2 --out compared",
     "fedsplit audit runs/default --quick",
@@ -96,10 +99,17 @@ def _app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         callback=_options,
     )
-    for command in _COMMANDS:
+    _add(app, "", _COMMANDS)
+    certs = typer.Typer(help="Make certificates of servers with an authority of your own.")
+    _add(certs, "certs ", _CERTS)
+    app.add_typer(certs, name="certs")
+    return app
+
+
+def _add(app: typer.Typer, group: str, commands: Sequence[type[Command]]) -> None:
+    for command in commands:
         name = command.__name__.lower()
-        lines = [f"example: fedsplit {name} {command.example}"]
+        lines = [f"example: fedsplit {group}{name} {command.example}"]
         if command is Serve:
             lines += served_fields()
         app.command(name, epilog="\n\n".join(lines))(command)
-    return app

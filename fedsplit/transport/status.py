@@ -13,12 +13,43 @@ MAX_METADATA_BYTES = 16384
 _MAX_DETAIL = 2000
 
 _TLS = "handshake failed|ssl_error|certificate|hostname verification"
+_NOT_SECURE = "no encrypted connection to {address}: "
 _FALLBACKS: tuple[tuple[str, str, type[FedsplitError], str], ...] = (
+    (
+        "UNAVAILABLE",
+        "certificate has expired",
+        errors.TlsFailed,
+        _NOT_SECURE + "its certificate, or that of its authority, has expired; sign the server's "
+        "request again (fedsplit certs sign), and start the server with the new certificate. If "
+        "it is valid, correct the clock of this machine",
+    ),
+    (
+        "UNAVAILABLE",
+        "certificate is not yet valid",
+        errors.TlsFailed,
+        _NOT_SECURE + "its certificate begins in the future; correct the clock of this machine, or "
+        "that of the authority and sign the server's request again (fedsplit certs sign)",
+    ),
+    (
+        "UNAVAILABLE",
+        "hostname verification",
+        errors.TlsFailed,
+        _NOT_SECURE + "its certificate does not name this address; call the server by a name of "
+        "its certificate (fedsplit certs show), or make one with this name (fedsplit certs "
+        "request)",
+    ),
+    (
+        "UNAVAILABLE",
+        "local issuer|certificate signature failure|self.signed certificate",
+        errors.TlsFailed,
+        _NOT_SECURE + "its certificate is not one of the authority in wire.tls_ca; name the "
+        "certificate of the authority that signed it (fedsplit certs show tells which)",
+    ),
     (
         "UNAVAILABLE",
         _TLS,
         errors.TlsFailed,
-        "no encrypted connection to {address}: {details}; check that the trunk server has TLS on, "
+        _NOT_SECURE + "{details}; check that the trunk server has TLS on, "
         "that wire.tls_ca is its authority's certificate and that its own certificate has not "
         "expired and names this address",
     ),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import tomli_w
 
 from fedsplit.config import from_yaml
 from fedsplit.runs.folder import RunFolder
-from simulations.bench.certificate import self_signed
+from tests.edge.certified import certified
 from tests.edge.federation import federate, overrides_for, spec_for, without_seconds
 
 pytestmark = pytest.mark.slow
@@ -173,16 +174,17 @@ def free_ports(number: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def answers(url: str) -> bool:
+def answers(url: str, tls_ca: str) -> bool:
+    trust = ssl.create_default_context(cafile=tls_ca)
     try:
-        with urllib.request.urlopen(url, timeout=1.0):
+        with urllib.request.urlopen(url, timeout=1.0, context=trust):
             return True
     except (urllib.error.URLError, OSError):
         return False
 
 
 def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
-    wire = self_signed(tmp_path, "trunk")
+    wire = certified(tmp_path / "tls")
     # A process for every message: moments, the place in the data and the bottom have to last.
     same = ["clients=2", "train.rounds=2", "client_weights=personal_bottom", "train.save_every=1"]
     same.append("train.evaluate_every=2")
@@ -201,7 +203,7 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
     link, *nodes = free_ports(3)
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{link}"\n'
-        "insecure = true\n"
+        f'root-certificates = "{wire.tls_ca}"\n'
     )
     mark = tmp_path / "mark"
     hostile = ["sharding=partitioner", "sharding.target=subprocess.Popen"]
@@ -210,13 +212,16 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
         config = {"overrides": " ".join([*words, *more]), "run-dir": str(tmp_path / f"{name}s")}
         (home / f"{name}.toml").write_text(tomli_w.dumps(config))
     with ExitStack() as deployment, marking(str(tmp_path)):
-        superlink = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link)]
+        superlink = ["flower-superlink", "--host", "127.0.0.1", "--port", str(link)]
+        superlink += ["--ssl-certfile", wire.tls_cert, "--ssl-keyfile", wire.tls_key]
+        superlink += ["--ssl-ca-certfile", wire.tls_ca]
         deployment.enter_context(background(*superlink, env=env, cwd=place))
-        await_that(lambda: answers(f"http://127.0.0.1:{link}/health"))
+        await_that(lambda: answers(f"https://127.0.0.1:{link}/health", wire.tls_ca))
         for partition, port in enumerate(nodes):
             node = f'partition-id={partition} num-partitions=2 tls-ca="{wire.tls_ca}"'
             node += f' state-dir="{tmp_path / "kept"}" allowed-path="{tmp_path}"'
-            supernode = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}"]
+            supernode = ["flower-supernode", "--superlink", f"127.0.0.1:{link}"]
+            supernode += ["--root-certificates", wire.tls_ca]
             supernode += ["--port", str(port), "--node-config", node]
             deployment.enter_context(background(*supernode, env=env, cwd=place))
         flwr = {"env": env, "cwd": place, "capture_output": True, "text": True, "check": False}

@@ -22,6 +22,7 @@ DOORS = (
     "flower",
     "__main__",
     "cli",
+    "certs",
     "serve",
     "runs",
     "console",
