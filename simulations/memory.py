@@ -31,9 +31,9 @@ from fedsplit.model.source import on_meta
 from fedsplit.model.stage import Part, part_class
 from fedsplit.optimization import PartOptimizer
 from fedsplit.runs.compare import Columns, Row, Table
-from fedsplit.runs.metrics import in_mib
 from fedsplit.spec import RunSpec, TrainSpec
 from fedsplit.spec.train import EIGHT_BIT
+from fedsplit.telemetry.round import in_mib
 
 _MEASURED_BELOW = 4 << 30
 """Models whose unsplit step takes fewer bytes than this are measured too."""

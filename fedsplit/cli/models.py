@@ -48,7 +48,7 @@ def _part_line(directory: Path) -> str:
     from fedsplit.model.manifest import Manifest
     from fedsplit.model.part_files import WEIGHTS
     from fedsplit.model.source import tensor_names
-    from fedsplit.runs.metrics import in_mib
+    from fedsplit.telemetry.round import in_mib
 
     manifest, weights = Manifest.read(directory), directory / WEIGHTS
     first, end = manifest.trunk_blocks

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TokenizersBackend
 
 from fedsplit import atomic
-from fedsplit.config import to_yaml
+from fedsplit.config import build, resolve_class, to_yaml
 from fedsplit.data import Corpus
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.flower.server_weights import weights_of
@@ -21,9 +21,13 @@ from fedsplit.model import SplitModel
 from fedsplit.model.placement import placed
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, facts_of, prune, remove_after
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import RoundStats
 from fedsplit.runs.result import write_result
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.events import RunBegan
+from fedsplit.telemetry.jsonl import MetricsLines
+from fedsplit.telemetry.logs import RoundLog
+from fedsplit.telemetry.round import RoundStats
+from fedsplit.telemetry.sinks import Sink, Telemetry
 
 log = logging.getLogger("flwr.fedsplit")
 
@@ -55,6 +59,8 @@ class Method(Protocol):
 class RunRecorder:
     """Writes a run's folder, and restores a run from it.
 
+    `telemetry` gets the events of the run, from the first round to the end of `recording`.
+
     Args:
         run: The run.
         corpus: The data of all clients.
@@ -62,6 +68,9 @@ class RunRecorder:
         parts: Both parts of a split model; None for a baseline.
         tokenizer: The run's tokenizer; None for images.
         run_id: The id of a new run, or of one that a killed process began; "" for a new id.
+
+    Raises:
+        ConfigError: `launch.sinks` names something that is no sink.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class RunRecorder:
         run_id: str = "",
     ) -> None:
         self.first_round = 1
+        self.telemetry = Telemetry()
         self._checkpoints: dict[int, Mapping[str, int]] = {}
         self._run = run
         self._corpus = corpus
@@ -82,6 +92,9 @@ class RunRecorder:
         self._parts = parts
         self._tokenizer = tokenizer
         self._given_id = run_id
+        self._sinks = [each.strip() for each in run.launch.sinks.split(",") if each.strip()]
+        for target in self._sinks:
+            resolve_class(target, Sink)
 
     @property
     def run_id(self) -> str:
@@ -110,7 +123,7 @@ class RunRecorder:
         self._folder = resumed or RunFolder.begin(
             Path(run.launch.run_dir), run.name, to_yaml(run), self._given_id
         )
-        with self._folder.held():
+        with self._folder.held(), closing(self.telemetry):
             self._best = math.inf
             if resumed:
                 # Again, since another process may have finished the run before it was locked here.
@@ -121,8 +134,28 @@ class RunRecorder:
                 self._folder.forget_after(0)
                 remove_after(self._folder.best, 0)
             log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
+            self._begin_telemetry()
             yield
             self._finish()
+
+    def _begin_telemetry(self) -> None:
+        run, folder = self._run, self._folder
+        lines = MetricsLines(
+            folder.metrics, steps=run.launch.step_metrics, budget_s=run.wire.budget_s
+        )
+        others = [build(target, Sink, folder=folder.path) for target in self._sinks]
+        for sink in (lines, RoundLog(log), *others):
+            self.telemetry.add(sink)
+        self._method.trunk_server.observe(self.telemetry)
+        self.telemetry.emit(
+            RunBegan(
+                name=run.name,
+                run_id=self.run_id,
+                rounds=run.train.rounds,
+                budget_bits=run.privacy.budget_bits,
+                settings=run.settings,
+            )
+        )
 
     def on_round(self, stats: RoundStats, arrays: ArrayRecord, *, is_good: bool) -> None:
         """Record a round: its numbers, its checkpoint if one is due, and the best round.
@@ -133,8 +166,7 @@ class RunRecorder:
             is_good: Whether training may go back to the round, so that it is saved.
         """
         self._weights.arrays = arrays
-        self._when_there_is_room(lambda: self._folder.append(stats))
-        log.info("%s", stats.line)
+        self.telemetry.emit(stats)
         train = self._run.train
         if stats.eval_loss < self._best:
             self._best = stats.eval_loss

@@ -6,8 +6,10 @@ from dataclasses import replace
 from fedsplit.errors import ConfigError
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec, WireSpec
+from fedsplit.telemetry.sinks import SILENT, Telemetry
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.service import TrunkService
+from fedsplit.trunk.state import state_of
 from fedsplit.trunk.update import TrunkUpdate
 
 
@@ -32,6 +34,7 @@ class TrunkServer:
         update: type[TrunkUpdate] = TrunkUpdate,
     ) -> None:
         self.address = ""
+        self._telemetry = SILENT
         self._trunk = trunk
         self._run = run
         self._update = update
@@ -46,6 +49,12 @@ class TrunkServer:
         new one is served at the same address, so that they learn this at once.
         """
         self.service = TrunkService(self._trunk, self._run, update=self._update)
+        self.service.engine.meter.telemetry = self._telemetry
+
+    def observe(self, telemetry: Telemetry) -> None:
+        """Report the events of the trunk, and of its server; call it outside of the context."""
+        self._telemetry = self.service.engine.meter.telemetry = telemetry
+        telemetry.watch("", lambda: state_of(self.service))
 
     def __enter__(self) -> "TrunkServer":
         with ExitStack() as opening:
@@ -74,6 +83,7 @@ class TrunkServer:
             # As many as all clients may have, so that none can take the place of another.
             max_clients=self._run.limits.streams_per_client * self._run.clients,
             budgets=self._run.limits,
+            telemetry=self._telemetry,
         )
         with ExitStack() as opening:
             opening.callback(server.stop)

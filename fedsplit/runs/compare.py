@@ -21,8 +21,8 @@ from fedsplit import atomic
 from fedsplit.console import table_text
 from fedsplit.errors import DataError
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import RoundStats, in_mib
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.round import RoundStats, in_mib
 
 Row = dict[str, Any]
 """One row of a table: plain values by column; None if a column has no value."""

@@ -16,9 +16,10 @@ from pathlib import Path
 from fedsplit import atomic
 from fedsplit.config import from_yaml
 from fedsplit.errors import CheckpointError, ConfigError, DataError
-from fedsplit.runs import metrics
-from fedsplit.runs.metrics import RoundStats
+from fedsplit.runs.metrics import closing_table
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.jsonl import MetricsFile
+from fedsplit.telemetry.round import RoundStats
 
 _ID, _CONFIG, _DIVERGED = "run.json", "config.yaml", "diverged.txt"
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -258,20 +259,18 @@ class RunFolder:
         """The round after which a resumed run continues."""
         return max(self._checkpoints_by_round)
 
+    @property
+    def metrics(self) -> MetricsFile:
+        """The file of the run's rounds, and on request of its steps."""
+        return MetricsFile(self.path / "metrics.jsonl")
+
     def rounds(self) -> list[RoundStats]:
         """Return the finished rounds of the run.
 
         Raises:
             DataError: The file is damaged.
         """
-        if not self._metrics.exists():
-            return []
-        try:
-            text = self._metrics.read_text(encoding="utf-8")
-            # The run may be writing its last line at this moment.
-            return metrics.parse(text[: text.rfind("\n") + 1].splitlines())
-        except (ValueError, TypeError) as exc:
-            raise DataError(f"{self._metrics} does not hold the rounds of a run: {exc}") from exc
+        return self.metrics.rounds()
 
     @property
     def closing_table(self) -> str:
@@ -279,7 +278,7 @@ class RunFolder:
         config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         vocabulary = config.get("vocab_size", 0) if self.run.task == "causal_lm" else 0
         sample = self.sample.read_text(encoding="utf-8").strip() if self.sample.exists() else None
-        return metrics.closing_table(self.rounds(), vocabulary, sample)
+        return closing_table(self.rounds(), vocabulary, sample)
 
     def measured_rounds(self) -> list[RoundStats]:
         """Return the finished rounds of the run, at least one.
@@ -295,10 +294,6 @@ class RunFolder:
 
     # --- written by the run's server --------------------------------------------------------------
 
-    def append(self, stats: RoundStats) -> None:
-        """Add a round to the metrics."""
-        atomic.append_line(self._metrics, metrics.line_of(stats))
-
     def set_divergence(self, reason: str) -> None:
         """Record, before the result is written, why the run diverged, or that it did not."""
         if reason:
@@ -309,8 +304,7 @@ class RunFolder:
 
     def forget_after(self, number: int) -> None:
         """Remove the rounds after `number`, which a resumed run repeats, from the metrics."""
-        lines = [metrics.line_of(stats) for stats in self.rounds() if stats.round <= number]
-        atomic.write_text(self._metrics, "".join(f"{line}\n" for line in lines))
+        self.metrics.forget_after(number)
 
     def tidy(self) -> None:
         """Remove the temporary files of a killed process, and `best` of a finished run."""
@@ -355,10 +349,6 @@ class RunFolder:
     @property
     def _config(self) -> Path:
         return self.path / _CONFIG
-
-    @property
-    def _metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
 
     @property
     def _address(self) -> Path:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from fedsplit.data import TASKS, Corpus
-from fedsplit.runs.metrics import RoundStats, evaluated, in_mib, text_of_return
+from fedsplit.runs.metrics import evaluated, text_of_return
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.round import RoundStats, in_mib
 
 _TEXT = """\
 ---

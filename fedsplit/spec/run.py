@@ -50,6 +50,8 @@ class LaunchSpec:
         trunk_device: The torch device of the server's trunk: one, several with commas, or auto
             for all GPUs.
         client_device: The torch device of clients whose node config names none.
+        step_metrics: Whether metrics.jsonl has a line for each step of the trunk as well.
+        sinks: The import paths of further sinks of the run's events, with commas between them.
     """
 
     kind: Annotated[str, OneOf("inline", "flwr")] = "inline"
@@ -59,6 +61,8 @@ class LaunchSpec:
     restarts: Annotated[int, AtLeast(0)] = 5
     trunk_device: str = "cpu"
     client_device: str = "cpu"
+    step_metrics: bool = False
+    sinks: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "launch")

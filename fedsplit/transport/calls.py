@@ -6,7 +6,9 @@ their own, and so do calls with one request, and streams.
 """
 
 import logging
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,8 @@ from grpc_health.v1 import health
 from fedsplit.errors import Draining, FedsplitError, Internal, ProtocolError, Unauthenticated
 from fedsplit.link import Service
 from fedsplit.spec import LimitsSpec
+from fedsplit.telemetry.events import FramesMoved, RequestAnswered
+from fedsplit.telemetry.sinks import SILENT, Telemetry
 from fedsplit.transport.frames import (
     CALLS,
     SERVICE,
@@ -47,6 +51,20 @@ SPARE_CALLS = 8
 STRANGERS = 16
 """Slots for callers without a token."""
 
+_KINDS = {
+    request: re.sub("(?<!^)([A-Z])", r"_\1", request.__name__.removesuffix("Request")).lower()
+    for request in CALLS
+}
+
+
+def kind_of(message: Body | None) -> str:
+    """Return the kind of a request, as events name it; `invalid` for what is no request.
+
+    >>> kind_of(ServiceInfoRequest())
+    'service_info'
+    """
+    return _KINDS[type(message)] if isinstance(message, Request) else "invalid"
+
 
 class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
     """Admits calls, and passes their requests to the service.
@@ -57,6 +75,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         limits: What a client may take up.
         max_bytes: The longest payload of a request.
         max_streams: The most streams at a time.
+        telemetry: Receives an event for each request.
     """
 
     def __init__(
@@ -67,6 +86,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         *,
         max_bytes: int,
         max_streams: int,
+        telemetry: Telemetry = SILENT,
     ) -> None:
         self.max_bytes = max_bytes
         self.limits = limits
@@ -74,6 +94,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         self.check_token = service.check_token
         self._service = service
         self._servicer = servicer
+        self._telemetry = telemetry
         body_s, calls = limits.body_s, limits.calls_per_client
         self.streams = Slots(
             "streams",
@@ -117,6 +138,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
             rpc = method(str(metadata.get(TOKEN_KEY, "")))
         except FedsplitError as error:
             rpc = Refusal(error)
+            self._answered("admission", error.code, 0.0)
         # For gRPC every call is a stream, so that it does not wait for the body.
         return grpc.stream_stream_rpc_method_handler(rpc)
 
@@ -142,18 +164,39 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         """
         if not isinstance(message, Request):
             raise ProtocolError(f"{type(message).__name__} is not a request")
+        began, code = time.monotonic(), Internal.code
         try:
             reply: Reply = self._service.handle(message, token)
-        except FedsplitError:
+            code = "OK"
+        except FedsplitError as error:
+            code = error.code
             raise
         except Exception as exc:
             log.exception("a %s failed", type(message).__name__)
             raise Internal("the trunk server failed; its log has the details") from exc
+        finally:
+            self._answered(kind_of(message), code, time.monotonic() - began)
         if isinstance(message, CloseRequest):
             self.sessions.close(message.session)
         if isinstance(reply, ServiceInfoReply) and reply.budgets:
             return replace(reply, budgets={**reply.budgets, **self._in_use()})
         return reply
+
+    def count(self, rpc: Rpc, message: Body | None, reply: Body | None) -> None:
+        """Report the frames of a request, and of its reply if there is one."""
+        if self._telemetry and any(counts := rpc.take_counts()):
+            moved = FramesMoved(
+                kind=kind_of(message),
+                received_bytes=counts[0],
+                received_codec=getattr(message, "codec", "none"),
+                sent_bytes=counts[1],
+                sent_codec=getattr(reply, "codec", "none"),
+            )
+            self._telemetry.emit(moved)
+
+    def _answered(self, kind: str, code: str, seconds: float) -> None:
+        if self._telemetry:
+            self._telemetry.emit(RequestAnswered(kind=kind, code=code, seconds=seconds))
 
     def _in_use(self) -> dict[str, str]:
         """Return how much of each limit of calls is in use, by the setting of the limit."""
@@ -214,18 +257,22 @@ class _Unary(Rpc):
 
     def serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> None:
         """See `Rpc`."""
-        frame = self.receive(frames)
-        if frame is None:
-            raise ProtocolError(f"{self._call.method} came without a message")
-        message = from_frame(frame, self._max_bytes)
-        if not isinstance(message, self._call.request):
-            raise ProtocolError(f"{self._call.method} takes a {self._call.request.__name__}")
-        with self._calls.working():
-            reply = self._calls.answer(message, self._token)
-        # Or a new call could end this one before its reply is taken.
-        if self._slots is self._calls.calls:
-            self.settle()
-        self.send(to_frame(reply))
+        message = reply = None
+        try:
+            frame = self.receive(frames)
+            if frame is None:
+                raise ProtocolError(f"{self._call.method} came without a message")
+            message = from_frame(frame, self._max_bytes)
+            if not isinstance(message, self._call.request):
+                raise ProtocolError(f"{self._call.method} takes a {self._call.request.__name__}")
+            with self._calls.working():
+                reply = self._calls.answer(message, self._token)
+            # Or a new call could end this one before its reply is taken.
+            if self._slots is self._calls.calls:
+                self.settle()
+            self.send(to_frame(reply))
+        finally:
+            self._calls.count(self, message, reply)
 
 
 class _Exchange(Rpc):
@@ -248,9 +295,13 @@ class _Exchange(Rpc):
                 if idle := message is not None:
                     # Until the reply is sent: a drain waits for that as well.
                     with self._calls.working():
-                        for reply in to_frames(self._answer(message)):
-                            self.send(reply)
+                        reply = self._answer(message)
+                        for sent in to_frames(reply):
+                            self.send(sent)
+                    self._calls.count(self, message, reply)
         finally:
+            # What was received or sent in part.
+            self._calls.count(self, None, None)
             sessions.leave(self)
 
     def _answer(self, message: Body) -> Body:

@@ -67,6 +67,7 @@ class Rpc(ABC):
         self._slot = Slot(client=client, end=self._finish)
         self._is_sending = False
         self._is_finished = False
+        self._received = self._sent = 0
         self._lock = threading.Lock()  # guards `_is_finished`
         slots.enter(self._slot)
 
@@ -101,6 +102,7 @@ class Rpc(ABC):
         self._slots.await_peer(self._slot, seconds, setting)
         frame = next(frames, None)
         self._slots.work(self._slot)
+        self._received += len(frame or b"")
         return frame
 
     def send(self, frame: bytes) -> None:
@@ -114,7 +116,13 @@ class Rpc(ABC):
         self._is_sending = True
         self._send(frame)
         self._is_sending = False
+        self._sent += len(frame)
         self._slots.work(self._slot)
+
+    def take_counts(self) -> tuple[int, int]:
+        """Return the bytes of frames that were received and sent since the last call."""
+        counts, self._received, self._sent = (self._received, self._sent), 0, 0
+        return counts
 
     def settle(self) -> None:
         """Note that a request was answered, and others may follow."""

@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2
 from fedsplit.errors import ConfigError
 from fedsplit.link import Service
 from fedsplit.spec import LimitsSpec, WireSpec
+from fedsplit.telemetry.sinks import SILENT, Telemetry
 from fedsplit.transport.address import check_port
 from fedsplit.transport.allocator import give_back
 from fedsplit.transport.calls import SPARE_CALLS, STRANGERS, Calls
@@ -55,6 +56,7 @@ class GrpcServer:
         max_clients: The most streams at a time; another one is refused with `OVERLOADED`, unless
             a silent one gives way.
         budgets: What a client may take up.
+        telemetry: Receives an event for each request.
     """
 
     def __init__(
@@ -65,13 +67,19 @@ class GrpcServer:
         limits: Limits,
         max_clients: int,
         budgets: LimitsSpec = _BUDGETS,
+        telemetry: Telemetry = SILENT,
     ) -> None:
         self._wire = wire
         self._trunks = service.trunks
         self._health = health.HealthServicer()
         max_bytes = largest_payload(limits, with_bases=bool(wire.history_bytes))
         self._calls = Calls(
-            service, self._health, budgets, max_bytes=max_bytes, max_streams=max_clients
+            service,
+            self._health,
+            budgets,
+            max_bytes=max_bytes,
+            max_streams=max_clients,
+            telemetry=telemetry,
         )
         # A call occupies a thread. One that was ended does so for a moment without a slot.
         workers = max_clients + (max_clients + SPARE_CALLS) + 2 * STRANGERS

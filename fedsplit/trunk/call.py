@@ -51,7 +51,7 @@ class Call:
     `request` is the message of a client, or the function of a control call. A call waits until the
     scheduler returns it. A forward then gets its `inputs` and `work`, and a backward its `graph`.
     After that the call is `prepared`, and may wait for other calls of its pass. It is finished when
-    `future` has a result.
+    `future` has a result. `submitted_at` is the time when it was queued, in seconds.
     """
 
     kind: Kind
@@ -60,6 +60,7 @@ class Call:
     round: int = 0
     request: Any = None
     future: "Future[Any]" = field(default_factory=Future)
+    submitted_at: float = 0.0
     prepared: bool = False
     inputs: Inputs = field(init=False)
     work: Work = field(init=False)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 from fedsplit.errors import Draining, FedsplitError, Internal, SessionLost
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.events import CacheState
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.generation import Generation
+from fedsplit.trunk.meter import Meter
 from fedsplit.trunk.norm_guard import GuardCounts
 from fedsplit.trunk.scheduler import Scheduler
 from fedsplit.trunk.sessions import AcceptedStep
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 _TIME = "time"
 # Sessions and graphs expire in the engine's loop, so it must not wait longer for calls.
 _IDLE_S = 1.0
+_COMPUTED = (Kind.FORWARD, Kind.BACKWARD, Kind.STEP, Kind.EVALUATE)
 
 
 class TrunkEngine:
@@ -55,6 +59,7 @@ class TrunkEngine:
         at_rest: Called by the engine's thread after each turn that leaves no contribution waiting
             for its step, so that `state` is that of a whole step. Set it before `start`.
         last_steps: The last step that was accepted of each client, by which it is known again.
+        meter: Reports what the engine does.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class TrunkEngine:
     ) -> None:
         self.training = Training(trunk, run, clock, update)
         self.ended: Future[None] = Future()
+        self.meter = Meter(clock)
+        self._clock = clock
         self._run = run
         self.work = WorkCounts()
         self._generation = Generation(trunk, run.generation, clock)
@@ -189,12 +196,17 @@ class TrunkEngine:
     @property
     def stashed_bytes(self) -> int:
         """Bytes of activations that are kept for outstanding backwards."""
-        return self.training.stashed_bytes
+        return self.training.stash_state.num_bytes
+
+    @property
+    def cache_state(self) -> CacheState:
+        """The bytes of keys and values, and how often they were found."""
+        return self._generation.cache_state
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values of the sessions that generate."""
-        return self._generation.num_bytes
+        return self.cache_state.num_bytes
 
     def in_use(self) -> dict[str, str]:
         """Return how much of each budget is in use, by the setting that limits it."""
@@ -221,7 +233,8 @@ class TrunkEngine:
         if self._in_hand:
             self._answer(self._in_hand)
         # After the reply, so that the client that completed the barrier does not wait for the step.
-        self.training.step_if_due()
+        for step in self.training.step_if_due():
+            self.meter.stepped(replace(step, version=self.version))
         if not self.training.barrier.contributions:
             self.at_rest()
             if self._is_draining:
@@ -271,6 +284,7 @@ class TrunkEngine:
 
     def _answer(self, calls: list[Call]) -> None:
         """Run calls and set their futures; an exception fails these calls and no others."""
+        began = self._clock()
         try:
             if not calls[0].prepared and (prepare := self._prepare.get(calls[0].kind)):
                 size = prepare(calls[0])
@@ -279,8 +293,10 @@ class TrunkEngine:
             replies = self._replies(calls) if calls else []
         except Exception as failure:
             for call in calls:
+                self.meter.failed(call, failure)
                 call.future.set_exception(failure)
             return
+        tokens = 0
         # Not strict: calls whose replies come later return none here.
         for call, reply in zip(calls, replies, strict=False):
             # Before the reply, so that a client that has all its replies is counted in full.
@@ -290,9 +306,16 @@ class TrunkEngine:
                     self.last_steps[call.client] = AcceptedStep(
                         session=call.session, call=call.request.call, version=reply.version
                     )
+                    self.meter.contributed(call.client, call.work.staleness)
                 case Kind.FORWARD | Kind.EVALUATE:
-                    self.work.passed(call.client, call.request.smashed_BTD.shape[:2].numel())
+                    positions = call.request.smashed_BTD.shape[:2].numel()
+                    self.work.passed(call.client, positions)
+                    tokens += positions
+                case Kind.BACKWARD:
+                    tokens += call.request.grad_trunk_out_BTD.shape[:2].numel()
             call.future.set_result(reply)
+        if self.meter.telemetry and replies and calls[0].kind in _COMPUTED:
+            self.meter.passed(calls[0].kind, calls, (len(calls), tokens), began)
 
     def _replies(self, calls: list[Call]) -> list[Any]:
         """Run calls of one kind; return their replies, or none if replies come later."""
@@ -320,17 +343,28 @@ class TrunkEngine:
         return []
 
     def _run_pass(self) -> None:
+        began, generation = self._clock(), self._generation
         try:
-            self.training.with_current(self._generation.run_pass)
+            self.training.with_current(generation.run_pass)
         except Exception as failure:
             log.exception("a pass of generation failed; its caches are dropped")
-            self._generation.fail_pass(failure)
+            generation.fail_pass(failure)
+            return
+        if self.meter.telemetry:
+            self.meter.passed(Kind.GENERATE, generation.begun, generation.last_pass, began)
 
     def _join(self, client: str) -> int:
         # The client is back before its LEAVE ran, so it has not left.
         for withdrawn in self._scheduler.join(client):
             withdrawn.future.set_result(None)
+        if not self.training.num_present:
+            self.meter.began()
         return self.training.join(client, self.now)
+
+    def forget_client(self, client: str) -> None:
+        """Forget a client that has no session, and drop its replica."""
+        self.meter.forget(client)
+        self.training.forget_client(client)
 
     def _close_session(self, call: Call) -> None:
         """Drop the state of a session; the LEAVE of its client runs at its time."""

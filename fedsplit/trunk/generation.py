@@ -20,6 +20,7 @@ from fedsplit.model.kv_cache import capacity
 from fedsplit.model.rope import by_length, tables_of
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import GenerationSpec
+from fedsplit.telemetry.events import CacheState
 from fedsplit.trunk.call import Call
 from fedsplit.trunk.guard import require_finite
 from fedsplit.trunk.kv_cache import (
@@ -52,6 +53,10 @@ class Generation:
         trunk: The trunk part, on its device.
         spec: The budgets of caches and passes.
         clock: Seconds that do not run backwards.
+
+    Attributes:
+        begun: The calls of the last pass that no pass before it ran in part.
+        last_pass: The sessions of the last pass, and its sequences times tokens.
     """
 
     def __init__(self, trunk: TrunkPart, spec: GenerationSpec, clock: Callable[[], float]) -> None:
@@ -65,6 +70,20 @@ class Generation:
         self._awaited: set[str] = set()
         self._in_pass: list[Pending] = []
         self._single_passes_left = 0
+        self._hits = self._misses = self._evictions = 0
+        self.begun: list[Call] = []
+        self.last_pass = 0, 0
+
+    @property
+    def cache_state(self) -> CacheState:
+        """The bytes of all caches, and how often a request found its own; any thread may ask."""
+        return CacheState(
+            num_bytes=self.num_bytes,
+            limit_bytes=self._spec.cache_bytes,
+            hits=self._hits,
+            misses=self._misses,
+            evictions=self._evictions,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -111,7 +130,7 @@ class Generation:
         if request.stateless:
             sequences = self._client_cache(request)
         else:
-            sequences = self._session_cache(session, request)
+            sequences = self._found(session, request)
         sequences.used = self._clock()
         self._waiting[session] = Pending(
             call=call,
@@ -138,6 +157,8 @@ class Generation:
         shares = self._next_shares()
         # Stored before the pass runs, so that `fail_pass` finds it.
         self._in_pass = [pending for pending, _ in shares]
+        self.begun = [each.call for each in self._in_pass if not each.out]
+        self.last_pass = len(shares), sum(pending.rows * tokens for pending, tokens in shares)
         self._reserve()
         segments = [self._next_piece(pending, tokens) for pending, tokens in shares]
         if self._trunk.training:
@@ -193,6 +214,16 @@ class Generation:
             rows=request.smashed_BTD.shape[0],
             mask_BT=None if mask_BT is None else mask_BT[:, : request.past].to(self._device),
         )
+
+    def _found(self, session: str, request: GenerateRequest) -> SequenceCache:
+        """Return the session's cache, and count whether the tokens before the request are in it."""
+        try:
+            sequences = self._session_cache(session, request)
+        except SessionLost:
+            self._misses += 1
+            raise
+        self._hits += request.past > 0
+        return sequences
 
     def _session_cache(self, session: str, request: GenerateRequest) -> SequenceCache:
         """Return the session's cache, cropped and reordered as the request asks."""
@@ -352,6 +383,7 @@ class Generation:
         busy = {pending.call.session for pending in self._in_pass}
         while over > 0 and (session := first_to_go(self._caches, busy)):
             over -= self._caches[session].num_bytes
+            self._evictions += 1
             log.info("dropped a cache of %s to make room", self._caches[session].client)
             self._lose(session, "other sessions needed the memory; send its tokens again")
 

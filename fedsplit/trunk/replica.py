@@ -14,6 +14,7 @@ from torch import Tensor
 from fedsplit.errors import StaleVersion, TooLarge
 from fedsplit.optimization import clip_coefficient, squared_norm, unscale
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.events import StepTaken
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.combine import Gradients
 from fedsplit.trunk.compute import Compute
@@ -42,7 +43,8 @@ class Work:
     `barrier_version` is the number of barriers that had closed when the work began,
     `num_positions` the sequences times tokens of its backwards, and `sq_norm` the squared norm of
     its `gradients`. Work that is `outdated` has lost its version and cannot continue; that which
-    `is_clipped` was changed by the guard.
+    `is_clipped` was changed by the guard. `staleness` is the number of barriers that had closed
+    since the work began when it was contributed.
     """
 
     replica: "Replica"
@@ -54,6 +56,7 @@ class Work:
     passes: list[StoredPass] = field(default_factory=list)
     outdated: bool = False
     is_clipped: bool = False
+    staleness: int = 0
 
     def __post_init__(self) -> None:
         self.replica.versions.pin(self.version)
@@ -184,6 +187,7 @@ class Replica:
         work.is_clipped = clip(
             work.gradients.values(), sq_norm, trunk_sq_norm, bounds.clip, self._run.train
         )
+        work.staleness = self.barrier.version - work.barrier_version
         decision = self.notify(
             aggregator.Contributed(
                 client=client, version=work.barrier_version, num_tokens=request.num_tokens
@@ -206,14 +210,15 @@ class Replica:
             most=bounds.clip,
             loss_scale=request.loss_scale,
             step=place,
+            num_tokens=request.num_tokens,
             passes=work.passes,
         )
         return StepReply(version=self.versions.current + 1)
 
-    def step_if_due(self, lr_scale: float) -> bool:
-        """Step if a step is due, with this factor on the learning rate; return whether it was."""
+    def step_if_due(self, lr_scale: float) -> StepTaken | None:
+        """Step if a step is due, with this factor on the learning rate; return the step."""
         if self._due is None:
-            return False
+            return None
         due, self._due = self._due, None
         contributions = self._bounded([self._contributions.pop(each) for each in due.weights])
         # `due.weights` is sorted by client, and so are the contributions. Their norms are added
@@ -232,7 +237,16 @@ class Replica:
         step.take(contributions)
         self._update.after_step(step)
         self.steps += step.taken
-        return True
+        return StepTaken(
+            version=self.versions.current,
+            clients=tuple(due.weights),
+            num_tokens=sum(each.num_tokens for each in contributions),
+            taken=step.taken,
+            lr=self._run.train.lr_at(step.position) * due.scale * lr_scale,
+            gradient_norm=sum(
+                due.weights[each.client] * each.sq_norm**0.5 for each in contributions
+            ),
+        )
 
     def _bounded(self, contributions: Sequence[Contribution]) -> Sequence[Contribution]:
         """Return the contributions of a step; of the first steps, those that stand out clipped."""

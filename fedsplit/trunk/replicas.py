@@ -39,7 +39,8 @@ class Replicas:
 
     def __iter__(self) -> Iterator[Replica]:
         yield self.shared
-        yield from self._own.values()
+        # A copy, because another thread may ask for counts.
+        yield from tuple(self._own.values())
 
     @property
     def num_own(self) -> int:

@@ -63,6 +63,7 @@ class Scheduler:
         Raises:
             FedsplitError: The reason that the scheduler was closed with.
         """
+        call.submitted_at = self._clock()
         # The lock makes check and put one operation: a call after `close` would never be answered.
         with self._lock:
             if self.closed:

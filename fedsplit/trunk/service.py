@@ -116,7 +116,7 @@ class TrunkService:
         self.decoder.forget(client)
         self.engine.work.take(client)
         if not self.engine.ended.done():
-            self.engine.run(lambda: self.engine.training.forget_client(client))
+            self.engine.run(lambda: self.engine.forget_client(client))
         return True
 
     def resume(self, steps: Mapping[str, AcceptedStep]) -> None:

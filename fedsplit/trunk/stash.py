@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsplit.errors import ActivationExpired
+from fedsplit.telemetry.events import CacheState
 from fedsplit.trunk.batched_pass import BatchedForward
 from fedsplit.trunk.compute import Inputs
 from fedsplit.trunk.replica import Replica
@@ -34,6 +35,9 @@ class Graph:
 class Stash:
     """The graphs of all sessions, oldest first.
 
+    `hits`, `misses` and `evictions` count the graphs that a backward found, those that it did not
+    find, and those that were dropped to make room.
+
     Args:
         budget_bytes: The most that all graphs may hold together. To make room for a new graph, the
             oldest graphs of the session that would hold most are dropped. Those of a batched pass
@@ -41,9 +45,20 @@ class Stash:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self.num_bytes = 0
+        self.num_bytes = self.hits = self.misses = self.evictions = 0
         self._budget = budget_bytes
         self._graphs: dict[tuple[str, int], Graph] = {}
+
+    @property
+    def state(self) -> CacheState:
+        """What it holds and has counted; any thread may ask."""
+        return CacheState(
+            num_bytes=self.num_bytes,
+            limit_bytes=self._budget,
+            hits=self.hits,
+            misses=self.misses,
+            evictions=self.evictions,
+        )
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -53,8 +68,10 @@ class Stash:
         # A repeated forward has the same name, and its graph replaces that of the first.
         dropped = self.drop(session, call)
         # The new graph is kept even if it alone is over the budget, or no step could be made.
+        replaced = len(dropped)
         while self._graphs and _bytes_of([*self._graphs.values(), graph]) > self._budget:
             dropped += self._drop_pass(self._first_to_go(session, graph.num_bytes))
+        self.evictions += len(dropped) - replaced
         self._graphs[session, call] = graph
         self.num_bytes = _bytes_of(self._graphs.values())
         return dropped
@@ -67,10 +84,12 @@ class Stash:
         """
         graphs = self.drop(session, call)
         if not graphs:
+            self.misses += 1
             raise ActivationExpired(
                 f"the graph of call {call} is gone (older than wire.stash_ttl_s, or all graphs "
                 "took more than wire.stash_bytes at the trunk); repeat the forward"
             )
+        self.hits += 1
         return graphs[0]
 
     def drop(self, session: str, call: int) -> list[Graph]:

@@ -15,6 +15,7 @@ from fedsplit.errors import BadTensor, CheckpointError, ProtocolError
 from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.events import CacheState, StepTaken
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.batched_pass import BackwardResult, BatchedForward, BatchedPass
 from fedsplit.trunk.call import Call, Kind
@@ -78,9 +79,14 @@ class Training:
         return self._replicas.position
 
     @property
-    def stashed_bytes(self) -> int:
-        """Bytes of activations that are kept for outstanding backwards."""
-        return self._stash.num_bytes
+    def stash_state(self) -> CacheState:
+        """The graphs that are kept for outstanding backwards; any thread may ask."""
+        return self._stash.state
+
+    @property
+    def num_present(self) -> int:
+        """The number of clients that are in the middle of training; any thread may ask."""
+        return sum(len(replica.barrier.present) for replica in self._replicas)
 
     @property
     def num_replicas(self) -> int:
@@ -250,19 +256,24 @@ class Training:
             require_plausible(call.request, work.num_positions, self._run)
             call.request = counted(call.request, self._run)
             del self._works[call.session]
+            call.work = work
             usual = work.replica.guard.bounds_of(call.client)
             bounds = self.quarantine.bounds_of(call.client, usual)
             reply = work.replica.contribute(call.client, work, call.request, bounds, now)
         self.quarantine.accept(call.client, clipped=work.is_clipped)
         return reply
 
-    def step_if_due(self) -> None:
-        """Take the steps that barriers have decided on."""
+    def step_if_due(self) -> list[StepTaken]:
+        """Take the steps that barriers have decided on; return them."""
+        steps = []
         for replica in self._replicas:
             # On a virtual clock, a slow client's backward may arrive after steps of a later virtual
             # time. Its staleness is decided at the virtual time of its own step.
-            if replica.step_if_due(self.lr_scale) and not self._run.policy.sim_slowdown:
-                self._drop_outdated(replica)
+            if step := replica.step_if_due(self.lr_scale):
+                steps.append(step)
+                if not self._run.policy.sim_slowdown:
+                    self._drop_outdated(replica)
+        return steps
 
     # --- replicas and checkpoints -------------------------------------------------------------
 

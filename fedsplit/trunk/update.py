@@ -35,7 +35,8 @@ class Contribution:
     `client_sq_norm`, the squared norm of the gradients at the client. `norm` is the norm of the
     clipped gradients alone, and `most` the bound of the guard on it.
     `loss_scale` is the factor in the gradients of `passes`, which are kept if the update
-    `keeps_passes`. `step` is the place of the step in the schedule.
+    `keeps_passes`. `step` is the place of the step in the schedule, and `num_tokens` are the
+    tokens of the client.
     """
 
     client: str
@@ -46,6 +47,7 @@ class Contribution:
     most: float
     loss_scale: float
     step: int
+    num_tokens: int
     passes: Sequence[StoredPass]
 
     def clipped(self, most: float) -> "Contribution":
@@ -119,7 +121,8 @@ class TrunkUpdate:
 class TrunkStep:
     """A step of one set of parameters, which `TrunkUpdate.after_step` can continue.
 
-    `taken` is the number of optimizer steps. Further steps use the weights, the position in the
+    `taken` is the number of optimizer steps, and `position` the place of the first one in the
+    learning rate schedule. Further steps use the weights, the position in the
     learning rate schedule and the clipping of the first one.
 
     Args:
@@ -144,7 +147,7 @@ class TrunkStep:
         self.contributions = contributions
         self.taken = 0
         self._weights = weights
-        self._position = max(each.step for each in contributions)
+        self.position = max(each.step for each in contributions)
         self._scale = scale
         self._update = update
         self._versions = versions
@@ -153,7 +156,7 @@ class TrunkStep:
     def take(self, contributions: Sequence[Contribution]) -> None:
         """Combine contributions and take an optimizer step with the result."""
         gradients = self._update.combine(contributions, self._weights)
-        self._versions.step(gradients, self._position, self._scale)
+        self._versions.step(gradients, self.position, self._scale)
         self.taken += 1
 
     def run_again(self, stored: StoredPass) -> dict[str, Tensor | None]:

@@ -6,8 +6,8 @@ peak of the bytes of all live tensors; see `simulations/memory.py`.
 
 from dataclasses import dataclass, replace
 
-from fedsplit.runs.metrics import in_mib
 from fedsplit.spec import DataSpec, ModelSpec, RunSpec, SplitSpec, TrainSpec
+from fedsplit.telemetry.round import in_mib
 from simulations.bench.models import GPT2_SMALL, TOY, Shape
 from simulations.bench.report import Report, in_turns
 from simulations.memory import computed, resident

@@ -4,7 +4,8 @@ import json
 import math
 from dataclasses import replace
 
-from fedsplit.runs.metrics import RoundStats, closing_table, line_of, parse
+from fedsplit.runs.metrics import closing_table
+from fedsplit.telemetry.round import RoundStats, line_of, parse
 
 
 def stats(**changes: float) -> RoundStats:

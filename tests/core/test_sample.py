@@ -9,8 +9,9 @@ from fedsplit.data.corpora import Corpus, Document
 from fedsplit.model.build import split_model
 from fedsplit.model.join import join_model
 from fedsplit.runs import sample
-from fedsplit.runs.metrics import RoundStats, closing_table
+from fedsplit.runs.metrics import closing_table
 from fedsplit.runs.sample import SAMPLE_TOKENS, sample_of
+from fedsplit.telemetry.round import RoundStats
 from simulations.families import random_model
 
 

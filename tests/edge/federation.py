@@ -20,8 +20,8 @@ from fedsplit.data import Batch, hold_out, load_corpus, shard, tokenize, trainin
 from fedsplit.flower import client_app, server_app
 from fedsplit.flower.inline import run_inline
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.round import RoundStats
 
 WORDS = "the of and to in is that it was for on are as with his they at be this from".split()
 TINY = (

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fedsplit.runs.metrics import RoundStats
+from fedsplit.telemetry.round import RoundStats
 
 
 def round_stats(number: int, loss: float, **changes: float) -> RoundStats:

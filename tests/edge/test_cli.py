@@ -23,8 +23,8 @@ from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model import ClientPart, TrunkPart, connect, initial_parts
 from fedsplit.model.checkpoint import load_part, model_fingerprint, split_checkpoint
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec, SplitSpec, WireSpec
+from fedsplit.telemetry.round import RoundStats
 from fedsplit.wire import messages as m
 from simulations.bench.certificate import self_signed
 from tests.edge.commands import COMMAND

@@ -27,7 +27,7 @@ def leave(tmp_path: Path) -> Leave:
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(to_yaml(replace(run, name=folder.name)))
         for number, loss in enumerate(losses, start=1):
-            RunFolder(folder).append(round_stats(number, loss, **changes))
+            RunFolder(folder).metrics.append(round_stats(number, loss, **changes))
         return folder
 
     return make

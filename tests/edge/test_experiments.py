@@ -20,8 +20,8 @@ from fedsplit.model.describe import config_of
 from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer
 from fedsplit.runs.compare import Group, Run
-from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import PolicySpec, RunSpec, ShardingSpec
+from fedsplit.telemetry.round import RoundStats
 from simulations.experiments import convergence, noniid, straggler
 from simulations.memory import computed
 from simulations.run import main

@@ -21,7 +21,7 @@ from fedsplit.flower.strategy.aggregate import fedasync, fedbuff, with_dtypes_of
 from fedsplit.flower.strategy.state import load_state_into, state_of
 from fedsplit.model.describe import config_of, parts_of
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import RoundStats
+from fedsplit.telemetry.round import RoundStats
 from tests.edge.federation import SGD, client_that, federate, joined, spec_for
 
 GoOn = Callable[[], Message]

@@ -16,7 +16,7 @@ from fedsplit.flower import client_app
 from fedsplit.flower.strategy.coordinator import RoundCoordinator
 from fedsplit.flower.strategy.round_policy import Decision, Event
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.metrics import RoundStats
+from fedsplit.telemetry.round import RoundStats
 from tests.edge.federation import client_that, federate, joined, spec_for, without_seconds
 
 GoOn = Callable[[], Message]

@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from fedsplit.config import compose
 from fedsplit.flower import client_app
 from fedsplit.flower.strategy.round_metrics import RoundMetrics, numbers_of
-from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.round import RoundStats
 from fedsplit.trunk.norm_guard import GuardCounts
 from tests.edge.federation import federate
 from tests.house.source import tree

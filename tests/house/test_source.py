@@ -22,6 +22,7 @@ DOORS = {  # they answer a caller who is somewhere else, or end a program
     "fedsplit/flower/strategy/tracker.py",
     "fedsplit/flower/withheld.py",
     "fedsplit/transport/calls.py",
+    "fedsplit/telemetry/sinks.py",
     "fedsplit/trunk/engine.py",
     "simulations/fuzzing/campaign.py",
     "simulations/schedules/turns.py",

@@ -40,9 +40,9 @@ from fedsplit.flower.strategy.wrapping import WrappingStrategy
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model.stage import TrunkPart
 from fedsplit.runs.folder import new_run_id
-from fedsplit.runs.metrics import RoundStats
 from fedsplit.spec import RunSpec
 from fedsplit.spec.federation import POLICIES
+from fedsplit.telemetry.round import RoundStats
 from fedsplit.trunk.update import TrunkUpdate
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]

@@ -18,6 +18,7 @@ from fedsplit.flower.reply import MAX_NUMBER
 from fedsplit.flower.strategy.base import SplitStrategy
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model.stage import TrunkPart
+from fedsplit.telemetry.sinks import Telemetry
 from fedsplit.trunk.norm_guard import GuardCounts
 from fedsplit.trunk.work_counts import WorkCount
 
@@ -62,6 +63,9 @@ class NoTrunkHost:
 
     def renew(self) -> None:
         """Do nothing: there is no trunk."""
+
+    def observe(self, telemetry: Telemetry) -> None:
+        """Do nothing: no trunk has events."""
 
     def scale_lr(self, factor: float) -> None:
         """Do nothing: the clients have the only optimizers."""

@@ -5,7 +5,7 @@ from logging import INFO
 
 from flwr.common.logger import log
 
-from fedsplit.runs.metrics import RoundStats
+from fedsplit.telemetry.round import RoundStats
 
 
 class EarlyStopping:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from flwr.app import ArrayRecord
 
-from fedsplit.runs.metrics import RoundStats
+from fedsplit.telemetry.round import RoundStats
 
 
 class Recorder(Protocol):

@@ -13,8 +13,9 @@ from fedsplit.data import TASKS
 from fedsplit.errors import FedsplitError, GradExploded, NonFinite
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes
 from fedsplit.flower.reply import content_of, peer_text
-from fedsplit.runs.metrics import RoundStats, bits_per_byte
+from fedsplit.runs.metrics import bits_per_byte
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.round import RoundStats
 from fedsplit.trunk.norm_guard import GuardCounts
 
 Numbers = Mapping[str, float]

@@ -1,0 +1,1 @@
+"""The events of training and generation, and the sinks that they go to."""
