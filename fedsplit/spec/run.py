@@ -3,9 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from typing import Annotated, Any
 
 from fedsplit.errors import ConfigError
@@ -16,6 +15,7 @@ from fedsplit.spec.checks import (
     OneOf,
     check_fields,
 )
+from fedsplit.spec.conflicts import CONFLICTS
 from fedsplit.spec.data import TASKS, DataSpec, ShardingSpec
 from fedsplit.spec.federation import ClientWeightsSpec, PolicySpec, StrategySpec
 from fedsplit.spec.generation import GenerationSpec
@@ -97,191 +97,6 @@ class SweepSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Conflict:
-    """Two settings of a run by their dotted names, the test that finds a conflict, and its error.
-
-    `why` is a format string; `setting` and `run` are its fields.
-    """
-
-    setting: str
-    other: str
-    when: Callable[[Any, Any], object]
-    why: str
-
-    def check(self, run: "RunSpec") -> None:
-        """Raise ConfigError if the two settings conflict in this run."""
-        if self.when(*attrgetter(self.setting, self.other)(run)):
-            raise ConfigError(self.why.format(setting=self.setting, run=run))
-
-
-_NO_TRUNK = (
-    "baseline={run.baseline} has no trunk: it takes neither policy.sim_slowdown nor "
-    "train.mode={run.train.mode}"
-)
-_NO_STEPS = (
-    "{setting} goes by the trunk's steps, and in train.mode={run.train.mode} it takes none; use "
-    "train.mode=joint"
-)
-_OWN_TIME = (
-    "train.clients_per_pass={run.train.clients_per_pass} has clients wait for one another, but "
-    "with policy=async or policy.sim_slowdown each goes by its own time; use one of the two"
-)
-
-_OF_SEALED: dict[str, tuple[Any, ...]] = {
-    "policy.kind": ("sync",),
-    "client_weights.strategy": ("flwr.serverapp.strategy.FedAvg",),
-    "client_weights.personal": ("none", "bottom", "top"),
-    "wire.client_weights": ("none",),
-    "train.local_epochs": (0,),
-    "baseline": ("none",),
-}
-"""The values of other settings that sealed client weights go with."""
-
-_OF_WRAPPED: dict[str, tuple[Any, ...]] = {
-    "policy.kind": ("sync",),
-    "policy.missing": ("wait",),
-    "client_weights.sealed": (False,),
-    "client_weights.personal": ("none", "bottom", "top"),
-    "baseline": ("none", "fedavg", "no_trunk"),
-}
-"""Those that a wrapper of the strategy for the client weights goes with."""
-
-
-def _only_with(setting: str, why: str, other: str, allowed: tuple[Any, ...]) -> _Conflict:
-    """Return the conflict of a setting that is on with any other value of another one."""
-
-    def is_conflict(is_on: object, value: Any) -> bool:
-        return bool(is_on) and value not in allowed
-
-    return _Conflict(
-        setting=setting,
-        other=other,
-        when=is_conflict,
-        why=f"{setting} {why}, and does not go with {other}={{run.{other}}}; set "
-        f"{other}={allowed[0]}",
-    )
-
-
-# The order decides which error is reported for a run with several conflicts.
-_CONFLICTS = (
-    _Conflict(
-        setting="task",
-        other="data.kind",
-        when=lambda task, data: (task == "image_classification") != (data == "digits"),
-        why="task={run.task} does not go with data={run.data.kind}; images are data=digits with "
-        "task=image_classification",
-    ),
-    _Conflict(
-        setting="baseline",
-        other="policy.sim_slowdown",
-        when=lambda baseline, slowdown: baseline != "none" and slowdown,
-        why=_NO_TRUNK,
-    ),
-    _Conflict(
-        setting="baseline",
-        other="train.mode",
-        when=lambda baseline, mode: baseline != "none" and mode != "joint",
-        why=_NO_TRUNK,
-    ),
-    _Conflict(
-        setting="privacy.kind",
-        other="baseline",
-        when=lambda privacy, baseline: privacy != "off" and baseline != "none",
-        why="privacy={run.privacy.kind} is noise at the cut, and baseline={run.baseline} has none; "
-        "set privacy=off",
-    ),
-    _Conflict(
-        setting="privacy.kind",
-        other="task",
-        when=lambda privacy, task: privacy != "off" and task == "image_classification",
-        why="privacy={run.privacy.kind} is for text, and its statistics are those of tokens; set "
-        "privacy=off for task={run.task}",
-    ),
-    _Conflict(
-        setting="privacy.audit",
-        other="client_weights_codec",
-        when=lambda audit, codec: audit == "end" and codec == "sealed",
-        why="privacy.audit=end reads the joined model, and with client_weights.sealed a server has "
-        "none; join it at a client, and audit that: fedsplit audit DIR --split ...",
-    ),
-    _Conflict(
-        setting="privacy.audit",
-        other="task",
-        when=lambda audit, task: audit == "end" and task != "causal_lm",
-        why="privacy.audit=end reads language models, and task={run.task} makes none",
-    ),
-    _Conflict(
-        setting="privacy.audit",
-        other="baseline",
-        when=lambda audit, baseline: audit == "end" and baseline != "none",
-        why="privacy.audit=end reads what passes the cut, and baseline={run.baseline} has none",
-    ),
-    _Conflict(
-        setting="privacy.kind",
-        other="train.mode",
-        when=lambda privacy, mode: privacy == "strict" and mode != "isolated",
-        why="with privacy=strict no gradient leaves a client, so the trunk stays as it is, but "
-        "train.mode={run.train.mode} sends gradients, which determine the labels; set "
-        "train.mode=isolated, or privacy=noise",
-    ),
-    _Conflict(
-        setting="privacy.kind",
-        other="client_weights_codec",
-        when=lambda privacy, codec: privacy == "strict" and codec not in ("sealed", "nothing"),
-        why="with privacy=strict the server gets no client weights that it can read, from which "
-        "it would learn the words and the map to the cut; set client_weights=sealed or "
-        "client_weights=personal, or privacy=noise",
-    ),
-    *(
-        _only_with("client_weights.sealed", "is FedAvg of the clients of a round", *each)
-        for each in _OF_SEALED.items()
-    ),
-    *(
-        _only_with("client_weights.wrap", "has noise for all clients of a round", *each)
-        for each in _OF_WRAPPED.items()
-    ),
-    _Conflict(
-        setting="wire.client_weights",
-        other="shares_client_weights",
-        when=lambda codec, shares: codec != "none" and not shares,
-        why="wire.client_weights={run.wire.client_weights} has nothing to compress: no client "
-        "sends client weights; set wire.client_weights=none",
-    ),
-    _Conflict(
-        setting="wire.history_bytes",
-        other="train.mode",
-        when=lambda history_bytes, mode: history_bytes and mode != "joint",
-        why=_NO_STEPS,
-    ),
-    _Conflict(
-        setting="policy.sim_slowdown",
-        other="train.mode",
-        when=lambda slowdown, mode: slowdown and mode != "joint",
-        why=_NO_STEPS,
-    ),
-    _Conflict(
-        setting="policy.missing",
-        other="train.save_every",
-        when=lambda missing, save_every: missing == "wait" and not save_every,
-        why="policy.missing=wait repeats a round from the last checkpoint, and with "
-        "train.save_every=0 there is none; set train.save_every=1, or policy.missing=drop",
-    ),
-    _Conflict(
-        setting="train.clients_per_pass",
-        other="policy.kind",
-        when=lambda clients, policy: clients > 1 and policy == "async",
-        why=_OWN_TIME,
-    ),
-    _Conflict(
-        setting="train.clients_per_pass",
-        other="policy.sim_slowdown",
-        when=lambda clients, slowdown: clients > 1 and slowdown,
-        why=_OWN_TIME,
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
     """All settings of one run; each group of them has a class of its own.
 
@@ -332,7 +147,7 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for conflict in _CONFLICTS:
+        for conflict in CONFLICTS:
             conflict.check(self)
         # The virtual clock stops at the next event of a client that waits for a free worker.
         if self.policy.sim_slowdown and 0 < self.launch.workers < self.clients:
