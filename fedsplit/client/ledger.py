@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS releases (
 ) WITHOUT ROWID
 """
 _ADD = "INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)"
-_BITS = "SELECT SUM(bits) FROM releases WHERE kind = ? AND example = ? AND place = ?"
+_BITS = "SELECT SUM(bits) FROM releases WHERE example = ? AND place = ?"
 _ALL = "SELECT COUNT(DISTINCT example), SUM(num_rows) FROM releases WHERE kind = ?"
 _OF_ROWS = """
 SELECT MAX(sq_mu), MAX(bits) FROM (
@@ -40,9 +40,7 @@ SELECT MAX(sq_mu), MAX(bits) FROM (
 )
 """
 _OF_TEXTS = """
-SELECT MAX(sq_mu) FROM (
-    SELECT SUM(num_rows * sq_mu) AS sq_mu FROM releases WHERE kind = ? GROUP BY example
-)
+SELECT MAX(sq_mu) FROM (SELECT SUM(num_rows * sq_mu) AS sq_mu FROM releases GROUP BY example)
 """
 _Release = tuple[str, bytes, int, bytes, int, float, float]
 
@@ -55,7 +53,7 @@ class Spent:
         num_texts: The number of texts.
         num_rows: The number of rows of all texts; a repeat with the same bytes is none.
         row_epsilon: Epsilon of one row in place of any other, at `DELTA`.
-        sequence_epsilon: Epsilon of all rows of a text.
+        sequence_epsilon: Epsilon of all releases of a text, of every kind.
         bits: The most bits that rows tell of a token.
     """
 
@@ -78,7 +76,8 @@ class Ledger:
 
     Args:
         file: The database; it outlasts the process.
-        budget_bits: The most bits of a token that the rows of its text may tell (0: no bound).
+        budget_bits: The most bits of a token that the rows and the gradients of its text may tell
+            together (0: no bound).
 
     Raises:
         StorageError: The file cannot be opened.
@@ -100,12 +99,12 @@ class Ledger:
                 "released before, so restore it from a copy"
             ) from exc
 
-    def release(self, kind: str, examples: Sequence[bytes] | None, rows_BTD: Any, z: float) -> None:
+    def release(self, kind: str, examples: Sequence[bytes], rows_BTD: Any, z: float) -> None:
         """Count rows that are about to be sent, one whole sequence for each text.
 
         Args:
             kind: `rows` of hidden states, or `labels`, for rows of the gradient.
-            examples: The digests of the texts; None for texts that are their rows.
+            examples: The digests of the texts.
             rows_BTD: The noisy rows as a NumPy array.
             z: The size of the noise, in radii.
 
@@ -116,7 +115,7 @@ class Ledger:
         _, T, D = rows_BTD.shape
         digests = [hashlib.sha256(rows_TD.tobytes()).digest() for rows_TD in rows_BTD]
         cost = (2.0 / z) ** 2, bits_of(z, D)
-        named = zip(examples or digests, digests, strict=True)
+        named = zip(examples, digests, strict=True)
         self._add([(kind, example, 0, digest, T, *cost) for example, digest in named])
 
     def release_tokens(self, kind: str, text: bytes, place: int, rows_BTD: Any, z: float) -> None:
@@ -149,12 +148,12 @@ class Ledger:
             with self._lock, self._database:
                 self._database.executemany(_ADD, releases)
                 if self._budget_bits:
-                    for place in dict.fromkeys(release[:3] for release in releases):
+                    for place in dict.fromkeys(release[1:3] for release in releases):
                         self._require_budget(place)
         except sqlite3.Error as exc:
             raise StorageError(f"the ledger {self._file} cannot be written: {exc}") from exc
 
-    def _require_budget(self, place: tuple[str, bytes, int]) -> None:
+    def _require_budget(self, place: tuple[bytes, int]) -> None:
         ((bits,),) = self._database.execute(_BITS, place)
         if bits > self._budget_bits:
             raise PrivacyBudget(
@@ -169,10 +168,10 @@ class Ledger:
         Raises:
             StorageError: The file cannot be read.
         """
-        queries = (_ALL, _OF_ROWS, _OF_TEXTS)
+        queries = ((_ALL, (kind,)), (_OF_ROWS, (kind,)), (_OF_TEXTS, ()))
         try:
             with self._lock:
-                found = [self._database.execute(each, (kind,)).fetchone() for each in queries]
+                found = [self._database.execute(*each).fetchone() for each in queries]
         except sqlite3.Error as exc:
             raise StorageError(f"the ledger {self._file} cannot be read: {exc}") from exc
         (texts, rows), (sq_mu, bits), (sequence_sq_mu,) = found

@@ -28,6 +28,7 @@ from torch import Tensor
 from fedsplit.client.keys import kept_key, new_key, require_key
 from fedsplit.client.ledger import Ledger
 from fedsplit.errors import ConfigError
+from fedsplit.spec.privacy import LEAST_NOISE
 
 _GRID = 1024
 """The steps of the grid of released rows in one standard deviation of the noise."""
@@ -156,7 +157,7 @@ class _Step:
     """What a shield knows of the text of a forward.
 
     Attributes:
-        examples: What names the text of each sequence in the ledger; None for the rows themselves.
+        examples: What names the text of each sequence in the ledger; None if nobody said.
         factor: What the gradient of one token's loss is multiplied with.
         generation: The name of a text that grows; None for whole sequences.
         place: The number of its tokens before these.
@@ -187,10 +188,12 @@ class Shield:
         bypass: Whether only the trunk's own contribution is computed from noisy rows. Without it,
             and without `shrink`, the noise is that of other frameworks.
         shrink: Whether rows are shrunk.
-        ledger: Counts what is released, and refuses what would exceed its budget.
+        ledger: Counts what is released, and refuses what would exceed its budget. It needs the
+            names of texts: run each forward in the context `of`. A generation is a text of its own.
 
     Raises:
-        ConfigError: A size of noise is none, or the gradient has noise and no radius.
+        ConfigError: A size of noise is none, the public rows have no radius, or the gradient has
+            noise and no radius.
     """
 
     def __init__(
@@ -206,11 +209,19 @@ class Shield:
         shrink: bool = True,
         ledger: Ledger | None = None,
     ) -> None:
-        if not 0 <= z < math.inf:
-            raise ConfigError(f"z={z}: give a size of noise from 0 on")
+        if z and not LEAST_NOISE <= z < math.inf:
+            raise ConfigError(f"z={z}: give a size of noise of {LEAST_NOISE:g} or more, or 0")
+        if z and not 0 < public.radius < math.inf:
+            raise ConfigError(
+                f"the public rows have a radius of {public.radius}, so noise in units of it hides "
+                "nothing; give other public text, and look whether the weights are those of a model"
+            )
         if gradient not in ("send", "none"):
-            if isinstance(gradient, str) or not 0 <= gradient < math.inf:
-                raise ConfigError(f"gradient={gradient!r}: give send, none or a size of noise")
+            if isinstance(gradient, str) or not LEAST_NOISE <= gradient < math.inf:
+                raise ConfigError(
+                    f"gradient={gradient!r}: give send, none or a size of noise of "
+                    f"{LEAST_NOISE:g} or more"
+                )
             if not 0 < grad_radius < math.inf:
                 raise ConfigError(
                     f"gradient={gradient} is in units of grad_radius={grad_radius}; give the "
@@ -253,12 +264,12 @@ class Shield:
             PrivacyBudget: The ledger allows no further release of an example; nothing was sent.
         """
         step = self._step_of(named.get("cache"))
-        sent_BTD = self._released(step, hidden_BTD) if self._sigma else hidden_BTD
+        sent_BTD = self._released(step, hidden_BTD) if self._z else hidden_BTD
         out_BTD = self._trunk(sent_BTD, *inputs, **named)
         if self._gradient not in ("send", "none") and out_BTD.requires_grad:
             # A backward may run in another thread.
             out_BTD.register_hook(partial(self._noisy_gradient, step))
-        is_changed = self._sigma or self._gradient != "send"
+        is_changed = self._z or self._gradient != "send"
         added_BTD = out_BTD - sent_BTD if self._bypass and is_changed else out_BTD
         if self._gradient == "none":
             # With the bypass, the bottom still learns through the residual stream.
@@ -275,9 +286,7 @@ class Shield:
     def _released(self, step: _Step, hidden_BTD: Tensor) -> Tensor:
         # On the CPU, where the noise and the statistics are.
         rows_BTD = self._public.clipped(hidden_BTD.float().cpu()) - self._public.mean_D
-        noisy_BTD = _on_grid(
-            rows_BTD + self._sigma * self._key.normals(rows_BTD, "rows"), self._sigma
-        )
+        noisy_BTD = self._noisy(rows_BTD, "rows", self._sigma)
         self._count(step, "rows", noisy_BTD, self._z)
         if self._map_DD is not None:
             noisy_BTD = noisy_BTD @ self._map_DD
@@ -285,12 +294,14 @@ class Shield:
 
     def _noisy_gradient(self, step: _Step, grad_BTD: Tensor) -> Tensor:
         z, radius = float(self._gradient), self._grad_radius * step.factor
-        rows_BTD = clipped(grad_BTD.float().cpu(), radius)
-        noise_BTD = z * radius * self._key.normals(rows_BTD, "gradient")
-        noisy_BTD = _on_grid(rows_BTD + noise_BTD, z * radius) if z else rows_BTD
-        if z:
-            self._count(step, "labels", noisy_BTD, z)
+        noisy_BTD = self._noisy(clipped(grad_BTD.float().cpu(), radius), "labels", z * radius)
+        self._count(step, "labels", noisy_BTD, z)
         return noisy_BTD.to(grad_BTD)
+
+    def _noisy(self, rows_BTD: Tensor, kind: str, sigma: float) -> Tensor:
+        # Two sizes of the same noise would cancel, and leave the row.
+        noise_BTD = sigma * self._key.normals(rows_BTD, f"{kind} {sigma.hex()}")
+        return _on_grid(rows_BTD + noise_BTD, sigma)
 
     def _count(self, step: _Step, kind: str, rows_BTD: Tensor, z: float) -> None:
         if not self._ledger:
@@ -298,6 +309,11 @@ class Shield:
         rows = rows_BTD.detach().numpy()
         if step.generation:
             self._ledger.release_tokens(kind, step.generation, step.place, rows, z)
+        elif step.examples is None:
+            raise ConfigError(
+                "the ledger does not know of which text these rows are, so nothing was sent; run "
+                "the forward in `with shield.of(input_ids):`"
+            )
         else:
             self._ledger.release(kind, step.examples, rows, z)
 

@@ -183,8 +183,11 @@ class Node:
 def _privacy_of(run: RunSpec, settings: UserConfig) -> PrivacySpec:
     """Return the privacy of a node: the run's, with what the node's config sets.
 
+    If the node sets `privacy`, the noise that it does not set is at least that of the default.
+
     Raises:
-        ConfigError: A value is not allowed, or the run would undo the protection.
+        ConfigError: A value is not allowed, the node sets sizes and no `privacy`, or the run would
+            undo the protection.
     """
     given = {name: settings[key] for name, key in PRIVACY_KEYS.items() if key in settings}
     for name, value in given.items():
@@ -195,7 +198,20 @@ def _privacy_of(run: RunSpec, settings: UserConfig) -> PrivacySpec:
                 f"{PRIVACY_KEYS[name]}={value!r} in the node's config must be "
                 f"{'a number' if kind is float else 'text'}"
             )
-    privacy = replace(run.privacy, **given)  # type: ignore[arg-type]  # checked above
+    if "kind" not in given and given.keys() - {"public"}:
+        keys = ", ".join(PRIVACY_KEYS[name] for name in given)
+        raise ConfigError(
+            f"{keys} in the node's config has no effect if the run says privacy=off; set privacy "
+            "in the node's config too"
+        )
+    default, run_s = PrivacySpec(), run.privacy
+    if "kind" in given:
+        run_s = replace(
+            run_s,
+            z=max(run_s.z, default.z),
+            gradient_z=max(run_s.gradient_z, default.gradient_z),
+        )
+    privacy = replace(run_s, **given)  # type: ignore[arg-type]  # checked above
     try:
         # Together, they must make a run.
         replace(run, privacy=privacy)

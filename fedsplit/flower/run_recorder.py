@@ -47,6 +47,10 @@ class Method(Protocol):
         """Load what `state` returned."""
         ...
 
+    def count_releases_in(self, file: Path) -> None:
+        """Let an accountant of the client weights count in a file of the run."""
+        ...
+
     @property
     def client_states(self) -> Mapping[str, int]:
         """The ids of the clients' states that go with the server's."""
@@ -133,6 +137,7 @@ class RunRecorder:
                 # A killed process began the run, and wrote no checkpoint.
                 self._folder.forget_after(0)
                 remove_after(self._folder.best, 0)
+            method.count_releases_in(self._folder.path / "releases.txt")
             log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
             self._begin_telemetry()
             yield

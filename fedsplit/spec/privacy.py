@@ -6,6 +6,9 @@ from typing import Annotated
 from fedsplit.errors import ConfigError
 from fedsplit.spec.checks import AtLeast, OneOf, check_fields
 
+LEAST_NOISE = 1e-6
+"""The least size of noise; less would hide nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacySpec:
@@ -22,8 +25,8 @@ class PrivacySpec:
             are sent as they are).
         public: The file of public text whose rows give mean, radius and covariance; empty for
             random tokens.
-        budget_bits (bits): The most that the noisy rows of a text may tell of each of its tokens,
-            over all releases (0: no bound).
+        budget_bits (bits): The most that the noisy rows and gradients of a text may tell of each of
+            its tokens, in the mean over the text and summed over all releases (0: no bound).
         audit: Whether simulations.run measures at the end what a server reads of the run (end).
     """
 
@@ -36,8 +39,14 @@ class PrivacySpec:
 
     def __post_init__(self) -> None:
         check_fields(self, "privacy")
-        if self.kind != "off" and not self.z:
+        if self.kind != "off" and self.z < LEAST_NOISE:
             raise ConfigError(
-                f"privacy={self.kind} with privacy.z=0 has no noise, and the server reads "
-                "everything; set privacy.z, or privacy=off if you mean it"
+                f"privacy={self.kind} with privacy.z={self.z} has no noise, and the server reads "
+                f"everything; set privacy.z to {LEAST_NOISE:g} or more, or privacy=off if you mean "
+                "it"
+            )
+        if 0 < self.gradient_z < LEAST_NOISE:
+            raise ConfigError(
+                f"privacy.gradient_z={self.gradient_z} is no noise; set {LEAST_NOISE:g} or more, "
+                "or 0 to send gradients as they are"
             )

@@ -56,11 +56,15 @@ def test_labels_have_a_ledger_of_their_own(tmp_path: Path):
     assert ledger.spent("labels").num_rows == 8
 
 
-def test_texts_without_a_name_are_their_rows(tmp_path: Path):
-    ledger = Ledger(tmp_path / "ledger.db")
-    ledger.release("rows", None, ROWS, 1.0)
-    ledger.release("rows", None, ROWS + 1, 1.0)
-    assert ledger.spent("rows").num_texts == 4
+def test_rows_and_gradients_of_a_text_add_up(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.db", budget_bits=1.5 * bits_of(0.5, 8))
+    ledger.release("rows", TEXTS[:1], ROWS[:1], 0.5)
+    with pytest.raises(PrivacyBudget, match="one more release of a text would tell up to 4.7 bits"):
+        ledger.release("labels", TEXTS[:1], ROWS[:1], 0.5)
+    ledger.release("labels", TEXTS[:1], ROWS[:1], 1.0)
+    both = ledger.spent("rows").sequence_epsilon
+    assert both == ledger.spent("labels").sequence_epsilon
+    assert both == epsilon((4 * 4.0**2 + 4 * 2.0**2) ** 0.5)
 
 
 def test_a_text_that_grows_tells_each_of_its_tokens_once(tmp_path: Path):
@@ -98,7 +102,7 @@ from fedsplit.client.ledger import Ledger
 
 ledger = Ledger(Path(sys.argv[1]))
 for number in range(5):
-    ledger.release("rows", None, np.full((1, 3, 4), number, np.float32), 1.0)
+    ledger.release("rows", [bytes([number])], np.full((1, 3, 4), number, np.float32), 1.0)
 os.kill(os.getpid(), 9)
 """
 

@@ -1,10 +1,12 @@
 """The shield around a trunk: noise of the stated size on what leaves, and nothing else changes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fedsplit.client.ledger import Ledger
 from fedsplit.client.privacy import NoiseKey, PublicRows, Shield, clipped
 from fedsplit.errors import ConfigError
 from fedsplit.model import connect, split_model
@@ -66,6 +68,44 @@ def test_the_same_rows_are_sent_with_the_same_noise_and_others_with_other_noise(
     assert torch.equal(first, again) and torch.equal(first[1:], second_alone)
     for other in (near, other_key):
         assert float((first - other).norm(dim=-1).min()) > 0.1 * public.radius
+
+
+def test_two_sizes_of_noise_do_not_cancel(public):
+    trunk, hidden_BTD = Trunk(), rows(4, 100, seed=3)
+    for z in (0.5, 0.6):
+        Shield(trunk, public, KEY, z=z, shrink=False)(hidden_BTD)
+    # With the same noise in both, this would be the row itself.
+    solved_BTD = (0.6 * trunk.sent[0] - 0.5 * trunk.sent[1]) / 0.1
+    noise_BTD = solved_BTD - public.clipped(hidden_BTD)
+    assert float(noise_BTD.std()) == pytest.approx(2**0.5 * 3.0 * public.radius, rel=0.02)
+
+
+def test_two_sizes_of_noise_on_gradients_do_not_cancel(public):
+    trunk, weights_BTD = Trunk(), rows(4, 100, seed=4)
+    for gradient in (0.5, 0.6):
+        shield = Shield(trunk, public, KEY, z=0.0, gradient=gradient, grad_radius=1e3)
+        (shield(rows(4, 100, seed=3).requires_grad_()) * weights_BTD).sum().backward()
+    one, other = ((grad_BTD - weights_BTD) / 1e3 for grad_BTD in trunk.gradients)
+    solved_BTD = (0.6 * one - 0.5 * other) / 0.1
+    assert float(solved_BTD.std()) == pytest.approx(2**0.5 * 3.0, rel=0.02)
+
+
+@pytest.mark.parametrize("radius", [0.0, math.nan, math.inf])
+def test_noise_in_units_of_no_radius_is_refused(public, radius):
+    with pytest.raises(ConfigError, match=f"the public rows have a radius of {radius}, so noise"):
+        Shield(Trunk(), replace(public, radius=radius), KEY, z=0.5)
+
+
+def test_a_ledger_needs_to_know_the_texts(public, tmp_path):
+    trunk, ledger = Trunk(), Ledger(tmp_path / "ledger.db")
+    shield = Shield(trunk, public, KEY, z=0.5, ledger=ledger)
+    with pytest.raises(ConfigError, match="of which text these rows are, so nothing was sent"):
+        shield(rows(2, 4, seed=3))
+    assert trunk.sent == [] and ledger.spent("rows").num_rows == 0
+    with shield.of(torch.zeros(2, 4, dtype=torch.long)):
+        shield(rows(2, 4, seed=3))
+    # Both sequences are the same text.
+    assert (ledger.spent("rows").num_texts, ledger.spent("rows").num_rows) == (1, 8)
 
 
 def test_only_the_trunk_s_contribution_is_computed_from_noisy_rows(public):

@@ -1,20 +1,29 @@
 """Client weights in Flower's wrappers of differential privacy: clipping, noise, accountant."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+from flwr.supercore.privacy_accounting import (
+    GaussianPrivacyEvent,
+    NeighboringRelation,
+    PrivacyConfig,
+    SamplingMethod,
+)
+from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 from torch import Tensor
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, DataError, Diverged
 from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT
 from fedsplit.flower.server_app import _client_strategy
 from fedsplit.flower.strategy.noisy_mean import NoisyMean
-from fedsplit.flower.strategy.state import load_state_into, state_of
 from fedsplit.runs.folder import RunFolder
 from tests.edge.federation import client_that, federate, joined, metrics_lines, spec_for
-from tests.edge.resuming import interrupted, resumed
+from tests.edge.resuming import breaking_in, interrupted, resumed
 
 NOISY = "client_weights=noisy", "train.save_every=1"
 ACCOUNTANT = "+client_weights.wrap_options.accountant={target_delta:1e-5}"
@@ -84,24 +93,58 @@ def test_the_accountant_counts_each_round_and_training_ends_with_the_budget(tmp_
     assert lines[-1]["eval_loss"] is not None
 
 
-def test_a_server_that_was_killed_counts_a_round_that_may_have_left_it(tmp_path: Path) -> None:
-    run = spec_for(tmp_path, *NOISY, ACCOUNTANT, "train.rounds=2")
+def test_a_server_that_was_killed_counts_what_had_left_it(tmp_path: Path) -> None:
+    run = spec_for(tmp_path, *NOISY[:1], "train.save_every=2", ACCOUNTANT, "train.rounds=3")
+    # No checkpoint has the first round, so it is trained anew with other noise: three times in each
+    # of two processes before they end, and once more in the third.
     interrupted(run, 2)
-    spent = [line["weights_epsilon"] for line in metrics_lines(resumed(run))]
-    # Its third release is the second round, done again.
-    assert spent == pytest.approx([4.7285, 9.0100], abs=1e-3)
+    with pytest.raises(Diverged, match="the power is gone"):
+        federate(replace(run, resume="auto"), breaking_in(2))
+    lines = metrics_lines(folder := resumed(run))
+    assert (folder.path / "releases.txt").read_text() == "11"
+    assert lines[-1]["weights_epsilon"] == pytest.approx(epsilon_of(11), abs=1e-9)
 
 
-def test_going_back_takes_no_release_back(tmp_path: Path) -> None:
+def test_a_budget_that_is_spent_when_a_run_is_resumed_ends_it(tmp_path: Path) -> None:
+    run = spec_for(tmp_path, *NOISY, BUDGET % 8, "train.rounds=4")
+    folder = interrupted(run, 2)
+    # The second round had left the server, and only the checkpoint of the first is there.
+    (folder.path / "releases.txt").write_text("2")
+    ended = resumed(run)
+    assert ended.is_finished and len(metrics_lines(ended)) == 1 and joined(ended)
+
+
+def epsilon_of(releases: int) -> float:
+    accountant = RdpAccountant(
+        PrivacyConfig(
+            target_delta=1e-5,
+            population_size=3,
+            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+            sampling_method=SamplingMethod.NO_AMPLIFICATION,
+        )
+    )
+    accountant.compose(GaussianPrivacyEvent(1.0, 3, 3), releases)
+    return accountant.get_privacy_spent().epsilon
+
+
+def test_a_client_that_changed_nothing_ends_no_run(tmp_path: Path) -> None:
+    def train(message: Any, context: Any, go_on: Any) -> Any:
+        reply = go_on()
+        reply.content[ARRAYS] = message.content.array_records[ARRAYS]
+        return reply
+
+    run = spec_for(tmp_path, *NOISY, ACCOUNTANT, "guard=off")
+    folder = federate(run, client_that(train=train))
+    assert folder.is_finished and metrics_lines(folder)[0]["weights_epsilon"] == 0.0
+
+
+def test_a_damaged_count_of_releases_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "releases.txt"
+    file.write_text("many")
     strategy = _client_strategy(spec_for(tmp_path, *NOISY, ACCOUNTANT))
     assert isinstance(strategy, NoisyMean)
-    before = state_of(strategy)
-    assert strategy.epsilon == 0.0
-    strategy.recount()
-    once = strategy.epsilon
-    load_state_into(strategy, before)
-    strategy.recount()
-    assert strategy.epsilon == once == pytest.approx(4.7285, abs=1e-3)
+    with pytest.raises(DataError, match="releases.txt has no number of releases, but 'many'"):
+        strategy.count_in(file)
 
 
 CLIENT_SIDE = "flwr.serverapp.strategy.DifferentialPrivacyClientSideFixedClipping"
@@ -121,7 +164,12 @@ ADAPTIVE = "flwr.serverapp.strategy.DifferentialPrivacyServerSideAdaptiveClippin
         ((*NOISY, "client_weights.wrap=flwr.serverapp.strategy.FedAvg"), "refuses the options"),
         ((*NOISY, "+client_weights.wrap_options.accountant={delta:1}"), "target_delta"),
         ((*NOISY, BUDGET % 2), "too small for one round"),
-        ((*NOISY, ACCOUNTANT, "client_weights.wrap_options.noise_multiplier=0"), "positive"),
+        (
+            (*NOISY, ACCOUNTANT, "client_weights.wrap_options.noise_multiplier=0"),
+            "must be positive",
+        ),
+        ((*NOISY, ACCOUNTANT, "client_weights.wrap_options.noise_multiplier=nan"), "accounted: "),
+        ((*NOISY, "+client_weights.wrap_options.num_sampled_clients=1"), "clients is no option"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(
@@ -132,8 +180,11 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
-def test_too_few_clients_for_the_noise_are_named(tmp_path: Path) -> None:
-    options = "client_weights.wrap_options={noise_multiplier:1.0,clipping_norm:1.0,"
-    run = spec_for(tmp_path, *NOISY, options + "num_sampled_clients:4}")
-    with pytest.raises(ConfigError, match="is for 4 clients a round, and 3 can work in round 1"):
-        federate(run)
+def test_a_round_needs_all_clients(tmp_path: Path) -> None:
+    class Two:
+        def get_node_ids(self) -> list[int]:
+            return [1, 2]
+
+    strategy = _client_strategy(spec_for(tmp_path, *NOISY))
+    with pytest.raises(ConfigError, match="with all 3 clients, and 2 can work in round 1; start"):
+        strategy.configure_train(1, ArrayRecord(), ConfigRecord(), cast(Grid, Two()))

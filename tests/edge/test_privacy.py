@@ -124,7 +124,9 @@ def test_public_text_that_cannot_be_used_is_found_before_the_first_round(tmp_pat
             "the server gets no client weights that it can read",
         ),
         (["privacy=noise", "baseline=fedavg"], "is noise at the cut, and baseline=fedavg has none"),
-        (["privacy=noise", "privacy.z=0"], "privacy=noise with privacy.z=0 has no noise"),
+        (["privacy=noise", "privacy.z=0"], "privacy=noise with privacy.z=0.0 has no noise"),
+        (["privacy=noise", "privacy.z=1e-200"], "set privacy.z to 1e-06 or more"),
+        (["privacy=noise", "privacy.gradient_z=1e-9"], "privacy.gradient_z=1e-09 is no noise"),
         (["privacy=dp"], "privacy.kind='dp' is not one of: off, noise, strict"),
     ],
 )
@@ -143,8 +145,12 @@ def test_a_node_decides_its_noise_whatever_the_run_says(tmp_path: Path) -> None:
     node = node_of(RunSpec(), **given, **{"state-dir": str(tmp_path)})
     assert node.privacy == PrivacySpec(kind="noise", z=2, budget_bits=8.5)
     assert node.secrets_of(RunSpec(), "0" * 16) == tmp_path / "privacy" / "client-0"
-    lax = RunSpec(privacy=PrivacySpec(kind="noise", z=0.001))
-    assert node_of(lax, **given).privacy.z == 2
+    lax = RunSpec(privacy=PrivacySpec(kind="noise", z=0.001, gradient_z=0))
+    assert node_of(lax, **given).privacy == PrivacySpec(kind="noise", z=2, budget_bits=8.5)
+    # A run may ask for more noise than the default, and not for less.
+    assert node_of(lax, privacy="noise").privacy == PrivacySpec(kind="noise")
+    noisy = RunSpec(privacy=PrivacySpec(kind="noise", z=3, gradient_z=4))
+    assert node_of(noisy, privacy="noise").privacy == noisy.privacy
     # What the node does not say is the run's.
     assert node_of(lax).privacy == lax.privacy
 
@@ -157,6 +163,7 @@ def test_a_node_decides_its_noise_whatever_the_run_says(tmp_path: Path) -> None:
             "privacy of this node does not go with the run: .*train.mode=joint",
         ),
         ({"privacy": "some"}, "privacy.kind='?some"),
+        ({"privacy-z": 2}, "privacy-z in the node's config has no effect if the run says privacy="),
         ({"privacy": 3}, "privacy=3 in the node's config must be text"),
         ({"privacy-z": "much"}, "privacy-z='much' in the node's config must be a number"),
         ({"privacy": "noise", "privacy-z": -1.0}, "privacy.z=-1.0 is too small"),

@@ -34,7 +34,7 @@ from fedsplit.flower.strategy.nodes import NodeRegistry
 from fedsplit.flower.strategy.recorder import Recorder
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.flower.strategy.round_policy import Drain, RoundState
-from fedsplit.flower.strategy.state import state_of, under
+from fedsplit.flower.strategy.state import load_state_into, state_of, under
 from fedsplit.flower.strategy.weight_guard import WeightGuard
 from fedsplit.flower.strategy.wrapping import WrappingStrategy
 from fedsplit.flower.trunk_server import TrunkServer
@@ -229,7 +229,7 @@ class SplitStrategy(WrappingStrategy):
         self._is_over = bool(state["over"])
         self._went_back_from = int(state["went_back_from"])
         self._states.done = set(under(_DONE, state))
-        self.load_client_strategy(under(_CLIENT_STRATEGY, state))
+        load_state_into(self.client_strategy, under(_CLIENT_STRATEGY, state))
         self._guard.load_state(under(_GUARD, state))
         self._divergence.load_state(under(_DIVERGENCE, state))
         self._scale_lr(float(state["lr_scale"]))
@@ -260,7 +260,7 @@ class SplitStrategy(WrappingStrategy):
     ) -> Setback | None:
         """Run the rounds from `first` on; return why training must go back, if it must."""
         for number in range(first, self._num_rounds + 1):
-            if self._is_over:  # a resumed run may have stopped early before it was killed
+            if self._is_over or self.is_budget_spent:  # a resumed run may have ended before
                 break
             log(INFO, "[ROUND %s/%s]", number, self._num_rounds)
             if setback := self._round(number, configs, result):

@@ -6,6 +6,7 @@ weights, such as another client, learns little of any one client. The server see
 
 from collections.abc import Iterable, Mapping
 from logging import INFO, WARNING
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -24,11 +25,14 @@ from flwr.supercore.privacy_accounting import (
 )
 from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 
+from fedsplit import atomic
 from fedsplit.config import build
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, DataError
 from fedsplit.flower.strategy.aggregate import with_weight
 from fedsplit.spec import RunSpec
 
+_OWN_OPTIONS = ("strategy", "num_sampled_clients")
+"""The arguments of a wrapper that are no options."""
 _CLIPPING_AT_CLIENTS = (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -52,66 +56,68 @@ class NoisyMean(Strategy):
     """
 
     def __init__(self, strategy: Strategy, run: RunSpec) -> None:
-        options = {"num_sampled_clients": run.clients, **run.client_weights.wrap_options}
+        options = dict(run.client_weights.wrap_options)
+        if found := [name for name in _OWN_OPTIONS if name in options]:
+            raise ConfigError(
+                f"client_weights.wrap_options.{found[0]} is no option: the strategy is "
+                "client_weights.strategy, and its fraction_train decides the number of clients"
+            )
         self._accountant = None
         if "accountant" in options:
             options["accountant"] = self._accountant = _accountant(options["accountant"], run)
+        self._clients, self._sampled = run.clients, _sampled(strategy, run.clients)
         target = run.client_weights.wrap
-        self.strategy: Strategy = build(target, Strategy, strategy=strategy, **options)
+        self.strategy: Strategy = build(
+            target, Strategy, strategy=strategy, num_sampled_clients=self._sampled, **options
+        )
         if isinstance(self.strategy, _CLIPPING_AT_CLIENTS):
             raise ConfigError(
                 f"client_weights.wrap={target} leaves the clipping to clients, and these do not "
                 f"clip; use {target.replace('ClientSide', 'ServerSide')}"
             )
-        self._noise = float(options["noise_multiplier"])
-        self._sampled = int(options["num_sampled_clients"])
-        self._clients = run.clients
-        # The rounds that a checkpoint may be behind what has left the server.
-        self._unsaved = max(1, run.train.save_every)
-        self._releases = 0.0
+        self._release = None
+        if self._accountant:
+            self._release = _release(options["noise_multiplier"], self._sampled, run.clients)
+        self._file: Path | None = None
         self._open_round = 0
         if self.is_spent:
             raise ConfigError(
                 "client_weights.wrap_options.accountant.max_epsilon is too small for one round "
-                f"with noise_multiplier={self._noise}; raise one of the two"
+                f"with noise_multiplier={options['noise_multiplier']}; raise one of the two"
             )
 
     # --- accounting ---------------------------------------------------------------------------
+
+    def count_in(self, file: Path) -> None:
+        """Count the releases of a run in a file, also those of a process that was killed.
+
+        No checkpoint has the number: training that goes back to one takes no release back.
+
+        Raises:
+            DataError: The file has no number.
+        """
+        self._file = file
+        text = file.read_text(encoding="utf-8").strip() if file.exists() else "0"
+        if not text.isdecimal():
+            raise DataError(f"{file} has no number of releases, but {text[:40]!r}")
+        if self._accountant and self._release and int(text):
+            self._accountant.compose(self._release, int(text))
 
     @property
     def epsilon(self) -> float:
         """What the releases so far have cost, at `target_delta`; 0 without an accountant."""
         accountant = self._accountant
-        return accountant.get_privacy_spent().epsilon if accountant and self._releases else 0.0
+        if not accountant or not accountant.num_releases:
+            return 0.0
+        return accountant.get_privacy_spent().epsilon
 
     @property
     def is_spent(self) -> bool:
         """Whether another round would exceed the budget."""
         accountant = self._accountant
-        if not accountant or accountant.config.max_epsilon is None:
+        if not accountant or not self._release or accountant.config.max_epsilon is None:
             return False
         return accountant.would_exceed(self._release)
-
-    def recount(self) -> None:
-        """Count releases that the state of a checkpoint does not know of.
-
-        A server that was killed may have sent the weights of rounds after its last checkpoint. They
-        are trained anew with other noise, which is another release of the same data.
-        """
-        if not self._accountant:
-            return
-        least = int(self._releases) + self._unsaved
-        if (unknown := least - self._accountant.num_releases) > 0:
-            self._accountant.compose(self._release, unknown)
-        self._releases = float(self._accountant.num_releases)
-
-    @property
-    def _release(self) -> GaussianPrivacyEvent:
-        return GaussianPrivacyEvent(
-            noise_multiplier=self._noise,
-            sample_size=self._sampled,
-            population_size=self._clients,
-        )
 
     # --- Flower's strategy --------------------------------------------------------------------
 
@@ -121,17 +127,17 @@ class NoisyMean(Strategy):
         """Let the wrapper select clients.
 
         Raises:
-            ConfigError: There are fewer than the noise is made for.
+            ConfigError: Not all clients are there, of which the wrapper expects its share.
         """
         if self._open_round:
             # The round did not end. The accountant must forget it, and takes no replies as such.
             self.strategy.aggregate_train(self._open_round, [])
             self._open_round = 0
         connected = len(list(grid.get_node_ids()))
-        if connected < self._sampled:
+        if connected < self._clients:
             raise ConfigError(
-                f"the noise of client_weights.wrap is for {self._sampled} clients a round, and "
-                f"{connected} can work in round {server_round}; start the others and resume"
+                f"the noise of client_weights.wrap is for rounds with all {self._clients} clients, "
+                f"and {connected} can work in round {server_round}; start the others and resume"
             )
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         self._open_round = server_round
@@ -148,8 +154,14 @@ class NoisyMean(Strategy):
                 self.strategy.aggregate_train(server_round, [])
             log(WARNING, "The client weights stay: %d of %d replied", len(found), self._sampled)
             return None, None
-        new = self.strategy.aggregate_train(server_round, found)
-        self._releases += 1
+        try:
+            new = self.strategy.aggregate_train(server_round, found)
+        except ZeroDivisionError:  # Flower divides by the norm of a change, to clip it
+            log(WARNING, "The client weights stay: a client did not change them")
+            return None, None
+        if self._accountant and self._file:
+            # Before they leave the server, which may be killed at any time.
+            atomic.write_text(self._file, str(self._accountant.num_releases))
         return new
 
     def configure_evaluate(
@@ -168,6 +180,23 @@ class NoisyMean(Strategy):
         """Log the settings."""
         log(INFO, "\tClient weights in %s:", type(self.strategy).__name__)
         self.strategy.summary()
+
+
+def _sampled(strategy: Strategy, clients: int) -> int:
+    """Return the number of clients that Flower's strategies select in each round."""
+    fraction = float(getattr(strategy, "fraction_train", 1.0))
+    return max(int(clients * fraction), int(getattr(strategy, "min_train_nodes", 1)))
+
+
+def _release(noise: Any, sampled: int, clients: int) -> GaussianPrivacyEvent:
+    try:
+        return GaussianPrivacyEvent(
+            noise_multiplier=noise, sample_size=sampled, population_size=clients
+        )
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(
+            f"client_weights.wrap_options.noise_multiplier={noise!r} cannot be accounted: {exc}"
+        ) from exc
 
 
 def _accountant(options: Mapping[str, Any], run: RunSpec) -> RdpAccountant:

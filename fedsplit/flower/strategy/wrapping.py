@@ -4,14 +4,14 @@ The clients that have work cannot get more, so the wrapped strategy selects amon
 averages apply only where the policy of the run does not mix client weights by itself.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from logging import INFO
+from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
 from fedsplit.client.seal import added
 from fedsplit.flower.records import ARRAYS, METRICS
@@ -21,7 +21,6 @@ from fedsplit.flower.strategy.coordinator import RoundCoordinator
 from fedsplit.flower.strategy.nodes import GridView, seeded_sampling
 from fedsplit.flower.strategy.noisy_mean import NoisyMean
 from fedsplit.flower.strategy.round_policy import Share
-from fedsplit.flower.strategy.state import load_state_into
 from fedsplit.spec import RunSpec
 
 
@@ -57,15 +56,14 @@ class WrappingStrategy(Strategy):
         """Whether the client weights of another round would exceed the accountant's budget."""
         return isinstance(self.client_strategy, NoisyMean) and self.client_strategy.is_spent
 
-    def load_client_strategy(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state of the wrapped strategy.
+    def count_releases_in(self, file: Path) -> None:
+        """Let an accountant of the client weights count in a file of the run.
 
         Raises:
-            CheckpointError: The state is another strategy's.
+            DataError: The file is damaged.
         """
-        load_state_into(self.client_strategy, state)
         if isinstance(self.client_strategy, NoisyMean):
-            self.client_strategy.recount()
+            self.client_strategy.count_in(file)
 
     def after_merge(self, shares: Sequence[Share]) -> None:
         """Called after replies were merged with these shares; it does nothing by default."""
