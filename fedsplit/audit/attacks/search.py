@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, V vocabulary, D hidden width, K beams, N = B K.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,9 @@ Rows = Callable[[Tensor], Tensor]
 
 _AT_ONCE = 8192
 """The number of candidates that are computed together."""
+
+_SAMPLE = 32
+"""The number of tokens that tell how the rows of all tokens differ between two texts."""
 
 _EXACT = 1e-3
 """The standard deviation that stands for no noise, as a share of the rows' root mean square."""
@@ -35,6 +38,7 @@ def search(
     expected: Rows = torch.clone,
     prior: PreTrainedModel | None = None,
     beams: int = 1,
+    shortlist: int = 0,
 ) -> Tensor:
     """Return the token ids [B, T] that explain rows best.
 
@@ -47,6 +51,8 @@ def search(
         expected: What the rows of a candidate become before the noise.
         prior: A language model of such text.
         beams: The number of texts that are kept.
+        shortlist: The number of tokens of which the rows are computed at a place, for large
+            vocabularies; 0 for all. They are those with the greatest score by their rows elsewhere.
     """
     B, T, _ = rows_BTD.shape
     sigma = max(sigma, _EXACT * float(rows_BTD.square().mean().sqrt()))
@@ -55,15 +61,26 @@ def search(
     score_BK[:, 0] = 0.0  # all beams are the same at the beginning
     ids_BKT = torch.zeros((B, beams, 0), dtype=torch.long)
     vocabulary = len(cast(nn.Embedding, ends.get_input_embeddings()).weight)
+
+    def log_likelihood(rows_NCD: Tensor, target_ND: Tensor) -> Tensor:
+        distance_NCD = (expected(rows_NCD) - target_ND[:, None]) * (target_ND != 0)[:, None]
+        return -distance_NCD.square().sum(-1) / (2 * sigma**2)
+
+    every_NV = torch.arange(vocabulary).expand(B * beams, -1)
+    step = max(1, _AT_ONCE // (B * beams))
     for place in range(T):
         target_ND = rows_BTD[:, place].repeat_interleave(beams, 0)
         found_NV = writer.log_shares(vocabulary, B * beams)
-        for first in range(0, vocabulary, step := max(1, _AT_ONCE // (B * beams))):
-            candidates_C = torch.arange(first, min(first + step, vocabulary))
-            rows_NCD = expected(reader.rows(candidates_C, B * beams))
-            distance_NCD = (rows_NCD - target_ND[:, None]) * (target_ND != 0)[:, None]
-            likelihood_NC = -distance_NCD.square().sum(-1) / (2 * sigma**2)
-            found_NV[:, first : first + step] += likelihood_NC
+        tried_NC = every_NV
+        if shortlist and place:
+            pieces = reader.rows_elsewhere(vocabulary, B * beams, step)
+            guess_NV = found_NV + torch.cat([log_likelihood(p, target_ND) for p in pieces], 1)
+            tried_NC = guess_NV.topk(min(shortlist, vocabulary), dim=1).indices
+        likelihood_NV = torch.full_like(found_NV, float("-inf"))
+        for some_NC in tried_NC.split(step, dim=1):
+            found_NC = log_likelihood(reader.rows(some_NC), target_ND)
+            likelihood_NV.scatter_(1, some_NC, found_NC)
+        found_NV = found_NV + likelihood_NV
         total_BKV = score_BK[:, :, None] + found_NV.view(B, beams, vocabulary)
         score_BK, best_BK = total_BKV.flatten(1).topk(beams, dim=1)
         beam_BK, token_BK = best_BK // vocabulary, best_BK % vocabulary
@@ -105,20 +122,38 @@ class _Reader(_Cached):
         super().__init__(model)
         self._bottom = bottom
 
-    def rows(self, candidates_C: Tensor, beams: int) -> Tensor:
-        """Return the rows [N, C, D] of candidates after the text of each beam."""
-        C = len(candidates_C)
+        self._elsewhere_VD = torch.empty(0)
+
+    def rows(self, candidates_NC: Tensor) -> Tensor:
+        """Return the rows [N, C, D] of candidates after each of the first N texts."""
+        N, C = candidates_NC.shape
         if self._cache is None:
+            # At the beginning, all texts are the same and have the same candidates.
             cache: Cache = DynamicCache(config=self._model.config)
-            first_CD: Tensor = self._call(candidates_C[:, None], cache).hidden_states[self._bottom][
-                :, -1
-            ]
-            return first_CD[None].expand(beams, -1, -1)
+            return self._rows(candidates_NC[0, :, None], cache).expand(N, -1, -1)
         cache = copy.deepcopy(self._cache)
+        cache.batch_select_indices(torch.arange(N))
         cache.batch_repeat_interleave(C)
-        out = self._call(candidates_C.repeat(beams)[:, None], cache)
-        rows_ND: Tensor = out.hidden_states[self._bottom][:, -1]
-        return rows_ND.view(beams, C, -1)
+        return self._rows(candidates_NC.flatten()[:, None], cache).view(N, C, -1)
+
+    def rows_elsewhere(self, vocabulary: int, beams: int, step: int) -> Iterator[Tensor]:
+        """Yield approximate rows of all tokens [N, some of V, D], `step` tokens at a time.
+
+        They are the rows after the first token of the first text, moved by the mean difference of
+        some tokens' rows.
+        """
+        if not len(self._elsewhere_VD):
+            pieces = torch.arange(vocabulary)[None].split(_AT_ONCE, dim=1)
+            self._elsewhere_VD = torch.cat([self.rows(piece)[0] for piece in pieces])
+        some_S = torch.linspace(0, vocabulary - 1, _SAMPLE).long()
+        there_SD = self._elsewhere_VD[some_S]
+        move_N1D = (self.rows(some_S.expand(beams, -1)) - there_SD).mean(1, keepdim=True)
+        for rows_CD in self._elsewhere_VD.split(step):
+            yield rows_CD + move_N1D
+
+    def _rows(self, ids_N1: Tensor, cache: Cache) -> Tensor:
+        rows_ND: Tensor = self._call(ids_N1, cache).hidden_states[self._bottom][:, -1]
+        return rows_ND
 
 
 class _Prior(_Cached):
