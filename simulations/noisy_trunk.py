@@ -23,6 +23,7 @@ docs/privacy.md are of Perl's manual (`pod2text -u` of the .pm and .pod files of
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -67,7 +68,7 @@ class Trial:
         split: The blocks of bottom, trunk and top.
         z: The noise, in units of the public radius.
         steps: The steps of the training, at most.
-        minutes: The time of the training, at most; that without a trunk gets half as much.
+        minutes: The time of the trunk's training, at most. All the rest takes about half as much.
         rank: The rank of the adapters.
         batch: The sequences of a step.
         tokens: The tokens of a sequence.
@@ -86,7 +87,7 @@ class Trial:
     split: str = "4/*/4"
     z: float = 0.2
     steps: int = 100
-    minutes: float = 9.0
+    minutes: float = 8.0
     rank: int = 16
     batch: int = 8
     tokens: int = 128
@@ -175,6 +176,21 @@ class NoisyTrunk:
 # --- training -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Student:
+    """A model that learns to predict as the whole model does.
+
+    Attributes:
+        model: It gets adapters.
+        forward: Returns logits for token ids and the name of the noise.
+        losses: Returns its losses on private text, by name.
+    """
+
+    model: PreTrainedModel
+    forward: Callable[[Tensor, str], Tensor]
+    losses: Callable[[], dict[str, float]]
+
+
 def measure(trial: Trial) -> Report:
     """Train and attack, and return the losses and shares.
 
@@ -182,61 +198,56 @@ def measure(trial: Trial) -> Report:
         FedsplitError: The model cannot be split so, or there is too little text.
     """
     report, noisy = Report(), NoisyTrunk(trial)
-    ends = without_trunk(noisy.parts.client)
-    nn.Module.to(ends, trial.device)
-
-    def without(ids_BT: Tensor) -> Tensor:
-        logits_BTV: Tensor = ends(input_ids=ids_BT.to(trial.device), use_cache=False).logits
-        return logits_BTV
-
-    def trunk_losses() -> dict[str, float]:
-        return {"noisy": noisy.loss(noisy.noisy), "clean": noisy.loss(noisy.clean)}
-
-    steps = _train(noisy, noisy.parts.trunk, noisy.noisy, trunk_losses, report, trial)
-    # Its blocks are fewer, and it takes as many steps.
-    same = replace(trial, steps=steps, minutes=trial.minutes / 2)
-    _train(
-        noisy,
-        ends,
-        lambda ids_BT, _: without(ids_BT),
-        lambda: {"no_trunk": noisy.loss(without)},
-        report,
-        same,
+    trunk = _Student(
+        model=noisy.parts.trunk,
+        forward=noisy.noisy,
+        losses=lambda: {"noisy": noisy.loss(noisy.noisy), "clean": noisy.loss(noisy.clean)},
     )
+    steps = _train(trunk, noisy, report, trial)
+    # Its blocks are fewer, and it takes as many steps.
+    _train(_without_trunk(noisy), noisy, report, replace(trial, steps=steps, minutes=math.inf))
     _attack(noisy, report)
     return report
 
 
-def _train(
-    noisy: NoisyTrunk,
-    model: PreTrainedModel,
-    forward: Callable[[Tensor, str], Tensor],
-    losses: Callable[[], dict[str, float]],
-    report: Report,
-    trial: Trial,
-) -> int:
-    """Train adapters of a model; return the number of steps."""
+def _without_trunk(noisy: NoisyTrunk) -> _Student:
+    """Return the client's own blocks, which need no noise since nothing leaves."""
+    ends = without_trunk(noisy.parts.client)
+    nn.Module.to(ends, noisy.trial.device)
+
+    def forward(ids_BT: Tensor, _: str = "") -> Tensor:
+        logits_BTV: Tensor = ends(input_ids=ids_BT.to(ends.device), use_cache=False).logits
+        return logits_BTV
+
+    return _Student(model=ends, forward=forward, losses=lambda: {"no_trunk": noisy.loss(forward)})
+
+
+def _train(student: _Student, noisy: NoisyTrunk, report: Report, trial: Trial) -> int:
+    """Train adapters of a student; return the number of steps."""
     lora = LoraSpec(enabled=True, rank=trial.rank, alpha=2 * trial.rank, targets="all-linear")
-    add_adapters(model, lora, trial.seed)
-    optimizer = PartOptimizer(trainable(model), _TRAIN)
-    began, step, found = time.monotonic(), 0, losses()
-    report.figures |= {f"{name}_before": loss for name, loss in found.items()}
-    report.row("loss", step=step, minutes=0.0, **found)
+    add_adapters(student.model, lora, trial.seed)
+    optimizer = PartOptimizer(trainable(student.model), _TRAIN)
+    step, began = 0, time.monotonic()
+
+    def look(moment: str = "") -> None:
+        losses = student.losses()
+        report.row("loss", step=step, minutes=_minutes(began), **losses)
+        if moment:
+            report.figures |= {f"{name}_{moment}": loss for name, loss in losses.items()}
+
+    look("before")
     while (done := max(step / trial.steps, _minutes(began) / trial.minutes)) < 1.0:
-        ids_BT = noisy.public_BT[
-            (torch.arange(trial.batch) + step * trial.batch) % len(noisy.public_BT)
-        ]
-        logits_BTV = forward(ids_BT, f"step {step}")
-        loss = _divergence(logits_BTV, noisy.predicted(ids_BT))
+        first = step * trial.batch % max(1, len(noisy.public_BT) - trial.batch)
+        ids_BT = noisy.public_BT[first : first + trial.batch]
+        loss = _divergence(student.forward(ids_BT, f"step {step}"), noisy.predicted(ids_BT))
         loss.backward()
         clip = clip_coefficient(optimizer.sq_norm(), _TRAIN.clip_norm)
         optimizer.step(step, clip, lr_scale=1.0 - done)
         step += 1
         if step % trial.every == 0:
-            report.row("loss", step=step, minutes=_minutes(began), **losses())
-    found = losses()
-    report.figures |= {f"{name}_after": loss for name, loss in found.items()} | {"steps": step}
-    report.row("loss", step=step, minutes=_minutes(began), **found)
+            look()
+    look("after")
+    report.figures["steps"] = float(step)
     return step
 
 
