@@ -65,13 +65,15 @@ def save_smollm2(folder: Path, gguf: Path | None = None) -> float:
 
 
 def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    where, name = str(file.parent), file.name
+    quantized = AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=name, trust_remote_code=False, dtype=torch.float32
+    )
     # transformers takes the model for quantized, and refuses to save it. Its parts are not.
     parts = split_model(quantized, "1/*/1")
     model = join_model(parts.client, parts.trunk)
     model.generation_config = quantized.generation_config
-    return model, AutoTokenizer.from_pretrained(**where)
+    return model, AutoTokenizer.from_pretrained(where, gguf_file=name, trust_remote_code=False)
 
 
 @torch.no_grad()

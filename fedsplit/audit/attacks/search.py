@@ -61,11 +61,6 @@ def search(
     score_BK[:, 0] = 0.0  # all beams are the same at the beginning
     ids_BKT = torch.zeros((B, beams, 0), dtype=torch.long)
     vocabulary = len(cast(nn.Embedding, ends.get_input_embeddings()).weight)
-
-    def log_likelihood(rows_NCD: Tensor, target_ND: Tensor) -> Tensor:
-        distance_NCD = (expected(rows_NCD) - target_ND[:, None]) * (target_ND != 0)[:, None]
-        return -distance_NCD.square().sum(-1) / (2 * sigma**2)
-
     every_NV = torch.arange(vocabulary).expand(B * beams, -1)
     step = max(1, _AT_ONCE // (B * beams))
     for place in range(T):
@@ -74,12 +69,13 @@ def search(
         tried_NC = every_NV
         if shortlist and place:
             pieces = reader.rows_elsewhere(vocabulary, B * beams, step)
-            guess_NV = found_NV + torch.cat([log_likelihood(p, target_ND) for p in pieces], 1)
+            guesses = [_log_likelihood(expected(piece), target_ND, sigma) for piece in pieces]
+            guess_NV = found_NV + torch.cat(guesses, 1)
             tried_NC = guess_NV.topk(min(shortlist, vocabulary), dim=1).indices
         likelihood_NV = torch.full_like(found_NV, float("-inf"))
         for some_NC in tried_NC.split(step, dim=1):
-            found_NC = log_likelihood(reader.rows(some_NC), target_ND)
-            likelihood_NV.scatter_(1, some_NC, found_NC)
+            rows_NCD = expected(reader.rows(some_NC))
+            likelihood_NV.scatter_(1, some_NC, _log_likelihood(rows_NCD, target_ND, sigma))
         found_NV = found_NV + likelihood_NV
         total_BKV = score_BK[:, :, None] + found_NV.view(B, beams, vocabulary)
         score_BK, best_BK = total_BKV.flatten(1).topk(beams, dim=1)
@@ -90,6 +86,11 @@ def search(
         for model in (reader, writer):
             model.advance(parents_N, token_BK.flatten()[:, None])
     return ids_BKT[:, 0]
+
+
+def _log_likelihood(rows_NCD: Tensor, target_ND: Tensor, sigma: float) -> Tensor:
+    distance_NCD = (rows_NCD - target_ND[:, None]) * (target_ND != 0)[:, None]
+    return -distance_NCD.square().sum(-1) / (2 * sigma**2)
 
 
 class _Cached:
@@ -121,7 +122,6 @@ class _Reader(_Cached):
     def __init__(self, model: Any, bottom: int) -> None:
         super().__init__(model)
         self._bottom = bottom
-
         self._elsewhere_VD = torch.empty(0)
 
     def rows(self, candidates_NC: Tensor) -> Tensor:
