@@ -2,7 +2,7 @@
 
     python -m simulations.smollm2 MODEL_DIR
     python -m simulations.noisy_trunk MODEL_DIR --public PUBLIC --private PRIVATE \
-        --split 4/*/4 --z 0.2 --steps 100000 --minutes 15 --device cuda --json FILE
+        --split 1/*/1 --z 0.2 --steps 100000 --minutes 8 --device cuda --json FILE
 
 The publisher of a model may train its trunk so that it is useful to clients whose rows are noisy.
 Bottom and top stay as they are, so a server reads as much of the rows as before. The trunk gets
