@@ -11,6 +11,7 @@ from click import ClickException
 from fedsplit.cli.audit import Audit
 from fedsplit.cli.certs import Init, Request, Show, Sign
 from fedsplit.cli.command import Command
+from fedsplit.cli.doctor import Doctor
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
@@ -20,7 +21,20 @@ from fedsplit.cli.supervise import Supervise
 from fedsplit.console import ending_with_its_reader, print_error
 
 _CERTS = (Init, Request, Sign, Show)
-_COMMANDS = (Split, Join, Info, Plot, Compare, Shards, Audit, Serve, Generate, Chat, Supervise)
+_COMMANDS = (
+    Split,
+    Join,
+    Info,
+    Plot,
+    Compare,
+    Shards,
+    Audit,
+    Serve,
+    Generate,
+    Chat,
+    Supervise,
+    Doctor,
+)
 _EXAMPLES = (
     "examples:",
     "fedsplit split gpt2 --split 1/10/1 --out parts",
@@ -28,6 +42,7 @@ _EXAMPLES = (
     "fedsplit serve --model gpt2 --split 1/10/1",
     'fedsplit generate --model gpt2 "Once upon a time"',
     "fedsplit info 127.0.0.1:9500",
+    "fedsplit doctor --trunk 127.0.0.1:9500 --model gpt2 --split 1/10/1",
     "fedsplit certs init --out authority",
     "fedsplit plot runs/default",
     "fedsplit compare runs/default runs/default-2 --out compared",

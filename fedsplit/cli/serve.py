@@ -98,7 +98,7 @@ SaveEvery = Annotated[
     int, typer.Option(metavar="STEPS", help="steps of a trunk between two of its saved states")
 ]
 
-_OPTIONS = {
+SERVER_OPTIONS = {
     "wire.bind": "--bind",
     "wire.advertise": "--advertise",
     "wire.tls_cert": "--tls-cert",
@@ -132,10 +132,10 @@ class Serve(Command):
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
         for word in self.words:
-            for setting, option in _OPTIONS.items():
+            for setting, option in SERVER_OPTIONS.items():
                 if word.partition("=")[0] == setting.partition("=")[0]:
                     raise ConfigError(f"{word!r} is not used by serve; set the option {option}")
-        with naming(_OPTIONS):
+        with naming(SERVER_OPTIONS):
             self._serve()
 
     def _serve(self) -> None:

@@ -65,7 +65,7 @@ class Supervise(Command):
                 f"--restarts={self.restarts} must be at least 0, and --patience={self.patience:g} "
                 "above 0"
             )
-        from fedsplit.flower.control import SuperLink, read_run_config
+        from fedsplit.flower.control import SuperLink, read_config
         from fedsplit.flower.remote_run import RemoteRun
         from fedsplit.flower.supervision import supervise
 
@@ -76,7 +76,7 @@ class Supervise(Command):
             run = RemoteRun(
                 link,
                 Path(self.app),
-                read_run_config(self.run_config),
+                read_config("--run-config", self.run_config),
                 Path(self.state),
                 patience_s=self.patience,
                 on_line=say,

@@ -40,6 +40,20 @@ PRIVACY_KEYS = {
 }
 """The keys of a node's config that replace fields of the run's `privacy`."""
 
+NODE_CONFIG = (
+    "partition-id",
+    "num-partitions",
+    "data-path",
+    "trunk-address",
+    "allowed-path",
+    "targets",
+    "seal-key",
+    "trust-runs",
+    *NODE_KEYS.values(),
+    *PRIVACY_KEYS.values(),
+)
+"""All keys of a node's config."""
+
 _BY_NAME = {
     **dict.fromkeys(NODE_KEYS, Authority.NODE),
     "resume": Authority.SERVER,

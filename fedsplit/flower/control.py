@@ -185,16 +185,20 @@ class SuperLink:
                 yield piece.log_output, piece.latest_timestamp
 
 
-def read_run_config(words: Sequence[str]) -> RunConfig:
-    """Return the run config of `--run-config`: the name of a TOML file, or `key=value` words.
+def read_config(option: str, words: Sequence[str]) -> RunConfig:
+    """Return the values of an option: the name of a TOML file, or `key=value` words.
+
+    Args:
+        option: `--run-config` or `--node-config`, for the error.
+        words: Its arguments.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: They cannot be read.
     """
     try:
         config: RunConfig = parse_config_args(list(words))
     except (ValueError, OSError, ClickException) as exc:
-        raise ConfigError(f"--run-config {' '.join(words)} cannot be read: {exc}") from exc
+        raise ConfigError(f"{option} {' '.join(words)} cannot be read: {exc}") from exc
     return config
 
 

@@ -35,6 +35,7 @@ from fedsplit.transport.rpcs import HealthCheck, Refusal, Rpc
 from fedsplit.transport.slots import Slots
 from fedsplit.transport.status import TOKEN_KEY
 from fedsplit.transport.streams import Streams
+from fedsplit.transport.versions import versions
 from fedsplit.wire.messages import (
     CloseRequest,
     Reply,
@@ -179,7 +180,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         if isinstance(message, CloseRequest):
             self.sessions.close(message.session)
         if isinstance(reply, ServiceInfoReply) and reply.budgets:
-            return replace(reply, budgets={**reply.budgets, **self._in_use()})
+            budgets = {**reply.budgets, **self._in_use()}
+            return replace(reply, budgets=budgets, versions=versions(), time_s=time.time())
         return reply
 
     def count(self, rpc: Rpc, message: Body | None, reply: Body | None) -> None:

@@ -382,8 +382,15 @@ class ServiceInfoRequest(_message.Message):
     def __init__(self, served_model_name: _Optional[str] = ...) -> None: ...
 
 class ServiceInfoReply(_message.Message):
-    __slots__ = ("protocol", "server_instance_id", "model", "family", "blocks", "version", "sessions", "limits", "served_model_names", "budgets")
+    __slots__ = ("protocol", "server_instance_id", "model", "family", "blocks", "version", "sessions", "limits", "served_model_names", "budgets", "versions", "time_s")
     class BudgetsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -400,6 +407,8 @@ class ServiceInfoReply(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVED_MODEL_NAMES_FIELD_NUMBER: _ClassVar[int]
     BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server_instance_id: str
     model: str
@@ -410,4 +419,6 @@ class ServiceInfoReply(_message.Message):
     limits: Limits
     served_model_names: _containers.RepeatedScalarFieldContainer[str]
     budgets: _containers.ScalarMap[str, str]
-    def __init__(self, protocol: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served_model_names: _Optional[_Iterable[str]] = ..., budgets: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    versions: _containers.ScalarMap[str, str]
+    time_s: float
+    def __init__(self, protocol: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served_model_names: _Optional[_Iterable[str]] = ..., budgets: _Optional[_Mapping[str, str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., time_s: _Optional[float] = ...) -> None: ...

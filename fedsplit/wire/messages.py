@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Version of the messages in this file; both sides must have the same."""
 
 AUTOCAST = ("bfloat16", "float16")
@@ -302,7 +302,9 @@ class ServiceInfoReply(Reply):
 
     `served_model_names` has the names of all trunks of the server; the other fields describe the
     trunk that the request names. `budgets`, by the setting that limits each, say how much is in
-    use; they are empty for callers without a token, because they tell how busy others are.
+    use. `versions` has the server's versions of packages, and `time_s` its clock, in seconds since
+    the epoch. These three are empty or 0 for callers without a token, who could use them for an
+    attack.
     """
 
     protocol: int
@@ -315,6 +317,8 @@ class ServiceInfoReply(Reply):
     limits: Limits
     served_model_names: tuple[str, ...]
     budgets: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    time_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

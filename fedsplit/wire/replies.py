@@ -30,6 +30,8 @@ above, which then give NaN: every sampled token would be the first one."""
 # A million tensors, each with the largest norm that float32 holds.
 _MAX_SQ_NORM = 1e6 * torch.finfo(torch.float32).max ** 2
 _MAX_NAMES = 1024
+# The year 9999, the last one of Python's dates.
+_MAX_TIME_S = 2.5e11
 _AT_FAULT = "no weight of this client has changed; the trunk has diverged, or its server is faulty"
 
 
@@ -156,16 +158,19 @@ def _check_service_info(_: m.ServiceInfoRequest, reply: m.ServiceInfoReply) -> N
     check_id("server_instance_id", reply.server_instance_id)
     check_id("model", reply.model)
     texts = {"family": reply.family, "blocks": reply.blocks}
-    for name, text in (*texts.items(), *_flat(reply.budgets)):
+    pairs = (*_flat("a budget", reply.budgets), *_flat("a version", reply.versions))
+    for name, text in (*texts.items(), *pairs):
         _check_text(name, text)
-    if len(reply.served_model_names) + len(reply.budgets) > _MAX_NAMES:
+    if not 0 <= reply.time_s < _MAX_TIME_S:
+        raise _illegal("time_s", reply.time_s)
+    if len(reply.served_model_names) + len(pairs) // 2 > _MAX_NAMES:
         raise ProtocolError(f"the server describes more than {_MAX_NAMES} trunks and limits")
     for name in reply.served_model_names:
         check_id("served_model_name", name)
 
 
-def _flat(texts: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [("a budget", text) for pair in texts.items() for text in pair]
+def _flat(name: str, texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(name, text) for pair in texts.items() for text in pair]
 
 
 def _check_like(

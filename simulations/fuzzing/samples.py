@@ -164,6 +164,8 @@ class Samples:
                     limits=self.limits,
                     served_model_names=("a", "b"),
                     budgets={"limits.sessions": "1 of 2"},
+                    versions={"fedsplit": "0.1.0"},
+                    time_s=1e9,
                 ),
             )
         )

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import tomli_w
 
+from fedsplit.cli import main
 from fedsplit.config import from_yaml
 from fedsplit.runs.folder import RunFolder
 from tests.edge.certified import certified
@@ -217,6 +218,8 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
         superlink += ["--ssl-ca-certfile", wire.tls_ca]
         deployment.enter_context(background(*superlink, env=env, cwd=place))
         await_that(lambda: answers(f"https://127.0.0.1:{link}/health", wire.tls_ca))
+        doctor = ["doctor", "--superlink", f"127.0.0.1:{link}", "--tls-ca", wire.tls_ca]
+        assert main([*doctor, "--app", str(ROOT)]) == 0
         for partition, port in enumerate(nodes):
             node = f'partition-id={partition} num-partitions=2 tls-ca="{wire.tls_ca}"'
             node += f' state-dir="{tmp_path / "kept"}" allowed-path="{tmp_path}"'

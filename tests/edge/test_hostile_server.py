@@ -213,6 +213,9 @@ DESCRIBED: list[tuple[str, m.Request[Any], Alter, str]] = [
     ("family", m.ServiceInfoRequest(), to(INFO, family="llama\r\n"), "family="),
     ("blocks", m.ServiceInfoRequest(), to(INFO, blocks="1" * 9999), "blocks="),
     ("budgets", m.ServiceInfoRequest(), to(INFO, budgets={"\x1b[2J": ""}), "a budget="),
+    ("versions", m.ServiceInfoRequest(), to(INFO, versions={"a": "\r\n"}), "a version="),
+    ("clock", m.ServiceInfoRequest(), to(INFO, time_s=math.nan), "time_s='nan'"),
+    ("late clock", m.ServiceInfoRequest(), to(INFO, time_s=1e12), "time_s='1000000000000.0'"),
 ]
 
 

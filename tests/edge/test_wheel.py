@@ -50,6 +50,7 @@ def test_the_wheel_installs_two_packages(installed):
     names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
     assert names == {"fedsplit", "strategies", "bin"}
     assert (installed / "fedsplit" / "conf" / "config.yaml").is_file()
+    assert (installed / "fedsplit" / "constraints.txt").is_file()
     assert (installed / "bin" / "fedsplit").is_file()
 
 

@@ -23,6 +23,7 @@ DOORS = (
     "__main__",
     "cli",
     "certs",
+    "doctor",
     "serve",
     "runs",
     "console",
