@@ -28,6 +28,7 @@ from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:
     from fedsplit.serve import Served
+    from fedsplit.telemetry.sinks import Telemetry
     from fedsplit.trunk.update import TrunkUpdate
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ SaveEvery = Annotated[
     int, typer.Option(metavar="STEPS", help="steps of a trunk between two of its saved states")
 ]
 
+Metrics = Annotated[
+    str,
+    typer.Option(metavar="HOST:PORT", help="where Prometheus reads metrics; by default nowhere"),
+]
+
 SERVER_OPTIONS = {
     "wire.bind": "--bind",
     "wire.advertise": "--advertise",
@@ -128,6 +134,7 @@ class Serve(Command):
     device: Devices = "cpu"
     state_dir: StateDir = ""
     save_every: SaveEvery = 50
+    metrics: Metrics = ""
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
@@ -152,14 +159,7 @@ class Serve(Command):
         else:
             served = plan(self.model, self.adapter, self.revision)
         run = self._run_spec(finished.run if finished else None)
-        wire = replace(
-            run.wire,
-            bind=self.bind or ("127.0.0.1:0" if finished else ADDRESS),
-            advertise=self.advertise,
-            tls_cert=self.tls_cert,
-            tls_key=self.tls_key,
-            insecure=self.insecure,
-        )
+        wire = self._wire(run, "127.0.0.1:0" if finished else ADDRESS)
         stopped, failed = threading.Event(), threading.Event()
 
         def stop_after_failure() -> None:
@@ -168,6 +168,7 @@ class Serve(Command):
             stopped.set()
 
         with ExitStack() as opened:
+            telemetry, metrics_at = self._telemetry(opened)
             states = None
             if self.state_dir:
                 states = opened.enter_context(TrunkStates(Path(self.state_dir), self.save_every))
@@ -180,6 +181,7 @@ class Serve(Command):
                 update=update_of(run),
                 states=states,
                 on_failure=stop_after_failure,
+                telemetry=telemetry,
             )
             address = opened.enter_context(hosting)
             _set_on_signals(stopped)
@@ -189,6 +191,8 @@ class Serve(Command):
             # Flushed, since other programs wait for this line.
             versions = states.versions if states else {}
             print(self._ready_line(served, versions, run, address, source), flush=True)
+            if metrics_at:
+                print(f"metrics at http://{metrics_at}/metrics", flush=True)
             # Not without a timeout: a signal can reach the process without waking this thread.
             while not stopped.wait(_WAKE_S):
                 pass
@@ -196,6 +200,27 @@ class Serve(Command):
             raise Internal(
                 "all trunks of this server have failed; the tracebacks above have the reasons"
             )
+
+    def _wire(self, run: RunSpec, bind: str) -> WireSpec:
+        return replace(
+            run.wire,
+            bind=self.bind or bind,
+            advertise=self.advertise,
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            insecure=self.insecure,
+        )
+
+    def _telemetry(self, opened: ExitStack) -> "tuple[Telemetry, str]":
+        """Return the sinks of the server, and the address of its metrics; "" without one."""
+        from fedsplit.telemetry.prometheus import MetricsServer, Prometheus
+        from fedsplit.telemetry.sinks import Telemetry
+
+        if not self.metrics:
+            return Telemetry(), ""
+        sink = Prometheus("--metrics ", certificate=self.tls_cert)
+        server = opened.enter_context(closing(MetricsServer("--metrics ", self.metrics, sink)))
+        return Telemetry(sink), server.address
 
     def _run_spec(self, finished: RunSpec | None) -> RunSpec:
         from fedsplit.config import changed, compose

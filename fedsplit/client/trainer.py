@@ -8,6 +8,7 @@ token ids stay at the client. The model sends hidden states and gradients itself
 import inspect
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,6 +45,8 @@ from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient, unscale
 from fedsplit.randomness import rng_scope
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.events import ClientStepTaken
+from fedsplit.telemetry.sinks import SILENT, Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class ClientTrainer:
         objective: The objective to minimize; that of a strategy is its `client_objective`.
         shield: What stands between the model and the trunk, if anything does; it learns of which
             texts a forward is.
+        telemetry: Receives an event for each step of `fit`.
 
     Raises:
         ConfigError: The run does not fit the objective, or the family does not support an option of
@@ -87,6 +91,7 @@ class ClientTrainer:
         lr_scale: float = 1.0,
         objective: type[ClientObjective] = ClientObjective,
         shield: Shield | None = None,
+        telemetry: Telemetry = SILENT,
     ) -> None:
         apply_training_options(model, run.train)
         trained = trainable(model)
@@ -100,6 +105,7 @@ class ClientTrainer:
         self._task = TASKS[run.task]
         self._objective = objective(model, run)
         self._shield = shield
+        self._telemetry = telemetry
         # Training needs no KV cache, which most families create by default.
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
@@ -221,8 +227,10 @@ class ClientTrainer:
         next_call = progress.next_call + len(group) * self._run.train.micro_batches
         if rollback:
             rollback.progress = progress
+        began = time.monotonic()
         try:
             stats = self._step_with_retries(group, round, rollback)
+            self._report(group, stats, time.monotonic() - began)
             return progress.taken(stats.loss, stats.num_tokens, stats.repeats)
         except StaleVersion as reason:
             log.warning("%s gives up a step: %s", self._trunk.client, reason)
@@ -235,6 +243,18 @@ class ClientTrainer:
         # Drops the gradients of the step from the trunk; the next step has its own calls.
         self._trunk.open(round, first_call=next_call)
         return progress
+
+    def _report(self, group: Sequence[Batch], stats: StepStats, seconds: float) -> None:
+        if self._telemetry:
+            self._telemetry.emit(
+                ClientStepTaken(
+                    client=self._trunk.client,
+                    seconds=seconds,
+                    samples=sum(len(batch.labels) for batch in group),
+                    tokens=stats.num_tokens,
+                    loss=stats.loss,
+                )
+            )
 
     def _lower_scale(self, reason: FedsplitError) -> bool:
         """Lower the loss scale after an overflow; return False if it was none, or cannot fall."""

@@ -28,6 +28,7 @@ NODE_KEYS = {
     "wire.tls_ca": "tls-ca",
     "launch.client_device": "device",
     "launch.run_dir": "state-dir",
+    "launch.metrics": "metrics",
 }
 """The keys of a node's config in place of the fields that the node sets."""
 

@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedsplit.client.metered import MeteredLink
 from fedsplit.client.objective import ClientObjective
 from fedsplit.client.public_text import public_ids
 from fedsplit.client.remote import RemoteTrunk
@@ -28,6 +29,7 @@ from fedsplit.config import from_run_config, resolve_class
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import ModelMismatch
 from fedsplit.flower.client_arrays import packed, unpacked
+from fedsplit.flower.exporters import exporting_if_free
 from fedsplit.flower.node import Node, remove_old_runs
 from fedsplit.flower.prototype import Prototype
 from fedsplit.flower.records import (
@@ -52,6 +54,7 @@ from fedsplit.model.limits import require_rows
 from fedsplit.model.placement import on_device
 from fedsplit.runs.metrics import bits_per_byte
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.sinks import Telemetry
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.tls import channel_credentials
 
@@ -123,6 +126,7 @@ def train(message: Message, context: Context) -> Message:
             lr_scale=session.join.lr_scale,
             objective=_objective(run),
             shield=session.noise.shield if session.noise else None,
+            telemetry=session.telemetry,
         )
         trainer.optimizer.load_state(memory.moments)
         stats = trainer.fit(session.share.groups(memory.batches, steps), round=session.join.round)
@@ -194,6 +198,7 @@ class _ClientSession:
     model: PreTrainedModel
     trunk: RemoteTrunk | NoTrunk
     link: GrpcLink | None
+    telemetry: Telemetry
     noise: ClientShield | None = None
 
     @property
@@ -258,13 +263,22 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
             "both from the same code, conf/ and overrides"
         )
     node = Node.of(context, run)
-    with withholding(node), _built(context, node, run, join, message.content) as session:
+    with (
+        exporting_if_free(node.metrics) as telemetry,
+        withholding(node),
+        _built(context, node, run, join, message.content, telemetry) as session,
+    ):
         yield session
 
 
 @contextmanager
 def _built(
-    context: Context, node: Node, run: RunSpec, join: JoinInfo, content: RecordDict
+    context: Context,
+    node: Node,
+    run: RunSpec,
+    join: JoinInfo,
+    content: RecordDict,
+    telemetry: Telemetry,
 ) -> Iterator[_ClientSession]:
     preparation = Preparation(tokenizer=join.tokenizer, labels=join.labels)
     share = share_of(run, node, preparation)
@@ -290,13 +304,16 @@ def _built(
             load_arrays(weights, unpacked(received, run.wire.client_weights, shapes))
         elif opened := seal.opened(sealed_of(received)):
             load_arrays(weights, to_arrays(opened))
-    with torch.no_grad():
-        for name, parameter in personal(model, run).items():
-            # A client's first message finds no personal part yet: it starts from the model's own.
-            if memory.personal:
-                parameter.copy_(memory.personal[name])
+    _restore_personal(model, run, memory)
     session = partial(
-        _ClientSession, run=run, join=join, node=node, memory=memory, share=share, model=model
+        _ClientSession,
+        run=run,
+        join=join,
+        node=node,
+        memory=memory,
+        share=share,
+        model=model,
+        telemetry=telemetry,
     )
     if not isinstance(model, ClientPart):
         yield session(trunk=NoTrunk(model, client=join.client), link=None)
@@ -305,7 +322,7 @@ def _built(
     link = GrpcLink(address, token=join.token, wire=node.wire_of(run), patience_s=_PATIENCE_S)
     with closing(link):
         trunk = RemoteTrunk(
-            link,
+            MeteredLink(link, telemetry) if telemetry else link,
             model,
             run,
             client=join.client,
@@ -315,6 +332,14 @@ def _built(
         with shielded(node, run, join.run_id, model, tokenizer, trunk) as noise:
             connect(model, noise.shield if noise else trunk)
             yield session(trunk=trunk, link=link, noise=noise)
+
+
+def _restore_personal(model: PreTrainedModel, run: RunSpec, memory: Memory) -> None:
+    # A client's first message finds no personal part yet: it starts from the model's own.
+    if memory.personal:
+        with torch.no_grad():
+            for name, parameter in personal(model, run).items():
+                parameter.copy_(memory.personal[name])
 
 
 def _memory(context: Context, node: Node, run: RunSpec, join: JoinInfo) -> Memory:

@@ -39,6 +39,7 @@ class Node:
     a run is resumed, and `trunk_address` the address of the trunk, in place of the server's word.
     If the machine `trusts_runs`, a run may name anything on it. `privacy` is the run's, with what
     the node's config sets in place of it, and `seal_key` the file of the key that clients share.
+    `metrics` is the address at which Prometheus reads the client's metrics; empty for none.
     """
 
     partition: int
@@ -51,6 +52,7 @@ class Node:
     trusts_runs: bool
     privacy: PrivacySpec = field(default_factory=PrivacySpec)
     seal_key: str = ""
+    metrics: str = ""
 
     @staticmethod
     def of(context: Context, run: RunSpec) -> "Node":
@@ -81,6 +83,8 @@ class Node:
             trusts_runs=trusts_runs,
             privacy=_privacy_of(run, settings),
             seal_key=str(settings.get("seal-key", "")),
+            # In a simulation, another process than the clients' has the address: the server's.
+            metrics=str(settings.get("metrics", "" if _is_simulated() else machine.launch.metrics)),
         )
         if not 0 <= node.partition < run.num_nodes or node.partitions != run.num_nodes:
             raise ConfigError(

@@ -15,6 +15,7 @@ from fedsplit import atomic
 from fedsplit.config import build, resolve_class, to_yaml
 from fedsplit.data import Corpus
 from fedsplit.errors import CheckpointError, ConfigError
+from fedsplit.flower.exporters import exporting
 from fedsplit.flower.server_weights import weights_of
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model import SplitModel
@@ -27,7 +28,7 @@ from fedsplit.telemetry.events import RunBegan
 from fedsplit.telemetry.jsonl import MetricsLines
 from fedsplit.telemetry.logs import RoundLog
 from fedsplit.telemetry.round import RoundStats
-from fedsplit.telemetry.sinks import Sink, Telemetry
+from fedsplit.telemetry.sinks import Sink
 
 log = logging.getLogger("flwr.fedsplit")
 
@@ -63,8 +64,6 @@ class Method(Protocol):
 class RunRecorder:
     """Writes a run's folder, and restores a run from it.
 
-    `telemetry` gets the events of the run, from the first round to the end of `recording`.
-
     Args:
         run: The run.
         corpus: The data of all clients.
@@ -87,7 +86,6 @@ class RunRecorder:
         run_id: str = "",
     ) -> None:
         self.first_round = 1
-        self.telemetry = Telemetry()
         self._checkpoints: dict[int, Mapping[str, int]] = {}
         self._run = run
         self._corpus = corpus
@@ -123,25 +121,31 @@ class RunRecorder:
         """
         self._method = method
         run = self._run
-        resumed = RunFolder.to_resume(run)
-        self._folder = resumed or RunFolder.begin(
-            Path(run.launch.run_dir), run.name, to_yaml(run), self._given_id
-        )
-        with self._folder.held(), closing(self.telemetry):
-            self._best = math.inf
-            if resumed:
-                # Again, since another process may have finished the run before it was locked here.
-                resumed.require_resumable()
-                self._resume(resumed)
-            elif self._folder.rounds():
-                # A killed process began the run, and wrote no checkpoint.
-                self._folder.forget_after(0)
-                remove_after(self._folder.best, 0)
-            method.count_releases_in(self._folder.path / "releases.txt")
-            log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
-            self._begin_telemetry()
-            yield
-            self._finish()
+        exported = exporting(run.launch.metrics, certificate=run.wire.tls_cert)
+        # First, because a run that is refused leaves no folder.
+        with exported as self._telemetry, closing(self._telemetry):
+            resumed = RunFolder.to_resume(run)
+            self._folder = resumed or RunFolder.begin(
+                Path(run.launch.run_dir), run.name, to_yaml(run), self._given_id
+            )
+            with self._folder.held():
+                self._begin(resumed)
+                yield
+                self._finish()
+
+    def _begin(self, resumed: RunFolder | None) -> None:
+        run, self._best = self._run, math.inf
+        if resumed:
+            # Again, since another process may have finished the run before it was locked here.
+            resumed.require_resumable()
+            self._resume(resumed)
+        elif self._folder.rounds():
+            # A killed process began the run, and wrote no checkpoint.
+            self._folder.forget_after(0)
+            remove_after(self._folder.best, 0)
+        self._method.count_releases_in(self._folder.path / "releases.txt")
+        log.info("Run %s: configuration %s, %s", run.name, run.fingerprint, self._folder.path)
+        self._begin_telemetry()
 
     def _begin_telemetry(self) -> None:
         run, folder = self._run, self._folder
@@ -150,9 +154,9 @@ class RunRecorder:
         )
         others = [build(target, Sink, folder=folder.path) for target in self._sinks]
         for sink in (lines, RoundLog(log), *others):
-            self.telemetry.add(sink)
-        self._method.trunk_server.observe(self.telemetry)
-        self.telemetry.emit(
+            self._telemetry.add(sink)
+        self._method.trunk_server.observe(self._telemetry)
+        self._telemetry.emit(
             RunBegan(
                 name=run.name,
                 run_id=self.run_id,
@@ -171,7 +175,7 @@ class RunRecorder:
             is_good: Whether training may go back to the round, so that it is saved.
         """
         self._weights.arrays = arrays
-        self.telemetry.emit(stats)
+        self._telemetry.emit(stats)
         train = self._run.train
         if stats.eval_loss < self._best:
             self._best = stats.eval_loss

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, TokenizersBackend
 
 from fedsplit.client.evaluation import EvaluationTrunk
 from fedsplit.client.ledger import Ledger
+from fedsplit.client.metered import MeteredLink
 from fedsplit.client.privacy import NoiseKey, Shield
 from fedsplit.client.public_text import public_ids, public_rows
 from fedsplit.client.remote import RemoteTrunk
@@ -24,6 +25,7 @@ from fedsplit.model.placement import on_device
 from fedsplit.model.source import Source
 from fedsplit.serve.shared import ADDRESS, pretrained_run
 from fedsplit.spec import ModelSpec, RunSpec, SplitSpec, WireSpec
+from fedsplit.telemetry.sinks import SILENT, Telemetry
 from fedsplit.transport.client import GrpcLink
 from fedsplit.wire.messages import (
     PROTOCOL,
@@ -69,6 +71,7 @@ def reach(
     revision: str = "main",
     device: str = "cpu",
     client: str = "",
+    telemetry: Telemetry = SILENT,
 ) -> Reached:
     """Build the client's part of a model, with the server's cut, and connect it to its trunk.
 
@@ -84,6 +87,7 @@ def reach(
         revision: The revision of a hub id.
         device: The torch device of the client's part.
         client: The client's name, which decides its dropout; by default a random one.
+        telemetry: Receives an event for each token that is generated and each attempt that fails.
 
     Raises:
         ModelMismatch: The server serves another model, or no trunk of this name.
@@ -101,17 +105,14 @@ def reach(
         name = client or f"client-{secrets.token_hex(8)}"
         if not _is_of(info.model, config, run.split):
             why = _difference(link, info, config, run.split, name, served_model_name)
-            raise ModelMismatch(
-                f"{source} is not the model of which {trunk} serves the trunk ({why}); use the "
-                "same model at both sides, or choose another trunk of the server: "
-                f"{peer_text(', '.join(info.served_model_names))}"
-            )
+            raise _mismatch(source, trunk, why, info)
         model = client_of(pretrained_run(run, source, revision, adapter), config, device)
         if adapter:
             load_adapter(model, adapter)
         on_device(model, device).eval()  # type: ignore[no-untyped-call]
+        used = MeteredLink(link, telemetry) if telemetry else link
         remote = RemoteTrunk(
-            link, model, run, client=name, served_model_name=served_model_name, kv=kv
+            used, model, run, client=name, served_model_name=served_model_name, kv=kv
         )
         connect(model, remote)
         on_failure.pop_all()
@@ -142,6 +143,14 @@ def shielded(
         shield = Shield(trunk, public_rows(model, ids_BT), key, z=z, ledger=ledger)
         connect(model, shield)
         yield ledger
+
+
+def _mismatch(source: str, trunk: str, why: str, info: ServiceInfoReply) -> ModelMismatch:
+    return ModelMismatch(
+        f"{source} is not the model of which {trunk} serves the trunk ({why}); use the same model "
+        "at both sides, or choose another trunk of the server: "
+        f"{peer_text(', '.join(info.served_model_names))}"
+    )
 
 
 def _is_of(fingerprint: str, config: PretrainedConfig, split: SplitSpec) -> bool:

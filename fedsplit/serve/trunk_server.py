@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fedsplit.errors import ConfigError
@@ -16,9 +17,11 @@ from fedsplit.model.source import Source
 from fedsplit.serve.shared import pretrained_run
 from fedsplit.serve.trunk_states import TrunkStates
 from fedsplit.spec import RunSpec, WireSpec
+from fedsplit.telemetry.sinks import SILENT, Telemetry
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.router import TrunkRouter
 from fedsplit.trunk.service import TrunkService
+from fedsplit.trunk.state import state_of
 from fedsplit.trunk.update import TrunkUpdate
 
 _MAX_CLIENTS = 64
@@ -101,6 +104,7 @@ def hosted(
     update: type[TrunkUpdate] = TrunkUpdate,
     states: TrunkStates | None = None,
     on_failure: Callable[[], None] = lambda: None,
+    telemetry: Telemetry = SILENT,
 ) -> Iterator[str]:
     """A context that serves trunks for generation and training; gives the server's address.
 
@@ -119,37 +123,54 @@ def hosted(
             method.
         states: Where the trunks are saved, and restored from; by default they are not saved.
         on_failure: Called once all trunks have failed.
+        telemetry: Receives the events of the trunks and of their server.
 
     Raises:
         ConfigError: Other machines could connect without a token, or the address is taken.
         FedsplitError: A model or an adapter cannot be read, or cannot be cut.
     """
-    if not (wire.is_local or token):
-        raise ConfigError(
-            f"wire.bind={wire.bind} can be reached from other machines, and everybody there could "
-            "use this trunk; give a token (--token-file, or FEDSPLIT_TOKEN)"
-        )
+    _require_token(wire, token)
     services = {
-        each.name: TrunkService(trunk, run, update=update)
+        each.name: _service(each.name, trunk, run, update, telemetry)
         for each, trunk in trunks_of(served, run, device)
     }
     if states:
         states.restore(services, run)
     router = TrunkRouter(services, token=token, max_clients=run.limits.clients)
-    clients = max(_MAX_CLIENTS, 2 * run.clients)
     server = GrpcServer(
-        router, wire=wire, limits=router.limits, max_clients=clients, budgets=run.limits
+        router,
+        wire=wire,
+        limits=router.limits,
+        max_clients=max(_MAX_CLIENTS, 2 * run.clients),
+        budgets=run.limits,
+        telemetry=telemetry,
     )
 
     def check_failed(_: "Future[None]") -> None:
-        trunks = router.trunks.values()
-        if all(ended.done() and ended.exception() for ended in trunks):
+        if all(ended.done() and ended.exception() for ended in router.trunks.values()):
             on_failure()
 
     for ended in router.trunks.values():
         ended.add_done_callback(check_failed)
     with _running(router, server, states) as bound:
         yield wire.advertise or bound
+
+
+def _require_token(wire: WireSpec, token: str) -> None:
+    if not (wire.is_local or token):
+        raise ConfigError(
+            f"wire.bind={wire.bind} can be reached from other machines, and everybody there could "
+            "use this trunk; give a token (--token-file, or FEDSPLIT_TOKEN)"
+        )
+
+
+def _service(
+    name: str, trunk: TrunkPart, run: RunSpec, update: type[TrunkUpdate], telemetry: Telemetry
+) -> TrunkService:
+    service = TrunkService(trunk, run, update=update)
+    service.engine.meter.telemetry = telemetry
+    telemetry.watch(name, partial(state_of, service))
+    return service
 
 
 @contextmanager

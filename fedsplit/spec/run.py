@@ -50,6 +50,8 @@ class LaunchSpec:
         trunk_device: The torch device of the server's trunk: one, several with commas, or auto
             for all GPUs.
         client_device: The torch device of clients whose node config names none.
+        metrics: The address, host:port, at which Prometheus reads the metrics of the run (empty:
+            nowhere).
         step_metrics: Whether metrics.jsonl has a line for each step of the trunk as well.
         sinks: The import paths of further sinks of the run's events, with commas between them.
     """
@@ -61,6 +63,7 @@ class LaunchSpec:
     restarts: Annotated[int, AtLeast(0)] = 5
     trunk_device: str = "cpu"
     client_device: str = "cpu"
+    metrics: str = ""
     step_metrics: bool = False
     sinks: str = ""
 

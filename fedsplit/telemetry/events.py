@@ -121,7 +121,6 @@ class ClientStepTaken:
 class RequestRetried:
     """An attempt of a client at a request failed with the error of this `code`; it tries again."""
 
-    kind: str
     code: str
 
 

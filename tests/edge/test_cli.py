@@ -64,7 +64,7 @@ def _run_folder(folder: Path) -> None:
     numbers = dict(loss=2.0, eval_loss=2.0, bits_per_byte=3.0, seconds=1.0, version=5)
     for number in (1, 2):
         told = dict(round=number, rounds=2, clients=4, late=0, failed=0)
-        RunFolder(folder).append(RoundStats(**told, **counts, **numbers))
+        RunFolder(folder).metrics.append(RoundStats(**told, **counts, **numbers))
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ HOSTILE = {
     "launch.run_dir": ["launch.run_dir=/evil"],
     "launch.trunk_device": ["launch.trunk_device=cuda:9"],
     "launch.client_device": ["launch.client_device=cuda:9"],
+    "launch.metrics": ["launch.metrics=evil:1"],
     "launch.sinks": ["launch.sinks=evil.Evil"],
     "sweep.variants": ["sweep.variants={evil: 'seed=1'}", "sweep.seeds=[1]"],
 }

@@ -19,6 +19,7 @@ EXTRAS = {  # imported by the function that needs them
     "fedsplit/data/records.py": {"datasets"},
     "fedsplit/data/partitioners.py": {"datasets", "flwr_datasets"},
     "fedsplit/optimization.py": {"bitsandbytes"},
+    "fedsplit/telemetry/prometheus.py": {"prometheus_client"},
 }
 
 

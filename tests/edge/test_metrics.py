@@ -1,0 +1,176 @@
+"""Metrics of servers, runs and clients: what they count, and what is refused."""
+
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedsplit.cli import main
+from fedsplit.client.trainer import ClientTrainer
+from fedsplit.errors import ConfigError, FedsplitError
+from fedsplit.flower.exporters import exporting, exporting_if_free
+from fedsplit.serve import Served, hosted, reach
+from fedsplit.spec import RunSpec, WireSpec
+from fedsplit.telemetry.events import RequestRetried
+from fedsplit.telemetry.metrics import METRICS
+from fedsplit.telemetry.prometheus import MetricsServer, Prometheus
+from fedsplit.telemetry.sinks import Telemetry
+from fedsplit.wire.messages import CloseRequest
+from simulations.bench.certificate import self_signed
+from tests.core.worlds import batch, small_run, wait_until
+from tests.edge.federation import federate, spec_for
+from tests.edge.scraping import Samples, Scraper, samples_of, scrape, total
+from tests.edge.tiny_models import make_model
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Path, RunSpec, str, MetricsServer]]:
+    """A served model that trains and generates, with metrics."""
+    model = tmp_path / "model"
+    make_model(model)
+    run = small_run(clients=1, wire=WireSpec(up="fp16"))
+    sink = Prometheus("--metrics ")
+    metrics = MetricsServer("--metrics ", "127.0.0.1:0", sink)
+    wire = replace(run.wire, bind="127.0.0.1:0")
+    served = [Served(name="tiny", model=str(model))]
+    with hosted(served, run, wire, telemetry=Telemetry(sink)) as address:
+        yield model, run, address, metrics
+    metrics.close()
+
+
+def test_a_server_counts_every_byte_that_its_clients_saw(server) -> None:
+    model, run, address, metrics = server
+    with reach(str(model), address, run=run, client="client-0") as trained:
+        ClientTrainer(trained.model, trained.trunk, run).fit([[batch()], [batch(1)]])
+    with reach(str(model), address) as spoken:
+        spoken.model.generate(batch(rows=1).inputs["input_ids"], max_new_tokens=5, do_sample=False)
+    up = trained.link.bytes_up + spoken.link.bytes_up
+    down = trained.link.bytes_down + spoken.link.bytes_down
+    # A server counts a reply after it was taken.
+    wait_until(lambda: total(read(metrics), "fedsplit_sent_bytes_total") == down)
+    found = read(metrics)
+    assert total(found, "fedsplit_received_bytes_total") == up
+    assert total(found, "fedsplit_received_bytes_total", kind="forward", codec="fp16") > 0
+    assert total(found, "fedsplit_received_bytes_total", kind="forward", codec="none") == 0
+    for kind, count in {"forward": 2, "backward": 2, "step": 2, "generate": 5, "open": 2}.items():
+        assert total(found, "fedsplit_requests_total", kind=kind, code="OK") == count
+        assert total(found, "fedsplit_request_duration_seconds_count", kind=kind) == count
+    assert total(found, "fedsplit_steps_total") == 2
+    assert total(found, "fedsplit_contributions_total", outcome="used") == 2
+    assert total(found, "fedsplit_parameter_version", trunk="tiny") == 2
+    assert total(found, "fedsplit_tokens_total", kind="generate") == 12 + 4
+
+
+def read(metrics: MetricsServer) -> Samples:
+    return samples_of(scrape(metrics.address))
+
+
+def test_a_server_counts_what_it_refuses_at_its_door(server) -> None:
+    model, run, address, metrics = server
+    with (
+        reach(str(model), address, run=run, client="client-0") as member,
+        pytest.raises(FedsplitError),
+    ):
+        member.trunk.exchange(CloseRequest(session="no such session"))
+    assert total(read(metrics), "fedsplit_requests_total", kind="close", code="SESSION_LOST") == 1
+
+
+def test_a_run_has_metrics_of_its_server_and_of_its_clients(tmp_path: Path) -> None:
+    Scraper.address = free_address()
+    run = spec_for(
+        tmp_path,
+        "clients=2",
+        "train.rounds=2",
+        f"launch.metrics={Scraper.address}",
+        "launch.sinks=tests.edge.scraping.Scraper",
+    )
+    folder = federate(run)
+    texts = json.loads((folder.path / "scraped.json").read_text("utf-8"))
+    rounds, (first, last) = folder.rounds(), map(samples_of, texts)
+    assert [total(each, "fedsplit_round") for each in (first, last)] == [1, 2]
+    assert total(last, "fedsplit_steps_total") == rounds[-1].version == 2
+    assert total(last, "fedsplit_train_loss_nats") == rounds[-1].loss
+    assert total(last, "fedsplit_client_step_duration_seconds_count") == 4
+    assert total(last, "fedsplit_client_tokens_total") == sum(each.tokens for each in rounds)
+    assert total(last, "fedsplit_received_bytes_total") == sum(each.bytes_up for each in rounds)
+    assert total(last, "fedsplit_privacy_epsilon") == 0.0
+    assert not {name for name, _ in last if name.startswith("fedsplit_gpu")}
+    # No client is named in them.
+    assert "client-0" not in texts[-1]
+    with pytest.raises(OSError, match="refused"):
+        scrape(Scraper.address)
+
+
+def test_the_end_of_a_certificate_is_read_anew_each_time(tmp_path: Path) -> None:
+    wire = self_signed(tmp_path, "server")
+    sink = Prometheus("--metrics ", certificate=wire.tls_cert)
+    name = "fedsplit_certificate_expiry_timestamp_seconds"
+    assert sink.registry.get_sample_value(name) > 0
+    Path(wire.tls_cert).write_text("half a certificate")
+    assert sink.registry.get_sample_value(name) is None
+
+
+def test_an_address_that_is_none_or_taken_is_refused() -> None:
+    sink = Prometheus("--metrics ")
+    for address in ("9600", "unix:/tmp/x", "127.0.0.1:99999", "127.0.0.1:"):
+        with pytest.raises(ConfigError, match=f"^--metrics {address} is not host:port"):
+            MetricsServer("--metrics ", address, sink)
+    server = MetricsServer("--metrics ", "127.0.0.1:0", sink)
+    with pytest.raises(ConfigError, match=r"cannot be listened on: .*; choose another address"):
+        MetricsServer("--metrics ", server.address, sink)
+    with pytest.raises(ConfigError, match="launch.metrics="), exporting(server.address):
+        pass
+    # A client works without metrics then.
+    with exporting_if_free(server.address) as telemetry:
+        assert not telemetry
+    server.close()
+
+
+def test_one_process_has_one_set_of_metrics_at_an_address() -> None:
+    address = free_address()
+    with exporting(address) as first:
+        with exporting_if_free(address) as second:
+            assert first and second
+        second.emit(RequestRetried(code="CONN_LOST"))
+        found = samples_of(scrape(address))
+        assert total(found, "fedsplit_client_retries_total", code="CONN_LOST") == 1
+    with exporting("") as silent:
+        assert not silent
+
+
+def test_without_the_library_an_error_names_the_extra(monkeypatch, tmp_path: Path, capfd) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    make_model(tmp_path / "model")
+    words = ["serve", "--model", tmp_path / "model", "--metrics", "127.0.0.1:0"]
+    assert main([str(word) for word in words]) == 1
+    wanted = (
+        "--metrics needs prometheus-client, which is not installed here: pip install 'fedsplit["
+    )
+    assert wanted in capfd.readouterr().err
+    run = spec_for(tmp_path, "launch.metrics=127.0.0.1:0")
+    with pytest.raises(ConfigError, match="launch.metrics needs prometheus-client"):
+        federate(run)
+    assert not any((tmp_path / "runs").glob("*"))
+
+
+def test_a_sink_that_is_none_is_refused_before_a_run_begins(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"name a subclass of fedsplit.telemetry.sinks.Sink"):
+        federate(spec_for(tmp_path, "launch.sinks=fractions.Fraction"))
+    assert not any((tmp_path / "runs").glob("*"))
+
+
+def test_names_follow_the_conventions_of_prometheus() -> None:
+    for name, metric in METRICS.items():
+        assert name.startswith("fedsplit_") and metric.text.endswith(".")
+        assert name.endswith("_total") == (metric.kind == "counter")
+        assert "client" not in metric.labels
