@@ -1,7 +1,6 @@
 """Metrics of servers, runs and clients: what they count, and what is refused."""
 
 import json
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,14 +22,9 @@ from fedsplit.wire.messages import CloseRequest
 from simulations.bench.certificate import self_signed
 from tests.core.worlds import batch, small_run, wait_until
 from tests.edge.federation import federate, spec_for
+from tests.edge.monitoring import free_address
 from tests.edge.scraping import Samples, Scraper, samples_of, scrape, total
 from tests.edge.tiny_models import make_model
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 @pytest.fixture
