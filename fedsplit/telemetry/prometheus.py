@@ -52,7 +52,8 @@ class Prometheus(Sink):
         # The time at which a counter was made would be a further series for each.
         library.disable_created_metrics()
         self.registry: Any = library.CollectorRegistry()
-        self._certificate = certificate
+        # Once: the server goes on with the one that it has read at its start.
+        self._certificate = tuple(readings.of_certificate(certificate) if certificate else ())
         self._trunks: dict[str, Callable[[], TrunkState]] = {}
         self._run: RunBegan | None = None
         self._round: RoundStats | None = None
@@ -159,8 +160,7 @@ class Prometheus(Sink):
             run, stats, eval_loss = self._run, self._round, self._eval_loss
         if run and stats:
             yield from readings.of_round(run, stats, eval_loss)
-        if self._certificate:
-            yield from readings.of_certificate(self._certificate)
+        yield from self._certificate
         yield from readings.of_gpus()
 
 

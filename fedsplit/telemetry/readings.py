@@ -83,10 +83,10 @@ def of_round(run: RunBegan, stats: RoundStats, eval_loss: float) -> Iterator[Rea
 
 
 def of_certificate(file: str) -> Iterator[Reading]:
-    """Yield the end of the first certificate of a PEM file; nothing if it cannot be read now."""
+    """Yield the end of the first certificate of a PEM file; nothing if it cannot be read."""
     try:
         certificate = x509.load_pem_x509_certificate(Path(file).read_bytes())
-    except (OSError, ValueError):  # it is being replaced
+    except (OSError, ValueError):  # the server says what is wrong when it reads the file
         return
     end = certificate.not_valid_after_utc.astimezone(UTC).timestamp()
     yield "certificate_expiry_timestamp_seconds", (), end

@@ -33,6 +33,7 @@ BENCHES = (
     "soak",
     "step",
     "strangers",
+    "telemetry",
     "wire",
 )
 """Each has `measure(size)` for the sizes `full` and `toy`. A module is imported only to run it, so

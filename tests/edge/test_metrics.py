@@ -1,10 +1,13 @@
 """Metrics of servers, runs and clients: what they count, and what is refused."""
 
 import json
+import re
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -18,6 +21,7 @@ from fedsplit.telemetry.events import RequestRetried
 from fedsplit.telemetry.metrics import METRICS
 from fedsplit.telemetry.prometheus import MetricsServer, Prometheus
 from fedsplit.telemetry.sinks import Telemetry
+from fedsplit.telemetry.tensorboard import TensorBoard
 from fedsplit.wire.messages import CloseRequest
 from simulations.bench.certificate import self_signed
 from tests.core.worlds import batch, small_run, wait_until
@@ -25,6 +29,7 @@ from tests.edge.federation import federate, spec_for
 from tests.edge.monitoring import free_address
 from tests.edge.scraping import Samples, Scraper, samples_of, scrape, total
 from tests.edge.tiny_models import make_model
+from tests.house.source import ROOT
 
 
 @pytest.fixture
@@ -105,13 +110,17 @@ def test_a_run_has_metrics_of_its_server_and_of_its_clients(tmp_path: Path) -> N
         scrape(Scraper.address)
 
 
-def test_the_end_of_a_certificate_is_read_anew_each_time(tmp_path: Path) -> None:
+def test_the_end_of_a_certificate_is_that_of_the_one_in_use(tmp_path: Path) -> None:
     wire = self_signed(tmp_path, "server")
     sink = Prometheus("--metrics ", certificate=wire.tls_cert)
     name = "fedsplit_certificate_expiry_timestamp_seconds"
-    assert sink.registry.get_sample_value(name) > 0
-    Path(wire.tls_cert).write_text("half a certificate")
-    assert sink.registry.get_sample_value(name) is None
+    end = sink.registry.get_sample_value(name)
+    assert 0 < end - time.time() < 86_401
+    # The server has read it at its start.
+    Path(wire.tls_cert).write_text("another one")
+    assert sink.registry.get_sample_value(name) == end
+    broken = Prometheus("--metrics ", certificate=wire.tls_cert)
+    assert broken.registry.get_sample_value(name) is None
 
 
 def test_an_address_that_is_none_or_taken_is_refused() -> None:
@@ -168,3 +177,50 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
         assert name.startswith("fedsplit_") and metric.text.endswith(".")
         assert name.endswith("_total") == (metric.kind == "counter")
         assert "client" not in metric.labels
+
+
+def test_tensorboard_has_the_curves_of_a_run(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = "launch.sinks=fedsplit.telemetry.tensorboard.TensorBoard"
+    folder = federate(spec_for(tmp_path, "train.rounds=2", sink))
+    curves = EventAccumulator(str(folder.path / "tensorboard")).Reload()
+    losses = [(each.step, each.value) for each in curves.Scalars("round/loss")]
+    assert losses == [(r.round, pytest.approx(r.loss)) for r in folder.rounds()]
+    assert [each.step for each in curves.Scalars("step/gradient_norm")] == [1, 2]
+    # What was not measured has no curve.
+    assert "round/accuracy" not in curves.Tags()["scalars"]
+
+
+def test_without_tensorboard_an_error_names_the_extra(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedsplit\[tensorboard\]'"):
+        TensorBoard(folder=tmp_path)
+
+
+def test_the_hook_of_the_documentation_is_a_sink_of_ten_lines(monkeypatch, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "observability.md").read_text("utf-8")
+    (hook,) = re.findall(r"```text\n# tracking.py\n(.*?)```", page, re.S)
+    assert len([line for line in hook.splitlines() if line.strip()]) <= 10
+    told: list[tuple[object, ...]] = []
+    fake = ModuleType("mlflow")
+    fake.start_run = lambda **how: told.append(("start", how["run_name"]))
+    fake.log_params = lambda settings: told.append(("params", settings["train.rounds"]))
+    fake.log_metrics = lambda numbers, step: told.append((step, numbers["loss"]))
+    fake.end_run = lambda: told.append(("end",))
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    (tmp_path / "tracking.py").write_text(hook)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = federate(spec_for(tmp_path, "train.rounds=2", "launch.sinks=tracking.MLflow"))
+    losses = [(stats.round, stats.loss) for stats in folder.rounds()]
+    assert told == [("start", "tiny"), ("params", 2), *losses, ("end",)]
+
+
+def test_the_page_has_every_metric_and_every_alert() -> None:
+    page = (ROOT / "docs" / "observability.md").read_text("utf-8")
+    for name, metric in METRICS.items():
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        assert f"| `{name}` | {metric.kind} | {labels} | {metric.text} |" in page
+    rules = (ROOT / "deploy" / "prometheus" / "rules.yml").read_text("utf-8")
+    for alert in re.findall(r"alert: (\w+)", rules):
+        assert f"| `{alert}` |" in page

@@ -1,0 +1,113 @@
+"""The cost of metrics: steps of training with and without them, and the time to read them.
+
+Client and server share this process and talk over loopback. Times are those of the processor, of
+all threads, which other processes do not change; steps alternate besides. The time of a reading is
+added as often as the configuration in `deploy/` asks for one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from time import process_time
+from urllib.request import urlopen
+
+from fedsplit.client.metered import MeteredLink
+from fedsplit.client.remote import RemoteTrunk
+from fedsplit.client.trainer import ClientTrainer
+from fedsplit.data.batches import Batch
+from fedsplit.model import ClientPart, connect
+from fedsplit.telemetry.prometheus import MetricsServer, Prometheus
+from fedsplit.telemetry.sinks import SILENT, Telemetry
+from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.server import GrpcServer
+from fedsplit.trunk.service import TrunkService
+from fedsplit.trunk.state import state_of
+from simulations.bench.models import TOY, Shape
+from simulations.bench.processes import threads_of_torch
+from simulations.bench.report import Report, in_turns
+from simulations.bench.roles import name_of
+
+READ_EVERY_S = 5.0
+"""The seconds from one reading to the next in `deploy/prometheus/prometheus.yml`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """The model, the turns of one step each, and the readings."""
+
+    shape: Shape
+    turns: int
+    readings: int
+
+
+SIZES = {
+    "full": Size(
+        shape=Shape(
+            blocks=8, hidden=256, heads=4, vocabulary=4096, split="1/6/1", rows=4, tokens=64
+        ),
+        turns=80,
+        readings=20,
+    ),
+    "toy": Size(shape=replace(TOY, rows=2, tokens=16), turns=2, readings=2),
+}
+
+
+def measure(size: str) -> Report:
+    """Return `metrics_overhead`: the time of steps and readings with metrics, over that without."""
+    what, report = SIZES[size], Report()
+    with threads_of_torch(1), ExitStack() as opened:
+        model, sink = what.shape.client(), Prometheus("metrics ")
+        server = opened.enter_context(closing(MetricsServer("metrics ", "127.0.0.1:0", sink)))
+        measures: dict[str, Callable[[], float]] = {}
+        for name, telemetry in {"without": SILENT, "with": Telemetry(sink)}.items():
+            client = opened.enter_context(_client(model, what.shape, telemetry))
+            measures[name] = partial(_seconds, model, *client, what.shape.batch())
+        found = in_turns(what.turns, measures)
+        for name, values in found.items():
+            report.spread("step_s", values, metrics=name)
+        ratio = report.ratio("with / without", found["with"], found["without"])
+        reading_s = median(_reading_s(server.address) for _ in range(what.readings))
+        report.row("reading_s", median=reading_s)
+    report.figures["metrics_overhead"] = ratio + reading_s / READ_EVERY_S
+    return report
+
+
+@contextmanager
+def _client(
+    model: ClientPart, shape: Shape, telemetry: Telemetry
+) -> Iterator[tuple[ClientTrainer, RemoteTrunk]]:
+    """Serve a trunk, open a session with it, and yield a trainer of the model and the trunk."""
+    run = shape.run
+    with TrunkService(shape.trunk(), run) as service:
+        service.engine.meter.telemetry = telemetry
+        telemetry.watch("", lambda: state_of(service))
+        server = GrpcServer(
+            service, wire=run.wire, limits=service.limits, max_clients=2, telemetry=telemetry
+        )
+        near = GrpcLink(server.start(), token=service.admit(name_of(0)), wire=run.wire)
+        with closing(near):
+            link = MeteredLink(near, telemetry) if telemetry else near
+            trunk = RemoteTrunk(link, model, run, client=name_of(0))
+            with trunk.session():
+                yield ClientTrainer(model, trunk, run, telemetry=telemetry), trunk
+        server.stop()
+
+
+def _seconds(model: ClientPart, trainer: ClientTrainer, trunk: RemoteTrunk, batch: Batch) -> float:
+    """Return the processor's seconds of a step, until the trunk has taken it too."""
+    # Both variants share one client model, so each turn connects its own trunk.
+    connect(model, trunk)
+    began = process_time()
+    trainer.step([batch])
+    # The reply to a step may arrive before the trunk has taken it; this call waits for it.
+    trunk.gradients()
+    return process_time() - began
+
+
+def _reading_s(address: str) -> float:
+    began = process_time()
+    with urlopen(f"http://{address}/metrics", timeout=10) as reply:
+        reply.read()
+    return process_time() - began
