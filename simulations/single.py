@@ -4,7 +4,6 @@ The modules that train are imported only for a run in this process, because impo
 """
 
 import logging
-import shlex
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from fedsplit.config import to_yaml
 from fedsplit.console import ending_with_its_reader
 from fedsplit.runs.folder import RunFolder, new_run_id
 from fedsplit.runs.metrics import evaluated
+from fedsplit.runs.next_commands import next_commands
 from fedsplit.spec import RunSpec
 from simulations.launch import run_flwr
 
@@ -51,7 +51,8 @@ def run_one(run: RunSpec) -> float:
         if run.privacy.audit == "end":
             print(_audited(folder))
         print(f"\nleft in {folder.path}: {left_in(folder.path)}")
-        print(_next_commands(run, folder), flush=True)
+        for what, command in next_commands(run, folder):
+            print(f"{what}: {command}", flush=True)
         return min(stats.eval_loss for stats in evaluated(folder.rounds()))
 
 
@@ -71,10 +72,13 @@ def _carried_out(asked: RunSpec) -> tuple[RunSpec, RunFolder]:
 def _audited(folder: RunFolder) -> str:
     """Measure what a server reads of the run; return the line about it."""
     from fedsplit.audit.report import audit
+    from fedsplit.runs.report import write_report
 
     found = audit(folder, quick=True, noise=[folder.run.privacy.z])
     found.write(folder.path / "audit")
     found.add_to_card(folder.model / "README.md")
+    # It has the line about the leak too.
+    write_report(folder)
     return found.leak
 
 
@@ -89,18 +93,6 @@ def _why_renamed(asked: RunSpec, folder: RunFolder) -> str:
     state = "is finished" if earlier.is_finished else "has no result"
     resume = "nothing to resume: " if asked.resume else ""
     return f"{resume}{earlier.path} {state}, so a new run begins in {folder.path}"
-
-
-def _next_commands(run: RunSpec, folder: RunFolder) -> str:
-    path = shlex.quote(str(folder.path))
-    words = [f"compare it: fedsplit compare {path} ANOTHER_RUN"]
-    if run.client_weights.sealed:
-        key = next(folder.path.glob("privacy/*/seal.key"), Path("KEY"))
-        words.append(f"join it at a client: fedsplit join {path} --key {key} --out whole")
-    elif run.task == "causal_lm" and run.baseline == "none":
-        words.append(f"generate with it: fedsplit serve {path}")
-        words.append(f'  and beside it: fedsplit generate --run {path} "SOME TEXT"')
-    return "\n".join(words)
 
 
 def left_in(folder: Path) -> str:

@@ -15,7 +15,7 @@ from fedsplit.cli.doctor import Doctor
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
-from fedsplit.cli.results import Compare, Plot, Shards
+from fedsplit.cli.results import Compare, Plot, Report, Shards
 from fedsplit.cli.serve import Info, Serve
 from fedsplit.cli.supervise import Supervise
 from fedsplit.console import ending_with_its_reader, print_error
@@ -26,6 +26,7 @@ _COMMANDS = (
     Join,
     Info,
     Plot,
+    Report,
     Compare,
     Shards,
     Audit,
@@ -45,6 +46,7 @@ _EXAMPLES = (
     "fedsplit doctor --trunk 127.0.0.1:9500 --model gpt2 --split 1/10/1",
     "fedsplit certs init --out authority",
     "fedsplit plot runs/default",
+    "fedsplit report runs/default",
     "fedsplit compare runs/default runs/default-2 --out compared",
     "fedsplit audit runs/default --quick",
     "fedsplit shards sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards",

@@ -1,4 +1,4 @@
-"""The commands `plot`, `compare` and `shards` for the folders and the data of runs."""
+"""The commands `plot`, `report`, `compare` and `shards` for the folders and the data of runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,22 @@ class Plot(Command):
         from fedsplit.runs.loss_plot import plot_losses
 
         print(plot_losses(RunFolder(Path(self.run_dir))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report(Command):
+    """Write the report of a run, also of one that was stopped."""
+
+    example: ClassVar[str] = "runs/default"
+
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
+
+    def run(self) -> None:
+        """Write `report.html` into the run's folder."""
+        from fedsplit.runs.folder import RunFolder
+        from fedsplit.runs.report import write_report
+
+        print(write_report(RunFolder(Path(self.run_dir))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from fedsplit.console import table_text
 from fedsplit.errors import DataError
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
-from fedsplit.telemetry.round import RoundStats, in_mib
+from fedsplit.telemetry.round import RoundStats, in_mib, plain
 
 Row = dict[str, Any]
 """One row of a table: plain values by column; None if a column has no value."""
@@ -99,7 +99,7 @@ class Table:
         """
         atomic.make_folder(folder)
         file = folder / "table.json"
-        content = {"figures": _plain(self.figures), "rows": _plain(self.rows)}
+        content = {"figures": plain(self.figures), "rows": plain(self.rows)}
         atomic.write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
         return file
 
@@ -340,12 +340,3 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
 
 def _finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
-
-
-def _plain(value: Any) -> Any:
-    """Return a value for JSON, which has no NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

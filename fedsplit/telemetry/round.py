@@ -3,8 +3,33 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientStats:
+    """What one client contributed to a round, in training.
+
+    Attributes:
+        loss: Its training loss, in nats per token; NaN if no reply of it counted.
+        tokens: The tokens (examples of a classifier) that it trained on.
+        steps: Its optimizer steps.
+        repeated: The attempts at steps that failed and were repeated, because they were late.
+        refused: The steps that the trunk refused at every attempt.
+        failed: The times that it did not reply, or that its reply was refused.
+        bytes_up: Bytes of the stream from it to the trunk.
+        bytes_down: Bytes of the stream from the trunk to it.
+    """
+
+    loss: float = math.nan
+    tokens: int = 0
+    steps: int = 0
+    repeated: int = 0
+    refused: int = 0
+    failed: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +75,7 @@ class RoundStats:
         bits: The most bits that these rows tell of a token.
         label_bits: The most bits that gradients tell of a label.
         weights_epsilon: With an accountant of the client weights, its epsilon of all rounds so far.
+        by_client: What each client contributed, by its name.
     """
 
     round: int
@@ -84,6 +110,7 @@ class RoundStats:
     bits: float = 0.0
     label_bits: float = 0.0
     weights_epsilon: float = 0.0
+    by_client: Mapping[str, ClientStats] = field(default_factory=dict, hash=False)
 
     @property
     def line(self) -> str:
@@ -153,9 +180,17 @@ def in_mib(num_bytes: int) -> str:
 
 def line_of(stats: RoundStats) -> str:
     """Return a round as a line of JSON; a number that is not finite becomes null."""
+    return json.dumps(plain(asdict(stats)), allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """Return a value for JSON: in place of a number that is not finite, it has None."""
     # JSON has no NaN, and other programs cannot read what Python would write for it.
-    values = {key: value if math.isfinite(value) else None for key, value in asdict(stats).items()}
-    return json.dumps(values, allow_nan=False)
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_round(values: Mapping[str, Any]) -> bool:
@@ -166,10 +201,19 @@ def is_round(values: Mapping[str, Any]) -> bool:
 def parse(lines: Iterable[str]) -> list[RoundStats]:
     """Return the rounds of lines that `line_of` wrote; lines of steps are left out."""
     found: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
-    rounds = [values for values in found if is_round(values)]
-    for values in rounds:
-        # The name in runs of the last release.
-        if "halves_bytes" in values:
-            values["client_weights_bytes"] = values.pop("halves_bytes")
-        values.update({key: math.nan for key, value in values.items() if value is None})
-    return [RoundStats(**values) for values in rounds]
+    return [_round_of(values) for values in found if is_round(values)]
+
+
+def _round_of(values: dict[str, Any]) -> RoundStats:
+    # The name in runs of the last release.
+    if "halves_bytes" in values:
+        values["client_weights_bytes"] = values.pop("halves_bytes")
+    clients = dict(values.pop("by_client", {}))
+    return RoundStats(
+        **_with_nan(values),
+        by_client={name: ClientStats(**_with_nan(one)) for name, one in clients.items()},
+    )
+
+
+def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in dict(values).items()}

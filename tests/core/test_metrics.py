@@ -9,7 +9,7 @@ from fedsplit.telemetry.round import RoundStats, line_of, parse
 
 
 def stats(**changes: float) -> RoundStats:
-    counts = dict.fromkeys(RoundStats.__dataclass_fields__, 1)
+    counts = dict.fromkeys(RoundStats.__dataclass_fields__, 1) | {"by_client": {}}
     return RoundStats(**(counts | changes))
 
 

@@ -52,6 +52,6 @@ def test_a_model_that_writes_none_is_no_error(whole, tokenizer, monkeypatch, cap
 
 
 def test_the_closing_table_shows_the_sample():
-    rounds = [RoundStats(**dict.fromkeys(RoundStats.__dataclass_fields__, 1))]
+    rounds = [RoundStats(**dict.fromkeys(RoundStats.__dataclass_fields__, 1) | {"by_client": {}})]
     assert 'sample of its text              "a b"' in closing_table(rounds, sample="a b")
     assert "sample" not in closing_table(rounds)

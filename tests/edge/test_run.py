@@ -43,8 +43,8 @@ def folder(run: RunSpec) -> RunFolder:
 
 def test_a_run_leaves_what_the_readme_promises(run: RunSpec, folder: RunFolder) -> None:
     left = {path.name for path in folder.path.iterdir()}
-    files = {"run.json", "config.yaml", "metrics.jsonl", "loss.png", "model", "sample.txt"}
-    assert left == files | {"checkpoints", "clients"}
+    files = {"run.json", "config.yaml", "metrics.jsonl", "loss.png", "report.html", "sample.txt"}
+    assert left == files | {"model", "checkpoints", "clients"}
     sample = (folder.path / "sample.txt").read_text(encoding="utf-8").strip()
     assert f'sample of its text              "{sample}"' in folder.closing_table
     kept = from_yaml((folder.path / "config.yaml").read_text(encoding="utf-8"))
@@ -152,7 +152,10 @@ def test_two_runs_at_once_print_and_leave_their_own(tmp_path: Path) -> None:
         folder = RunFolder(tmp_path / "runs" / name)
         assert rounds == [stats.line for stats in folder.rounds()]
         assert "last (round " in stdout
-        left = "checkpoints/ clients/ config.yaml loss.png metrics.jsonl model/ run.json sample.txt"
+        left = (
+            "checkpoints/ clients/ config.yaml loss.png metrics.jsonl model/ report.html run.json "
+            "sample.txt"
+        )
         assert stdout.splitlines()[-4:] == [
             f"left in {folder.path}: {left}",
             f"compare it: fedsplit compare {folder.path} ANOTHER_RUN",

@@ -191,7 +191,7 @@ class RoundCoordinator:
             arrays, _ = self._poll(arrays)
         if self._run.policy.kind == "sync":
             for work in self.rounds.awaited:
-                self.metrics.reasons.append("no reply in time")
+                self.metrics.failures.append((work.client, "no reply in time"))
                 self.metrics.missing.add(work.client)
                 log(WARNING, "round %s: %s is given up: no reply in time", number, work.client)
                 # It is not of the next round, so the steps of that one are not without it.
@@ -212,7 +212,8 @@ class RoundCoordinator:
             return
         self._fruitless.add(number)
         asked = self.metrics.asked | {work.client for work in self.rounds.busy}
-        reason = next(iter(self.metrics.reasons), "nothing before the deadline")
+        reasons = (reason for _, reason in self.metrics.failures)
+        reason = next(reasons, "nothing before the deadline")
         problem = (
             f"round {number}, training: none of {len(asked)} clients finished; the first said: "
             f"{reason}"
@@ -379,7 +380,7 @@ class RoundCoordinator:
             self._service.release(work.client)
             del self._started[work.number]
             self._states.ended(work)
-            self.metrics.reasons.append(problem)
+            self.metrics.failures.append((work.client, problem))
             return Failed(number=work.number)
         self._states.replied(work)
         numbers = numbers_of(reply)

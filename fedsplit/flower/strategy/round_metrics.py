@@ -1,6 +1,7 @@
 """The metrics of one round, summed over the clients' replies into a `RoundStats`."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from logging import WARNING
@@ -15,7 +16,7 @@ from fedsplit.flower.records import ARRAYS, METRICS, WEIGHT, num_bytes
 from fedsplit.flower.reply import content_of, peer_text
 from fedsplit.runs.metrics import bits_per_byte
 from fedsplit.spec import RunSpec
-from fedsplit.telemetry.round import RoundStats
+from fedsplit.telemetry.round import ClientStats, RoundStats
 from fedsplit.trunk.norm_guard import GuardCounts
 
 Numbers = Mapping[str, float]
@@ -38,20 +39,20 @@ class RoundMetrics:
     """The metrics of a round while it runs.
 
     `trained` and `evaluated` hold the replies' metrics with the client's name; one client's entries
-    are in the order of arrival. `asked` are the clients that were sent work. `reasons` are the
-    reasons of failures in training, `refused_replies` the number of replies, in training and
-    evaluation, that were refused, and `clipped_replies` that of clipped ones. `broken` are the
-    clients that could not train, and `unmeasured` those that could not evaluate, because numbers
-    were not finite or out of proportion; `missing` are those that did not do one of it for another
-    reason, and `gone` those of them of which Flower knows that. The round was repeated `repeats`
-    times before. `connected` are the clients that must not leave in this round; those that do are
-    missing. Sums are in the order of names, because a sum of floats depends on its order and
-    the order of arrival is random.
+    are in the order of arrival. `asked` are the clients that were sent work. `failures` hold the
+    clients that failed in training and their reasons, `refused_replies` the number of replies, in
+    training and evaluation, that were refused, and `clipped_replies` that of clipped ones. `broken`
+    are the clients that could not train, and `unmeasured` those that could not evaluate, because
+    numbers were not finite or out of proportion; `missing` are those that did not do one of it for
+    another reason, and `gone` those of them of which Flower knows that. The round was repeated
+    `repeats` times before. `connected` are the clients that must not leave in this round; those
+    that do are missing. Sums are in the order of names, because a sum of floats depends on its
+    order and the order of arrival is random.
     """
 
     trained: list[tuple[str, Numbers]] = field(default_factory=list)
     evaluated: list[tuple[str, Numbers]] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
     refused_replies: int = 0
     clipped_replies: int = 0
     broken: set[str] = field(default_factory=set)
@@ -143,7 +144,7 @@ class RoundMetrics:
             client_weights_bytes=self.arrays_bytes,
             clients=len(trained),
             late=sum(numbers["repeated"] > 0 for numbers in trained),
-            failed=len(self.reasons),
+            failed=len(self.failures),
             version=version,
             short_steps=short_steps,
             clipped_gradients=guard_counts.clipped,
@@ -161,7 +162,17 @@ class RoundMetrics:
             bits=_most(trained + evaluated, "bits"),
             label_bits=_most(trained + evaluated, "label-bits"),
             weights_epsilon=weights_epsilon,
+            by_client=self._by_client(),
         )
+
+    def _by_client(self) -> dict[str, ClientStats]:
+        """Return what each client contributed in training, in the order of names."""
+        failures = Counter(client for client, _ in self.failures)
+        names = sorted({client for client, _ in self.trained} | failures.keys())
+        return {
+            name: _client_stats([n for client, n in self.trained if client == name], failures[name])
+            for name in names
+        }
 
 
 def numbers_of(reply: Message) -> Numbers:
@@ -172,6 +183,20 @@ def numbers_of(reply: Message) -> Numbers:
 
 def _by_name(entries: list[tuple[str, Numbers]]) -> list[Numbers]:
     return [numbers for _, numbers in sorted(entries, key=lambda entry: entry[0])]
+
+
+def _client_stats(trained: list[Numbers], failed: int) -> ClientStats:
+    tokens = int(_sum(trained, WEIGHT))
+    return ClientStats(
+        loss=sum(n["loss"] * n[WEIGHT] for n in trained) / tokens if tokens else math.nan,
+        tokens=tokens,
+        steps=int(_sum(trained, "steps")),
+        repeated=int(_sum(trained, "repeated")),
+        refused=int(_sum(trained, "refused")),
+        failed=failed,
+        bytes_up=int(_sum(trained, "bytes-up")),
+        bytes_down=int(_sum(trained, "bytes-down")),
+    )
 
 
 def _most(metrics: list[Numbers], key: str) -> float:
