@@ -18,6 +18,7 @@ from fedsplit.config import CommandLine, Variants
 from fedsplit.console import READER_GONE, ending_with_an_error_line, ending_with_its_reader
 from fedsplit.errors import Diverged
 from fedsplit.runs.compare import COLUMNS, Group, Table, plot, rows_of
+from fedsplit.runs.compare_report import write_comparison
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from simulations.experiments import convergence, noniid, straggler
@@ -30,8 +31,11 @@ def _of_runs(table: Callable[[Sequence[Group]], Table]) -> Callable[[RunSpec, Va
 
     def trained_table(sweep: RunSpec, variants: Variants) -> Table:
         groups = carried_out(sweep, variants)
-        plot(groups, Path(sweep.launch.run_dir, sweep.name))
-        return table(groups)
+        folder = Path(sweep.launch.run_dir, sweep.name)
+        plot(groups, folder)
+        trained = table(groups)
+        write_comparison(trained, groups, folder)
+        return trained
 
     return trained_table
 

@@ -44,7 +44,7 @@ class Report(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compare(Command):
-    """Compare runs in a table and a plot."""
+    """Compare runs in a table, a plot and a report."""
 
     example: ClassVar[str] = "runs/default runs/default-2 --out compared"
 
@@ -58,18 +58,21 @@ class Compare(Command):
         str,
         typer.Option(
             metavar="DIR",
-            help="folder for table.json and compare.png; default compare/ beside the first run",
+            help="folder for table.json, compare.png and report.html; default compare/ beside the "
+            "first run",
         ),
     ] = ""
 
     def run(self) -> None:
-        """Print the table, and write it and the plot to `out`."""
+        """Print the table, and write it, the plot and the report to `out`."""
         from fedsplit.runs.compare import COLUMNS, Table, grouped, plot, read_runs, rows_of
+        from fedsplit.runs.compare_report import write_comparison
 
         groups = grouped(read_runs(map(Path, self.run_dirs)))
         table = Table(rows=rows_of(groups), columns=COLUMNS)
         out = Path(self.out or Path(self.run_dirs[0]).parent / "compare")
-        print(f"{table}\n\n{table.write(out)}\n{plot(groups, out)}")
+        files = table.write(out), plot(groups, out), write_comparison(table, groups, out)
+        print(table, "", *files, sep="\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

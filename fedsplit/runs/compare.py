@@ -81,15 +81,19 @@ class Table:
     columns: Columns
     figures: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def filled_columns(self) -> list[list[str]]:
+        """The head and the cells of each column that is not always empty."""
+        cells = [[head, *map(text_of, self.rows)] for head, text_of in self.columns.items()]
+        return [column for column in cells if any(column[1:])]
+
     def __str__(self) -> str:
         """Aligned text of the rows and the figures, without columns that are always empty."""
-        cells = [[head, *map(text_of, self.rows)] for head, text_of in self.columns.items()]
-        columns = [column for column in cells if any(column[1:])]
-        text = _aligned(columns)
+        text = _aligned(self.filled_columns)
         if self.figures:
             values = [f"{value:.4g}" for value in self.figures.values()]
             text += f"\n\n{_aligned([list(self.figures), values])}"
-        return "\n".join([text, *_unlike(self.rows)])
+        return "\n".join([text, *unlike(self.rows)])
 
     def write(self, folder: Path) -> Path:
         """Write `table.json`; a number that is not finite is null there.
@@ -191,7 +195,7 @@ def _row(group: Group, settings: dict[str, Any]) -> Row:
     return row
 
 
-def _unlike(rows: Sequence[Row]) -> list[str]:
+def unlike(rows: Sequence[Row]) -> list[str]:
     """Return lines about the rows that are not compared like with like."""
     names = dict.fromkeys(name for row in rows for name in row.get("settings", ()))
     data = [name for name in names if name.startswith(_OF_THE_LOSS)]
@@ -272,6 +276,12 @@ _AXES: dict[str, Callable[[RoundStats], float]] = {
 }
 
 
+def axes_of(groups: Sequence[Group]) -> list[str]:
+    """Return the measures over which the losses of all runs can be drawn."""
+    runs = [run for group in groups for run in group.runs]
+    return [name for name in _AXES if all(run.curve(name) for run in runs)]
+
+
 def plot(groups: Sequence[Group], folder: Path) -> Path:
     """Draw `compare.png`: held-out loss over rounds, bytes, steps, seconds and virtual seconds.
 
@@ -282,15 +292,14 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
         The file.
     """
     atomic.make_folder(folder)
-    runs = [run for group in groups for run in group.runs]
-    axes = [name for name in _AXES if all(run.curve(name) for run in runs)]
+    axes = axes_of(groups)
     figure = Figure(figsize=(6 * len(axes), 4.5), layout="constrained")
     # pyplot would keep the figure in a global list, and choose a display.
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0] if axes else []
     for panel, axis in zip(panels, axes, strict=True):
         for number, group in enumerate(groups):
-            _draw(panel, group, axis, number)
+            draw_group(panel, group, axis, number)
         panel.set_xlabel(axis)
     if axes:
         panels[0].set_ylabel("held-out loss (nats per token)")
@@ -301,11 +310,13 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
     return file
 
 
-_LINES = ("-", "--", "-.", ":")
+LINES = ("-", "--", "-.", ":")
+"""The dashes of the lines of groups, one after the other."""
 _MARKERS = "osD^vx+"
 
 
-def _draw(panel: Axes, group: Group, axis: str, number: int) -> None:
+def draw_group(panel: Axes, group: Group, axis: str, number: int) -> None:
+    """Draw the losses of a group's runs over a measure, in the style of the group's number."""
     # A run that stopped early ends the group's line: a mean over fewer seeds would jump.
     points = list(zip(*(run.curve(axis) for run in group.runs), strict=False))
     xs = [fmean(x for x, _ in seeds) for seeds in points]
@@ -316,7 +327,7 @@ def _draw(panel: Axes, group: Group, axis: str, number: int) -> None:
         xs,
         means,
         label=group.name,
-        linestyle=_LINES[number % len(_LINES)],
+        linestyle=LINES[number % len(LINES)],
         linewidth=max(1.0, 3.0 - number / 2),
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4,

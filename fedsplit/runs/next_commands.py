@@ -15,13 +15,24 @@ def next_commands(run: RunSpec, folder: RunFolder) -> list[tuple[str, str]]:
             ("make this report again", f"fedsplit report {path}"),
             ("continue it, if it was stopped", f"THE COMMAND THAT BEGAN IT resume={path}"),
         ]
-    commands = [("compare it", f"fedsplit compare {path} ANOTHER_RUN")]
+    return [
+        ("compare it", f"fedsplit compare {path} ANOTHER_RUN"),
+        *generation_commands(run, folder),
+    ]
+
+
+def generation_commands(run: RunSpec, folder: RunFolder) -> list[tuple[str, str]]:
+    """Return the commands that generate with a run's model; none if it has no language model."""
+    path = shlex.quote(str(folder.path))
+    if not folder.is_finished:
+        return []
     if run.client_weights.sealed:
-        key = next(folder.path.glob("privacy/*/seal.key"), "KEY")
-        join = f"fedsplit join {path} --key {shlex.quote(str(key))} --out whole"
-        commands.append(("join it at a client", join))
-    elif run.task == "causal_lm" and run.baseline == "none":
-        generate = f'fedsplit generate --run {path} "SOME TEXT"'
-        commands.append(("generate with it", f"fedsplit serve {path}"))
-        commands.append(("  and beside it", generate))
-    return commands
+        key = shlex.quote(str(next(folder.path.glob("privacy/*/seal.key"), "KEY")))
+        join = f"fedsplit join {path} --key {key} --out whole"
+        return [("join it at a client", join)]
+    if run.task != "causal_lm" or run.baseline != "none":
+        return []
+    return [
+        ("generate with it", f"fedsplit serve {path}"),
+        ("  and beside it", f'fedsplit generate --run {path} "SOME TEXT"'),
+    ]

@@ -76,6 +76,7 @@ p { margin: 0 0 10px; max-width: 76ch; }
 a { color: var(--accent); }
 code, pre { font: 13px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .soft { color: var(--ink-soft); }
+.after { margin: 10px 0 0; }
 .top { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 14px; }
 .top + p { margin-top: 8px; max-width: none; }
 .state {
@@ -84,7 +85,8 @@ code, pre { font: 13px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monosp
 }
 .state.finished { color: var(--good); }
 .headline {
-  display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 16px; margin: 28px 0 0;
+  display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 16px;
+  margin: 28px 0 0;
 }
 .headline div, .charts figure, .box {
   background: var(--card); border: 1px solid var(--line); border-radius: 10px;
@@ -149,7 +151,7 @@ summary { cursor: pointer; color: var(--accent); font-size: 14px; }
 details > .scroll { margin-top: 12px; }
 footer { margin-top: 48px; font-size: 13px; color: var(--ink-soft); }
 @media (max-width: 900px) {
-  .headline { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .headline { grid-auto-flow: row; grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .charts, .told { grid-template-columns: minmax(0, 1fr); }
   .charts figure { max-width: 460px; }
 }
@@ -194,16 +196,35 @@ _PAGE = """\
 """
 
 _PARTS = """\
+{% macro headline(all) %}
+<dl class="headline">
+{% for each in all %}
+<div>
+<dt>{{ each.name }}</dt>
+<dd class="value">{{ each.value }} <span class="unit">{{ each.unit }}</span></dd>
+<dd class="note">{{ each.note }}</dd>
+</div>
+{% endfor %}
+</dl>
+{% endmacro %}
+
+{% macro keys(all) %}
+<span class="keys">
+{% for key in all %}
+<span class="key"><i style="color: var(--series-{{ key.color }}); border-top-style: {{ key.dash }}">
+</i>{{ key.name }}</span>
+{% endfor %}
+</span>
+{% endmacro %}
+
 {% macro charts(all) %}
 <div class="charts">
 {% for each in all %}
 <figure>
 <figcaption><b>{{ each.title }}</b> <span class="soft">{{ each.unit }}</span>
-{% if each.keys %}<span class="keys">
-{%- for key in each.keys %}<span class="key">
-<i style="color: var(--series-{{ key.color }}); border-top-style: {{ key.dash }}"></i>
-{{- key.name }}</span>{% endfor -%}
-</span>{% endif %}
+{% if each.keys %}
+{{ keys(each.keys) }}
+{% endif %}
 </figcaption>
 {{ each.svg }}
 </figure>

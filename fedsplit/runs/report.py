@@ -32,15 +32,7 @@ _MAIN = """\
 <span class="state {{ state.split(":")[0] }}">{{ state }}, {{ progress }}</span>
 </div>
 <p class="soft">{{ subtitle }}</p>
-<dl class="headline">
-{% for each in headline %}
-<div>
-<dt>{{ each.name }}</dt>
-<dd class="value">{{ each.value }} <span class="unit">{{ each.unit }}</span></dd>
-<dd class="note">{{ each.note }}</dd>
-</div>
-{% endfor %}
-</dl>
+{{ parts.headline(headline) }}
 
 <h2>Curves</h2>
 {{ parts.charts(charts) }}

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from fedsplit.cli import main
 from fedsplit.config import to_yaml
-from fedsplit.runs.compare import COLUMNS, Table, _draw, grouped, read_runs, rows_of
+from fedsplit.runs.compare import COLUMNS, Table, draw_group, grouped, read_runs, rows_of
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import DataSpec, PolicySpec, RunSpec, ShardingSpec
 from tests.edge.rounds import round_stats
@@ -103,7 +103,7 @@ def test_the_command_prints_a_table_and_leaves_it(
         leave(f"many/a{seed}", replace(SYNC, seed=seed), [3.0, 2.0 + seed, 1.0 + seed])
         leave(f"many/b{seed}", replace(sharded, seed=seed), [4.0, 3.0 + seed])
     assert main(["compare", str(tmp_path / "many")]) == 0
-    head, first, second, unlike, _, table, picture = capsys.readouterr().out.splitlines()
+    head, first, second, unlike, _, table, picture, report = capsys.readouterr().out.splitlines()
     assert head.split()[:6] == ["run", "seeds", "held-out", "loss", "best", "bits/byte"]
     assert "accuracy" not in head and "virtual s" not in head
     assert first.startswith("sharding.kind=natural      2  1.5000 +- 0.7071")
@@ -174,7 +174,7 @@ def test_curves_that_lie_on_each_other_differ_in_dashes_and_markers(leave: Leave
     groups = grouped(read_runs([leave("a", SYNC, [3.0, 2.0]), leave("b", ASYNC, [3.0, 2.0])]))
     panel = Figure().subplots()
     for number, group in enumerate(groups):
-        _draw(panel, group, "round", number)
+        draw_group(panel, group, "round", number)
     first, second = panel.get_lines()
     assert first.get_linestyle() != second.get_linestyle()
     assert first.get_marker() != second.get_marker()

@@ -78,7 +78,11 @@ def test_an_experiment_trains_every_variant_and_goes_on_where_it_stopped(
     stdout = call(*words)
     folder = tmp_path / "runs" / "convergence"
     runs = {"split-seed0", "central-seed0", "sequence-seed0", "no_trunk-seed0"}
-    assert {path.name for path in folder.iterdir()} == runs | {"table.json", "compare.png"}
+    assert {path.name for path in folder.iterdir()} == runs | {
+        "table.json",
+        "compare.png",
+        "report.html",
+    }
     figures, rows = table_in(folder)
     assert rows["split"]["tokens"] == rows["central"]["tokens"]
     assert figures == {
@@ -92,6 +96,7 @@ def test_an_experiment_trains_every_variant_and_goes_on_where_it_stopped(
     assert {path.name for path in folder.iterdir()} == runs | {
         "table.json",
         "compare.png",
+        "report.html",
         "split-seed0-2",
     }
     assert table_in(folder)[0] == figures

@@ -13,7 +13,7 @@ from fedsplit.config import compose, to_yaml
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.report import report_of, write_report
 from fedsplit.runs.summary import Summary
-from fedsplit.spec import PrivacySpec, RunSpec, TrainSpec
+from fedsplit.spec import ModelSpec, PolicySpec, PrivacySpec, RunSpec, TrainSpec
 from fedsplit.telemetry.round import ClientStats
 from tests.edge.chromium import PROGRAM, Chromium
 from tests.edge.rounds import round_stats
@@ -72,12 +72,34 @@ def test_a_report_shows_everything_in_each_window(
 ) -> None:
     run, rounds = CASES[name]
     page = write_report(leave(tmp_path / ("r" * 64), run, rounds, **CHANGES[name]))
+    require_whole(browser, page, charts=4 if "bits" in CHANGES[name] else 3, text=HOSTILE)
+
+
+def require_whole(browser: Chromium, page: Path, *, charts: int, text: str) -> None:
+    """Require that a page shows everything in a window and on a phone, and loads nothing."""
     for width in (1280, 390):
         shown = browser.open(page, width)
         assert (browser.complaints(), browser.requests()) == ([], [page.as_uri()])
         assert shown["cut"] == [] and shown["width"] <= width
-        assert shown["charts"] == (4 if "bits" in CHANGES[name] else 3)
-        assert HOSTILE in shown["text"]
+        assert shown["charts"] == charts and text in shown["text"]
+
+
+def test_a_comparison_shows_everything_in_each_window(browser: Chromium, tmp_path: Path) -> None:
+    runs = [
+        RunSpec(),
+        RunSpec(seed=1),
+        RunSpec(model=ModelSpec(pretrained="models/<b>" + "w" * 200)),
+        RunSpec(policy=PolicySpec(kind="async")),
+    ]
+    paths = [leave(tmp_path / f"run-{n}", run, 3).path for n, run in enumerate(runs)]
+    write_report(RunFolder(paths[0]))
+    assert main(["compare", *map(str, paths), "--out", str(tmp_path / "compared")]) == 0
+    page = tmp_path / "compared" / "report.html"
+    text = "4 runs in 3 rows; runs that differ only in the seed"
+    require_whole(browser, page, charts=4, text=text)
+    html = page.read_text(encoding="utf-8")
+    assert '<a href="../run-0/report.html">' in html and html.count("<a href") == 1
+    assert "models/&lt;b&gt;ww" in html
 
 
 def test_the_browser_finds_what_is_wrong_with_a_page(browser: Chromium, tmp_path: Path) -> None:
