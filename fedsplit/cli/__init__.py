@@ -15,7 +15,7 @@ from fedsplit.cli.doctor import Doctor
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
-from fedsplit.cli.results import Compare, Plot, Report, Shards
+from fedsplit.cli.results import Compare, Plot, Report, Shards, Watch
 from fedsplit.cli.serve import Info, Serve
 from fedsplit.cli.supervise import Supervise
 from fedsplit.console import ending_with_its_reader, print_error
@@ -27,6 +27,7 @@ _COMMANDS = (
     Info,
     Plot,
     Report,
+    Watch,
     Compare,
     Shards,
     Audit,
@@ -47,6 +48,7 @@ _EXAMPLES = (
     "fedsplit certs init --out authority",
     "fedsplit plot runs/default",
     "fedsplit report runs/default",
+    "fedsplit watch runs/default",
     "fedsplit compare runs/default runs/default-2 --out compared",
     "fedsplit audit runs/default --quick",
     "fedsplit shards sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards",

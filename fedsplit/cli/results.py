@@ -1,4 +1,4 @@
-"""The commands `plot`, `report`, `compare` and `shards` for the folders and the data of runs."""
+"""Commands for the folders and the data of runs: plot, report, watch, compare and shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,24 @@ class Report(Command):
         from fedsplit.runs.report import write_report
 
         print(write_report(RunFolder(Path(self.run_dir))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch(Command):
+    """Show the figures of a run in the terminal while it trains."""
+
+    example: ClassVar[str] = "runs/default"
+
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
+
+    def run(self) -> None:
+        """Show the figures until the run has ended; in a pipe, print them once."""
+        from rich.console import Console
+
+        from fedsplit.runs.folder import RunFolder
+        from fedsplit.runs.live import watch
+
+        watch(RunFolder(Path(self.run_dir)), Console(highlight=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

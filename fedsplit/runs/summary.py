@@ -212,6 +212,11 @@ class Summary:
     @property
     def privacy(self) -> str:
         """What the server could learn of the clients' texts, in a line."""
+        epsilon = self.rounds[-1].weights_epsilon
+        weights = f" The client weights have epsilon {epsilon:.3g}." if epsilon else ""
+        return self._told_by_activations() + weights
+
+    def _told_by_activations(self) -> str:
         run, last = self.run, self.rounds[-1]
         if run.baseline != "none":
             return (

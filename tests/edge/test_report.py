@@ -43,7 +43,7 @@ def leave(path: Path, run: RunSpec, rounds: int, **changes: float) -> RunFolder:
             "client-0": ClientStats(loss=2.5, tokens=75, steps=8, bytes_up=3 << 20),
             "client-1": ClientStats(loss=2.5, tokens=25, steps=2, repeated=1, refused=3),
         }
-        folder.append(replace(stats, by_client=clients))
+        folder.metrics.append(replace(stats, by_client=clients))
     return folder
 
 
