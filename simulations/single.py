@@ -4,13 +4,17 @@ The modules that train are imported only for a run in this process, because impo
 """
 
 import logging
+import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from rich.console import Console
 
 from fedsplit.config import to_yaml
 from fedsplit.console import ending_with_its_reader
@@ -18,7 +22,9 @@ from fedsplit.runs.folder import RunFolder, new_run_id
 from fedsplit.runs.metrics import evaluated
 from fedsplit.runs.next_commands import next_commands
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.sinks import Sink
 from simulations.launch import run_flwr
+from simulations.progress import ProgressBar, progress_on
 
 _APP = Path(__file__).resolve().parent.parent
 # Reading the data imports for seconds. Fewer clients of a SuperLink report its errors as soon.
@@ -64,9 +70,31 @@ def _carried_out(asked: RunSpec) -> tuple[RunSpec, RunFolder]:
         print(f"resumes after round {folder.last_checkpoint} in {folder.path}", flush=True)
     elif run.name != asked.name:
         print(_why_renamed(asked, folder), flush=True)
-    with _printing_rounds(folder):
-        carry_out(run, folder)
+    with _progress(run, folder) as (say, sinks), _printing_rounds(folder, say):
+        carry_out(run, folder, sinks)
     return run, folder
+
+
+@contextmanager
+def _progress(
+    run: RunSpec, folder: RunFolder
+) -> Iterator[tuple[Callable[[str], None], Sequence[Sink]]]:
+    """Show a progress bar if the run is one in this process, and the output is a terminal.
+
+    Yields:
+        A function that prints a line, above the bar if there is one, and the sinks of the bar.
+    """
+    console = Console()
+    # Jobs of a launcher, which are processes beside each other, have one terminal together.
+    alone = multiprocessing.parent_process() is None
+    if run.launch.kind != "inline" or not alone or not console.is_interactive:
+        yield partial(print, flush=True), ()
+        return
+    with progress_on(console) as progress:
+        done = folder.last_checkpoint if run.resume else 0
+        # A terminal wraps long lines by itself.
+        say = partial(progress.console.print, soft_wrap=True, markup=False, highlight=False)
+        yield say, [ProgressBar(progress, run, done)]
 
 
 def _audited(folder: RunFolder) -> str:
@@ -102,7 +130,7 @@ def left_in(folder: Path) -> str:
 
 
 @contextmanager
-def _printing_rounds(folder: RunFolder) -> Iterator[None]:
+def _printing_rounds(folder: RunFolder, say: Callable[[str], None]) -> Iterator[None]:
     """Print each new round of the folder inside the block, from whichever process wrote it.
 
     Raises:
@@ -113,12 +141,16 @@ def _printing_rounds(folder: RunFolder) -> Iterator[None]:
     broken_pipes: list[BrokenPipeError] = []
 
     def follow() -> None:
+        size = -1
         while True:
             last_look = over.wait(_POLL_S)
-            for stats in folder.rounds():
+            # With many clients, a file that has not grown takes long to read again.
+            file = folder.metrics.path
+            before, size = size, file.stat().st_size if file.exists() else 0
+            for stats in folder.rounds() if size != before else []:
                 # A resumed run trains some rounds again, so their number alone does not tell.
                 if stats not in known:
-                    print(stats.line, flush=True)
+                    say(stats.line)
                     known.append(stats)
             if last_look:
                 return
@@ -182,24 +214,27 @@ def claim(run: RunSpec) -> tuple[RunSpec, RunFolder]:
     return replace(run, name=folder.path.name, resume=resume, launch=launch), folder
 
 
-def carry_out(run: RunSpec, folder: RunFolder) -> None:
+def carry_out(run: RunSpec, folder: RunFolder, sinks: Sequence[Sink] = ()) -> None:
     """Train a run, and remove its folder if nothing was written to it.
 
     Args:
         run: The run, under the folder's name.
         folder: The folder that `claim` returned.
+        sinks: Get the events of a run in this process.
 
     Raises:
         FedsplitError: The run failed.
     """
-    launch = _inline if run.launch.kind == "inline" else _flwr
     try:
-        launch(run, folder)
+        if run.launch.kind == "inline":
+            _inline(run, folder, sinks)
+        else:
+            _flwr(run, folder)
     finally:
         folder.give_back()
 
 
-def _inline(run: RunSpec, folder: RunFolder) -> None:
+def _inline(run: RunSpec, folder: RunFolder, sinks: Sequence[Sink]) -> None:
     from fedsplit.console import quiet_libraries
     from fedsplit.flower import client_app, server_app
     from fedsplit.flower.inline import run_inline
@@ -209,7 +244,7 @@ def _inline(run: RunSpec, folder: RunFolder) -> None:
     quiet_libraries()
     try:
         run_inline(
-            server_app.app,
+            server_app.app_with(*sinks),
             client_app.app,
             num_clients=run.num_nodes,
             run_config=_run_config(run, folder),

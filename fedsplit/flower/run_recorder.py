@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -72,6 +72,7 @@ class RunRecorder:
         parts: Both parts of a split model; None for a baseline.
         tokenizer: The run's tokenizer; None for images.
         run_id: The id of a new run, or of one that a killed process began; "" for a new id.
+        sinks: They get the events too, beside those of `launch.sinks`.
 
     Raises:
         ConfigError: `launch.sinks` names something that is no sink.
@@ -85,6 +86,7 @@ class RunRecorder:
         parts: SplitModel | None,
         tokenizer: TokenizersBackend | None,
         run_id: str = "",
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.first_round = 1
         self._checkpoints: dict[int, Mapping[str, int]] = {}
@@ -95,8 +97,9 @@ class RunRecorder:
         self._parts = parts
         self._tokenizer = tokenizer
         self._given_id = run_id
-        self._sinks = [each.strip() for each in run.launch.sinks.split(",") if each.strip()]
-        for target in self._sinks:
+        self._sinks = sinks
+        self._targets = [each.strip() for each in run.launch.sinks.split(",") if each.strip()]
+        for target in self._targets:
             resolve_class(target, Sink)
 
     @property
@@ -153,8 +156,8 @@ class RunRecorder:
         lines = MetricsLines(
             folder.metrics, steps=run.launch.step_metrics, budget_s=run.wire.budget_s
         )
-        others = [build(target, Sink, folder=folder.path) for target in self._sinks]
-        for sink in (lines, RoundLog(log), *others):
+        others = [build(target, Sink, folder=folder.path) for target in self._targets]
+        for sink in (lines, RoundLog(log), *others, *self._sinks):
             self._telemetry.add(sink)
         self._method.trunk_server.observe(self._telemetry)
         self._telemetry.emit(

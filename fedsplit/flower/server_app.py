@@ -1,6 +1,7 @@
 """Flower's ServerApp: builds the model's parts, trains them with a strategy, records the run."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,28 +33,36 @@ from fedsplit.model.limits import require_positions, require_rows
 from fedsplit.model.placement import devices_of, placed
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.sinks import Sink
 
 log = logging.getLogger("flwr.fedsplit")
 
-app = ServerApp()
 
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Train a run, and write its folder.
+def app_with(*sinks: Sink) -> ServerApp:
+    """Return the app; in this process, the events of its run go to these sinks as well.
 
     Two keys of the run config are for a program that starts the app again when its process is gone.
     With the same `run-id`, the app continues the run of this id, or ends at once if it is finished.
     It makes the file `end-mark` when it ends, so that a later end of its processes is no failure.
     """
-    quiet_libraries()
-    run_id, end_mark = (str(context.run_config.get(key, "")) for key in ("run-id", "end-mark"))
-    try:
-        if run := _to_do(from_run_config(context.run_config), run_id):
-            _train(grid, run, run_id)
-    finally:
-        if end_mark:
-            Path(end_mark).touch()
+    served = ServerApp()
+
+    @served.main()
+    def main(grid: Grid, context: Context) -> None:
+        quiet_libraries()
+        run_id, end_mark = (str(context.run_config.get(key, "")) for key in ("run-id", "end-mark"))
+        try:
+            if run := _to_do(from_run_config(context.run_config), run_id):
+                _train(grid, run, run_id, sinks)
+        finally:
+            if end_mark:
+                Path(end_mark).touch()
+
+    return served
+
+
+app = app_with()
+"""Trains a run, and writes its folder."""
 
 
 def _to_do(run: RunSpec, run_id: str) -> RunSpec | None:
@@ -74,7 +83,7 @@ def _to_do(run: RunSpec, run_id: str) -> RunSpec | None:
     return run if begun.last_saved_round is None else replace(run, resume=str(begun.path))
 
 
-def _train(grid: Grid, run: RunSpec, run_id: str) -> None:
+def _train(grid: Grid, run: RunSpec, run_id: str, sinks: Sequence[Sink]) -> None:
     corpus = load_corpus(run.data, run.task)
     labels = labels_of(corpus)
     tokenizer = _tokenizer(run, corpus)
@@ -87,7 +96,7 @@ def _train(grid: Grid, run: RunSpec, run_id: str) -> None:
     device = run.launch.trunk_device
     parts = parts_of(run, config, devices_of(device)[0]) if run.baseline == "none" else None
     model = parts.client if parts else whole_of(run, config)
-    recorder = RunRecorder(run, corpus, model, parts, tokenizer, run_id)
+    recorder = RunRecorder(run, corpus, model, parts, tokenizer, run_id, sinks)
     # Clients load the tokenizer of a pretrained model by themselves.
     tokenizer_json = (
         "" if tokenizer is None or run.model.pretrained else tokenizer_to_json(tokenizer)

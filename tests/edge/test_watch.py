@@ -40,7 +40,7 @@ def test_a_terminal_shows_each_round_until_the_run_has_ended(folder: RunFolder) 
     assert "1 of 3 rounds" in screens[1] and "1.5000 bits/byte" in screens[1]
     assert len(screens) == 2
     end = out.getvalue()[len(screens[1]) :]
-    for part in ("finished, 2 of 3 rounds", "409.6 KiB", "refused steps", "1-2", "privacy=off"):
+    for part in ("finished, 2 of 3 rounds", "409.6", "refused steps", "1-2", "privacy=off"):
         assert part in end
     assert ["client-0", "100.0%", "200", "20"] in [line.split()[:4] for line in end.splitlines()]
 
