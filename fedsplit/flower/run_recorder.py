@@ -22,7 +22,6 @@ from fedsplit.model import SplitModel
 from fedsplit.model.placement import placed
 from fedsplit.runs.checkpoint import Checkpoint, checkpoints_in, facts_of, prune, remove_after
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.report import write_report
 from fedsplit.runs.result import write_result
 from fedsplit.spec import RunSpec
 from fedsplit.telemetry.events import RunBegan
@@ -258,7 +257,6 @@ class RunRecorder:
         )
         # Only now: until the result is complete, its best weights are in best/ alone.
         self._folder.tidy()
-        self._when_there_is_room(lambda: write_report(self._folder))
         # For whoever reads the log of a deployment.
         for line in self._folder.closing_table.splitlines():
             log.info("%s", line)

@@ -197,8 +197,9 @@ def _commands(rows: Sequence[Row], groups: Sequence[Group]) -> list[tuple[str, s
     paths = shlex.join(str(run.path) for run in runs)
     best = Path(_lowest(rows, "loss")["folders"][0])
     spec = next(run.spec for run in runs if run.path == best)
+    folder = RunFolder(best)
     return [
         ("compare them again", f"fedsplit compare {paths}"),
         ("look at the one with the lowest loss", f"fedsplit report {shlex.quote(str(best))}"),
-        *generation_commands(spec, RunFolder(best)),
+        *(generation_commands(spec, folder) if folder.is_finished else ()),
     ]

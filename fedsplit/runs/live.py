@@ -34,7 +34,7 @@ def watch(folder: RunFolder, console: Console, sleep: Callable[[float], None] = 
     if console.is_terminal:
         # What is too long for the terminal is left out here, and printed at the end.
         with Live(view_of(summary), console=console, auto_refresh=False, transient=True) as live:
-            while not folder.is_finished:
+            while not summary.is_over:
                 sleep(_INTERVAL_S)
                 summary = Summary.read(folder)
                 live.update(view_of(summary), refresh=True)

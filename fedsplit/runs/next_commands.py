@@ -6,10 +6,18 @@ from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 
 
-def next_commands(run: RunSpec, folder: RunFolder) -> list[tuple[str, str]]:
-    """Return what one can do with a run and the command for it."""
+def next_commands(
+    run: RunSpec, folder: RunFolder, *, is_over: bool = True
+) -> list[tuple[str, str]]:
+    """Return what one can do with a run and the command for it.
+
+    Args:
+        run: Its settings.
+        folder: Its folder.
+        is_over: Whether it has a result.
+    """
     path = shlex.quote(str(folder.path))
-    if not folder.is_finished:
+    if not is_over:
         return [
             ("watch it", f"fedsplit watch {path}"),
             ("make this report again", f"fedsplit report {path}"),
@@ -24,8 +32,6 @@ def next_commands(run: RunSpec, folder: RunFolder) -> list[tuple[str, str]]:
 def generation_commands(run: RunSpec, folder: RunFolder) -> list[tuple[str, str]]:
     """Return the commands that generate with a run's model; none if it has no language model."""
     path = shlex.quote(str(folder.path))
-    if not folder.is_finished:
-        return []
     if run.client_weights.sealed:
         key = shlex.quote(str(next(folder.path.glob("privacy/*/seal.key"), "KEY")))
         join = f"fedsplit join {path} --key {key} --out whole"

@@ -89,8 +89,12 @@ Fingerprint <code>{{ fingerprint }}</code>. These differ from the default values
 """
 
 
-def write_report(folder: RunFolder) -> Path:
+def write_report(folder: RunFolder, *, is_over: bool = False) -> Path:
     """Write `report.html` into a run's folder.
+
+    Args:
+        folder: The folder.
+        is_over: Whether the run is over, though its model has not its name yet.
 
     Returns:
         The file.
@@ -101,7 +105,7 @@ def write_report(folder: RunFolder) -> Path:
     """
     folder.measured_rounds()
     file = folder.path / _REPORT
-    atomic.write_text(file, report_of(Summary.read(folder)))
+    atomic.write_text(file, report_of(Summary.read(folder, is_over=is_over)))
     return file
 
 
@@ -139,7 +143,7 @@ def report_of(summary: Summary) -> str:
         "fingerprint": run.fingerprint,
         "changed": _settings(run, only_changed=True),
         "settings": _settings(run, only_changed=False),
-        "commands": next_commands(run, summary.folder),
+        "commands": next_commands(run, summary.folder, is_over=summary.is_over),
     }
     return render(_MAIN, content)
 

@@ -1,4 +1,4 @@
-"""The result of a finished run: the joined model with its model card, the adapter, the plot."""
+"""The result of a run: the joined model with its card, the adapter, the plot, the report."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ from fedsplit.model.lora import save_adapter
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.loss_plot import plot_losses
 from fedsplit.runs.model_card import model_card
+from fedsplit.runs.report import write_report
 from fedsplit.runs.sample import sample_of
 from fedsplit.runs.sealed_result import write_sealed
 from fedsplit.spec import RunSpec
@@ -55,6 +56,7 @@ def write_result(
         with atomic.new_folder(folder.model) as model:
             write_sealed(model, result.trunk, sealed)
             _write_texts(model, tokenizer, card)
+            write_report(folder, is_over=True)
         return
     if isinstance(result, SplitModel):
         whole = join_model(result.client, result.trunk)
@@ -68,6 +70,7 @@ def write_result(
             sample = sample_of(whole, tokenizer, run.data.sequence_length)
             if sample is not None:
                 atomic.write_text(folder.sample, f"{sample}\n")
+        write_report(folder, is_over=True)
 
 
 def _write_texts(model: Path, tokenizer: TokenizersBackend | None, card: str) -> None:

@@ -68,22 +68,32 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """A run: its folder, its settings, its rounds, and whether it trains or how it ended."""
+    """A run: its folder, its settings, its rounds, and whether it trains or how it ended.
+
+    `is_over` is true for a run that is finished or ended early; one that was stopped can go on.
+    """
 
     folder: RunFolder
     run: RunSpec
     rounds: Sequence[RoundStats]
     state: str
+    is_over: bool
 
     @staticmethod
-    def read(folder: RunFolder) -> "Summary":
+    def read(folder: RunFolder, *, is_over: bool = False) -> "Summary":
         """Return the summary of a run's folder.
+
+        Args:
+            folder: The folder.
+            is_over: Whether the run is over, though its model has not its name yet.
 
         Raises:
             DataError: The folder is not a run's folder, or is damaged.
         """
         run, rounds = folder.run, folder.rounds()
-        return Summary(folder=folder, run=run, rounds=rounds, state=_state_of(folder))
+        is_over = is_over or folder.is_finished
+        state = _end_of(folder) if is_over else _state_of(folder)
+        return Summary(folder=folder, run=run, rounds=rounds, state=state, is_over=is_over)
 
     @property
     def subtitle(self) -> str:
@@ -272,10 +282,12 @@ _DIRECTIONS = {
 }
 
 
+def _end_of(folder: RunFolder) -> str:
+    return f"diverged: {folder.divergence}" if folder.divergence else "finished"
+
+
 def _state_of(folder: RunFolder) -> str:
-    """Return whether a run trains, or how it ended: finished, diverged, training or stopped."""
-    if folder.is_finished:
-        return f"diverged: {folder.divergence}" if folder.divergence else "finished"
+    """Return whether a run that is not over is trained now."""
     try:
         with folder.lock_file.open("r+", encoding="utf-8") as file:
             return "stopped" if atomic.lock(file, folder.path) else "training"
