@@ -78,7 +78,7 @@ code, pre { font: 13px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monosp
 .soft { color: var(--ink-soft); }
 .after { margin: 10px 0 0; }
 .top { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 14px; }
-.top + p { margin-top: 8px; max-width: none; }
+.top + p, h1 + p { margin-top: 8px; max-width: none; }
 .state {
   font-size: 13px; line-height: 1; padding: 6px 10px; border-radius: 99px;
   color: var(--warn); border: 1px solid currentColor;
@@ -128,6 +128,7 @@ tbody th { font-weight: 500; text-align: left; white-space: normal; min-width: 8
 tbody th .note { display: block; max-width: 76ch; }
 .bar { display: inline-block; width: 96px; height: 7px; margin-right: 10px; border-radius: 4px;
   background: var(--line); vertical-align: 1px; overflow: hidden; }
+.percent { display: inline-block; min-width: 56px; }
 .bar i { display: block; height: 100%; background: var(--series-0); }
 blockquote {
   margin: 0; padding: 16px 18px; font-family: ui-serif, Georgia, "Noto Serif", serif;

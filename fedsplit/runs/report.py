@@ -163,7 +163,9 @@ _CLIENT_HEADS = (
     "up",
     "down",
 )
-_BAR = Markup('<span class="bar"><i style="width: {0:.1f}%"></i></span>{0:.1f} %')
+_BAR = Markup(
+    '<span class="bar"><i style="width: {0:.1f}%"></i></span><span class="percent">{0:.1f} %</span>'
+)
 
 
 def _clients(summary: Summary) -> PageTable:
