@@ -23,6 +23,7 @@ from fedsplit.cli.command import (
     quiet,
     read_token,
 )
+from fedsplit.cli.systemd import notify
 from fedsplit.errors import ConfigError, Internal
 from fedsplit.spec import RunSpec, WireSpec
 
@@ -193,9 +194,7 @@ class Serve(Command):
             print(self._ready_line(served, versions, run, address, source), flush=True)
             if metrics_at:
                 print(f"metrics at http://{metrics_at}/metrics", flush=True)
-            # Not without a timeout: a signal can reach the process without waking this thread.
-            while not stopped.wait(_WAKE_S):
-                pass
+            _wait_for(stopped)
         if failed.is_set():
             raise Internal(
                 "all trunks of this server have failed; the tracebacks above have the reasons"
@@ -281,6 +280,15 @@ def update_of(run: RunSpec) -> "type[TrunkUpdate]":
         )
         return TrunkUpdate
     return update
+
+
+def _wait_for(stopped: threading.Event) -> None:
+    """Wait for the event, and report to systemd that the server is ready, and that it stops."""
+    notify("READY=1")
+    # Not without a timeout: a signal can reach the process without waking this thread.
+    while not stopped.wait(_WAKE_S):
+        pass
+    notify("STOPPING=1")
 
 
 def _set_on_signals(stopped: threading.Event) -> None:
