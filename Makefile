@@ -15,10 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test faults soak check format proto clean
+.PHONY: help install run test faults soak check deploy-check format proto clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED) ## make .venv and install what constraints.txt pins
 
@@ -55,6 +55,9 @@ check: $(DEVELOPED) ## format, lint, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+deploy-check: $(DEVELOPED) ## check the files in deploy/, with the tools that are installed
+	$(BIN)/python -m pytest -rs -m "not slow" tests/edge/test_deploy.py
 
 format: $(DEVELOPED) ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .

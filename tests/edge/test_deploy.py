@@ -3,16 +3,23 @@
 A tool that is not installed is skipped.
 """
 
+import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping
 
 import pytest
+import yaml
 
 from fedsplit.cli.systemd import notify
+from simulations.bench.certificate import self_signed
 from tests.edge.forked import Program
+from tests.edge.processes import BIN, free_ports
 from tests.edge.tiny_models import make_model
 from tests.house.source import ROOT
 
@@ -22,12 +29,18 @@ UNIT = DEPLOY / "systemd" / "fedsplit-trunk.service"
 
 def accepted_by(tool: str, *words: str) -> str:
     """What a tool prints when it accepts files."""
-    command = shutil.which(tool)
+    command = shutil.which(tool, path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     if not command:
         pytest.skip(f"{tool} is not installed")
     done = subprocess.run([command, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def replaced(text: str, replacements: Mapping[str, object]) -> str:
+    for old, new in replacements.items():
+        text = text.replace(old, str(new))
+    return text
 
 
 # --- systemd --------------------------------------------------------------------------------------
@@ -59,3 +72,89 @@ def test_a_socket_of_systemd_that_is_gone_stops_no_server(monkeypatch, caplog):
 
 def test_the_unit_is_exposed_to_little():
     accepted_by("systemd-analyze", "security", "--offline=true", "--threshold=20", str(UNIT))
+
+
+# --- Kubernetes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rendered() -> str:
+    """What is applied to a cluster."""
+    return accepted_by("kubectl", "kustomize", str(DEPLOY / "kubernetes"))
+
+
+@pytest.mark.parametrize("version", ["1.34", "1.35", "1.36", "1.37"])
+def test_kubernetes_accepts_the_manifests(version, rendered, tmp_path):
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text(rendered)
+    accepted_by("kubernetes-validate", "--strict", "-k", version, str(manifest))
+
+
+def test_every_selector_selects_the_pod(rendered):
+    by_kind = {
+        each["kind"]: each["spec"] for each in yaml.safe_load_all(rendered) if "spec" in each
+    }
+    pod = by_kind["StatefulSet"]["template"]["metadata"]["labels"]
+    selectors = [by_kind[kind]["selector"] for kind in ("StatefulSet", "PodDisruptionBudget")]
+    selectors.append(by_kind["NetworkPolicy"]["podSelector"])
+    assert [each["matchLabels"] for each in selectors] == [pod] * 3
+    assert by_kind["Service"]["selector"] == pod
+
+
+# --- trunk servers --------------------------------------------------------------------------------
+
+
+def in_image() -> tuple[list[str], list[str]]:
+    """The command of a trunk server, and its health check."""
+    text = (DEPLOY / "Dockerfile").read_text("utf-8").replace("\\\n", "")
+    check, serve = re.findall(r"^(?:HEALTHCHECK .*)?CMD (\[.*\])$", text, re.M)
+    return json.loads(serve), json.loads(check)
+
+
+def in_cluster() -> tuple[list[str], list[str]]:
+    text = (DEPLOY / "kubernetes" / "trunk.yaml").read_text("utf-8")
+    server, _ = yaml.safe_load_all(text)
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    return container["command"], container["livenessProbe"]["exec"]["command"]
+
+
+def in_unit() -> tuple[list[str], list[str]]:
+    text = UNIT.read_text("utf-8").replace("\\\n", "")
+    (serve,) = re.findall(r"^ExecStart=\S+/(fedsplit .*) \$OPTIONS$", text, re.M)
+    _, check = in_image()
+    return shlex.split(serve), check
+
+
+@pytest.mark.parametrize("commands", [in_image, in_cluster, in_unit])
+def test_a_trunk_server_answers_its_health_check(commands, tmp_path):
+    make_model(tmp_path / "model")
+    wire = self_signed(tmp_path, "server")
+    (tmp_path / "token").write_text("secret")
+    (port,) = free_ports(1)
+    replacements = {
+        "/etc/fedsplit/ca.crt": wire.tls_ca,
+        "/etc/fedsplit/server.crt": wire.tls_cert,
+        "/etc/fedsplit/tls.crt": wire.tls_cert,
+        "/etc/fedsplit/server.key": wire.tls_key,
+        "/etc/fedsplit/tls.key": wire.tls_key,
+        "/etc/fedsplit/": f"{tmp_path}/",
+        "%d/server.key": wire.tls_key,
+        "%d/": f"{tmp_path}/",
+        "%S/": f"{tmp_path}/state/",
+        "/state/trunk": tmp_path / "state" / "trunk",
+        "${MODEL}": tmp_path / "model",
+        "$(SPLIT)": "1/*/1",
+        "localhost:9500": f"127.0.0.1:{port}",
+        "0.0.0.0:9500": f"127.0.0.1:{port}",
+    }
+    serve, check = ([replaced(word, replacements) for word in words] for words in commands())
+    serve = [re.sub(r"^(--model=)?/model$", rf"\1{tmp_path}/model", word) for word in serve]
+    with Program(*serve) as server:
+        assert server.stdout.readline().startswith("serving model"), server.end(5.0)
+        code, output, errors = Program(*check).end()
+        assert (code, errors) == (0, "")
+        assert "fingerprint of model and cut" in output
+
+
+def test_the_image_is_made_as_hadolint_advises():
+    accepted_by("hadolint", str(DEPLOY / "Dockerfile"))
