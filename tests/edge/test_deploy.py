@@ -11,19 +11,24 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import yaml
 
 from fedsplit.cli.systemd import notify
+from fedsplit.runs.folder import RunFolder
 from simulations.bench.certificate import self_signed
 from tests.edge.forked import Program
-from tests.edge.processes import BIN, free_ports
+from tests.edge.processes import BIN, PATIENCE_S, await_that, background, free_ports, marking
 from tests.edge.tiny_models import make_model
 from tests.house.source import ROOT
 
 DEPLOY = ROOT / "deploy"
+COMPOSE = DEPLOY / "compose.yaml"
 UNIT = DEPLOY / "systemd" / "fedsplit-trunk.service"
 
 
@@ -72,6 +77,77 @@ def test_a_socket_of_systemd_that_is_gone_stops_no_server(monkeypatch, caplog):
 
 def test_the_unit_is_exposed_to_little():
     accepted_by("systemd-analyze", "security", "--offline=true", "--threshold=20", str(UNIT))
+
+
+# --- compose --------------------------------------------------------------------------------------
+
+
+def composed() -> dict[str, Any]:
+    """The services of compose.yaml."""
+    services: dict[str, Any] = yaml.safe_load(COMPOSE.read_text("utf-8"))["services"]
+    return services
+
+
+def test_compose_accepts_the_file():
+    accepted_by("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE))
+
+
+@pytest.mark.slow
+def test_the_commands_of_compose_train_a_run(tmp_path):
+    wire = self_signed(tmp_path, "server")
+    (tmp_path / "superexec.secret").write_bytes(os.urandom(32))
+    services = {name: each for name, each in composed().items() if each["image"] == "fedsplit"}
+    link, trunk, *others = free_ports(2 + 2 * len(services))
+    here: dict[str, object] = {
+        "/etc/fedsplit/ca.crt": wire.tls_ca,
+        "/etc/fedsplit/server.crt": wire.tls_cert,
+        "/etc/fedsplit/server.key": wire.tls_key,
+        "/etc/fedsplit": tmp_path,
+        "superlink:": "127.0.0.1:",
+        "serverapp:": "127.0.0.1:",
+        "0.0.0.0": "127.0.0.1",
+        "9092": link,
+        "9500": trunk,
+    }
+    with ExitStack() as deployment, marking(str(tmp_path)):
+        for name, service in services.items():
+            state, health, own = tmp_path / name, others.pop(), others.pop()
+            replacements = {**here, "/state": state, "9190": health}
+            command = [replaced(word, replacements) for word in service["command"]]
+            if command[0] == "flower-supernode":
+                # In a container, each has the default port to itself.
+                command.append(f"--port={own}")
+            state.mkdir()
+            env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+            env |= {"FLWR_HOME": str(state / "flower"), "HOME": str(state)}
+            deployment.enter_context(background(*command, env=env, cwd=state))
+            check = [replaced(word, replacements) for word in service["healthcheck"]["test"][2:]]
+            await_that(lambda check=check: succeeds(sys.executable, *check))
+        home = tmp_path / "home"
+        home.mkdir()
+        (home / "config.toml").write_text(
+            f'[superlink.federation]\naddress = "127.0.0.1:{link}"\n'
+            f'root-certificates = "{wire.tls_ca}"\n'
+        )
+        run = replaced((DEPLOY / "run.toml").read_text("utf-8"), {**here, "/state": tmp_path})
+        run = run.replace("wire.bind", "launch.start_timeout_s=1000 wire.bind", 1)
+        (tmp_path / "run.toml").write_text(run + "rounds = 1\nlocal-steps = 1\n")
+        submit = ["run", str(ROOT), "federation", "--stream", "--run-config"]
+        done = subprocess.run(
+            [str(BIN / "flwr"), *submit, str(tmp_path / "run.toml")],
+            env={**os.environ, "FLWR_HOME": str(home), "FLWR_DISABLE_UPDATE_CHECK": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE_S,
+        )
+    folder = RunFolder(tmp_path / "runs" / "toy")
+    assert folder.is_finished, done.stdout
+    assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0)]
+
+
+def succeeds(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 # --- Kubernetes -----------------------------------------------------------------------------------
