@@ -15,10 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test faults soak check deploy-check format proto clean
+.PHONY: help install run test faults soak check docs deploy-check format proto release-check clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(INSTALLED) ## make .venv and install what constraints.txt pins
 
@@ -56,6 +56,9 @@ check: $(DEVELOPED) ## format, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(DEVELOPED) ## build the pages in docs/ as a site; a warning or a dead link is an error
+	$(BIN)/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/docs
+
 deploy-check: $(DEVELOPED) ## check the files in deploy/, with the tools that are installed
 	$(BIN)/python -m pytest -rs -m "not slow" tests/edge/test_deploy.py
 
@@ -65,6 +68,9 @@ format: $(DEVELOPED) ## rewrite the code as `make check` wants it
 
 proto: $(DEVELOPED) ## generate the code of the wire's schema again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. $(PROTO)
+
+release-check: $(DEVELOPED) ## build the sdist and the wheel, and use them with each Python there is
+	$(BIN)/python -m simulations.release
 
 clean: ## remove .venv and every cache; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

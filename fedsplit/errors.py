@@ -2,7 +2,7 @@
 
 An error is sent over the wire as its code and message, and a client decides by the code only. Each
 class sets its code, the name of the gRPC status that carries it, and whether a retry with the same
-identity can succeed.
+identity can succeed. docs/reference/errors.md is made of the docstrings.
 """
 
 from typing import ClassVar
@@ -31,42 +31,60 @@ class FedsplitError(Exception):
 
 
 class ConfigError(FedsplitError, ValueError):
-    """A setting has an invalid value; the message names the field and the allowed values."""
+    """A setting has an invalid value; the message names the field and the allowed values.
+
+    To do: Correct the field or option that the message names; `--help` lists all of them.
+    """
 
     code = "CONFIG"
     status = "INVALID_ARGUMENT"
 
 
 class UnsupportedModel(FedsplitError, ValueError):
-    """A model cannot be cut exactly; the message names the class and the cause."""
+    """A model cannot be cut exactly; the message names the class and the cause.
+
+    To do: Choose another model or another cut; the message says what is in the way.
+    """
 
     code = "UNSUPPORTED_MODEL"
     status = "INVALID_ARGUMENT"
 
 
 class DataError(FedsplitError, ValueError):
-    """A corpus, a document or a partition of the data cannot be used."""
+    """A corpus, a document or a partition of the data cannot be used.
+
+    To do: Correct the file or field that the message, or the log of that SuperNode, names.
+    """
 
     code = "DATA"
     status = "INVALID_ARGUMENT"
 
 
 class CheckpointError(FedsplitError):
-    """A checkpoint is incomplete, damaged, or different from its manifest."""
+    """A checkpoint is incomplete, damaged, or different from its manifest.
+
+    To do: Take another copy of the files; a run continues from an older checkpoint.
+    """
 
     code = "CHECKPOINT_CORRUPT"
     status = "DATA_LOSS"
 
 
 class StorageError(FedsplitError):
-    """A file or a folder cannot be written; the message has the operating system's reason."""
+    """A file or a folder cannot be written; the message has the operating system's reason.
+
+    To do: Make room, or correct the permissions, and start the same command again.
+    """
 
     code = "STORAGE"
     status = "RESOURCE_EXHAUSTED"
 
 
 class PrivacyBudget(FedsplitError):
-    """A client's text would tell more than its privacy budget; the release was not sent."""
+    """A client's text would tell more than its privacy budget; the release was not sent.
+
+    To do: End the run, use more noise (`privacy.z`), or raise `privacy.budget_bits`.
+    """
 
     code = "PRIVACY_BUDGET"
     status = "FAILED_PRECONDITION"
@@ -76,7 +94,10 @@ class PrivacyBudget(FedsplitError):
 
 
 class ConnectionLost(FedsplitError):
-    """No trunk answers at the address, or the connection was lost."""
+    """No trunk answers at the address, or the connection was lost.
+
+    To do: Start the server, or correct the address; calls are repeated for `wire.budget_s`.
+    """
 
     code = "CONN_LOST"
     status = "UNAVAILABLE"
@@ -84,7 +105,10 @@ class ConnectionLost(FedsplitError):
 
 
 class DeadlineExceeded(FedsplitError):
-    """A call did not finish before its deadline."""
+    """A call did not finish before its deadline.
+
+    To do: Look at the log of the other side, or raise the limit that the message names.
+    """
 
     code = "DEADLINE"
     status = "DEADLINE_EXCEEDED"
@@ -92,7 +116,10 @@ class DeadlineExceeded(FedsplitError):
 
 
 class Draining(FedsplitError):
-    """The server is shutting down and accepts no new work."""
+    """The server is shutting down and accepts no new work.
+
+    To do: Start the server again; calls are repeated for `wire.budget_s`.
+    """
 
     code = "DRAINING"
     status = "UNAVAILABLE"
@@ -100,7 +127,10 @@ class Draining(FedsplitError):
 
 
 class Overloaded(FedsplitError):
-    """A limit of the server (sessions, bytes, queue) is reached at the moment."""
+    """A limit of the server (sessions, bytes, queue) is reached at the moment.
+
+    To do: Wait, since calls are repeated; if it lasts, raise the limit that is named.
+    """
 
     code = "OVERLOADED"
     status = "RESOURCE_EXHAUSTED"
@@ -114,56 +144,80 @@ class Overloaded(FedsplitError):
 
 
 class ActivationExpired(FedsplitError):
-    """The trunk dropped the graph of this forward; repeat the forward of the same batch."""
+    """The trunk dropped the graph of this forward; repeat the forward of the same batch.
+
+    To do: Nothing; if it happens often, raise `wire.stash_ttl_s` or `wire.stash_bytes`.
+    """
 
     code = "ACTIVATION_EXPIRED"
     status = "FAILED_PRECONDITION"
 
 
 class StaleVersion(FedsplitError):
-    """The trunk's parameters changed since this forward; repeat the step on the same batch."""
+    """The trunk's parameters changed since this forward; repeat the step on the same batch.
+
+    To do: Nothing in a run; in your own loop, run the forward again before the backward.
+    """
 
     code = "STALE_VERSION"
     status = "FAILED_PRECONDITION"
 
 
 class HistoryLost(FedsplitError):
-    """The server lost the activations to which this forward is a delta; send whole activations."""
+    """The server lost the activations to which this forward is a delta; send whole activations.
+
+    To do: Nothing; if it happens often, raise `wire.history_bytes`.
+    """
 
     code = "HISTORY_LOST"
     status = "FAILED_PRECONDITION"
 
 
 class SessionLost(FedsplitError):
-    """The server has no session of this name, or has closed it; open a new one."""
+    """The server has no session of this name, or has closed it; open a new one.
+
+    To do: Nothing in a run and in generation; in your own loop, open a new session.
+    """
 
     code = "SESSION_LOST"
     status = "NOT_FOUND"
 
 
 class ServerRestarted(FedsplitError):
-    """The trunk went back to an older version as its server was started again; do so as well."""
+    """The trunk went back to an older version as its server was started again; do so as well.
+
+    To do: Nothing for `fit` with `states`; else load the state of the version that is named.
+    """
 
     code = "SERVER_RESTARTED"
     status = "FAILED_PRECONDITION"
 
 
 class NonFinite(FedsplitError):
-    """A tensor contains NaN or Inf; it was refused, and the trunk's state did not change."""
+    """A tensor contains NaN or Inf; it was refused, and the trunk's state did not change.
+
+    To do: Lower `train.lr`; the batch was skipped, and three in a row end the round.
+    """
 
     code = "NONFINITE"
     status = "INVALID_ARGUMENT"
 
 
 class GradExploded(FedsplitError):
-    """A gradient is far larger than those before it; it was refused, and nothing has changed."""
+    """A gradient is far larger than those before it; it was refused, and nothing has changed.
+
+    To do: Lower `train.lr`, set `train.clip_norm`, or look at the client's data.
+    """
 
     code = "GRAD_EXPLODED"
     status = "INVALID_ARGUMENT"
 
 
 class Quarantined(FedsplitError):
-    """The client is excluded for some time, because its contributions were refused in a row."""
+    """The client is excluded for some time, because its contributions were refused in a row.
+
+    To do: Look at the errors before this one; the message says when the client may return.
+    """
 
     code = "QUARANTINED"
     status = "PERMISSION_DENIED"
@@ -173,77 +227,110 @@ class Quarantined(FedsplitError):
 
 
 class ProtocolError(FedsplitError):
-    """A frame cannot be read, or the session's state does not allow the request."""
+    """A frame cannot be read, or the session's state does not allow the request.
+
+    To do: Run one version of fedsplit at both sides; in your own loop, keep the legal order.
+    """
 
     code = "PROTOCOL"
     status = "FAILED_PRECONDITION"
 
 
 class BadTensor(FedsplitError):
-    """A tensor on the wire does not match its header or the agreement at Open."""
+    """A tensor on the wire does not match its header or the agreement at Open.
+
+    To do: Run one version of fedsplit, with the same model and config, at both sides.
+    """
 
     code = "BAD_TENSOR"
     status = "INVALID_ARGUMENT"
 
 
 class TooLarge(FedsplitError):
-    """A tensor or message is larger than the agreed limit."""
+    """A tensor or message is larger than the agreed limit.
+
+    To do: Send less at a time, or raise the limit that the message names at the trunk.
+    """
 
     code = "TOO_LARGE"
     status = "RESOURCE_EXHAUSTED"
 
 
 class ProtocolVersion(FedsplitError):
-    """Client and server use different versions of the wire protocol."""
+    """Client and server use different versions of the wire protocol.
+
+    To do: Install the same version of fedsplit at both sides.
+    """
 
     code = "PROTOCOL_VERSION"
     status = "UNIMPLEMENTED"
 
 
 class ModelMismatch(FedsplitError):
-    """Client and server hold parts of different models, or have different configs."""
+    """Client and server hold parts of different models, or have different configs.
+
+    To do: Start both sides from the same model, split, code, `conf/` and overrides.
+    """
 
     code = "MODEL_MISMATCH"
     status = "FAILED_PRECONDITION"
 
 
 class Unauthenticated(FedsplitError):
-    """The token is missing or wrong."""
+    """The token is missing or wrong.
+
+    To do: Give the command the server's token, with `--token-file` or `FEDSPLIT_TOKEN`.
+    """
 
     code = "UNAUTHENTICATED"
     status = "UNAUTHENTICATED"
 
 
 class Forbidden(FedsplitError):
-    """The token is valid, but the client may not use the session or the action."""
+    """The token is valid, but the client may not use the session or the action.
+
+    To do: Use the token of this client, and sessions that this client has opened.
+    """
 
     code = "FORBIDDEN"
     status = "PERMISSION_DENIED"
 
 
 class TlsFailed(FedsplitError):
-    """Client and server could not establish an encrypted connection."""
+    """Client and server could not establish an encrypted connection.
+
+    To do: Name the right authority (`tls-ca`, `--tls-ca`), or renew the server's certificate.
+    """
 
     code = "TLS_FAILED"
     status = "UNAVAILABLE"
 
 
 class TrunkGone(FedsplitError):
-    """No process listens at the trunk's address any more, so the run of its server has ended."""
+    """No process listens at the trunk's address any more, so the run of its server has ended.
+
+    To do: Look at the log of the server; the client takes part again when the run goes on.
+    """
 
     code = "TRUNK_GONE"
     status = "UNAVAILABLE"
 
 
 class Diverged(FedsplitError):
-    """Training was stopped because it diverged or could not continue."""
+    """Training was stopped because it diverged or could not continue.
+
+    To do: Lower `train.lr`, or look at the data of the clients.
+    """
 
     code = "DIVERGED"
     status = "ABORTED"
 
 
 class Internal(FedsplitError):
-    """A bug of fedsplit at the peer; the peer's log has the details."""
+    """A bug of fedsplit at the peer; the peer's log has the details.
+
+    To do: Look at the log of the other side, which has the traceback, and report it.
+    """
 
 
 def one_line(text: str) -> str:

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parsed(argv: Sequence[str] | None) -> Command | None:
     """Return the command; None with --help and --version, after typer has printed them."""
-    parser = typer.main.get_command(_app())
+    parser = typer.main.get_command(typer_app())
     arguments = list(sys.argv[1:] if argv is None else argv)
     parsed = parser.main(arguments or ["--help"], prog_name="fedsplit", standalone_mode=False)
     return parsed if isinstance(parsed, Command) else None
@@ -110,7 +110,8 @@ def _options(version: _Version = False) -> None:
     """Take the options before a command; the callback of each one does its work."""
 
 
-def _app() -> typer.Typer:
+def typer_app() -> typer.Typer:
+    """Return the app of all commands, from which typer makes the parser and the help."""
     app = typer.Typer(
         help="Federated split learning of Hugging Face language models.",
         # typer joins the lines of a paragraph.

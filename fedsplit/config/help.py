@@ -47,7 +47,7 @@ def _lines(run: RunSpec) -> Iterator[str]:
 
 def _entry(field: Field, value: Any) -> Iterator[str]:
     """Yield the setting and the words of a field; side by side if the setting is short."""
-    setting = f"  {field.name}={_typed(value)}"
+    setting = f"  {field.name}={typed(value)}"
     if len(setting) > _COLUMN - 2:
         yield setting
         setting = ""
@@ -55,10 +55,10 @@ def _entry(field: Field, value: Any) -> Iterator[str]:
     yield f"{'':{_COLUMN}}({field.values})"
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """Return a value as it is typed on the command line.
 
-    >>> _typed(True), _typed(""), _typed({"n_layer": 4})
+    >>> typed(True), typed(""), typed({"n_layer": 4})
     ('true', "''", '{n_layer: 4}')
     """
     if isinstance(value, str):

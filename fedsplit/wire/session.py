@@ -55,7 +55,7 @@ def advance(state: SessionState, event: Event, call: int = 0) -> SessionState:
     >>> advance(advance(state, Event.BACKWARD, call=7), Event.STEP, call=7)
     SessionState(last_call=7, outstanding=(), backwards=0, last_step=7)
     """
-    rule = _TABLE[event]
+    rule = TABLE[event]
     if not rule.legal(state, call):
         raise ProtocolError(
             f"{event.value} (call {call}) needs {rule.needs}, but the session is {state}"
@@ -64,8 +64,18 @@ def advance(state: SessionState, event: Event, call: int = 0) -> SessionState:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class Rule:
+    """A row of the table.
+
+    Attributes:
+        needs: What the event needs, in words.
+        effect: What it changes, in words.
+        legal: Whether a state allows the event of a call.
+        after: The state after it.
+    """
+
     needs: str
+    effect: str
     legal: Callable[[SessionState, int], bool]
     after: Callable[[SessionState, int], SessionState]
 
@@ -86,27 +96,37 @@ def _expired(state: SessionState, call: int) -> SessionState:
     return replace(state, outstanding=waiting, backwards=state.backwards - 1)
 
 
-_TABLE = {
-    Event.FORWARD: _Rule(
+TABLE = {
+    Event.FORWARD: Rule(
         "a new call",
+        "the call is outstanding: it waits for its backward",
         lambda s, call: call > s.last_call or call in s.outstanding,
         _forward,
     ),
-    Event.BACKWARD: _Rule(
-        "an outstanding forward of the same call", lambda s, call: call in s.outstanding, _backward
+    Event.BACKWARD: Rule(
+        "an outstanding forward of the same call",
+        "the call is outstanding no more; one more backward to step with",
+        lambda s, call: call in s.outstanding,
+        _backward,
     ),
-    Event.EXPIRED: _Rule(
-        "a backward that found no graph", lambda s, call: s.backwards > 0, _expired
+    Event.EXPIRED: Rule(
+        "a backward that found no graph",
+        "the call is outstanding again; one backward less to step with",
+        lambda s, call: s.backwards > 0,
+        _expired,
     ),
-    Event.STEP: _Rule(
+    Event.STEP: Rule(
         # A copy of an earlier step may come so late that its reply is no longer kept.
         "a backward since the last step, and a later call than that one's",
+        "no backward to step with",
         lambda s, call: s.backwards > 0 and call > s.last_step,
         lambda s, call: replace(s, backwards=0, last_step=call),
     ),
-    Event.GENERATE: _Rule(
+    Event.GENERATE: Rule(
         "a new call",
+        "the call is the last one",
         lambda s, call: call > s.last_call,
         lambda s, call: replace(s, last_call=call),
     ),
 }
+"""The rule of each event."""

@@ -9,6 +9,8 @@ from tests.house.source import ROOT, require_none
 MAX_README = 9 * 1024
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "fedsplit" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
