@@ -4,11 +4,14 @@
     python -m simulations.release --python 3.12
 
 Each environment is made in a temporary folder, outside the checkout. There, the sdist is installed
-with what it needs, then the wheel, and a toy run is trained, served and generated from.
+with what it needs, then the wheel. With each version of Flower, a toy run is trained in a process
+and under Flower, with equal losses. The last one is served and generated from.
 """
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 PYTHONS = ("3.11", "3.12", "3.13")
+FLOWERS = ("1.41", "1.42")
 PACKAGES = {"fedsplit", "strategies"}
 """What the wheel adds to an environment."""
 _STOP_S = 60.0
@@ -29,12 +33,13 @@ from importlib.metadata import files
 print(*{path.parts[0] for path in files("fedsplit") if path.parts[0] != ".."})
 """
 _TRAIN = """
+import sys
 from fedsplit.config import compose, to_yaml
 from fedsplit.flower import client_app, server_app
 from fedsplit.flower.inline import run_inline
 
 if __name__ == "__main__":
-    run = compose(["experiment=toy"])
+    run = compose(["experiment=toy", f"name={sys.argv[1]}"])
     config = {"config": to_yaml(run), "run-dir": run.launch.run_dir}
     run_inline(server_app.app, client_app.app, num_clients=run.num_nodes, run_config=config)
 """
@@ -114,7 +119,16 @@ def check(python: Path, sdist: Path, wheel: Path) -> None:
         _call([*pip, "--no-deps", "--force-reinstall", str(wheel)], place)
         _call([own, "-m", "pip", "check"], place)
         _require_packages(_call([own, "-c", _FILES], place), wheel)
-        _use(place / "env" / "bin", place)
+        shutil.unpack_archive(sdist, place)
+        app = place / sdist.name.removesuffix(".tar.gz")
+        (place / "train.py").write_text(_TRAIN, encoding="utf-8")
+        losses = set()
+        for flower in FLOWERS:
+            _call([*pip, f"flwr[simulation]=={flower}.*"], place)
+            losses |= _train(own, place, app, flower.replace(".", "-"))
+        if len(losses) > 1:
+            raise SystemExit(f"error: the losses differ: {', '.join(map(str, losses))}")
+        _serve(place / "env" / "bin" / "fedsplit", place, f"runs/{FLOWERS[-1].replace('.', '-')}")
 
 
 def _require_packages(printed: str, wheel: Path) -> None:
@@ -127,13 +141,31 @@ def _require_packages(printed: str, wheel: Path) -> None:
         )
 
 
-def _use(commands: Path, place: Path) -> None:
-    """Train a toy run, serve it, and generate with it, in an empty folder."""
-    (place / "train.py").write_text(_TRAIN, encoding="utf-8")
-    _call([str(commands / "python"), "train.py"], place)
-    fedsplit, run = str(commands / "fedsplit"), "runs/toy"
-    with _serving([fedsplit, "serve", run], place):
-        text = _call([fedsplit, "generate", "--run", run, "--max-new-tokens", "4", "The"], place)
+def _train(python: str, place: Path, app: Path, name: str) -> set[tuple[float, ...]]:
+    """Train a toy run in one process, and one under Flower; return the losses of their rounds.
+
+    Args:
+        python: The interpreter of the environment.
+        place: The folder of the runs.
+        app: The unpacked sdist, which is the Flower app.
+        name: The name of the first run.
+    """
+    _call([python, "train.py", name], place)
+    under = f"{name}-flwr"
+    words = ["experiment=toy", "launch=flwr", f"name={under}", f"launch.run_dir={place / 'runs'}"]
+    # A machine that builds releases may be busy.
+    words.append("launch.start_timeout_s=900")
+    _call([python, "-m", "simulations.run", *words], app)
+    files = [place / "runs" / each / "metrics.jsonl" for each in (name, under)]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    return {tuple(json.loads(line)["loss"] for line in text.splitlines()) for text in texts}
+
+
+def _serve(command: Path, place: Path, run: str) -> None:
+    """Serve a run, and generate with it."""
+    generate = [str(command), "generate", "--run", run, "--max-new-tokens", "4", "The"]
+    with _serving([str(command), "serve", run], place):
+        text = _call(generate, place)
     if not text.strip():
         raise SystemExit("error: fedsplit generate printed nothing")
 

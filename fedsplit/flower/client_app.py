@@ -77,7 +77,7 @@ PROTOTYPE = Prototype()
 def hello(message: Message, context: Context) -> Message:
     """Reply with the client's name and its configuration's fingerprint, before any work."""
     run, hello = from_run_config(context.run_config), Hello.of(message.content)
-    node = Node.of(context, run)
+    node = Node.of(context, run).known_as(run, hello.run_id)
     identity = ConfigRecord({"client": node.name, "config": run.fingerprint})
     reply = Message(RecordDict({"hello": identity}), reply_to=message)
     if hello.config != run.fingerprint:
@@ -88,7 +88,7 @@ def hello(message: Message, context: Context) -> Message:
     preparation = Preparation(tokenizer=hello.tokenizer, labels=hello.labels)
     with withholding(node):
         share, tokenizer = share_of(run, node, preparation), tokenizer_of(run, preparation)
-    share.require_full_batches(node.name)
+    share.require_full_batches(node.name or "this client")
     with withholding(node):
         # A client loads the tokenizer of a pretrained model by itself.
         config = config_of(run, tokenizer, hello.labels)
@@ -105,6 +105,9 @@ def hello(message: Message, context: Context) -> Message:
             if not folder.exists():
                 remove_old_runs(folder.parent, time.time())
             identity["states"] = Memory.intact(folder, run)
+    elif node.keeps_states(run):
+        # The server has not assigned a name yet.
+        identity["states"] = list[int]()
     return reply
 
 
@@ -262,7 +265,7 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
             f"the server runs configuration {join.config}, this client {run.fingerprint}; start "
             "both from the same code, conf/ and overrides"
         )
-    node = Node.of(context, run)
+    node = Node.of(context, run, assigned=join.client)
     with (
         exporting_if_free(node.metrics) as telemetry,
         withholding(node),

@@ -34,9 +34,11 @@ class Node:
     """The settings of one machine, from Flower's `--node-config`.
 
     `partition` of `partitions` is the node's share of a corpus that all clients have. With a
-    `data_path` the node trains on all text in that path instead. `device` is the name of a torch
-    device, `tls_ca` a file of trusted roots, `state_dir` the folder of the checkpoints from which
-    a run is resumed, and `trunk_address` the address of the trunk, in place of the server's word.
+    `data_path` the node trains on all text in that path instead; without a partition in its config,
+    the server then assigns one (`is_assigned`), which is -1 until the node learns it. `device` is
+    the name of a torch device, `tls_ca` a file of trusted roots, `state_dir` the folder of the
+    checkpoints from which a run is resumed, and `trunk_address` the address of the trunk, in place
+    of the server's word.
     If the machine `trusts_runs`, a run may name anything on it. `privacy` is the run's, with what
     the node's config sets in place of it, and `seal_key` the file of the key that clients share.
     `metrics` is the address at which Prometheus reads the client's metrics; empty for none.
@@ -53,14 +55,21 @@ class Node:
     privacy: PrivacySpec = field(default_factory=PrivacySpec)
     seal_key: str = ""
     metrics: str = ""
+    is_assigned: bool = False
 
     @staticmethod
-    def of(context: Context, run: RunSpec) -> "Node":
+    def of(context: Context, run: RunSpec, assigned: str = "") -> "Node":
         """Read the node's config, and refuse a run that asks for more than it allows.
+
+        Args:
+            context: The context of the node, with its config.
+            run: The run.
+            assigned: The name of the client that the server assigned; "" before it has done so.
 
         Raises:
             ConfigError: The config does not give the node a partition of the run, or the run names
                 something on this machine that the config does not allow.
+            ProtocolError: The server assigned a name that no client of the run has.
         """
         settings = context.node_config
         trusts_runs = settings.get("trust-runs", _is_simulated())
@@ -72,8 +81,11 @@ class Node:
         machine = run if trusts_runs else RunSpec()
         if not trusts_runs:
             _warn_of_no_effect(run, settings)
+        is_assigned = "data-path" in settings and "partition-id" not in settings
         node = Node(
-            partition=int(settings.get("partition-id", -1)),
+            partition=_number_of(assigned, run)
+            if is_assigned
+            else int(settings.get("partition-id", -1)),
             partitions=int(settings.get("num-partitions", run.num_nodes)),
             data_path=str(settings.get("data-path", "")),
             device=str(settings.get("device", machine.launch.client_device)),
@@ -85,13 +97,15 @@ class Node:
             seal_key=str(settings.get("seal-key", "")),
             # In a simulation, another process than the clients' has the address: the server's.
             metrics=str(settings.get("metrics", "" if _is_simulated() else machine.launch.metrics)),
+            is_assigned=is_assigned,
         )
-        if not 0 <= node.partition < run.num_nodes or node.partitions != run.num_nodes:
+        has_partition = is_assigned or 0 <= node.partition < run.num_nodes
+        if not has_partition or node.partitions != run.num_nodes:
             raise ConfigError(
                 f"this node is partition {node.partition} of {node.partitions}, but the run has "
                 f"clients={run.num_nodes}; start it with --node-config 'partition-id=I "
-                f"num-partitions={run.num_nodes}', or a simulation with --federation-config "
-                f"'num-supernodes={run.num_nodes}'"
+                f"num-partitions={run.num_nodes}', or with data-path alone, or a simulation with "
+                f"--federation-config 'num-supernodes={run.num_nodes}'"
             )
         if not trusts_runs:
             Bounds(
@@ -103,11 +117,33 @@ class Node:
 
     @property
     def name(self) -> str:
-        """The client's name in the run; the same in every run of the same partition."""
-        return f"client-{self.partition}"
+        """The client's name in the run; "" until the server has assigned it."""
+        return f"client-{self.partition}" if self.partition >= 0 else ""
+
+    def known_as(self, run: RunSpec, run_id: str) -> "Node":
+        """Return the node with the partition that it was assigned in this run before.
+
+        Raises:
+            ConfigError: The server sent a run id in another format, or `state_dir` has the states
+                of several clients of the run.
+        """
+        _require_run_id(run_id)
+        if not (self.is_assigned and self.state_dir):
+            return self
+        names = [p.parent.name for p in Path(self.state_dir, run.name).glob(f"client-*/{run_id}")]
+        if len(names) > 1:
+            raise ConfigError(
+                f"state-dir={self.state_dir} has the states of {', '.join(sorted(names))}; give "
+                "each SuperNode a state-dir of its own, or its partition-id"
+            )
+        return replace(self, partition=_number_of(names[0], run)) if names else self
+
+    def keeps_states(self, run: RunSpec) -> bool:
+        """Whether this machine has a place for checkpoints, and the run has some."""
+        return bool(run.train.save_every and (self.state_dir or self.trusts_runs))
 
     def checkpoints_of(self, run: RunSpec, run_id: str) -> Path | None:
-        """Return the folder of this client's checkpoints of a run; None if it has no checkpoints.
+        """Return the folder of this client's checkpoints of a run; None if it can have none.
 
         A run has none without `train.save_every`, and neither has a client if the node's config
         has no folder for them. Each run has its own folder, so runs of the same name do not
@@ -116,13 +152,8 @@ class Node:
         Raises:
             ConfigError: The server sent a run id in another format.
         """
-        # The id comes from a peer and becomes part of a path, so only hex digits are accepted.
-        if not is_run_id(run_id):
-            raise ConfigError(
-                f"the server sent the run id {run_id!r}, but an id is 16 hex digits; start both "
-                "sides from the same code"
-            )
-        if not run.train.save_every or not (self.state_dir or self.trusts_runs):
+        _require_run_id(run_id)
+        if not self.name or not self.keeps_states(run):
             return None
         shared = Path(run.launch.run_dir) / run.name / "clients"
         parent = Path(self.state_dir) / run.name if self.state_dir else shared
@@ -131,13 +162,14 @@ class Node:
     def secrets_of(self, run: RunSpec, run_id: str) -> Path:
         """Return the folder of the noise key and the ledger, which outlast a run.
 
-        In a simulation they are the run's own.
+        In a simulation they are the run's own. A node whose partition the server assigns has one
+        folder, because its text is the same under every name.
 
         Raises:
             ConfigError: The node's config has no folder for them.
         """
         if self.state_dir:
-            return Path(self.state_dir) / "privacy" / self.name
+            return Path(self.state_dir) / "privacy" / ("own" if self.is_assigned else self.name)
         if not self.trusts_runs:
             raise ConfigError(
                 f"privacy={self.privacy.kind} keeps a noise key and a ledger on this machine; "
@@ -182,6 +214,30 @@ class Node:
                 "host:port only; set wire.advertise=host:port"
             )
         return self.trunk_address or given
+
+
+def _require_run_id(run_id: str) -> None:
+    # The id comes from a peer and becomes part of a path, so only hex digits are accepted.
+    if not is_run_id(run_id):
+        raise ConfigError(
+            f"the server sent the run id {run_id!r}, but an id is 16 hex digits; start both "
+            "sides from the same code"
+        )
+
+
+def _number_of(client: str, run: RunSpec) -> int:
+    """Return the partition of a client of the run by its name; -1 for no name.
+
+    Raises:
+        ProtocolError: The run has no client of this name.
+    """
+    names = ["", *(f"client-{number}" for number in range(run.num_nodes))]
+    if client not in names:
+        raise ProtocolError(
+            f"the server assigned the name {client!r}, but the clients of the run are client-0 to "
+            f"client-{run.num_nodes - 1}; run the same code at both sides"
+        )
+    return names.index(client) - 1
 
 
 def _privacy_of(run: RunSpec, settings: UserConfig) -> PrivacySpec:

@@ -71,8 +71,9 @@ def content_of(reply: Message) -> RecordDict:
 class Identity:
     """A client's answer to `Hello`: its name, and the fingerprint and settings of its run.
 
-    `settings` is empty if the fingerprint is the server's. `states` are the ids of the states that
-    the client can continue from; None if it has no checkpoints.
+    `client` is empty if the server has to assign a name. `settings` is empty if the fingerprint is
+    the server's. `states` are the ids of the states that the client can continue from; None if it
+    has no checkpoints.
     """
 
     client: str
@@ -97,7 +98,7 @@ def identity_of(content: RecordDict, clients: Collection[str]) -> Identity:
         raise ProtocolError(
             "its first reply has no text 'client' and 'config'; run the same code at both sides"
         )
-    if client not in clients:
+    if client and client not in clients:
         raise ProtocolError(
             f"its first reply has the name {peer_text(client)!r}, which no client of this run has; "
             "run the same code at both sides"

@@ -40,6 +40,6 @@ def withholding(node: Node) -> Iterator[None]:
 
 def _text(node: Node, exc: Exception) -> str:
     return (
-        f"{node.name} stopped with {type(exc).__name__}; the log of its SuperNode has the text, "
-        "which may not leave its machine"
+        f"{node.name or 'a client'} stopped with {type(exc).__name__}; the log of its SuperNode "
+        "has the text, which may not leave its machine"
     )

@@ -5,7 +5,7 @@ import tomllib
 
 import yaml
 
-from simulations.release import PYTHONS
+from simulations.release import FLOWERS, PYTHONS
 from tests.house.source import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -31,6 +31,13 @@ def test_the_pythons_are_those_that_a_release_is_checked_with():
     setup = next(s for s in WORKFLOW["jobs"]["build"]["steps"] if "python-version" in str(s))
     assert sorted(setup["with"]["python-version"].split()) == list(PYTHONS)
     assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
+
+
+def test_the_versions_of_flower_are_those_that_a_release_is_checked_with():
+    (flower,) = (each for each in PROJECT["dependencies"] if each.startswith("flwr["))
+    minors = [int(each.partition(".")[2]) for each in FLOWERS]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert flower == f"flwr[simulation]>=1.{minors[0]},<1.{minors[-1] + 1}"
 
 
 def test_a_release_is_checked_before_it_is_published_without_a_token():

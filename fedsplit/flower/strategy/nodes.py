@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from logging import INFO, WARNING
 
 from flwr.app import Message, MessageType, RecordDict
@@ -54,6 +55,8 @@ class NodeRegistry:
         self._looked_at = 0.0
         self._clients = frozenset(f"client-{number}" for number in range(run.num_nodes))
         self._names: dict[int, str] = {}
+        # The answers of nodes that have no name yet.
+        self._unnamed: dict[int, Identity] = {}
         self._states: dict[str, frozenset[int]] = {}
         self._first_messages = MessageTracker(grid)
         self._asked: set[int] = set()
@@ -75,6 +78,7 @@ class NodeRegistry:
         nodes = self._wait_for(wanted)
         self._ask(nodes)
         errors = self._answers_of(nodes, wanted)
+        self._assign_names(nodes)
         names = [self._names[node] for node in nodes if node in self._names]
         if len(set(names)) >= wanted:
             self._log(errors)
@@ -107,6 +111,7 @@ class NodeRegistry:
         # A new node that does not answer must not hold up the others.
         is_known = not self._names.keys().isdisjoint(nodes)
         self._log(self._take_answers() if is_known else self._answers_of(new, len(new)))
+        self._assign_names(nodes)
         found: dict[str, int] = {}
         # In the order of registration: a node cannot take the name of one that is connected.
         for node, name in self._names.items():
@@ -190,7 +195,8 @@ class NodeRegistry:
         until = time.monotonic() + self._run.launch.start_timeout_s
         errors = self._take_answers()
         while not set(nodes).isdisjoint(self._waiting.values()) and time.monotonic() < until:
-            if len({self._names[node] for node in nodes if node in self._names}) >= wanted:
+            names = {self._names[node] for node in nodes if node in self._names}
+            if len(names) + len(self._unnamed.keys() & nodes) >= wanted:
                 break
             errors |= self._take_answers()
         return errors
@@ -204,9 +210,35 @@ class NodeRegistry:
             except FedsplitError as error:
                 errors[node] = error
                 continue
-            self._replaced |= self._nodes_that_were(identity)
-            self._names[node] = identity.client
+            if identity.client:
+                self._register(node, identity)
+            else:
+                self._unnamed[node] = identity
         return errors
+
+    def _assign_names(self, nodes: list[int]) -> None:
+        """Give nodes whose config has no partition the names that no connected node has."""
+        taken = {self._names[n] for n in nodes if n in self._names and n not in self._replaced}
+        known = set(self._names.values())
+        # A client that is away keeps its name as long as another one is free.
+        free = sorted(self._clients - taken, key=lambda name: (name in known, len(name), name))
+        unnamed = [node for node in nodes if node in self._unnamed]
+        for node, name in zip(unnamed, free, strict=False):
+            log(INFO, "Node %s has no partition-id, and becomes %s", node, name)
+            self._register(node, replace(self._unnamed.pop(node), client=name))
+
+    def _register(self, node: int, identity: Identity) -> None:
+        if identity.states is None and self._run.train.save_every:
+            log(
+                WARNING,
+                "%s keeps no state, because its SuperNode has no state-dir: this run cannot be "
+                "resumed with it, and a SuperNode that is started again has new optimizer moments",
+                identity.client,
+            )
+        self._replaced |= self._nodes_that_were(identity)
+        # The first node of a name is the one that is used while it is connected.
+        self._states.setdefault(identity.client, identity.states or frozenset())
+        self._names[node] = identity.client
 
     def _nodes_that_were(self, identity: Identity) -> set[int]:
         """Return the earlier nodes of a client, if it proves by its state that it is the same."""
@@ -233,19 +265,10 @@ class NodeRegistry:
         if identity.config != self._run.fingerprint:
             settings = peer_text(difference(identity.settings, self._run.texts))
             raise ModelMismatch(
-                f"{identity.client} runs configuration {peer_text(identity.config)}, the server "
-                f"{self._run.fingerprint} ({settings}); start both from the same code, conf/ and "
-                "overrides"
+                f"{identity.client or 'a client'} runs configuration "
+                f"{peer_text(identity.config)}, the server {self._run.fingerprint} ({settings}); "
+                "start both from the same code, conf/ and overrides"
             )
-        if identity.states is None and self._run.train.save_every:
-            log(
-                WARNING,
-                "%s keeps no state, because its SuperNode has no state-dir: this run cannot be "
-                "resumed with it, and a SuperNode that is started again has new optimizer moments",
-                identity.client,
-            )
-        # The first node of a name is the one that is used while it is connected.
-        self._states.setdefault(identity.client, identity.states or frozenset())
         return identity
 
     def _log(self, errors: dict[int, FedsplitError]) -> None:

@@ -1,0 +1,105 @@
+"""SuperNodes whose config has a data-path and no partition: the server assigns their partitions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
+
+from fedsplit.errors import ConfigError, Diverged, ProtocolError
+from fedsplit.flower import client_app
+from fedsplit.flower.node import Node
+from fedsplit.runs.folder import new_run_id
+from fedsplit.spec import RunSpec
+from tests.edge.federation import federate, joined, spec_for, without_seconds, write_corpus
+from tests.edge.resuming import breaking_in
+
+RUN = ("clients=2", "train.rounds=2", "train.save_every=1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuperNodes:
+    """The product on machines with these configs, in the order in which the server sees them."""
+
+    configs: list[Mapping[str, Any]]
+    app: ClientApp = field(default=client_app.app)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        own = self.configs[context.node_id - SUPERLINK_NODE_ID - 1]
+        context.node_config = {"trust-runs": False, **own}
+        return self.app(message, context)
+
+
+def machines(folder: Path) -> list[dict[str, Any]]:
+    """The configs of two machines, each with text of its own and a place for its state."""
+    return [
+        {
+            "data-path": str(write_corpus(folder / name, documents=number)),
+            "state-dir": str(folder / name / "state"),
+        }
+        for name, number in (("one", 30), ("two", 50))
+    ]
+
+
+def test_nodes_without_a_partition_train_as_those_that_have_one(tmp_path: Path) -> None:
+    own = machines(tmp_path)
+    numbered = [{**each, "partition-id": i, "num-partitions": 2} for i, each in enumerate(own)]
+    run = spec_for(tmp_path, *RUN)
+    expected = federate(replace(run, name="numbered"), SuperNodes(configs=numbered))
+    with pytest.raises(Diverged, match="stopped with Internal|the power is gone"):
+        federate(run, SuperNodes(configs=own, app=breaking_in(2)))
+    # The server sees them in the other order, but each has its state under the name it was given.
+    found = federate(replace(run, resume="auto"), SuperNodes(configs=own[::-1]))
+    assert without_seconds(found.rounds()) == without_seconds(expected.rounds())
+    weights = joined(expected)
+    assert all(tensor.equal(weights[name]) for name, tensor in joined(found).items())
+
+
+def test_a_node_without_a_partition_gets_what_the_others_leave(tmp_path: Path) -> None:
+    first, second = machines(tmp_path)
+    configs = [first, {**second, "partition-id": 0, "num-partitions": 2}]
+    folder = federate(spec_for(tmp_path, "clients=2"), SuperNodes(configs=configs))
+    assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0)]
+
+
+RUN_SPEC = RunSpec(clients=2)
+
+
+def context_of(config: dict[str, Any]) -> Context:
+    """The context of a SuperNode that trusts no run."""
+    return Context(
+        run_id=1,
+        node_id=1,
+        node_config={"trust-runs": False, **config},
+        state=RecordDict(),
+        run_config={},
+    )
+
+
+def test_a_node_learns_its_partition_from_the_server(tmp_path: Path) -> None:
+    run_id = new_run_id()
+    node = Node.of(context_of({"data-path": "/srv/text"}), RUN_SPEC)
+    assert (node.name, node.checkpoints_of(RUN_SPEC, run_id)) == ("", None)
+    config = {"data-path": "/srv/text", "state-dir": str(tmp_path)}
+    node = Node.of(context_of(config), RUN_SPEC, assigned="client-1")
+    assert node.name == "client-1"
+    # Noise and ledger are of the text, whatever the name.
+    assert node.secrets_of(RUN_SPEC, run_id) == tmp_path / "privacy" / "own"
+
+
+def test_a_name_that_no_client_has_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="assigned the name 'client-2', but .* client-0 to"):
+        Node.of(context_of({"data-path": "/srv/text"}), RUN_SPEC, assigned="client-2")
+
+
+def test_the_states_of_several_clients_are_refused(tmp_path: Path) -> None:
+    run_id = new_run_id()
+    for name in ("client-0", "client-1"):
+        (tmp_path / RUN_SPEC.name / name / run_id).mkdir(parents=True)
+    node = Node.of(context_of({"data-path": "/srv", "state-dir": str(tmp_path)}), RUN_SPEC)
+    with pytest.raises(ConfigError, match="has the states of client-0, client-1; give each"):
+        node.known_as(RUN_SPEC, run_id)
