@@ -111,7 +111,7 @@ def test_public_text_gives_the_statistics(tmp_path: Path) -> None:
 def test_public_text_that_cannot_be_used_is_found_before_the_first_round(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the")
     run = spec_for(tmp_path, "privacy=noise", f"privacy.public={tmp_path / 'short.txt'}")
-    with pytest.raises(Exception, match="privacy.public=.*short.txt, the public text, cannot be"):
+    with pytest.raises(ConfigError, match="privacy.public=.*short.txt, the public text, cannot be"):
         federate(run)
 
 
