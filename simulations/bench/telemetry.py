@@ -1,15 +1,15 @@
 """The cost of metrics: steps of training with and without them, and the time to read them.
 
 Client and server share this process and talk over loopback. Times are those of the processor, of
-all threads, which other processes do not change; steps alternate besides. The time of a reading is
-added as often as the configuration in `deploy/` asks for one.
+all threads. The difference between steps with and without metrics, which the rows have, is smaller
+than what a step varies by. So the events of a step are made and counted again many times, and the
+figure is their time, and that of a reading as often as `deploy/` asks for one, over a step's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from time import process_time
 from urllib.request import urlopen
 
@@ -18,8 +18,9 @@ from fedsplit.client.remote import RemoteTrunk
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.data.batches import Batch
 from fedsplit.model import ClientPart, connect
+from fedsplit.telemetry.events import Event
 from fedsplit.telemetry.prometheus import MetricsServer, Prometheus
-from fedsplit.telemetry.sinks import SILENT, Telemetry
+from fedsplit.telemetry.sinks import SILENT, Sink, Telemetry
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.service import TrunkService
@@ -35,11 +36,11 @@ READ_EVERY_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """The model, the turns of one step each, and the readings."""
+    """The model, the turns of one step each, and how often events and readings are repeated."""
 
     shape: Shape
     turns: int
-    readings: int
+    repeats: int
 
 
 SIZES = {
@@ -47,31 +48,49 @@ SIZES = {
         shape=Shape(
             blocks=8, hidden=256, heads=4, vocabulary=4096, split="1/6/1", rows=4, tokens=64
         ),
-        turns=80,
-        readings=20,
+        turns=20,
+        repeats=200,
     ),
-    "toy": Size(shape=replace(TOY, rows=2, tokens=16), turns=2, readings=2),
+    "toy": Size(shape=replace(TOY, rows=2, tokens=16), turns=2, repeats=2),
 }
 
 
 def measure(size: str) -> Report:
-    """Return `metrics_overhead`: the time of steps and readings with metrics, over that without."""
+    """Return `metrics_overhead`: the time of a step, its events and readings, over the step's."""
     what, report = SIZES[size], Report()
     with threads_of_torch(1), ExitStack() as opened:
         model, sink = what.shape.client(), Prometheus("metrics ")
         server = opened.enter_context(closing(MetricsServer("metrics ", "127.0.0.1:0", sink)))
-        measures: dict[str, Callable[[], float]] = {}
-        for name, telemetry in {"without": SILENT, "with": Telemetry(sink)}.items():
+        kept, measures = Kept(), dict[str, Callable[[], float]]()
+        for name, telemetry in {"without": SILENT, "with": Telemetry(sink, kept)}.items():
             client = opened.enter_context(_client(model, what.shape, telemetry))
             measures[name] = partial(_seconds, model, *client, what.shape.batch())
         found = in_turns(what.turns, measures)
-        for name, values in found.items():
-            report.spread("step_s", values, metrics=name)
-        ratio = report.ratio("with / without", found["with"], found["without"])
-        reading_s = median(_reading_s(server.address) for _ in range(what.readings))
-        report.row("reading_s", median=reading_s)
-    report.figures["metrics_overhead"] = ratio + reading_s / READ_EVERY_S
+        step_s = report.spread("step_s", found["without"], metrics="without")
+        report.spread("step_s", found["with"], metrics="with")
+        report.ratio("with / without", found["with"], found["without"])
+        kept.events.clear()
+        measures["with"]()
+        events = tuple(kept.events)
+        emit = partial(_emit_s, events, Telemetry(sink))
+        events_s = report.spread(
+            "events_s", [emit() for _ in range(what.repeats)], count=len(events)
+        )
+        read = partial(_reading_s, server.address)
+        reading_s = report.spread("reading_s", [read() for _ in range(what.repeats)])
+    report.figures["metrics_overhead"] = 1.0 + events_s / step_s + reading_s / READ_EVERY_S
     return report
+
+
+class Kept(Sink):
+    """Keeps events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on_event(self, event: Event) -> None:
+        """Keep an event."""
+        self.events.append(event)
 
 
 @contextmanager
@@ -103,6 +122,14 @@ def _seconds(model: ClientPart, trainer: ClientTrainer, trunk: RemoteTrunk, batc
     trainer.step([batch])
     # The reply to a step may arrive before the trunk has taken it; this call waits for it.
     trunk.gradients()
+    return process_time() - began
+
+
+def _emit_s(events: Sequence[Event], telemetry: Telemetry) -> float:
+    """Return the seconds to make events and to count them."""
+    began = process_time()
+    for event in events:
+        telemetry.emit(replace(event))
     return process_time() - began
 
 
