@@ -180,7 +180,7 @@ STATES = (
     _gauge("eval_loss_nats", "Held-out loss of the last round that measured it, per token."),
     _gauge(
         "privacy_epsilon",
-        "Epsilon at delta 1e-5 that was spent on one row, and on all rows of a text (sequence).",
+        "Epsilon spent: on one row and on a text (sequence), at delta 1e-5; on client weights.",
         "unit",
     ),
     _gauge(

@@ -78,6 +78,7 @@ def of_round(run: RunBegan, stats: RoundStats, eval_loss: float) -> Iterator[Rea
             yield name, (), loss
     yield "privacy_epsilon", ("row",), stats.row_epsilon
     yield "privacy_epsilon", ("sequence",), stats.sequence_epsilon
+    yield "privacy_epsilon", ("weights",), stats.weights_epsilon
     spent = stats.bits / run.budget_bits if run.budget_bits else 0.0
     yield "privacy_budget_spent_ratio", (), spent
 

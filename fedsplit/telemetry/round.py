@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -111,6 +111,12 @@ class RoundStats:
     label_bits: float = 0.0
     weights_epsilon: float = 0.0
     by_client: Mapping[str, ClientStats] = field(default_factory=dict, hash=False)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers that were measured, by name, for trackers."""
+        values = ((each.name, getattr(self, each.name)) for each in fields(self))
+        return {n: v for n, v in values if isinstance(v, int | float) and math.isfinite(v)}
 
     @property
     def line(self) -> str:

@@ -1,7 +1,6 @@
 """TensorBoard as a sink: a curve for each number of rounds and steps, in the folder of the run."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ class TensorBoard(Sink):
         """Write the numbers of a round or a step that are finite."""
         match event:
             case RoundStats():
-                numbers, group, place = asdict(event), "round", event.round
+                numbers, group, place = event.numbers, "round", event.round
             case StepTaken():
                 numbers = {"lr": event.lr, "gradient_norm": event.gradient_norm}
                 numbers["wait_s"] = max(event.waits_s, default=0.0)

@@ -25,7 +25,7 @@ STEP = StepTaken(
 
 
 def stats(number: int) -> RoundStats:
-    counts = dict.fromkeys(RoundStats.__dataclass_fields__, 1)
+    counts = dict.fromkeys(RoundStats.__dataclass_fields__, 1) | {"by_client": {}}
     return RoundStats(**{**counts, "round": number})
 
 
