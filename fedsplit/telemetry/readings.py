@@ -79,8 +79,9 @@ def of_round(run: RunBegan, stats: RoundStats, eval_loss: float) -> Iterator[Rea
     yield "privacy_epsilon", ("row",), stats.row_epsilon
     yield "privacy_epsilon", ("sequence",), stats.sequence_epsilon
     yield "privacy_epsilon", ("weights",), stats.weights_epsilon
-    spent = stats.bits / run.budget_bits if run.budget_bits else 0.0
-    yield "privacy_budget_spent_ratio", (), spent
+    # Labels that are sent as they are have no part in the budget.
+    bits = stats.bits + (stats.label_bits if run.settings.get("privacy.gradient_z") else 0.0)
+    yield "privacy_budget_spent_ratio", (), bits / run.budget_bits if run.budget_bits else 0.0
 
 
 def of_certificate(file: str) -> Iterator[Reading]:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from fedsplit.errors import StorageError
-from fedsplit.telemetry.events import Event, StepTaken
+from fedsplit.telemetry.events import Event, RunBegan, StepTaken
 from fedsplit.telemetry.jsonl import MetricsFile, MetricsLines
+from fedsplit.telemetry.readings import of_round
 from fedsplit.telemetry.round import RoundStats, line_of
 from fedsplit.telemetry.sinks import Sink, Telemetry
+from tests.edge.rounds import round_stats
 
 STEP = StepTaken(
     version=1,
@@ -116,3 +118,12 @@ def test_steps_that_are_taken_again_are_listed_once(tmp_path: Path) -> None:
     sink.on_event(stats(1))
     lines = [json.loads(line) for line in file.path.read_text("utf-8").splitlines()]
     assert [line.get("step") for line in lines] == [4, 5, None]
+
+
+@pytest.mark.parametrize(("gradient_z", "spent"), [(0.5, 0.75), (0.0, 0.5)])
+def test_the_part_of_a_budget_is_that_of_rows_and_noisy_gradients(gradient_z, spent) -> None:
+    settings = {"privacy.gradient_z": gradient_z}
+    run = RunBegan(name="a", run_id="1", rounds=3, budget_bits=8.0, settings=settings)
+    stats = round_stats(1, 2.0, bits=4.0, label_bits=2.0)
+    found = {name: value for name, _, value in of_round(run, stats, 2.0)}
+    assert found["privacy_budget_spent_ratio"] == spent
