@@ -223,3 +223,22 @@ def swallows_all(handler: ast.ExceptHandler) -> bool:
     named = ast.unparse(handler.type) if handler.type else "BaseException"
     again = any(isinstance(n, ast.Raise) and n.exc is None for n in handler.body)
     return named in ("Exception", "BaseException") and not again
+
+
+SECRET = ("fedsplit/client/privacy.py", "fedsplit/client/keys.py", "fedsplit/client/seal.py")
+"""Where noise and pads are made. The server knows the seed of a run, so they must not know it."""
+
+
+@pytest.mark.parametrize("file", SECRET)
+def test_what_is_secret_does_not_come_from_a_seed(file: str):
+    found = [node for node in ast.walk(tree(file)) if isinstance(node, ast.Name | ast.Attribute)]
+    names = [(node, node.id if isinstance(node, ast.Name) else node.attr) for node in found]
+    require_none(
+        (
+            f"{file}:{node.lineno}: {name}"
+            for node, name in names
+            if "seed" in name.lower() or name == "RunSpec"
+        ),
+        "make it of the key",
+    )
+    assert names
