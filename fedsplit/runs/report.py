@@ -1,7 +1,7 @@
 """The report of a run, `report.html`: its settings, its curves, its clients and its traffic."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -297,11 +297,16 @@ def _lines(
                 markersize=3.5,
             )
         if from_zero:
-            axes.set_ylim(0, 1.06 * max(y for points in lines.values() for _, y in points))
+            axes.set_ylim(0, _above(y for points in lines.values() for _, y in points))
         _make_room_for_one(axes, [x for points in lines.values() for x, _ in points])
 
     keys = [Key(name=name, color=number) for number, name in enumerate(lines) if name]
     return Chart(title=title, unit=unit, svg=chart(draw, label=f"{title}, {unit}"), keys=keys)
+
+
+def _above(values: Iterable[float]) -> float:
+    """Return the upper end of an axis from zero, also if all values are zero."""
+    return 1.06 * max(values) or 1.0
 
 
 def _make_room_for_one(axes: Axes, numbers: Sequence[int]) -> None:
@@ -322,7 +327,7 @@ def _bytes_chart(rounds: Sequence[RoundStats]) -> Chart:
             bars = (_with_gaps(high), _with_gaps(low))
             axes.stairs(bars[0], edges, baseline=bars[1], fill=True, color=series(number))
             low = high
-        axes.set_ylim(0, 1.06 * max(low))
+        axes.set_ylim(0, _above(low))
 
     title, unit = "Bytes by direction", "MiB per round"
     keys = [Key(name=name, color=number) for number, name in enumerate(names.values())]

@@ -109,7 +109,7 @@ def test_the_commands_of_compose_train_a_run(tmp_path):
         "9092": link,
         "9500": trunk,
     }
-    with ExitStack() as deployment, marking(str(tmp_path)):
+    with marking(str(tmp_path)), ExitStack() as deployment:
         for name, service in services.items():
             state, health, own = tmp_path / name, others.pop(), others.pop()
             replacements = {**here, "/state": state, "9190": health}
