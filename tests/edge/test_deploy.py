@@ -92,6 +92,16 @@ def test_compose_accepts_the_file():
     accepted_by("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE))
 
 
+def test_prometheus_accepts_its_configuration_in_compose(tmp_path):
+    content = yaml.safe_load(COMPOSE.read_text("utf-8"))["configs"]["prometheus"]["content"]
+    (tmp_path / "prometheus.yml").write_text(content)
+    shutil.copy(DEPLOY / "prometheus" / "rules.yml", tmp_path)
+    accepted_by("promtool", "check", "config", str(tmp_path / "prometheus.yml"))
+    jobs = yaml.safe_load(content)["scrape_configs"]
+    targets = [target for job in jobs for target in job["static_configs"][0]["targets"]]
+    assert {target.partition(":")[0] for target in targets} <= composed().keys()
+
+
 @pytest.mark.slow
 def test_the_commands_of_compose_train_a_run(tmp_path):
     wire = self_signed(tmp_path, "server")
@@ -105,6 +115,8 @@ def test_the_commands_of_compose_train_a_run(tmp_path):
         "/etc/fedsplit": tmp_path,
         "superlink:": "127.0.0.1:",
         "serverapp:": "127.0.0.1:",
+        "0.0.0.0:9601": "127.0.0.1:0",
+        "0.0.0.0:9600": "127.0.0.1:0",
         "0.0.0.0": "127.0.0.1",
         "9092": link,
         "9500": trunk,
@@ -166,6 +178,19 @@ def test_kubernetes_accepts_the_manifests(version, rendered, tmp_path):
     accepted_by("kubernetes-validate", "--strict", "-k", version, str(manifest))
 
 
+def test_prometheus_of_a_cluster_reads_the_pod_and_has_the_alerts(rendered):
+    monitoring = accepted_by("kubectl", "kustomize", str(DEPLOY / "kubernetes" / "monitoring"))
+    operator = {each["kind"]: each["spec"] for each in yaml.safe_load_all(monitoring)}
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text("utf-8"))
+    assert operator["PrometheusRule"] == rules
+    (service,) = (each for each in yaml.safe_load_all(rendered) if each["kind"] == "Service")
+    monitor = operator["ServiceMonitor"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert service["metadata"]["labels"][monitor["jobLabel"]] == "fedsplit"
+    (endpoint,) = monitor["endpoints"]
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+
+
 def test_every_selector_selects_the_pod(rendered):
     by_kind = {
         each["kind"]: each["spec"] for each in yaml.safe_load_all(rendered) if "spec" in each
@@ -206,7 +231,7 @@ def test_a_trunk_server_answers_its_health_check(commands, tmp_path):
     make_model(tmp_path / "model")
     wire = self_signed(tmp_path, "server")
     (tmp_path / "token").write_text("secret")
-    (port,) = free_ports(1)
+    port, metrics = free_ports(2)
     replacements = {
         "/etc/fedsplit/ca.crt": wire.tls_ca,
         "/etc/fedsplit/server.crt": wire.tls_cert,
@@ -222,6 +247,7 @@ def test_a_trunk_server_answers_its_health_check(commands, tmp_path):
         "$(SPLIT)": "1/*/1",
         "localhost:9500": f"127.0.0.1:{port}",
         "0.0.0.0:9500": f"127.0.0.1:{port}",
+        "0.0.0.0:9600": f"127.0.0.1:{metrics}",
     }
     serve, check = ([replaced(word, replacements) for word in words] for words in commands())
     serve = [re.sub(r"^(--model=)?/model$", rf"\1{tmp_path}/model", word) for word in serve]
