@@ -264,14 +264,14 @@ def _privacy_of(run: RunSpec, settings: UserConfig) -> PrivacySpec:
             f"{keys} in the node's config has no effect if the run says privacy=off; set privacy "
             "in the node's config too"
         )
-    default, run_s = PrivacySpec(), run.privacy
+    default, least = PrivacySpec(), run.privacy
     if "kind" in given:
-        run_s = replace(
-            run_s,
-            z=max(run_s.z, default.z),
-            gradient_z=max(run_s.gradient_z, default.gradient_z),
+        least = replace(
+            least,
+            z=max(least.z, default.z),
+            gradient_z=max(least.gradient_z, default.gradient_z),
         )
-    privacy = replace(run_s, **given)  # type: ignore[arg-type]  # checked above
+    privacy = replace(least, **given)  # type: ignore[arg-type]  # checked above
     try:
         # Together, they must make a run.
         replace(run, privacy=privacy)

@@ -82,7 +82,7 @@ class MetricsLines(Sink):
 
     def __init__(self, file: MetricsFile, *, steps: bool, budget_s: float) -> None:
         self._file = file
-        self._has_steps = steps
+        self.needs_details = steps
         self._budget_s = budget_s
         self._steps: list[StepTaken] = []
         self._lock = Lock()
@@ -93,7 +93,7 @@ class MetricsLines(Sink):
         Raises:
             StorageError: The lines cannot be written.
         """
-        if isinstance(event, StepTaken) and self._has_steps:
+        if isinstance(event, StepTaken) and self.needs_details:
             with self._lock:
                 if self._steps and self._steps[-1].version >= event.version:
                     # Training went back to a checkpoint, and takes these steps again.

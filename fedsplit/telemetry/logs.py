@@ -14,6 +14,8 @@ class RoundLog(Sink):
         log: The logger.
     """
 
+    needs_details = False
+
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
 

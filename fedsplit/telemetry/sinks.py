@@ -1,4 +1,4 @@
-"""Telemetry: passes events to sinks; without a sink, nothing makes an event."""
+"""Telemetry: passes events to sinks; an event that no sink takes is not made."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -14,7 +14,11 @@ class Sink(ABC):
     """Receives events; a subclass writes them somewhere.
 
     Several threads may call it, and some of them compute, so it must not block for long.
+
+    `needs_details` is false for a sink that ignores all events but those of a run and its rounds.
     """
+
+    needs_details: bool = True
 
     @abstractmethod
     def on_event(self, event: Event) -> None:
@@ -31,7 +35,8 @@ class Sink(ABC):
 class Telemetry:
     """The sinks of a process, a run or a client.
 
-    It is false without a sink, so that no event is made for nobody.
+    It is false without a sink that needs details, so that no event is made for nobody. The events
+    of a run and its rounds are made in any case.
 
     Args:
         sinks: The sinks.
@@ -41,7 +46,7 @@ class Telemetry:
         self._sinks = list(sinks)
 
     def __bool__(self) -> bool:
-        return bool(self._sinks)
+        return any(sink.needs_details for sink in self._sinks)
 
     def add(self, sink: Sink) -> None:
         """Add a sink."""

@@ -1,6 +1,7 @@
 """Telemetry: events go to sinks, a broken sink ends nothing, and `metrics.jsonl` holds them."""
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from fedsplit.errors import StorageError
 from fedsplit.telemetry.events import Event, RunBegan, StepTaken
 from fedsplit.telemetry.jsonl import MetricsFile, MetricsLines
+from fedsplit.telemetry.logs import RoundLog
 from fedsplit.telemetry.readings import of_round
 from fedsplit.telemetry.round import RoundStats, line_of
 from fedsplit.telemetry.sinks import Sink, Telemetry
@@ -58,8 +60,12 @@ def test_an_error_of_ours_ends_what_the_event_is_of() -> None:
         Telemetry(Kept(StorageError("no room"))).emit(STEP)
 
 
-def test_telemetry_without_a_sink_is_false() -> None:
+def test_telemetry_without_a_sink_that_needs_details_is_false() -> None:
     telemetry = Telemetry()
+    assert not telemetry
+    # The sinks that each run has.
+    telemetry.add(RoundLog(logging.getLogger(__name__)))
+    telemetry.add(MetricsLines(MetricsFile(Path("none")), steps=False, budget_s=0.0))
     assert not telemetry
     telemetry.add(Kept())
     assert telemetry

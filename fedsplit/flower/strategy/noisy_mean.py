@@ -97,7 +97,7 @@ class NoisyMean(Strategy):
             DataError: The file has no number.
         """
         self._file = file
-        text = file.read_text(encoding="utf-8").strip() if file.exists() else "0"
+        text = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else "0"
         if not text.isdecimal():
             raise DataError(f"{file} has no number of releases, but {text[:40]!r}")
         if self._accountant and self._release and int(text):
