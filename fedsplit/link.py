@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from fedsplit.errors import ConnectionLost, FedsplitError
+from fedsplit.telemetry.sinks import SILENT, Telemetry
 from fedsplit.wire.codec import through_codec
 from fedsplit.wire.messages import R, Request
 from fedsplit.wire.replies import check_reply
@@ -53,7 +54,13 @@ class Service(Protocol):
 
 
 class Link(ABC):
-    """The client's connection to one trunk: it carries requests in order."""
+    """The client's connection to one trunk: it carries requests in order.
+
+    Attributes:
+        telemetry: Receives the spans of requests.
+    """
+
+    telemetry: Telemetry = SILENT
 
     @abstractmethod
     def exchange(self, request: Request[R]) -> R:

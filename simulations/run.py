@@ -21,6 +21,7 @@ from fedsplit.runs.compare import COLUMNS, Group, Table, plot, rows_of
 from fedsplit.runs.compare_report import write_comparison
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.logs import configure, without_options
 from simulations.experiments import convergence, noniid, straggler
 from simulations.single import left_in, run_one
 from simulations.sweep import carried_out
@@ -79,7 +80,9 @@ def main() -> None:
         SystemExit: It failed; the status is 1, or `READER_GONE` if the output was closed.
     """
     with ending_with_an_error_line(debug="--debug" in sys.argv), ending_with_its_reader():
-        line = CommandLine.read(sys.argv[1:])
+        arguments = without_options(sys.argv[1:])
+        configure("warning")
+        line = CommandLine.read(arguments)
         if line.variants:
             run_sweep(line.runs[0], line.variants)
             return

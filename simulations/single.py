@@ -53,7 +53,7 @@ def run_one(run: RunSpec) -> float:
             print(f"{folder.path} is finished already; leave resume out to train again")
         else:
             run, folder = _carried_out(run)
-        print(f"\n{_printable(folder.closing_table)}")
+        print(f"\n{_printable(folder.closing_table())}")
         if run.privacy.audit == "end":
             print(_audited(folder))
         print(f"\nleft in {folder.path}: {left_in(folder.path)}")

@@ -6,6 +6,7 @@ processes (Ray workers, SuperLink, SuperNodes) inherit it.
 
 import gc
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -36,15 +37,26 @@ gc.disable()  # while libraries and tests are imported: it would take a fifth of
 import pytest
 import torch
 from hypothesis import settings
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig, logging
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import logging as transformers_logging
 
 # Programs that download other suites; doctests are collected from every module.
 collect_ignore = ["peers"]
 
 torch.set_num_threads(1)
-logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _log_tree():
+    """Undo what a program that ran in this process has set at the log."""
+    tree = logging.getLogger("fedsplit")
+    level, handlers = tree.level, list(tree.handlers)
+    yield
+    tree.setLevel(level)
+    tree.handlers = handlers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

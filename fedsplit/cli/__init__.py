@@ -15,10 +15,11 @@ from fedsplit.cli.doctor import Doctor
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
-from fedsplit.cli.results import Compare, Plot, Report, Shards, Watch
+from fedsplit.cli.results import Compare, Plot, Report, Shards, Timeline, Watch
 from fedsplit.cli.serve import Info, Serve
 from fedsplit.cli.supervise import Supervise
 from fedsplit.console import ending_with_its_reader, print_error
+from fedsplit.telemetry.logs import choose, configure
 
 _CERTS = (Init, Request, Sign, Show)
 _COMMANDS = (
@@ -28,6 +29,7 @@ _COMMANDS = (
     Plot,
     Report,
     Watch,
+    Timeline,
     Compare,
     Shards,
     Audit,
@@ -49,6 +51,7 @@ _EXAMPLES = (
     "fedsplit plot runs/default",
     "fedsplit report runs/default",
     "fedsplit watch runs/default",
+    "fedsplit timeline traces",
     "fedsplit compare runs/default runs/default-2 --out compared",
     "fedsplit audit runs/default --quick",
     "fedsplit shards sharding=dirichlet sharding.alpha=0.1 clients=8 --out shards",
@@ -73,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ending_with_its_reader():
             if command := _parsed(argv):
                 debug = command.debug
+                choose(form=command.log_format, level=command.log_level)
+                configure("warning")
                 command.run()
             return 0
     except ClickException as exc:

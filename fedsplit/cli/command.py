@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from fedsplit.errors import ConfigError, FedsplitError
+from fedsplit.telemetry.logs import FORMAT_VARIABLE, FORMATS, LEVEL_VARIABLE, LEVELS
 
 TOKEN_VARIABLE = "FEDSPLIT_TOKEN"
 
@@ -31,8 +32,23 @@ TlsCa = Annotated[
     str, typer.Option(metavar="FILE", help="PEM of the authority to trust, if the server has TLS")
 ]
 
-
+Traces = Annotated[
+    str,
+    typer.Option(metavar="DIR", help="where the times of traced requests go; by default nowhere"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
+LogFormat = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(FORMATS), envvar=FORMAT_VARIABLE, help="format of the log on stderr"
+    ),
+]
+LogLevel = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(LEVELS), envvar=LEVEL_VARIABLE, help="level of the log; default warning"
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +58,14 @@ class Command(ABC):
     Attributes:
         example: Arguments of the example in the help.
         debug: Whether the traceback of an error is printed.
+        log_format, log_level: Those of the log, also in processes that the command starts.
     """
 
     example: ClassVar[str]
 
     debug: Debug = False
+    log_format: LogFormat = ""
+    log_level: LogLevel = ""
 
     @abstractmethod
     def run(self) -> None:

@@ -16,6 +16,7 @@ from fedsplit.cli.command import (
     Revision,
     TlsCa,
     TokenFile,
+    Traces,
     naming,
     quiet,
     read_token,
@@ -114,6 +115,7 @@ class _Prompting(Command):
     noise: Noise = 0.0
     state_dir: StateDir = ""
     public: Public = ""
+    traces: Traces = ""
 
     def __post_init__(self) -> None:
         if not self.model and not self.run_dir:
@@ -133,6 +135,7 @@ class _Prompting(Command):
         from fedsplit.runs.folder import RunFolder
         from fedsplit.serve import ADDRESS, reach
         from fedsplit.serve.chat import Writer
+        from fedsplit.telemetry.outlets import Outlets
 
         finished = RunFolder.finished(self.run_dir) if self.run_dir else None
         if finished and self.dtype:
@@ -144,18 +147,23 @@ class _Prompting(Command):
         tokenizer = load_tokenizer(model, self.revision)
         options = self._decoding(beams)
         torch.manual_seed(self.seed)
-        with reach(
-            model,
-            self.trunk or (finished.address if finished else ADDRESS),
-            run=finished.run if finished else RunSpec(model=model_spec),
-            token=read_token(self.token_file),
-            served_model_name=self.served_model_name,
-            adapter=self.adapter,
-            tls_ca=self.tls_ca,
-            kv=self.kv,
-            revision=self.revision,
-            device=self.device,
-        ) as reached:
+        outlets = Outlets(traces=self.traces, asked_by=("", "--traces "))
+        with (
+            outlets.opened("client") as telemetry,
+            reach(
+                model,
+                self.trunk or (finished.address if finished else ADDRESS),
+                run=finished.run if finished else RunSpec(model=model_spec),
+                token=read_token(self.token_file),
+                served_model_name=self.served_model_name,
+                adapter=self.adapter,
+                tls_ca=self.tls_ca,
+                kv=self.kv,
+                revision=self.revision,
+                device=self.device,
+                telemetry=telemetry,
+            ) as reached,
+        ):
             writer = Writer(reached=reached, tokenizer=tokenizer, options=options, out=sys.stdout)
             with self._shielded(reached, tokenizer):
                 yield writer

@@ -43,6 +43,41 @@ class Report(Command):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline(Command):
+    """Draw where a step spends its time, from the traces of all processes."""
+
+    example: ClassVar[str] = "traces"
+
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE|DIR...", help="files of traces, or folders of them"),
+    ]
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="ID", help="the trace, or how its id begins; default the longest step"
+        ),
+    ] = ""
+    out: Annotated[str, typer.Option(metavar="FILE", help="the picture: .png, .svg or .pdf")] = (
+        "timeline.png"
+    )
+
+    def run(self) -> None:
+        """Draw a trace, and print how long each kind of span took in all of them."""
+        from fedsplit.console import table_text
+        from fedsplit.runs.timeline import SKEW_MS, Traces, draw, skew_ms
+
+        traces = Traces(map(Path, self.paths))
+        spans = traces.of(self.trace)
+        told = draw(spans, Path(self.out))
+        print(f"{len(traces)} traces")
+        print(table_text(traces.rows, right=range(2, 6)))
+        print(f"{self.out}: {told}")
+        if (behind_ms := skew_ms(spans)) > SKEW_MS:
+            print(f"the server's clock is at least {behind_ms:.0f} ms behind the client's")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Watch(Command):
     """Show the figures of a run in the terminal while it trains."""
 

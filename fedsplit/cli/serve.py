@@ -19,6 +19,7 @@ from fedsplit.cli.command import (
     Revision,
     TlsCa,
     TokenFile,
+    Traces,
     naming,
     quiet,
     read_token,
@@ -29,7 +30,6 @@ from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:
     from fedsplit.serve import Served
-    from fedsplit.telemetry.sinks import Telemetry
     from fedsplit.trunk.update import TrunkUpdate
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ class Serve(Command):
     state_dir: StateDir = ""
     save_every: SaveEvery = 50
     metrics: Metrics = ""
+    traces: Traces = ""
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
@@ -150,6 +151,7 @@ class Serve(Command):
         quiet()
         from fedsplit.runs.folder import RunFolder
         from fedsplit.serve import ADDRESS, TrunkStates, hosted, plain_name, plan
+        from fedsplit.telemetry.outlets import Outlets
 
         folders = [word for word in self.words if "=" not in word]
         if len(folders) + bool(self.model) > 1:
@@ -169,7 +171,14 @@ class Serve(Command):
             stopped.set()
 
         with ExitStack() as opened:
-            telemetry, metrics_at = self._telemetry(opened)
+            told: list[str] = []
+            outlets = Outlets(
+                metrics=self.metrics,
+                traces=self.traces,
+                certificate=self.tls_cert,
+                asked_by=("--metrics ", "--traces "),
+            )
+            telemetry = opened.enter_context(outlets.opened("server", announce=told.append))
             states = None
             if self.state_dir:
                 states = opened.enter_context(TrunkStates(Path(self.state_dir), self.save_every))
@@ -192,8 +201,7 @@ class Serve(Command):
             # Flushed, since other programs wait for this line.
             versions = states.versions if states else {}
             print(self._ready_line(served, versions, run, address, source), flush=True)
-            if metrics_at:
-                print(f"metrics at http://{metrics_at}/metrics", flush=True)
+            print(*told, sep="\n", end="\n" * len(told), flush=True)
             _wait_for(stopped)
         if failed.is_set():
             raise Internal(
@@ -209,17 +217,6 @@ class Serve(Command):
             tls_key=self.tls_key,
             insecure=self.insecure,
         )
-
-    def _telemetry(self, opened: ExitStack) -> "tuple[Telemetry, str]":
-        """Return the sinks of the server, and the address of its metrics; "" without one."""
-        from fedsplit.telemetry.prometheus import MetricsServer, Prometheus
-        from fedsplit.telemetry.sinks import Telemetry
-
-        if not self.metrics:
-            return Telemetry(), ""
-        sink = Prometheus("--metrics ", certificate=self.tls_cert)
-        server = opened.enter_context(closing(MetricsServer("--metrics ", self.metrics, sink)))
-        return Telemetry(sink), server.address
 
     def _run_spec(self, finished: RunSpec | None) -> RunSpec:
         from fedsplit.config import changed, compose

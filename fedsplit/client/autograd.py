@@ -4,7 +4,8 @@ Shapes: B sequences, T tokens, D hidden width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class RemoteGraph:
         codec: The codec of the output's gradient.
         may_overflow: Whether the client or the trunk computes in float16.
         watch: Told of each backward.
+        context: The context of the forward; a backward on a GPU has a thread without it.
         version: The parameter version of the trunk that answered the forward.
         is_used: Whether the last forward had its backward.
     """
@@ -66,6 +68,7 @@ class RemoteGraph:
     codec: str
     may_overflow: bool
     watch: StepReminder | Follower
+    context: Context = field(default_factory=copy_context)
     version: int = 0
     is_used: bool = False
 
@@ -126,7 +129,8 @@ class RemoteTrunkFunction(torch.autograd.Function):
         """Send the gradient of the output to the trunk; return that of the hidden states."""
         # torch raises here if the graph was not retained for another backward.
         (hidden_BTD,) = ctx.saved_tensors
-        grad_BTD = ctx.graph.backward(grad_trunk_out_BTD.detach())
+        graph: RemoteGraph = ctx.graph
+        grad_BTD = graph.context.run(graph.backward, grad_trunk_out_BTD.detach())
         if grad_BTD is None:
             return None, None
         grad_BTD = grad_BTD.to(grad_trunk_out_BTD.device)

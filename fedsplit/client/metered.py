@@ -1,4 +1,4 @@
-"""A link that reports what a client waits for: failed attempts, and the tokens it generates."""
+"""A link that reports what a client waits for: attempts, and the tokens that it generates."""
 
 import time
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from fedsplit.errors import FedsplitError, SessionLost
 from fedsplit.link import Link, Stream
 from fedsplit.telemetry.events import RequestRetried, TokenArrived
 from fedsplit.telemetry.sinks import Telemetry
+from fedsplit.telemetry.spans import span
 from fedsplit.wire.messages import CloseRequest, GenerateRequest, R, Request
 
 
@@ -23,14 +24,15 @@ class MeteredLink(Link):
         self, link: Link, telemetry: Telemetry, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._link = link
-        self._telemetry = telemetry
+        self.telemetry = telemetry
         self._clock = clock
         # By session: the last call, and the time of its reply, or of the first attempt at a prompt.
         self._last: dict[str, tuple[int, float]] = {}
 
     def exchange(self, request: Request[R]) -> R:
         """See `Link`."""
-        return self.reported(request, lambda: self._link.exchange(request))
+        with span(self.telemetry, "attempt"):
+            return self.reported(request, lambda: self._link.exchange(request))
 
     def stream(self) -> Stream:
         """See `Link`."""
@@ -52,7 +54,7 @@ class MeteredLink(Link):
             found = reply()
         except FedsplitError as failure:
             if failure.retryable:
-                self._telemetry.emit(RequestRetried(code=failure.code))
+                self.telemetry.emit(RequestRetried(code=failure.code))
             if isinstance(failure, SessionLost):
                 self._last.pop(getattr(request, "session", ""), None)
             raise
@@ -74,7 +76,7 @@ class MeteredLink(Link):
         self._last[request.session] = request.call, now
         # Several tokens after others are drafts, or the next prompt, for which a person took time.
         if one or not request.past:
-            self._telemetry.emit(TokenArrived(seconds=now - since, is_first=not request.past))
+            self.telemetry.emit(TokenArrived(seconds=now - since, is_first=not request.past))
 
 
 class _MeteredStream(Stream):
@@ -83,5 +85,12 @@ class _MeteredStream(Stream):
         self._stream = stream
 
     def begin(self, request: Request[R]) -> Callable[[], R]:
-        reply = self._stream.begin(request)
-        return lambda: self._link.reported(request, reply)
+        attempt = span(self._link.telemetry, "attempt")
+        with attempt.active():
+            reply = self._stream.begin(request)
+
+        def reported() -> R:
+            with attempt:
+                return self._link.reported(request, reply)
+
+        return reported

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 import torch
@@ -60,7 +61,8 @@ class MicroBatchPipeline:
 
         pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="fedsplit-micro-batch")
         with pool, turns.ending_at_failure():
-            wait([pool.submit(work, worker) for worker in range(size)])
+            # Each in a context of its own, a copy of that of the step.
+            wait([pool.submit(copy_context().run, work, worker) for worker in range(size)])
         turns.raise_failure()
         return [results[piece] for piece in range(len(pieces))]
 

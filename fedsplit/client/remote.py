@@ -243,7 +243,7 @@ class RemoteTrunk:
     def _run_without_graph(
         self, session: ClientSession, request: m.ForwardRequest, hidden_BTD: Tensor
     ) -> Tensor:
-        out_BTD = self._rpc.exchange_in_turn(request).trunk_out_BTD.to(hidden_BTD.device)
+        out_BTD = self._rpc.exchange(request, in_turn=True).trunk_out_BTD.to(hidden_BTD.device)
         if not hidden_BTD.requires_grad or not torch.is_grad_enabled() or self._mode == "isolated":
             return out_BTD
         reason = "no gradient passes through a session that evaluates; open one with training=True"

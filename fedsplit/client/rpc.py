@@ -25,6 +25,8 @@ from fedsplit.errors import (
 from fedsplit.link import Link
 from fedsplit.randomness import rng_released
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.context import working_on
+from fedsplit.telemetry.spans import span
 from fedsplit.wire import messages as m
 from fedsplit.wire.delta import DeltaEncoder
 
@@ -51,6 +53,7 @@ class RpcClient:
 
     def __init__(self, link: Link, run: RunSpec, *, client: str, encoder: DeltaEncoder) -> None:
         self._link = link
+        self._client = client
         self._encoder = encoder
         self._pipeline = MicroBatchPipeline(link, run.train.micro_batches)
         # Each client has its own jitter, or all would come back at once after an outage.
@@ -60,15 +63,26 @@ class RpcClient:
         """Run the micro-batches of a step, several at a time; return their results."""
         return self._pipeline.run(pieces)
 
-    def exchange(self, request: m.Request[m.R]) -> m.R:
+    def exchange(self, request: m.Request[m.R], *, in_turn: bool = False) -> m.R:
         """Send a request, retry it if need be, and return its reply.
+
+        Args:
+            request: The request.
+            in_turn: Whether the other micro-batches of the step run meanwhile.
 
         Raises:
             FedsplitError: The last failure.
         """
-        # Other clients in this process may draw random numbers while this one waits.
-        with rng_released():
-            return self._retry(partial(self._link.exchange, request))
+        session, call = getattr(request, "session", ""), getattr(request, "call", None)
+        with (
+            working_on(client=self._client, session=session, call=call),
+            span(self._link.telemetry, request.kind),
+            # Other clients in this process may draw random numbers while this one waits.
+            rng_released(),
+        ):
+            takes_turn = in_turn and self._pipeline.is_worker
+            first = self._pipeline.begin(request) if takes_turn else None
+            return self._retry(partial(self._link.exchange, request), first=first)
 
     def open(self, request: m.OpenRequest, settings: dict[str, Any]) -> m.OpenReply:
         """As `exchange`; an error for another model or run names the settings that differ."""
@@ -78,16 +92,10 @@ class RpcClient:
             # The trunk can name them if it knows the client's.
             return self.exchange(replace(request, **settings))
 
-    def exchange_in_turn(self, request: m.Request[m.R]) -> m.R:
-        """As `exchange`, while the other micro-batches of the step run."""
-        with rng_released():
-            first = self._pipeline.begin(request) if self._pipeline.is_worker else None
-            return self._retry(partial(self._link.exchange, request), first=first)
-
     def forward(self, request: m.ForwardRequest) -> m.ForwardReply:
         """Send a training forward, in turn; return the decoded reply."""
         try:
-            reply = self.exchange_in_turn(request)
+            reply = self.exchange(request, in_turn=True)
         except HistoryLost:
             reply = self.exchange(self._encoder.with_references(request))
         return self._encoder.decode(request, reply) if request.bases_B is not None else reply
@@ -107,7 +115,7 @@ class RpcClient:
         """
         for tries in range(_REFORWARDS):
             try:
-                return self.exchange(backward) if tries else self.exchange_in_turn(backward)
+                return self.exchange(backward, in_turn=not tries)
             except ActivationExpired:
                 if tries:  # the graph expires for lack of memory, so leave time to other clients
                     self._retry.pause(tries)
@@ -178,7 +186,13 @@ class Retry:
                 # Ever more rarely, since a long outage has many attempts. Quoted: a peer wrote it.
                 if tries & (tries + 1) == 0:
                     text = str(failure)
-                    log.warning("%s: %r; trying again in %.1f s", failure.code, text, wait)
+                    log.warning(
+                        "%s: %r; trying again in %.1f s",
+                        failure.code,
+                        text,
+                        wait,
+                        extra={"code": failure.code},
+                    )
             self._sleep(wait)
             tries += 1
 

@@ -45,8 +45,10 @@ from fedsplit.model.lora import trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient, unscale
 from fedsplit.randomness import rng_scope
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.context import working_on
 from fedsplit.telemetry.events import ClientStepTaken
 from fedsplit.telemetry.sinks import SILENT, Telemetry
+from fedsplit.telemetry.spans import span
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +231,11 @@ class ClientTrainer:
             rollback.progress = progress
         began = time.monotonic()
         try:
-            stats = self._step_with_retries(group, round, rollback)
+            with (
+                working_on(client=self._trunk.client, round=round, step=self.steps),
+                span(self._telemetry, "train_step"),
+            ):
+                stats = self._step_with_retries(group, round, rollback)
             self._report(group, stats, time.monotonic() - began)
             return progress.taken(stats.loss, stats.num_tokens, stats.repeats)
         except StaleVersion as reason:

@@ -29,6 +29,7 @@ NODE_KEYS = {
     "launch.client_device": "device",
     "launch.run_dir": "state-dir",
     "launch.metrics": "metrics",
+    "launch.traces": "traces",
 }
 """The keys of a node's config in place of the fields that the node sets."""
 

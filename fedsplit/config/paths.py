@@ -7,7 +7,7 @@ from fedsplit.spec import RunSpec
 
 
 def with_absolute_paths(run: RunSpec, folder: Path) -> RunSpec:
-    """Return the run with absolute paths of its model, data, TLS files and resumed run.
+    """Return the run with absolute paths of its model, data, TLS files, traces and resumed run.
 
     A model or a data set that is not there stays as it is, because it may be a hub id. So does
     `launch.run_dir`: the process that the paths are relative to makes the run's folder.
@@ -31,6 +31,7 @@ def with_absolute_paths(run: RunSpec, folder: Path) -> RunSpec:
     wire, data = run.wire, run.data
     return replace(
         run,
+        launch=replace(run.launch, traces=file(run.launch.traces)),
         privacy=replace(run.privacy, public=file(run.privacy.public)),
         resume=run.resume if run.resume == "auto" else file(run.resume),
         model=replace(run.model, pretrained=name(run.model.pretrained)),

@@ -29,7 +29,7 @@ from fedsplit.config import from_run_config, resolve_class
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import ModelMismatch
 from fedsplit.flower.client_arrays import packed, unpacked
-from fedsplit.flower.exporters import exporting_if_free
+from fedsplit.flower.logs import show_logs
 from fedsplit.flower.node import Node, remove_old_runs
 from fedsplit.flower.prototype import Prototype
 from fedsplit.flower.records import (
@@ -54,6 +54,7 @@ from fedsplit.model.limits import require_rows
 from fedsplit.model.placement import on_device
 from fedsplit.runs.metrics import bits_per_byte
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.context import working_on
 from fedsplit.telemetry.sinks import Telemetry
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.tls import channel_credentials
@@ -65,7 +66,7 @@ _PATIENCE_S = 10.0
 """Seconds for which no process may listen at the trunk's address. A trunk that was started again
 has other tokens, so no client waits for it."""
 
-log = logging.getLogger("flwr.fedsplit")
+log = logging.getLogger(__name__)
 
 app = ClientApp()
 
@@ -258,6 +259,7 @@ class _ClientSession:
 @contextmanager
 def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
     """Build the client for a message, and close its link at the end of the block."""
+    show_logs()
     quiet_libraries()
     run, join = from_run_config(context.run_config), JoinInfo.of(message.content)
     if join.config != run.fingerprint:
@@ -267,7 +269,8 @@ def _session(message: Message, context: Context) -> Iterator[_ClientSession]:
         )
     node = Node.of(context, run, assigned=join.client)
     with (
-        exporting_if_free(node.metrics) as telemetry,
+        working_on(run=run.name, client=node.name),
+        node.outlets_of(run).opened(node.name, needed=False) as telemetry,
         withholding(node),
         _built(context, node, run, join, message.content, telemetry) as session,
     ):

@@ -25,7 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.errors import ConfigError, FedsplitError
 
-log = logging.getLogger("flwr.fedsplit")
+log = logging.getLogger(__name__)
 
 
 def run_inline(

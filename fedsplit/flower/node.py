@@ -15,8 +15,9 @@ from fedsplit.config.authority import NODE_KEYS, PRIVACY_KEYS, Bounds
 from fedsplit.errors import ConfigError, ProtocolError
 from fedsplit.runs.folder import is_run_id
 from fedsplit.spec import PrivacySpec, RunSpec, WireSpec
+from fedsplit.telemetry.outlets import Outlets
 
-log = logging.getLogger("flwr.fedsplit")
+log = logging.getLogger(__name__)
 
 KEPT_RUNS = 3
 """The number of runs of one name of which a client keeps checkpoints, however old they are."""
@@ -41,7 +42,8 @@ class Node:
     of the server's word.
     If the machine `trusts_runs`, a run may name anything on it. `privacy` is the run's, with what
     the node's config sets in place of it, and `seal_key` the file of the key that clients share.
-    `metrics` is the address at which Prometheus reads the client's metrics; empty for none.
+    `metrics` is the address at which Prometheus reads the client's metrics, and `traces` the folder
+    of its traces; empty for none.
     """
 
     partition: int
@@ -55,6 +57,7 @@ class Node:
     privacy: PrivacySpec = field(default_factory=PrivacySpec)
     seal_key: str = ""
     metrics: str = ""
+    traces: str = ""
     is_assigned: bool = False
 
     @staticmethod
@@ -97,6 +100,7 @@ class Node:
             seal_key=str(settings.get("seal-key", "")),
             # In a simulation, another process than the clients' has the address: the server's.
             metrics=str(settings.get("metrics", "" if _is_simulated() else machine.launch.metrics)),
+            traces=str(settings.get("traces", machine.launch.traces)),
             is_assigned=is_assigned,
         )
         has_partition = is_assigned or 0 <= node.partition < run.num_nodes
@@ -176,6 +180,11 @@ class Node:
                 "start its SuperNode with state-dir in --node-config"
             )
         return Path(run.launch.run_dir) / run.name / "privacy" / run_id / self.name
+
+    def outlets_of(self, run: RunSpec) -> Outlets:
+        """Return where the events of a client of this run go."""
+        share = run.launch.trace_share
+        return Outlets(metrics=self.metrics, traces=self.traces, trace_share=share)
 
     def seal_of(self, run: RunSpec, run_id: str) -> Seal | None:
         """Return the seal of the clients of a run; None if the run has none.

@@ -18,7 +18,7 @@ from fedsplit.flower.npy import tensor_of
 from fedsplit.runs.checkpoint import Checkpoint, prune_states, states_in
 from fedsplit.spec import RunSpec
 
-log = logging.getLogger("flwr.fedsplit")
+log = logging.getLogger(__name__)
 
 ARRAYS = "arrays"
 """Key of the client weights in a message: the trained tensors of bottom and top."""

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,6 @@ from fedsplit import atomic
 from fedsplit.config import build, resolve_class, to_yaml
 from fedsplit.data import Corpus
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.flower.exporters import exporting
 from fedsplit.flower.server_weights import weights_of
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.model import SplitModel
@@ -27,10 +26,11 @@ from fedsplit.spec import RunSpec
 from fedsplit.telemetry.events import RunBegan
 from fedsplit.telemetry.jsonl import MetricsLines
 from fedsplit.telemetry.logs import RoundLog
+from fedsplit.telemetry.outlets import Outlets
 from fedsplit.telemetry.round import RoundStats
 from fedsplit.telemetry.sinks import Sink
 
-log = logging.getLogger("flwr.fedsplit")
+log = logging.getLogger(__name__)
 
 _GROUPS = ("client_weights", "trunk", "strategy")
 
@@ -124,9 +124,14 @@ class RunRecorder:
         """
         self._method = method
         run = self._run
-        exported = exporting(run.launch.metrics, certificate=run.wire.tls_cert)
+        outlets = Outlets(
+            metrics=run.launch.metrics,
+            traces=run.launch.traces,
+            trace_share=run.launch.trace_share,
+            certificate=run.wire.tls_cert,
+        )
         # First, because a run that is refused leaves no folder.
-        with exported as self._telemetry, closing(self._telemetry):
+        with outlets.opened("server", needed=True) as self._telemetry:
             resumed = RunFolder.to_resume(run)
             self._folder = resumed or RunFolder.begin(
                 Path(run.launch.run_dir), run.name, to_yaml(run), self._given_id
@@ -258,7 +263,7 @@ class RunRecorder:
         # Only now: until the result is complete, its best weights are in best/ alone.
         self._folder.tidy()
         # For whoever reads the log of a deployment.
-        for line in self._folder.closing_table.splitlines():
+        for line in self._folder.closing_table(with_text=False).splitlines():
             log.info("%s", line)
         log.info("Run %s is done: %s", self._run.name, self._folder.path)
 

@@ -24,6 +24,7 @@ from fedsplit.data import (
     train_tokenizer,
 )
 from fedsplit.errors import Diverged
+from fedsplit.flower.logs import show_logs
 from fedsplit.flower.records import WEIGHT
 from fedsplit.flower.run_recorder import RunRecorder
 from fedsplit.flower.strategy import SplitStrategy
@@ -33,9 +34,10 @@ from fedsplit.model.limits import require_positions, require_rows
 from fedsplit.model.placement import devices_of, placed
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.context import working_on
 from fedsplit.telemetry.sinks import Sink
 
-log = logging.getLogger("flwr.fedsplit")
+log = logging.getLogger(__name__)
 
 
 def app_with(*sinks: Sink) -> ServerApp:
@@ -49,11 +51,13 @@ def app_with(*sinks: Sink) -> ServerApp:
 
     @served.main()
     def main(grid: Grid, context: Context) -> None:
+        show_logs()
         quiet_libraries()
         run_id, end_mark = (str(context.run_config.get(key, "")) for key in ("run-id", "end-mark"))
         try:
             if run := _to_do(from_run_config(context.run_config), run_id):
-                _train(grid, run, run_id, sinks)
+                with working_on(run=run.name):
+                    _train(grid, run, run_id, sinks)
         finally:
             if end_mark:
                 Path(end_mark).touch()

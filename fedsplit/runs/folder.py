@@ -272,12 +272,16 @@ class RunFolder:
         """
         return self.metrics.rounds()
 
-    @property
-    def closing_table(self) -> str:
-        """The table at the end of the run; the run has a result."""
+    def closing_table(self, *, with_text: bool = True) -> str:
+        """Return the table at the end of the run, which has a result.
+
+        Args:
+            with_text: Whether it has the sample of the model's text, which may be of the data.
+        """
         config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         vocabulary = config.get("vocab_size", 0) if self.run.task == "causal_lm" else 0
-        sample = self.sample.read_text(encoding="utf-8").strip() if self.sample.exists() else None
+        has_text = with_text and self.sample.exists()
+        sample = self.sample.read_text(encoding="utf-8").strip() if has_text else None
         return closing_table(self.rounds(), vocabulary, sample)
 
     def measured_rounds(self) -> list[RoundStats]:

@@ -5,7 +5,7 @@ import logging
 import torch
 from transformers import PreTrainedModel, TokenizersBackend
 
-log = logging.getLogger("flwr.fedsplit")
+log = logging.getLogger(__name__)
 
 SAMPLE_TOKENS = 24
 # Each token reads all weights; a larger model would keep a CPU busy for minutes.

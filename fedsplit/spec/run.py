@@ -13,6 +13,7 @@ from fedsplit.spec.checks import (
     AtLeast,
     Matching,
     OneOf,
+    Positive,
     check_fields,
 )
 from fedsplit.spec.conflicts import CONFLICTS
@@ -52,6 +53,8 @@ class LaunchSpec:
         client_device: The torch device of clients whose node config names none.
         metrics: The address, host:port, at which Prometheus reads the metrics of the run (empty:
             nowhere).
+        traces: The folder in which each process writes the times of steps (empty: none).
+        trace_share: The share of the clients' steps that are traced, chosen at random.
         step_metrics: Whether metrics.jsonl has a line for each step of the trunk as well.
         sinks: The import paths of further sinks of the run's events, with commas between them.
     """
@@ -64,6 +67,8 @@ class LaunchSpec:
     trunk_device: str = "cpu"
     client_device: str = "cpu"
     metrics: str = ""
+    traces: str = ""
+    trace_share: Annotated[float, Positive(most=1)] = 0.01
     step_metrics: bool = False
     sinks: str = ""
 

@@ -136,6 +136,29 @@ class TokenArrived:
     is_first: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanEnded:
+    """A span of a trace has ended; `fedsplit.telemetry.spans` describes them.
+
+    Attributes:
+        name: What took the time.
+        trace_id, span_id: The ids of its trace, 16 bytes, and its own, 8 bytes.
+        parent_id: The id of the span above it; empty for the first one of a trace.
+        began_ns, ended_ns: Nanoseconds since 1970.
+        code: OK, or that of the error that ended it.
+        fields: What it is about, such as the client, the session and the call.
+    """
+
+    name: str
+    trace_id: bytes
+    span_id: bytes
+    parent_id: bytes
+    began_ns: int
+    ended_ns: int
+    code: str
+    fields: Mapping[str, object] = field(hash=False)
+
+
 Event = (
     RunBegan
     | RoundStats
@@ -147,6 +170,7 @@ Event = (
     | ClientStepTaken
     | RequestRetried
     | TokenArrived
+    | SpanEnded
 )
 
 

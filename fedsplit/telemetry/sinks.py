@@ -1,6 +1,7 @@
 """Telemetry: passes events to sinks; an event that no sink takes is not made."""
 
 import logging
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -23,6 +24,13 @@ class Sink(ABC):
     @abstractmethod
     def on_event(self, event: Event) -> None:
         """Receive an event; a sink ignores the classes that it does not know."""
+
+    def wants_trace(self, trace_id: bytes) -> bool:
+        """Return whether it takes the spans of the trace of this id; a trace nobody wants has none.
+
+        Only the id decides, so that all processes choose the same traces.
+        """
+        return False
 
     # Only some sinks read states, or have something left at the end.
     def watch(self, name: str, state: Callable[[], TrunkState]) -> None:  # noqa: B027
@@ -51,6 +59,18 @@ class Telemetry:
     def add(self, sink: Sink) -> None:
         """Add a sink."""
         self._sinks.append(sink)
+
+    def new_trace(self) -> bytes:
+        """Return the id of a new trace; empty if no sink wants it."""
+        if not self._sinks:
+            return b""
+        # Not from a generator that training uses.
+        trace_id = secrets.token_bytes(16)
+        return trace_id if self.wants_trace(trace_id) else b""
+
+    def wants_trace(self, trace_id: bytes) -> bool:
+        """Return whether a sink wants the trace of this id."""
+        return any(sink.wants_trace(trace_id) for sink in self._sinks)
 
     def emit(self, event: Event) -> None:
         """Pass an event to all sinks. A sink that fails is removed, and the failure is logged.

@@ -6,7 +6,6 @@ their own, and so do calls with one request, and streams.
 """
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,15 +18,16 @@ from grpc_health.v1 import health
 from fedsplit.errors import Draining, FedsplitError, Internal, ProtocolError, Unauthenticated
 from fedsplit.link import Service
 from fedsplit.spec import LimitsSpec
+from fedsplit.telemetry.context import current_fields, working_on
 from fedsplit.telemetry.events import FramesMoved, RequestAnswered
 from fedsplit.telemetry.sinks import SILENT, Telemetry
+from fedsplit.telemetry.spans import Span, SpanContext, continued
 from fedsplit.transport.frames import (
     CALLS,
     SERVICE,
     Body,
     Call,
     Reader,
-    from_frame,
     to_frame,
     to_frames,
 )
@@ -51,20 +51,6 @@ SPARE_CALLS = 8
 
 STRANGERS = 16
 """Slots for callers without a token."""
-
-_KINDS = {
-    request: re.sub("(?<!^)([A-Z])", r"_\1", request.__name__.removesuffix("Request")).lower()
-    for request in CALLS
-}
-
-
-def kind_of(message: Body | None) -> str:
-    """Return the kind of a request, as events name it; `invalid` for what is no request.
-
-    >>> kind_of(ServiceInfoRequest())
-    'service_info'
-    """
-    return _KINDS[type(message)] if isinstance(message, Request) else "invalid"
 
 
 class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
@@ -96,6 +82,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         self._service = service
         self._servicer = servicer
         self._telemetry = telemetry
+        self._fields = current_fields()
         body_s, calls = limits.body_s, limits.calls_per_client
         self.streams = Slots(
             "streams",
@@ -157,6 +144,21 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
 
     # --- the way to the service ---------------------------------------------------------------
 
+    @contextmanager
+    def serving(self, message: Body, client: str, sender: SpanContext | None) -> Iterator[Span]:
+        """A context of a request until its reply is sent, for the log, traces and `drain`.
+
+        Raises:
+            Draining: The server shuts down.
+        """
+        session, call = getattr(message, "session", ""), getattr(message, "call", None)
+        with (
+            self._working(),
+            working_on(**self._fields, client=client, session=session, call=call),
+            continued(self._telemetry, sender, "serve", kind=_kind_of(message)) as span,
+        ):
+            yield span
+
     def answer(self, message: Body, token: str) -> Reply:
         """The service's reply to a request.
 
@@ -176,7 +178,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
             log.exception("a %s failed", type(message).__name__)
             raise Internal("the trunk server failed; its log has the details") from exc
         finally:
-            self._answered(kind_of(message), code, time.monotonic() - began)
+            self._answered(_kind_of(message), code, time.monotonic() - began)
         if isinstance(message, CloseRequest):
             self.sessions.close(message.session)
         if isinstance(reply, ServiceInfoReply) and reply.budgets:
@@ -188,7 +190,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         """Report the frames of a request, and of its reply if there is one."""
         if self._telemetry and any(counts := rpc.take_counts()):
             moved = FramesMoved(
-                kind=kind_of(message),
+                kind=_kind_of(message),
                 received_bytes=counts[0],
                 received_codec=getattr(message, "codec", "none"),
                 sent_bytes=counts[1],
@@ -211,12 +213,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         }
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """A context in which a request is in work, so that a drain waits for it.
-
-        Raises:
-            Draining: The server shuts down.
-        """
+    def _working(self) -> Iterator[None]:
         with self._changed:
             if self._draining:
                 raise Draining("the trunk server is shutting down; try again when it is back")
@@ -264,10 +261,11 @@ class _Unary(Rpc):
             frame = self.receive(frames)
             if frame is None:
                 raise ProtocolError(f"{self._call.method} came without a message")
-            message = from_frame(frame, self._max_bytes)
+            reader = Reader(self._max_bytes)
+            message = reader.only(frame)
             if not isinstance(message, self._call.request):
                 raise ProtocolError(f"{self._call.method} takes a {self._call.request.__name__}")
-            with self._calls.working():
+            with self._calls.serving(message, self._client, reader.sender):
                 reply = self._calls.answer(message, self._token)
             # Or a new call could end this one before its reply is taken.
             if self._slots is self._calls.calls:
@@ -296,10 +294,13 @@ class _Exchange(Rpc):
                 message = reader.feed(frame)
                 if idle := message is not None:
                     # Until the reply is sent: a drain waits for that as well.
-                    with self._calls.working():
+                    with self._calls.serving(message, self._client, reader.sender) as span:
                         reply = self._answer(message)
-                        for sent in to_frames(reply):
-                            self.send(sent)
+                        if isinstance(reply, FedsplitError):
+                            span.fail(reply)
+                        with span.below("reply"):
+                            for sent in to_frames(reply):
+                                self.send(sent)
                     self._calls.count(self, message, reply)
         finally:
             # What was received or sent in part.
@@ -316,3 +317,7 @@ class _Exchange(Rpc):
         if session and not isinstance(message, CloseRequest):
             self._calls.sessions.carry(session, self)
         return reply
+
+
+def _kind_of(message: Body | None) -> str:
+    return message.kind if isinstance(message, Request) else "invalid"

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedsplit.errors import FedsplitError, ProtocolError, TrunkGone
 from fedsplit.link import Link, Stream
 from fedsplit.spec import WireSpec
+from fedsplit.telemetry.spans import sent_ids
 from fedsplit.transport.address import check_port
 from fedsplit.transport.frames import (
     ALIGNMENT,
@@ -29,7 +30,6 @@ from fedsplit.transport.frames import (
     SERVICE,
     Body,
     Reader,
-    from_frame,
     to_frame,
     to_frames,
 )
@@ -159,13 +159,13 @@ class GrpcLink(Link):
 
     def _unary(self, method: str, request: Request[Any]) -> Body:
         send = self._channel.unary_unary(f"/{SERVICE}/{method}", bytes, bytes)
-        frame = to_frame(request)
+        frame = to_frame(request, sent_ids())
         try:
             answer = send(frame, timeout=self.deadline_s, metadata=self._metadata)
         except grpc.RpcError as exc:
             raise self.error_of(exc, expired=False) from exc
         self.count(len(frame), len(answer))
-        return from_frame(answer, FRAME_BYTES)
+        return Reader(FRAME_BYTES).only(answer)
 
     def checked(self, request: Request[R], body: Body) -> R:
         """The body as the reply to this request.
@@ -250,7 +250,7 @@ class _ExchangeStream(Stream):
         Frames are made one by one as gRPC sends them, so they are never in memory together. The
         first one is made here, so that errors of encoding are raised here.
         """
-        frames, is_next = to_frames(request), threading.Event()
+        frames, is_next = to_frames(request, trace=sent_ids()), threading.Event()
         first = next(frames)
         # One lock for both queues: replies are read in the order in which requests are sent.
         with self._lock:

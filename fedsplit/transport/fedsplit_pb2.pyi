@@ -34,7 +34,7 @@ class Frame(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("open_request", "open_reply", "forward_request", "forward_reply", "backward_request", "backward_reply", "step_request", "step_reply", "close_request", "close_reply", "gradients_request", "gradients_reply", "training_state_request", "training_state_reply", "service_info_request", "service_info_reply", "chunk", "error", "generate_request", "generate_reply", "payload_bytes")
+    __slots__ = ("open_request", "open_reply", "forward_request", "forward_reply", "backward_request", "backward_reply", "step_request", "step_reply", "close_request", "close_reply", "gradients_request", "gradients_reply", "training_state_request", "training_state_reply", "service_info_request", "service_info_reply", "chunk", "error", "generate_request", "generate_reply", "payload_bytes", "trace")
     OPEN_REQUEST_FIELD_NUMBER: _ClassVar[int]
     OPEN_REPLY_FIELD_NUMBER: _ClassVar[int]
     FORWARD_REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Header(_message.Message):
     GENERATE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     GENERATE_REPLY_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     open_request: OpenRequest
     open_reply: OpenReply
     forward_request: ForwardRequest
@@ -77,7 +78,8 @@ class Header(_message.Message):
     generate_request: GenerateRequest
     generate_reply: GenerateReply
     payload_bytes: int
-    def __init__(self, open_request: _Optional[_Union[OpenRequest, _Mapping]] = ..., open_reply: _Optional[_Union[OpenReply, _Mapping]] = ..., forward_request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward_request: _Optional[_Union[BackwardRequest, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., step_request: _Optional[_Union[StepRequest, _Mapping]] = ..., step_reply: _Optional[_Union[StepReply, _Mapping]] = ..., close_request: _Optional[_Union[CloseRequest, _Mapping]] = ..., close_reply: _Optional[_Union[CloseReply, _Mapping]] = ..., gradients_request: _Optional[_Union[GradientsRequest, _Mapping]] = ..., gradients_reply: _Optional[_Union[GradientsReply, _Mapping]] = ..., training_state_request: _Optional[_Union[TrainingStateRequest, _Mapping]] = ..., training_state_reply: _Optional[_Union[TrainingStateReply, _Mapping]] = ..., service_info_request: _Optional[_Union[ServiceInfoRequest, _Mapping]] = ..., service_info_reply: _Optional[_Union[ServiceInfoReply, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., generate_request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., generate_reply: _Optional[_Union[GenerateReply, _Mapping]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+    trace: bytes
+    def __init__(self, open_request: _Optional[_Union[OpenRequest, _Mapping]] = ..., open_reply: _Optional[_Union[OpenReply, _Mapping]] = ..., forward_request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward_request: _Optional[_Union[BackwardRequest, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., step_request: _Optional[_Union[StepRequest, _Mapping]] = ..., step_reply: _Optional[_Union[StepReply, _Mapping]] = ..., close_request: _Optional[_Union[CloseRequest, _Mapping]] = ..., close_reply: _Optional[_Union[CloseReply, _Mapping]] = ..., gradients_request: _Optional[_Union[GradientsRequest, _Mapping]] = ..., gradients_reply: _Optional[_Union[GradientsReply, _Mapping]] = ..., training_state_request: _Optional[_Union[TrainingStateRequest, _Mapping]] = ..., training_state_reply: _Optional[_Union[TrainingStateReply, _Mapping]] = ..., service_info_request: _Optional[_Union[ServiceInfoRequest, _Mapping]] = ..., service_info_reply: _Optional[_Union[ServiceInfoReply, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., generate_request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., generate_reply: _Optional[_Union[GenerateReply, _Mapping]] = ..., payload_bytes: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset",)

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, error_from_code
+from fedsplit.telemetry.spans import SpanContext
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.envelope import read_frame, write_frame
 from fedsplit.wire import messages
@@ -107,13 +108,15 @@ _CODECS = {number: name for name, number in NUMBERS.items()}
 # --- writing ---------------------------------------------------------------------------------
 
 
-def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES, trace: bytes = b"") -> Iterator[bytes]:
     """The frames of a message; `chunk_bytes` is the most payload in one frame.
+
+    The first one has the `trace` of a request; empty for none.
 
     Raises:
         BadTensor: A tensor's dtype or shape may not be sent.
     """
-    header = pb.Header()
+    header = pb.Header(trace=trace)
     if isinstance(message, FedsplitError):
         _write_error(header.error, message)
         yield write_frame(header, [])
@@ -135,14 +138,14 @@ def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         header = pb.Header(chunk=pb.Chunk(offset=offset))
 
 
-def to_frame(message: Body) -> bytes:
-    """The frame of a message in a unary call.
+def to_frame(message: Body, trace: bytes = b"") -> bytes:
+    """The frame of a message in a unary call, with the `trace` of a request.
 
     Raises:
         BadTensor: A tensor's dtype or shape may not be sent.
         TooLarge: The message does not fit into one frame.
     """
-    frame = next(to_frames(message, chunk_bytes=FRAME_BYTES))
+    frame = next(to_frames(message, FRAME_BYTES, trace))
     if len(frame) > FRAME_BYTES:
         raise TooLarge(
             f"a {type(message).__name__} of more than {FRAME_BYTES} bytes does not fit into one "
@@ -217,10 +220,14 @@ class Reader:
     Args:
         max_bytes: The longest payload to allocate memory for, in bytes, encoded and decoded.
         max_header: The longest header of a frame, in bytes.
+
+    Attributes:
+        sender: The span that the last message was sent in; None if it is not traced.
     """
 
     def __init__(self, max_bytes: int, max_header: int = HEADER_BYTES) -> None:
         self.max_bytes = max_bytes
+        self.sender: SpanContext | None = None
         self._max_header = max_header
         self._pending: _Pending | None = None
 
@@ -242,27 +249,25 @@ class Reader:
         elif header.WhichOneof("body") == "error":
             return _read_error(header.error)
         else:
+            self.sender = SpanContext.read(header.trace)
             self._pending = _Pending(header, payload, self.max_bytes)
         if not self._pending.complete:
             return None
         message, self._pending = self._pending.message(), None
         return message
 
+    def only(self, frame: bytes) -> Body:
+        """The message in the one frame of a unary call.
 
-def from_frame(frame: bytes, max_bytes: int) -> Body:
-    """The message in the frame of a unary call.
-
-    Raises:
-        ProtocolError: The bytes are not a frame, or only a part of a message.
-        BadTensor: The header's tensors and the payload do not agree.
-        TooLarge: The payload is longer than `max_bytes`.
-    """
-    message = Reader(max_bytes).feed(frame)
-    if message is None:
-        raise ProtocolError(
-            "a unary call carries its whole payload in one frame; this one is too short"
-        )
-    return message
+        Raises:
+            FedsplitError: As for `feed`; or the frame has only a part of a message.
+        """
+        message = self.feed(frame)
+        if message is None:
+            raise ProtocolError(
+                "a unary call carries its whole payload in one frame; this one is too short"
+            )
+        return message
 
 
 class _Pending:

@@ -64,6 +64,7 @@ class Rpc(ABC):
     def __init__(self, slots: Slots, limits: LimitsSpec, client: str) -> None:
         self._slots = slots
         self._limits = limits
+        self._client = client
         self._slot = Slot(client=client, end=self._finish)
         self._is_sending = False
         self._is_finished = False

@@ -3,12 +3,14 @@
 Shapes: B sequences, T tokens, D hidden width.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from fedsplit.telemetry.context import current_fields
+from fedsplit.telemetry.spans import Span, current
 from fedsplit.trunk.compute import Inputs
 from fedsplit.trunk.replica import Work
 from fedsplit.trunk.stash import Graph
@@ -51,7 +53,8 @@ class Call:
     `request` is the message of a client, or the function of a control call. A call waits until the
     scheduler returns it. A forward then gets its `inputs` and `work`, and a backward its `graph`.
     After that the call is `prepared`, and may wait for other calls of its pass. It is finished when
-    `future` has a result. `submitted_at` is the time when it was queued, in seconds.
+    `future` has a result. `submitted_at` is the time when it was queued, in seconds, and `span` and
+    `fields` are those of its request.
     """
 
     kind: Kind
@@ -61,6 +64,8 @@ class Call:
     request: Any = None
     future: "Future[Any]" = field(default_factory=Future)
     submitted_at: float = 0.0
+    span: Span = field(default_factory=current)
+    fields: Mapping[str, object] = field(default_factory=current_fields)
     prepared: bool = False
     inputs: Inputs = field(init=False)
     work: Work = field(init=False)
@@ -86,6 +91,16 @@ class Call:
             # A batched backward needs the gradients in the row order of its forward.
             return self.graph.place
         return self.client, self.request.call
+
+    @property
+    def positions(self) -> int:
+        """The sequences times tokens of a forward or a backward; 0 of others."""
+        match self.kind:
+            case Kind.FORWARD | Kind.EVALUATE:
+                return self.request.smashed_BTD.shape[:2].numel()  # type: ignore[no-any-return]
+            case Kind.BACKWARD:
+                return self.request.grad_trunk_out_BTD.shape[:2].numel()  # type: ignore[no-any-return]
+        return 0
 
     def run(self) -> Any:
         """Run a control call and return its result."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from fedsplit.errors import Draining, FedsplitError, Internal, SessionLost
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.context import working_on
 from fedsplit.telemetry.events import CacheState
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.call import Call, Kind
@@ -86,7 +88,10 @@ class TrunkEngine:
         self.last_steps: dict[str, AcceptedStep] = {}
         self._is_draining = False
         self._in_hand: list[Call] = []
-        self._thread = threading.Thread(target=self._loop, name="trunk-engine", daemon=True)
+        # With the context of its maker, so that its log lines have the run.
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._loop,), name="trunk-engine", daemon=True
+        )
 
         self._prepare = {
             Kind.FORWARD: self.training.prepare_forward,
@@ -231,7 +236,8 @@ class TrunkEngine:
         self._in_hand = self._scheduler.next_batch(self.training.barrier, patience_s)
         self._expire()
         if self._in_hand:
-            self._answer(self._in_hand)
+            with working_on(**self._in_hand[0].fields):
+                self._answer(self._in_hand)
         # After the reply, so that the client that completed the barrier does not wait for the step.
         for step in self.training.step_if_due():
             self.meter.stepped(replace(step, version=self.version))
@@ -291,31 +297,27 @@ class TrunkEngine:
                 if size > 1:
                     calls = self._scheduler.gather(calls[0], size)
             replies = self._replies(calls) if calls else []
+            ended = self._clock()
         except Exception as failure:
             for call in calls:
                 self.meter.failed(call, failure)
                 call.future.set_exception(failure)
             return
-        tokens = 0
         # Not strict: calls whose replies come later return none here.
         for call, reply in zip(calls, replies, strict=False):
             # Before the reply, so that a client that has all its replies is counted in full.
-            match call.kind:
-                case Kind.STEP:
-                    self.work.stepped(call.client, call.request.num_tokens)
-                    self.last_steps[call.client] = AcceptedStep(
-                        session=call.session, call=call.request.call, version=reply.version
-                    )
-                    self.meter.contributed(call.client, call.work.staleness)
-                case Kind.FORWARD | Kind.EVALUATE:
-                    positions = call.request.smashed_BTD.shape[:2].numel()
-                    self.work.passed(call.client, positions)
-                    tokens += positions
-                case Kind.BACKWARD:
-                    tokens += call.request.grad_trunk_out_BTD.shape[:2].numel()
+            if call.kind is Kind.STEP:
+                self.work.stepped(call.client, call.request.num_tokens)
+                self.last_steps[call.client] = AcceptedStep(
+                    session=call.session, call=call.request.call, version=reply.version
+                )
+                self.meter.contributed(call.client, call.work.staleness)
+            elif call.kind in (Kind.FORWARD, Kind.EVALUATE):
+                self.work.passed(call.client, call.request.smashed_BTD.shape[:2].numel())
             call.future.set_result(reply)
         if self.meter.telemetry and replies and calls[0].kind in _COMPUTED:
-            self.meter.passed(calls[0].kind, calls, (len(calls), tokens), began)
+            ran = len(calls), sum(call.positions for call in calls)
+            self.meter.passed(calls[0].kind, calls, ran, began, ended)
 
     def _replies(self, calls: list[Call]) -> list[Any]:
         """Run calls of one kind; return their replies, or none if replies come later."""
@@ -351,7 +353,8 @@ class TrunkEngine:
             generation.fail_pass(failure)
             return
         if self.meter.telemetry:
-            self.meter.passed(Kind.GENERATE, generation.begun, generation.last_pass, began)
+            size, ended = generation.last_pass, self._clock()
+            self.meter.passed(Kind.GENERATE, generation.begun, size, began, ended)
 
     def _join(self, client: str) -> int:
         # The client is back before its LEAVE ran, so it has not left.

@@ -39,7 +39,7 @@ class Meter:
     # --- events -------------------------------------------------------------------------------
 
     def passed(
-        self, kind: Kind, begun: Sequence[Call], size: tuple[int, int], began: float
+        self, kind: Kind, begun: Sequence[Call], size: tuple[int, int], began: float, ended: float
     ) -> None:
         """Report a pass; call it only if there is a sink.
 
@@ -48,16 +48,25 @@ class Meter:
             begun: Those of its calls that had not run in part before.
             size: The sessions in it, and the sequences times tokens that ran.
             began: The time when it began.
+            ended: The time when it ended.
         """
         # A forward waits for its client's step; only after that it waits for the engine.
         ready = [max(call.submitted_at, self._released.get(call.client, 0.0)) for call in begun]
+        compute_s, ago_s = ended - began, self._clock() - ended
+        for call, ready_at in zip(begun, ready, strict=True):
+            queue_s = max(0.0, began - ready_at)
+            if ready_at > call.submitted_at:
+                waited_s = ready_at - call.submitted_at
+                call.span.record("barrier", seconds=waited_s, ago_s=ago_s + compute_s + queue_s)
+            call.span.record("queue", seconds=queue_s, ago_s=ago_s + compute_s)
+            call.span.record("compute", seconds=compute_s, ago_s=ago_s)
         self.telemetry.emit(
             PassRun(
                 kind=kind.value[1],
                 sessions=size[0],
                 tokens=size[1],
                 queues_s=tuple(max(0.0, began - each) for each in ready),
-                compute_s=self._clock() - began,
+                compute_s=compute_s,
             )
         )
 

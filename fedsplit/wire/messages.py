@@ -5,8 +5,9 @@ kind), and a retry has the same identity. Calls and versions count up. Hidden st
 gradients are encoded with the `codec` of their message.
 """
 
+import re
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
@@ -29,9 +30,19 @@ class Reply:
 
 
 class Request(Generic[R]):
-    """A request of a client; `R` is the type of its reply."""
+    """A request of a client; `R` is the type of its reply.
+
+    Attributes:
+        kind: The name by which logs and metrics call it, such as service_info.
+    """
 
     __slots__ = ()
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        words = re.sub("(?<!^)([A-Z])", r"_\1", cls.__name__.removesuffix("Request"))
+        cls.kind = words.lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

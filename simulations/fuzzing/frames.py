@@ -5,7 +5,7 @@ from typing import Any
 
 from fedsplit.errors import FedsplitError
 from fedsplit.transport.envelope import read_frame, write_frame
-from fedsplit.transport.frames import FRAME_BYTES, Body, Reader, from_frame, to_frames
+from fedsplit.transport.frames import FRAME_BYTES, Body, Reader, to_frames
 from fedsplit.wire.messages import Request
 from simulations.fuzzing import odd
 from simulations.fuzzing.case import Case
@@ -135,7 +135,7 @@ def read(case: Case, stage: Stage, frames: list[bytes]) -> None:
     for frame in frames:
         body: Body | None
         try:
-            body = reader.feed(frame) if is_stream else from_frame(frame, stage.max_bytes)
+            body = reader.feed(frame) if is_stream else Reader(stage.max_bytes).only(frame)
         except FedsplitError as error:
             case.got(error)
             return

@@ -412,7 +412,7 @@ FAULTS: list[tuple[str, State, str, Fault]] = [
     (
         "superlink clock",
         FAIL,
-        "12[01] s behind",
+        "1[12]. s behind",
         lambda s: s.with_machine(s.superlink(), now=lambda: time.time() + 120),
     ),
     (
@@ -442,7 +442,7 @@ FAULTS: list[tuple[str, State, str, Fault]] = [
     (
         "trunk clock",
         FAIL,
-        "120 s behind",
+        "1[12]. s behind",
         lambda s: s.with_machine(s.trunk(), now=lambda: time.time() + 120),
     ),
     ("token", FAIL, "does not accept it", lambda s: s.trunk(token="guess")),

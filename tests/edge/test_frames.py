@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedsplit.errors import FedsplitError, StaleVersion
 from fedsplit.transport import fedsplit_pb2 as pb
-from fedsplit.transport.frames import Body, Reader, from_frame, to_frame, to_frames
+from fedsplit.transport.frames import Body, Reader, to_frame, to_frames
 from fedsplit.wire import messages as m
 from tests.edge.echo import LIMITS
 
@@ -69,7 +69,7 @@ def test_every_message_comes_back_from_frames_of_any_size(message: Body, chunk: 
     *before, last = [reader.feed(frame) for frame in to_frames(message, chunk)]
     assert before == [None] * len(before)
     assert_equal(last, message)
-    assert_equal(from_frame(to_frame(message), 1 << 20), message)
+    assert_equal(Reader(1 << 20).only(to_frame(message)), message)
 
 
 @given(forwards() | gradients | backwards | opens)
@@ -79,7 +79,7 @@ def test_a_frame_is_valid_protobuf(message: Body) -> None:
     assert parsed.header.payload_bytes == len(parsed.payload)
     again = parsed.SerializeToString()
     assert len(again) == len(frame)
-    assert_equal(from_frame(again, 1 << 20), message)
+    assert_equal(Reader(1 << 20).only(again), message)
 
 
 def test_a_frame_may_have_its_fields_in_another_order() -> None:
@@ -88,7 +88,7 @@ def test_a_frame_may_have_its_fields_in_another_order() -> None:
     payload = pb.Frame(payload=parsed.payload).SerializeToString()
     header = pb.Frame(header=parsed.header).SerializeToString()
     for frame in (payload + header, header + b"\x12\x00" + payload, header + payload + b"\x18\x01"):
-        assert_equal(from_frame(frame, 1 << 20), message)
+        assert_equal(Reader(1 << 20).only(frame), message)
 
 
 @pytest.mark.parametrize("size", [8, 120, 128, 16376, 16384, 3 << 20])
@@ -96,7 +96,7 @@ def test_lengths_of_any_number_of_digits(size: int) -> None:
     message = m.BackwardReply(grad_smashed_BTD=torch.ones(size // 4), trunk_sq_norm=0.5)
     frame = to_frame(message)
     assert pb.Frame.FromString(frame).payload == b"\x00\x00\x80\x3f" * (size // 4)
-    assert_equal(from_frame(frame, 4 << 20), message)
+    assert_equal(Reader(4 << 20).only(frame), message)
 
 
 def test_tensors_begin_at_multiples_of_eight_bytes() -> None:
@@ -107,12 +107,12 @@ def test_tensors_begin_at_multiples_of_eight_bytes() -> None:
 
 def test_received_tensors_can_be_written_to() -> None:
     message = m.BackwardReply(grad_smashed_BTD=torch.zeros(3), trunk_sq_norm=0.5)
-    received: Any = from_frame(to_frame(message), 1 << 20)
+    received: Any = Reader(1 << 20).only(to_frame(message))
     received.grad_smashed_BTD.add_(1.0)
     assert_equal(received, replace(message, grad_smashed_BTD=torch.ones(3)))
 
 
 def test_an_error_is_a_frame_too() -> None:
-    error: Any = from_frame(to_frame(StaleVersion("moved on", retry_after_s=0.25)), 0)
+    error: Any = Reader(0).only(to_frame(StaleVersion("moved on", retry_after_s=0.25)))
     assert isinstance(error, FedsplitError)
     assert (type(error), str(error), error.retry_after_s) == (StaleVersion, "moved on", 0.25)

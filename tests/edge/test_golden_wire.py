@@ -254,6 +254,9 @@ CODECS["huffman:0.5 of a difference"] = m.ForwardReply(
 )
 """Messages whose tensor is compressed."""
 
+TRACED, TRACE = m.CloseRequest(session="s1"), bytes(range(24))
+"""A request in a trace, and the ids of the trace and the span."""
+
 LONG = m.ForwardReply(trunk_out_BTD=values(2, 700, 200), version=1)
 """A message of a little more than 1 MiB."""
 
@@ -393,6 +396,7 @@ def test_every_call_field_dtype_and_codec_has_a_golden_case() -> None:
     needed |= {f"codec {number}" for name, number in NUMBERS.items() if name != "none"}
     frames = [to_frame(message) for message in [*MESSAGES.values(), *CODECS.values()]]
     frames += to_frames(LONG)
+    frames.append(to_frame(TRACED, TRACE))
     assert {name for frame in frames for name in written(pb.Frame.FromString(frame))} == needed
     classes = {cls for call in CALLS.values() for cls in (call.request, call.reply)}
     assert {type(message) for message in MESSAGES.values()} >= classes

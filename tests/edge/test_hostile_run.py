@@ -119,6 +119,7 @@ HOSTILE = {
     "launch.trunk_device": ["launch.trunk_device=cuda:9"],
     "launch.client_device": ["launch.client_device=cuda:9"],
     "launch.metrics": ["launch.metrics=evil:1"],
+    "launch.traces": ["launch.traces=/evil"],
     "launch.sinks": ["launch.sinks=evil.Evil"],
     "sweep.variants": ["sweep.variants={evil: 'seed=1'}", "sweep.seeds=[1]"],
 }

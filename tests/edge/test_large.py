@@ -10,7 +10,7 @@ from fedsplit.errors import TooLarge
 from fedsplit.spec import WireSpec
 from fedsplit.spec.checks import MAX_SECONDS
 from fedsplit.transport import fedsplit_pb2 as pb
-from fedsplit.transport.frames import FRAME_BYTES, SERVICE, Reader, from_frame, to_frame, to_frames
+from fedsplit.transport.frames import FRAME_BYTES, SERVICE, Reader, to_frame, to_frames
 from fedsplit.transport.server import largest_payload
 from fedsplit.transport.status import TOKEN_KEY, from_rpc_error
 from fedsplit.wire import messages as m
@@ -101,4 +101,4 @@ def test_counts_beyond_2_to_the_53_arrive_exactly() -> None:
     step = m.StepRequest(
         session="s", call=(1 << 64) - 1, step=(1 << 53) + 1, num_tokens=1 << 63, client_sq_norm=0.0
     )
-    assert from_frame(to_frame(step), 0) == step
+    assert Reader(0).only(to_frame(step)) == step

@@ -20,6 +20,8 @@ EXTRAS = {  # imported by the function that needs them
     "fedsplit/data/partitioners.py": {"datasets", "flwr_datasets"},
     "fedsplit/optimization.py": {"bitsandbytes"},
     "fedsplit/telemetry/prometheus.py": {"prometheus_client"},
+    "fedsplit/telemetry/otlp.py": {"opentelemetry"},
+    "fedsplit/telemetry/logs.py": {"ecs_logging"},  # no extra, but only for JSON
 }
 
 

@@ -58,7 +58,7 @@ PURE_NUMBERS = set(
     """
     seed lora.rank lora.alpha lora.dropout data.held_out sharding.alpha sharding.skew train.lr
     train.beta1 train.beta2 train.eps train.momentum train.weight_decay train.label_smoothing
-    train.clip_norm policy.discount_a policy.mixing
+    train.clip_norm policy.discount_a policy.mixing launch.trace_share
     """.split()
 )
 """The numbers that have no unit."""

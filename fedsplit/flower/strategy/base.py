@@ -6,15 +6,14 @@ policy of the run closes a round (`round_policy`), held-out loss is measured and
 as `TrainSpec` says, and the trunk knows which clients have work (`coordinator`).
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from logging import INFO, WARNING
 from typing import ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
@@ -44,6 +43,8 @@ from fedsplit.spec import RunSpec
 from fedsplit.spec.federation import POLICIES
 from fedsplit.telemetry.round import RoundStats
 from fedsplit.trunk.update import TrunkUpdate
+
+log = logging.getLogger(__name__)
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _CLIENT_STRATEGY, _GUARD = "client_weights/", "guard/"
@@ -168,9 +169,9 @@ class SplitStrategy(WrappingStrategy):
             Diverged: No client finished a round (see `RoundCoordinator.require_progress`), or
                 training went back once and diverged again.
         """
-        log(INFO, "Starting %s:", type(self).__name__)
+        log.info("Starting %s:", type(self).__name__)
         self.summary()
-        # Register clients first: a process that a simulation forks while gRPC starts would die.
+        # First, because a process that a simulation forks while gRPC starts would die.
         self._invitations.run_id = run_id or new_run_id()
         self._registry = NodeRegistry(grid, self.run, self._invitations, self._states.of)
         self._registry.register_all()
@@ -186,7 +187,7 @@ class SplitStrategy(WrappingStrategy):
                 # The first one, or one from which a resumed run knows that it went back.
                 self._recorder.save(first_round - 1)
             with self.trunk_server:
-                log(INFO, "Trunk is served at %s", self.trunk_server.address)
+                log.info("Trunk is served at %s", self.trunk_server.address)
                 setback = self._rounds(first_round, configs, evaluate_fn, result)
             if not setback:
                 return result
@@ -262,7 +263,7 @@ class SplitStrategy(WrappingStrategy):
         for number in range(first, self._num_rounds + 1):
             if self._is_over or self.is_budget_spent:  # a resumed run may have ended before
                 break
-            log(INFO, "[ROUND %s/%s]", number, self._num_rounds)
+            log.info("[ROUND %s/%s]", number, self._num_rounds)
             if setback := self._round(number, configs, result):
                 return setback
             _evaluate_at_server(evaluate_fn, number, result)
@@ -291,7 +292,7 @@ class SplitStrategy(WrappingStrategy):
             setback = Setback(round=number, reason=reason, diverged=True)
             if self._recorder.checkpoints:
                 return setback
-            log(WARNING, "%s; there is no checkpoint to go back to (train.save_every)", setback)
+            log.warning("%s; there is no checkpoint to go back to (train.save_every)", setback)
         if failure:
             raise failure
         self._is_over = self._early_stopping.stops(stats) or is_last
@@ -359,7 +360,7 @@ class SplitStrategy(WrappingStrategy):
         if setback.diverged:
             self._scale_lr(_SLOWER)
             self._went_back_from, rate = setback.round, " at half the learning rate"
-        log(WARNING, "%s; training goes back to round %d%s", setback, first - 1, rate)
+        log.warning("%s; training goes back to round %d%s", setback, first - 1, rate)
         return first
 
     def _scale_lr(self, factor: float) -> None:
@@ -395,6 +396,5 @@ class SplitStrategy(WrappingStrategy):
 
 
 def _evaluate_at_server(evaluate_fn: EvaluateFn | None, number: int, result: Result) -> None:
-    metrics = evaluate_fn(number, result.arrays) if evaluate_fn else None
-    if metrics is not None:
+    if evaluate_fn and (metrics := evaluate_fn(number, result.arrays)) is not None:
         result.evaluate_metrics_serverapp[number] = metrics

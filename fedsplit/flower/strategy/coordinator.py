@@ -1,13 +1,12 @@
 """The server's loop of a round: sends work to clients, collects replies, and applies the policy."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedsplit.errors import Diverged
@@ -34,6 +33,8 @@ from fedsplit.flower.strategy.tracker import MessageTracker
 from fedsplit.flower.strategy.weight_guard import WeightGuard
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 _MISSED_ROUNDS = 3
 """Rounds in a row after which a client whose node is missing has left the run."""
@@ -193,7 +194,7 @@ class RoundCoordinator:
             for work in self.rounds.awaited:
                 self.metrics.failures.append((work.client, "no reply in time"))
                 self.metrics.missing.add(work.client)
-                log(WARNING, "round %s: %s is given up: no reply in time", number, work.client)
+                log.warning("round %s: %s is given up: no reply in time", number, work.client)
                 # It is not of the next round, so the steps of that one are not without it.
                 self._service.release(work.client)
         return arrays
@@ -220,7 +221,7 @@ class RoundCoordinator:
         )
         if asked.issuperset(self._registry.names) or len(self._fruitless) >= _FRUITLESS_ROUNDS:
             raise Diverged(problem)
-        log(WARNING, "%s", problem)
+        log.warning("%s", problem)
 
     def evaluate(self, number: int, messages: Sequence[Message]) -> list[Message]:
         """Have clients evaluate, and return their replies sorted by client.
@@ -262,7 +263,7 @@ class RoundCoordinator:
             )
             if {self.name_of(m) for m in messages}.issuperset(self._registry.names):
                 raise Diverged(problem)
-            log(WARNING, "%s", problem)
+            log.warning("%s", problem)
         # Sums of floats depend on the order, and the order of arrival is random.
         replies.sort(key=lambda pair: pair[0])
         return [reply for _, reply in replies if numbers_of(reply)[WEIGHT]]
@@ -280,7 +281,7 @@ class RoundCoordinator:
             decision = self._apply(event)
             for work in decision.dropped:
                 self._take(work)
-                log(INFO, "%s: its weights of round %s are not merged", work.client, work.round)
+                log.info("%s: its weights of round %s are not merged", work.client, work.round)
             if decision.merge:
                 shares = [(share, *self._take(share.work)) for share in decision.merge]
                 arrays = self._merge(shares, arrays)

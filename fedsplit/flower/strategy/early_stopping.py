@@ -1,11 +1,11 @@
 """Early stopping: ends training when held-out loss has not improved for long enough."""
 
+import logging
 import math
-from logging import INFO
-
-from flwr.common.logger import log
 
 from fedsplit.telemetry.round import RoundStats
+
+log = logging.getLogger(__name__)
 
 
 class EarlyStopping:
@@ -35,8 +35,7 @@ class EarlyStopping:
             self.worse += 1
         if not self._patience or self.worse < self._patience:
             return False
-        log(
-            INFO,
+        log.info(
             "Training stops after round %s: the best held-out loss, %.4f, is %s evaluations "
             "old (train.patience)",
             stats.round,

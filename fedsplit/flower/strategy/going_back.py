@@ -1,15 +1,15 @@
 """Why a run goes back to a checkpoint, and to which one."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from logging import WARNING
-
-from flwr.common.logger import log
 
 from fedsplit.errors import CheckpointError
 from fedsplit.flower.strategy.round_metrics import RoundMetrics
 from fedsplit.spec import PolicySpec
+
+log = logging.getLogger(__name__)
 
 _MOST_REPEATS = 3
 """The most times that a round is repeated. Later it counts without the clients that are missing."""
@@ -64,8 +64,7 @@ class Repeats:
         names = ", ".join(sorted(metrics.missing)) or "a client that was awaited"
         repeats = self.of(number)
         if repeats == _MOST_REPEATS:
-            log(
-                WARNING,
+            log.warning(
                 "round %d counts without %s, after %d repetitions",
                 number,
                 names,
@@ -94,8 +93,7 @@ def newest_common(
         lost = [name for name, own in states.items() if needed.get(name, 0) not in (0, *own)]
         if not lost:
             return number
-        log(
-            WARNING,
+        log.warning(
             "The checkpoint of round %d is not used: the state of %s for it is missing or damaged",
             number,
             ", ".join(sorted(lost)),

@@ -1,14 +1,13 @@
 """The nodes of a run: their names and configuration, and which of them a strategy may choose."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
-from logging import INFO, WARNING
 
 from flwr.app import Message, MessageType, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -18,6 +17,8 @@ from fedsplit.flower.strategy.invitations import Invitations
 from fedsplit.flower.strategy.tracker import MessageTracker
 from fedsplit.model.identity import difference
 from fedsplit.spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 """Seconds between two looks at the connected nodes."""
@@ -142,7 +143,7 @@ class NodeRegistry:
             if not number or time.monotonic() > until:
                 return names
             if number != missing:
-                log(WARNING, "The round waits for %d clients that are not connected", number)
+                log.warning("The round waits for %d clients that are not connected", number)
             missing = number
             time.sleep(_POLL_S)
 
@@ -224,13 +225,12 @@ class NodeRegistry:
         free = sorted(self._clients - taken, key=lambda name: (name in known, len(name), name))
         unnamed = [node for node in nodes if node in self._unnamed]
         for node, name in zip(unnamed, free, strict=False):
-            log(INFO, "Node %s has no partition-id, and becomes %s", node, name)
+            log.info("Node %s has no partition-id, and becomes %s", node, name)
             self._register(node, replace(self._unnamed.pop(node), client=name))
 
     def _register(self, node: int, identity: Identity) -> None:
         if identity.states is None and self._run.train.save_every:
-            log(
-                WARNING,
+            log.warning(
                 "%s keeps no state, because its SuperNode has no state-dir: this run cannot be "
                 "resumed with it, and a SuperNode that is started again has new optimizer moments",
                 identity.client,
@@ -246,7 +246,7 @@ class NodeRegistry:
         earlier = {node for node, name in self._names.items() if name == identity.client}
         if not earlier or not state or state not in (identity.states or ()):
             return set()
-        log(INFO, "%s was started again, as another node", identity.client)
+        log.info("%s was started again, as another node", identity.client)
         return earlier
 
     def _identity_in(self, reply: Message) -> Identity:
@@ -273,7 +273,7 @@ class NodeRegistry:
 
     def _log(self, errors: dict[int, FedsplitError]) -> None:
         for node, error in errors.items():
-            log(WARNING, "Node %s is left out: %s", node, error)
+            log.warning("Node %s is left out: %s", node, error)
 
 
 class GridView(Grid):

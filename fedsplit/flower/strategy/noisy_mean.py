@@ -4,13 +4,12 @@ They clip each client's change of the weights and add noise to the mean, so that
 weights, such as another client, learns little of any one client. The server sees all of it.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
-from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -30,6 +29,8 @@ from fedsplit.config import build
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.flower.strategy.aggregate import with_weight
 from fedsplit.spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 _OWN_OPTIONS = ("strategy", "num_sampled_clients")
 """The arguments of a wrapper that are no options."""
@@ -152,12 +153,12 @@ class NoisyMean(Strategy):
         if not is_open or len(found) != self._sampled:
             if is_open:
                 self.strategy.aggregate_train(server_round, [])
-            log(WARNING, "The client weights stay: %d of %d replied", len(found), self._sampled)
+            log.warning("The client weights stay: %d of %d replied", len(found), self._sampled)
             return None, None
         try:
             new = self.strategy.aggregate_train(server_round, found)
         except ZeroDivisionError:  # Flower divides by the norm of a change, to clip it
-            log(WARNING, "The client weights stay: a client did not change them")
+            log.warning("The client weights stay: a client did not change them")
             return None, None
         if self._accountant and self._file:
             # Before they leave the server, which may be killed at any time.
@@ -178,7 +179,7 @@ class NoisyMean(Strategy):
 
     def summary(self) -> None:
         """Log the settings."""
-        log(INFO, "\tClient weights in %s:", type(self.strategy).__name__)
+        log.info("\tClient weights in %s:", type(self.strategy).__name__)
         self.strategy.summary()
 
 

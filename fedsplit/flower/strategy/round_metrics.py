@@ -1,14 +1,13 @@
 """The metrics of one round, summed over the clients' replies into a `RoundStats`."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from logging import WARNING
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.common.logger import log
 
 from fedsplit.data import TASKS
 from fedsplit.errors import FedsplitError, GradExploded, NonFinite
@@ -18,6 +17,8 @@ from fedsplit.runs.metrics import bits_per_byte
 from fedsplit.spec import RunSpec
 from fedsplit.telemetry.round import ClientStats, RoundStats
 from fedsplit.trunk.norm_guard import GuardCounts
+
+log = logging.getLogger(__name__)
 
 Numbers = Mapping[str, float]
 
@@ -97,7 +98,7 @@ class RoundMetrics:
             (broken if is_of_numbers else self.missing).add(client)
             if reply.error.code in _GONE:
                 self.gone.add(client)
-            log(WARNING, "%s: %s failed: %s", where, client, problem)
+            log.warning("%s: %s failed: %s", where, client, problem)
             return problem
         try:
             reply.content = check(content_of(reply))
@@ -106,7 +107,7 @@ class RoundMetrics:
             problem = peer_text(str(refusal))
             self.refused_replies += 1
             broken.add(client)
-            log(WARNING, "%s: %s is refused (%s): %s", where, client, refusal.code, problem)
+            log.warning("%s: %s is refused (%s): %s", where, client, refusal.code, problem)
             return problem
         return ""
 

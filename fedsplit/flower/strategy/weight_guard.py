@@ -4,15 +4,14 @@ A change grows with the number of steps, and clients that train by epochs take d
 So its norm for each step is compared.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from logging import WARNING
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
-from flwr.common.logger import log
 from torch import Tensor
 
 from fedsplit.errors import GradExploded
@@ -21,6 +20,8 @@ from fedsplit.flower.records import ARRAYS, METRICS
 from fedsplit.flower.sealed_arrays import is_sealed
 from fedsplit.spec import GuardSpec
 from fedsplit.trunk.norm_guard import NormGuard
+
+log = logging.getLogger(__name__)
 
 _FIRST = 3
 """The changes after which the guard begins: a median is of three at least."""
@@ -74,8 +75,7 @@ class WeightGuard:
         self._of_round[client] = min(norm, bounds.clip)
         if norm <= bounds.clip:
             return content
-        log(
-            WARNING,
+        log.warning(
             "%s: its change of the client weights is clipped, from norm %.3g a step to "
             "%.3g (guard.clip_above)",
             client,

@@ -4,12 +4,11 @@ The clients that have work cannot get more, so the wrapped strategy selects amon
 averages apply only where the policy of the run does not mix client weights by itself.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from logging import INFO
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -22,6 +21,8 @@ from fedsplit.flower.strategy.nodes import GridView, seeded_sampling
 from fedsplit.flower.strategy.noisy_mean import NoisyMean
 from fedsplit.flower.strategy.round_policy import Share
 from fedsplit.spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 
 class WrappingStrategy(Strategy):
@@ -116,8 +117,8 @@ class WrappingStrategy(Strategy):
     def summary(self) -> None:
         """Log the run's settings."""
         run = self.run
-        log(INFO, "\tmodel %s, split %s, policy %s", run.model, run.split, run.policy.kind)
-        log(INFO, "\tClient weights (personal: %s):", run.client_weights.personal)
+        log.info("\tmodel %s, split %s, policy %s", run.model, run.split, run.policy.kind)
+        log.info("\tClient weights (personal: %s):", run.client_weights.personal)
         self.client_strategy.summary()
 
     def _merge(

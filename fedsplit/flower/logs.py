@@ -1,0 +1,34 @@
+"""The log in a process of Flower: where Flower's own lines go, and in the same format."""
+
+from typing import TextIO
+
+from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, console_handler
+
+from fedsplit.telemetry.logs import configure, is_json, json_handler
+
+
+class _Console(ConsoleHandler):
+    """Writes as Flower's handler does, which changes its stream; its level is another one."""
+
+    @property
+    def stream(self) -> TextIO:
+        stream: TextIO = console_handler.stream
+        return stream
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
+
+
+def show_logs() -> None:
+    """Write the log of fedsplit as Flower writes its own, unless the program has said where.
+
+    With the format json, Flower's lines are JSON as well.
+
+    Raises:
+        ConfigError: The environment names an unknown format or level.
+    """
+    configure("info", _Console())
+    if is_json() and console_handler in FLOWER_LOGGER.handlers:
+        FLOWER_LOGGER.removeHandler(console_handler)
+        FLOWER_LOGGER.addHandler(json_handler("info"))

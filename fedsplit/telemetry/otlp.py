@@ -1,0 +1,106 @@
+"""Traces as files: a sink that writes spans as lines of OTLP JSON, which collectors read.
+
+The exporter of OpenTelemetry is an extra, so the functions that need it import it.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedsplit.errors import ConfigError
+from fedsplit.telemetry.events import Event, SpanEnded
+from fedsplit.telemetry.sinks import Sink
+
+SPANS_PER_FILE = 200_000
+"""The spans of a file, which are about 100 MB, before it makes room for a new one."""
+
+_ID_RANGE = 1 << 64
+
+
+class TraceFile(Sink):
+    """Writes spans to `folder`/`name`-PID.jsonl, in a thread of its own.
+
+    A full file is renamed to end in .old.jsonl, in place of the one before it.
+
+    Args:
+        what: The setting that asks for traces, for errors: "--traces ".
+        folder: The folder of the file, which is made if need be.
+        name: Whose spans these are, such as server or client-0.
+        share: The share of the traces that are written, from 0 to 1. Processes with the same share
+            write the same ones.
+
+    Raises:
+        ConfigError: The exporter is not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, what: str, folder: Path, *, name: str, share: float) -> None:
+        try:
+            from opentelemetry.exporter.otlp.json.file.trace_exporter import FileSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as exc:
+            raise ConfigError(
+                f"{what}{folder} asks for traces, but opentelemetry-exporter-otlp-json-file is not "
+                "installed here: pip install 'fedsplit[traces]', or leave it out"
+            ) from exc
+        self.path = folder / f"{name}-{os.getpid()}.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+        except OSError as exc:
+            raise ConfigError(f"{what}{folder} cannot be written: {exc}") from exc
+        # Resource.create would also look for cloud machines and read the environment.
+        self._resource = Resource({"service.name": "fedsplit", "service.instance.id": name})
+        self._wanted = round(share * _ID_RANGE)
+        self._num_spans = 0
+        self._open: Callable[[], Any] = lambda: BatchSpanProcessor(FileSpanExporter(self.path))
+        self._processor: Any = self._open()
+
+    def wants_trace(self, trace_id: bytes) -> bool:
+        """Return whether a trace is of the share, which its id decides."""
+        return int.from_bytes(trace_id[8:]) < self._wanted
+
+    def on_event(self, event: Event) -> None:
+        """Write a span of a trace that is wanted."""
+        if not isinstance(event, SpanEnded) or not self.wants_trace(event.trace_id):
+            return
+        if self._num_spans == SPANS_PER_FILE:
+            self._processor.shutdown()
+            self.path.replace(self.path.with_suffix(".old.jsonl"))
+            self._processor, self._num_spans = self._open(), 0
+        self._num_spans += 1
+        self._processor.on_end(_span_of(event, self._resource))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._processor.shutdown()
+
+
+def _span_of(event: SpanEnded, resource: Any) -> Any:
+    """Return the span as OpenTelemetry has it."""
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
+
+    def context(span_id: bytes) -> SpanContext:
+        return SpanContext(
+            int.from_bytes(event.trace_id),
+            int.from_bytes(span_id),
+            is_remote=False,
+            trace_flags=TraceFlags(TraceFlags.SAMPLED),
+        )
+
+    attributes = {f"fedsplit.{name}": value for name, value in event.fields.items()}
+    failed = event.code != "OK"
+    if failed:
+        attributes["error.type"] = event.code
+    return ReadableSpan(
+        event.name,
+        context=context(event.span_id),
+        parent=context(event.parent_id) if event.parent_id else None,
+        resource=resource,
+        attributes=attributes,  # type: ignore[arg-type]  # texts and numbers
+        status=Status(StatusCode.ERROR if failed else StatusCode.UNSET),
+        start_time=event.began_ns,
+        end_time=event.ended_ns,
+    )

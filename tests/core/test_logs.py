@@ -1,0 +1,79 @@
+"""The log: one tree, as text or JSON, with the fields of its thread."""
+
+import json
+import logging
+import os
+
+import pytest
+
+from fedsplit.errors import ConfigError
+from fedsplit.telemetry.context import working_on
+from fedsplit.telemetry.logs import TREE, configure, without_options
+
+LOG = logging.getLogger("fedsplit.trunk.engine")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.delenv("FEDSPLIT_LOG_FORMAT", raising=False)
+    monkeypatch.delenv("FEDSPLIT_LOG_LEVEL", raising=False)
+    TREE.handlers = []
+    return monkeypatch
+
+
+def test_a_line_of_json_has_the_fields_of_elastic_and_those_of_its_thread(_environment, capsys):
+    _environment.setenv("FEDSPLIT_LOG_FORMAT", "json")
+    configure("info")
+    with working_on(run="r", client="client-0", session="0123456789abcdef", call=3, step=7):
+        LOG.warning("late by %d", 2, extra={"code": "STALE_VERSION"})
+    LOG.debug("not at this level")
+    (line,) = capsys.readouterr().err.splitlines()
+    told = json.loads(line)
+    assert told["message"] == "late by 2" and told["log.level"] == "warning"
+    assert told["ecs.version"] and told["@timestamp"].endswith("Z")
+    assert told["log"]["logger"] == "fedsplit.trunk.engine"
+    assert told["error"] == {"code": "STALE_VERSION"} and told["service"] == {"name": "fedsplit"}
+    fields = {"run": "r", "client": "client-0", "session": "01234567", "call": 3, "step": 7}
+    assert told["fedsplit"] == fields
+
+
+def test_an_exception_is_in_one_line(_environment, capsys):
+    _environment.setenv("FEDSPLIT_LOG_FORMAT", "json")
+    configure("info")
+    try:
+        raise ValueError("why")
+    except ValueError:
+        LOG.exception("failed")
+    (line,) = capsys.readouterr().err.splitlines()
+    error = json.loads(line)["error"]
+    assert (error["type"], error["message"]) == ("ValueError", "why")
+    assert "raise ValueError" in error["stack_trace"]
+
+
+def test_text_is_the_level_and_the_message(_environment, capsys):
+    _environment.setenv("FEDSPLIT_LOG_LEVEL", "info")
+    configure("error")
+    configure("error")
+    LOG.info("ready")
+    assert capsys.readouterr().err == "INFO: ready\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "known"),
+    [("FEDSPLIT_LOG_FORMAT", "xml", "text, json"), ("FEDSPLIT_LOG_LEVEL", "loud", "debug, info")],
+)
+def test_what_is_unknown_is_refused_with_what_there_is(variable, value, known, _environment):
+    _environment.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"{variable}={value} is unknown; use one of: {known}"):
+        configure("info")
+
+
+def test_the_options_of_a_program_are_taken_from_its_arguments(_environment):
+    _environment.setenv("FEDSPLIT_LOG_LEVEL", "error")
+    _environment.setenv("FEDSPLIT_LOG_FORMAT", "text")
+    given = ["-m", "--log-format=json", "train.lr=1", "--log-level", "debug", "--debug"]
+    assert without_options(given) == ["-m", "train.lr=1", "--debug"]
+    with pytest.raises(ConfigError, match="--log-level needs a value"):
+        without_options(["--log-level"])
+    assert os.environ["FEDSPLIT_LOG_FORMAT"] == "json"
+    assert os.environ["FEDSPLIT_LOG_LEVEL"] == "debug"
