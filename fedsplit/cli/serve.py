@@ -30,6 +30,7 @@ from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:
     from fedsplit.serve import Served
+    from fedsplit.telemetry.outlets import Outlets
     from fedsplit.trunk.update import TrunkUpdate
 
 log = logging.getLogger(__name__)
@@ -99,10 +100,18 @@ StateDir = Annotated[
 SaveEvery = Annotated[
     int, typer.Option(metavar="STEPS", help="steps of a trunk between two of its saved states")
 ]
-
 Metrics = Annotated[
     str,
     typer.Option(metavar="HOST:PORT", help="where Prometheus reads metrics; by default nowhere"),
+]
+ClientLabels = Annotated[
+    list[str],
+    typer.Option(
+        default_factory=list,
+        show_default=False,
+        metavar="CLIENT",
+        help="client that metrics name; several to name several, by default none",
+    ),
 ]
 
 SERVER_OPTIONS = {
@@ -137,6 +146,7 @@ class Serve(Command):
     save_every: SaveEvery = 50
     metrics: Metrics = ""
     traces: Traces = ""
+    client_label: ClientLabels
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
@@ -151,7 +161,6 @@ class Serve(Command):
         quiet()
         from fedsplit.runs.folder import RunFolder
         from fedsplit.serve import ADDRESS, TrunkStates, hosted, plain_name, plan
-        from fedsplit.telemetry.outlets import Outlets
 
         folders = [word for word in self.words if "=" not in word]
         if len(folders) + bool(self.model) > 1:
@@ -172,13 +181,7 @@ class Serve(Command):
 
         with ExitStack() as opened:
             told: list[str] = []
-            outlets = Outlets(
-                metrics=self.metrics,
-                traces=self.traces,
-                certificate=self.tls_cert,
-                asked_by=("--metrics ", "--traces "),
-            )
-            telemetry = opened.enter_context(outlets.opened("server", announce=told.append))
+            telemetry = opened.enter_context(self._outlets().opened("server", announce=told.append))
             states = None
             if self.state_dir:
                 states = opened.enter_context(TrunkStates(Path(self.state_dir), self.save_every))
@@ -216,6 +219,22 @@ class Serve(Command):
             tls_cert=self.tls_cert,
             tls_key=self.tls_key,
             insecure=self.insecure,
+        )
+
+    def _outlets(self) -> "Outlets":
+        from fedsplit.telemetry.outlets import Outlets
+
+        if self.client_label and not self.metrics:
+            raise ConfigError(
+                f"--client-label {self.client_label[0]} needs --metrics, which is missing; give "
+                "both, or neither"
+            )
+        return Outlets(
+            metrics=self.metrics,
+            traces=self.traces,
+            certificate=self.tls_cert,
+            clients=tuple(self.client_label),
+            asked_by=("--metrics ", "--traces "),
         )
 
     def _run_spec(self, finished: RunSpec | None) -> RunSpec:

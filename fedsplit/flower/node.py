@@ -240,7 +240,7 @@ def _number_of(client: str, run: RunSpec) -> int:
     Raises:
         ProtocolError: The run has no client of this name.
     """
-    names = ["", *(f"client-{number}" for number in range(run.num_nodes))]
+    names = ["", *run.client_names]
     if client not in names:
         raise ProtocolError(
             f"the server assigned the name {client!r}, but the clients of the run are client-0 to "

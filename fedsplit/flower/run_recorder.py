@@ -129,6 +129,7 @@ class RunRecorder:
             traces=run.launch.traces,
             trace_share=run.launch.trace_share,
             certificate=run.wire.tls_cert,
+            clients=run.client_names if run.launch.client_labels else (),
         )
         # First, because a run that is refused leaves no folder.
         with outlets.opened("server", needed=True) as self._telemetry:

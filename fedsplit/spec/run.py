@@ -55,6 +55,7 @@ class LaunchSpec:
             nowhere).
         traces: The folder in which each process writes the times of steps (empty: none).
         trace_share: The share of the clients' steps that are traced, chosen at random.
+        client_labels: Whether `metrics` tell the clients of the run apart, by their names.
         step_metrics: Whether metrics.jsonl has a line for each step of the trunk as well.
         sinks: The import paths of further sinks of the run's events, with commas between them.
     """
@@ -69,11 +70,17 @@ class LaunchSpec:
     metrics: str = ""
     traces: str = ""
     trace_share: Annotated[float, Positive(most=1)] = 0.01
+    client_labels: bool = False
     step_metrics: bool = False
     sinks: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "launch")
+        if self.client_labels and not self.metrics:
+            raise ConfigError(
+                "launch.client_labels=true needs launch.metrics, which is empty; set "
+                "launch.metrics=HOST:PORT, or leave launch.client_labels out"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +182,11 @@ class RunSpec:
     def num_nodes(self) -> int:
         """Number of Flower nodes: one per client, or one with all data for `central`."""
         return 1 if self.baseline == "central" else self.clients
+
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        """The names of the clients, one for each node."""
+        return tuple(f"client-{number}" for number in range(self.num_nodes))
 
     @property
     def shares_client_weights(self) -> bool:

@@ -25,6 +25,9 @@ PASSES = ("forward", "backward", "step", "evaluate", "generate")
 OUTCOMES = ("used", "late", "stale", "refused")
 """What becomes of a contribution."""
 
+OTHERS = "other"
+"""The label of all clients that have none of their own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
@@ -38,6 +41,7 @@ class Metric:
         buckets: The upper bounds of a histogram.
         known: The values of its only label, or of the first one, that it has from the beginning, so
             that the first event is an increase.
+        by_client: Whether it has a further label, `client`, where that was asked for.
     """
 
     name: str
@@ -46,10 +50,20 @@ class Metric:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     known: tuple[str, ...] = ()
+    by_client: bool = False
 
 
-def _counter(name: str, text: str, *labels: str, known: tuple[str, ...] = ()) -> Metric:
-    return Metric(name=f"fedsplit_{name}", kind="counter", text=text, labels=labels, known=known)
+def _counter(
+    name: str, text: str, *labels: str, known: tuple[str, ...] = (), by_client: bool = False
+) -> Metric:
+    return Metric(
+        name=f"fedsplit_{name}",
+        kind="counter",
+        text=text,
+        labels=labels,
+        known=known,
+        by_client=by_client,
+    )
 
 
 def _gauge(name: str, text: str, *labels: str) -> Metric:
@@ -57,7 +71,12 @@ def _gauge(name: str, text: str, *labels: str) -> Metric:
 
 
 def _histogram(
-    name: str, text: str, buckets: tuple[float, ...], *labels: str, known: tuple[str, ...] = ()
+    name: str,
+    text: str,
+    buckets: tuple[float, ...],
+    *labels: str,
+    known: tuple[str, ...] = (),
+    by_client: bool = False,
 ) -> Metric:
     return Metric(
         name=f"fedsplit_{name}",
@@ -66,6 +85,7 @@ def _histogram(
         labels=labels,
         buckets=buckets,
         known=known,
+        by_client=by_client,
     )
 
 
@@ -100,20 +120,30 @@ EVENTS = (
         "(refused, because too old), refused (for their numbers).",
         "outcome",
         known=OUTCOMES,
+        by_client=True,
     ),
     _histogram(
         "contribution_staleness_steps",
         "Steps that were taken between the begin of a contribution and its use.",
         _COUNTS,
+        by_client=True,
     ),
     _histogram(
-        "barrier_wait_seconds", "Time from a contribution to the step that uses it.", _SLOW_S
+        "barrier_wait_seconds",
+        "Time from a contribution to the step that uses it.",
+        _SLOW_S,
+        by_client=True,
     ),
     _counter("steps_total", "Optimizer steps of the trunk."),
     # --- a client
-    _histogram("client_step_duration_seconds", "Time of a training step of a client.", _SLOW_S),
-    _counter("client_samples_total", "Sequences that clients trained on."),
-    _counter("client_tokens_total", "Tokens that clients trained on."),
+    _histogram(
+        "client_step_duration_seconds",
+        "Time of a training step of a client.",
+        _SLOW_S,
+        by_client=True,
+    ),
+    _counter("client_samples_total", "Sequences that clients trained on.", by_client=True),
+    _counter("client_tokens_total", "Tokens that clients trained on.", by_client=True),
     _counter(
         "client_retries_total",
         "Attempts at requests that failed and were made again, by the code of the error.",

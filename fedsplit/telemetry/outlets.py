@@ -28,6 +28,7 @@ class Outlets:
         traces: The folder of traces; empty for none.
         trace_share: The share of the traces that are written.
         certificate: The PEM file of the server's certificate, if it has one.
+        clients: The names of the clients that have a label of their own in metrics.
         asked_by: The settings of `metrics` and `traces`, for errors.
     """
 
@@ -35,6 +36,7 @@ class Outlets:
     traces: str = ""
     trace_share: float = 1.0
     certificate: str = ""
+    clients: tuple[str, ...] = ()
     asked_by: tuple[str, str] = ("launch.metrics=", "launch.traces=")
 
     @contextmanager
@@ -76,7 +78,7 @@ class Outlets:
             exporter = _EXPORTERS.get(self.metrics)
             if exporter is None:
                 what = self.asked_by[0]
-                sink = Prometheus(what, certificate=self.certificate)
+                sink = Prometheus(what, certificate=self.certificate, clients=self.clients)
                 exporter = _Exporter(sink=sink, server=MetricsServer(what, self.metrics, sink))
                 _EXPORTERS[self.metrics] = exporter
                 announce(f"metrics at http://{exporter.server.address}/metrics")

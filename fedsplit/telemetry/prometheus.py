@@ -5,8 +5,8 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, product
 from threading import Lock
 from typing import Any
 
@@ -25,7 +25,7 @@ from fedsplit.telemetry.events import (
     TokenArrived,
     TrunkState,
 )
-from fedsplit.telemetry.metrics import EVENTS, METRICS, REQUESTS
+from fedsplit.telemetry.metrics import EVENTS, METRICS, OTHERS, REQUESTS, Metric
 from fedsplit.telemetry.readings import Reading
 from fedsplit.telemetry.round import RoundStats
 from fedsplit.telemetry.sinks import Sink
@@ -39,6 +39,8 @@ class Prometheus(Sink):
     Args:
         what: The setting that asks for metrics, for errors: "--metrics ".
         certificate: The PEM file of the server's certificate; empty without TLS.
+        clients: The names of clients that have a label of their own, in the metrics `by_client`;
+            other clients share a label there. Without names there is no such label.
 
     Attributes:
         registry: The registry of the client library.
@@ -47,7 +49,7 @@ class Prometheus(Sink):
         ConfigError: `prometheus-client` is not installed.
     """
 
-    def __init__(self, what: str, *, certificate: str = "") -> None:
+    def __init__(self, what: str, *, certificate: str = "", clients: Iterable[str] = ()) -> None:
         library = _library(what)
         # The time at which a counter was made would be a further series for each.
         library.disable_created_metrics()
@@ -60,17 +62,34 @@ class Prometheus(Sink):
         self._step: StepTaken | None = None
         self._eval_loss = math.nan
         self._lock = Lock()
-        self._metrics: dict[str, Any] = {}
-        for metric in EVENTS:
-            kind = {"counter": library.Counter, "histogram": library.Histogram}[metric.kind]
-            options = {"buckets": metric.buckets} if metric.buckets else {}
-            made = kind(metric.name, metric.text, metric.labels, registry=self.registry, **options)
-            for value in metric.known:
-                made.labels(value)
-            self._metrics[metric.name.removeprefix("fedsplit_")] = made
+        self._clients = frozenset(clients)
+        self._metrics = {
+            metric.name.removeprefix("fedsplit_"): self._made(library, metric) for metric in EVENTS
+        }
         for request in REQUESTS:
             self._metrics["requests_total"].labels(request, "OK")
         self.registry.register(self)
+
+    def _made(self, library: Any, metric: Metric) -> Any:
+        """Return a metric of the library, with the values of its labels that are known."""
+        kind = {"counter": library.Counter, "histogram": library.Histogram}[metric.kind]
+        options = {"buckets": metric.buckets} if metric.buckets else {}
+        known = [metric.known] if metric.known else []
+        labels = metric.labels
+        if metric.by_client and self._clients:
+            known.append((*sorted(self._clients), OTHERS))
+            labels = (*labels, "client")
+        made = kind(metric.name, metric.text, labels, registry=self.registry, **options)
+        for values in product(*known) if known else ():
+            made.labels(*values)
+        return made
+
+    def _of(self, client: str, name: str, *labels: str) -> Any:
+        """Return the part of a metric `by_client` that counts what this client does."""
+        if self._clients:
+            labels = (*labels, client if client in self._clients else OTHERS)
+        metric = self._metrics[name]
+        return metric.labels(*labels) if labels else metric
 
     def watch(self, name: str, state: Callable[[], TrunkState]) -> None:
         """Read the state of the trunk `name` whenever Prometheus asks."""
@@ -94,14 +113,15 @@ class Prometheus(Sink):
                 metrics["pass_sessions"].labels(event.kind).observe(event.sessions)
                 metrics["tokens_total"].labels(event.kind).inc(event.tokens)
             case Contributed():
-                metrics["contributions_total"].labels(event.outcome).inc()
+                self._of(event.client, "contributions_total", event.outcome).inc()
                 if event.outcome in ("used", "late"):
-                    metrics["contribution_staleness_steps"].observe(event.staleness)
+                    staleness = self._of(event.client, "contribution_staleness_steps")
+                    staleness.observe(event.staleness)
             case StepTaken():
                 self._step = event
                 metrics["steps_total"].inc(event.taken)
-                for seconds in event.waits_s:
-                    metrics["barrier_wait_seconds"].observe(seconds)
+                for client, seconds in zip(event.clients, event.waits_s, strict=False):
+                    self._of(client, "barrier_wait_seconds").observe(seconds)
             case RoundStats() | RunBegan():
                 self._on_run(event)
             case ClientStepTaken() | RequestRetried() | TokenArrived():
@@ -111,9 +131,10 @@ class Prometheus(Sink):
         metrics = self._metrics
         match event:
             case ClientStepTaken():
-                metrics["client_step_duration_seconds"].observe(event.seconds)
-                metrics["client_samples_total"].inc(event.samples)
-                metrics["client_tokens_total"].inc(event.tokens)
+                client = event.client
+                self._of(client, "client_step_duration_seconds").observe(event.seconds)
+                self._of(client, "client_samples_total").inc(event.samples)
+                self._of(client, "client_tokens_total").inc(event.tokens)
             case RequestRetried():
                 metrics["client_retries_total"].labels(event.code).inc()
             case TokenArrived(is_first=True):

@@ -10,14 +10,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from prometheus_client import generate_latest
 
 from fedsplit.cli import main
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.flower.exporters import exporting, exporting_if_free
 from fedsplit.serve import Served, hosted, reach
-from fedsplit.spec import RunSpec, WireSpec
-from fedsplit.telemetry.events import RequestRetried
+from fedsplit.spec import LaunchSpec, RunSpec, WireSpec
+from fedsplit.telemetry.events import Contributed, RequestRetried
 from fedsplit.telemetry.metrics import METRICS
 from fedsplit.telemetry.prometheus import MetricsServer, Prometheus
 from fedsplit.telemetry.sinks import Telemetry
@@ -108,6 +109,56 @@ def test_a_run_has_metrics_of_its_server_and_of_its_clients(tmp_path: Path) -> N
     assert "client-0" not in texts[-1]
     with pytest.raises(OSError, match="refused"):
         scrape(Scraper.address)
+
+
+def test_a_run_tells_its_clients_apart_where_that_is_asked_for(tmp_path: Path) -> None:
+    Scraper.address = free_address()
+    run = spec_for(
+        tmp_path,
+        "clients=2",
+        f"launch.metrics={Scraper.address}",
+        "launch.client_labels=true",
+        "launch.sinks=tests.edge.scraping.Scraper",
+    )
+    folder = federate(run)
+    (text,) = json.loads((folder.path / "scraped.json").read_text("utf-8"))
+    found = samples_of(text)
+    for client in ("client-0", "client-1"):
+        used = total(found, "fedsplit_contributions_total", client=client, outcome="used")
+        steps = total(found, "fedsplit_client_step_duration_seconds_count", client=client)
+        waits = total(found, "fedsplit_barrier_wait_seconds_count", client=client)
+        assert used == steps == waits == folder.rounds()[-1].version
+    tokens = sum(each.tokens for each in folder.rounds())
+    assert total(found, "fedsplit_client_tokens_total") == tokens
+    assert total(found, "fedsplit_client_tokens_total", client="other") == 0
+
+
+def test_a_stranger_gets_no_label_of_its_own() -> None:
+    sink = Prometheus("--metrics ", clients=["alice"])
+    before = set(exposed(sink))
+    # From the beginning, so that the first event is an increase.
+    refused = "fedsplit_contributions_total", (("client", "alice"), ("outcome", "refused"))
+    assert exposed(sink)[refused] == 0
+    for number in range(3):
+        sink.on_event(Contributed(client=f"stranger-{number}", outcome="used"))
+    sink.on_event(Contributed(client="alice", outcome="refused"))
+    found = exposed(sink)
+    assert found.keys() == before
+    assert total(found, "fedsplit_contributions_total", client="other", outcome="used") == 3
+    assert found[refused] == 1
+
+
+def exposed(sink: Prometheus) -> Samples:
+    return samples_of(generate_latest(sink.registry).decode())
+
+
+def test_client_labels_without_metrics_are_refused(tmp_path: Path, capfd) -> None:
+    with pytest.raises(ConfigError, match="launch.client_labels=true needs launch.metrics, which"):
+        LaunchSpec(client_labels=True)
+    make_model(tmp_path / "model")
+    words = ["serve", "--model", str(tmp_path / "model"), "--client-label", "alice"]
+    assert main(words) == 1
+    assert "--client-label alice needs --metrics, which is missing" in capfd.readouterr().err
 
 
 def test_the_end_of_a_certificate_is_that_of_the_one_in_use(tmp_path: Path) -> None:
@@ -219,7 +270,8 @@ def test_the_hook_of_the_documentation_is_a_sink_of_ten_lines(monkeypatch, tmp_p
 def test_the_page_has_every_metric_and_every_alert() -> None:
     page = (ROOT / "docs" / "observability.md").read_text("utf-8")
     for name, metric in METRICS.items():
-        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        also = ["client"] if metric.by_client else []
+        labels = ", ".join(f"`{label}`" for label in [*metric.labels, *also])
         assert f"| `{name}` | {metric.kind} | {labels} | {metric.text} |" in page
     rules = (ROOT / "deploy" / "prometheus" / "rules.yml").read_text("utf-8")
     for alert in re.findall(r"alert: (\w+)", rules):

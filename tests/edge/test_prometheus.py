@@ -127,6 +127,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     )
     words = ["--model", f"tiny={folder}/model", "--split", "1/2/1", "--bind", "127.0.0.1:0"]
     words += ["--tls-cert", tls.tls_cert, "--tls-key", tls.tls_key, "--metrics", "127.0.0.1:0"]
+    words += ["--client-label", "client-0"]
     with ExitStack() as opened:
         server = opened.enter_context(Program("fedsplit", "serve", *words, *SETTINGS))
         trunk = re.search(r"at (127\.0\.0\.1:\d+);", server.stdout.readline())
@@ -228,6 +229,13 @@ def test_the_bytes_are_those_that_the_clients_counted(site: Site) -> None:
     here = f'{{instance="{site.metrics}"}}'
     queries = [f"sum(fedsplit_{name}_bytes_total{here})" for name in ("received", "sent")]
     eventually(lambda: [site.monitor.value(each) for each in queries] == [up, down], 10.0)
+
+
+@pytest.mark.slow
+@needs("prometheus", "promtool", "prometheus-alertmanager")
+def test_a_client_with_a_label_is_told_apart(site: Site) -> None:
+    used = f'sum by (client) (fedsplit_contributions_total{{instance="{site.metrics}"}}) > 0'
+    assert [labels["client"] for labels, _ in site.monitor.query(used)] == ["client-0"]
 
 
 @pytest.mark.slow

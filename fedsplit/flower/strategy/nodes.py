@@ -54,7 +54,7 @@ class NodeRegistry:
         self._state_of = state_of
         self._replaced: set[int] = set()
         self._looked_at = 0.0
-        self._clients = frozenset(f"client-{number}" for number in range(run.num_nodes))
+        self._clients = frozenset(run.client_names)
         self._names: dict[int, str] = {}
         # The answers of nodes that have no name yet.
         self._unnamed: dict[int, Identity] = {}
