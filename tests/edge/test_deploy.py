@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import pytest
@@ -165,41 +166,85 @@ def succeeds(*command: str) -> bool:
 # --- Kubernetes -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rendered() -> str:
+PODS = {"trunk": ["trunk"], "federation": ["superlink", "serverapp"]}
+"""The pods of what is applied to a cluster."""
+SETS = [(deployment, pod) for deployment, pods in PODS.items() for pod in pods]
+
+
+@cache
+def rendered(folder: str) -> str:
     """What is applied to a cluster."""
-    return accepted_by("kubectl", "kustomize", str(DEPLOY / "kubernetes"))
+    return accepted_by("kubectl", "kustomize", str(DEPLOY / "kubernetes" / folder))
+
+
+def resources(folder: str, name: str) -> dict[str, Any]:
+    """The resources of a name, by their kind."""
+    found = yaml.safe_load_all(rendered(folder))
+    return {each["kind"]: each for each in found if each["metadata"]["name"] == name}
+
+
+def container_in(file: str) -> Any:
+    """The container of a manifest's first resource."""
+    server, *_ = yaml.safe_load_all((DEPLOY / "kubernetes" / file).read_text("utf-8"))
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    return container
 
 
 @pytest.mark.parametrize("version", ["1.34", "1.35", "1.36", "1.37"])
-def test_kubernetes_accepts_the_manifests(version, rendered, tmp_path):
-    manifest = tmp_path / "manifest.yaml"
-    manifest.write_text(rendered)
-    accepted_by("kubernetes-validate", "--strict", "-k", version, str(manifest))
+def test_kubernetes_accepts_the_manifests(version, tmp_path):
+    manifests = [tmp_path / f"{deployment}.yaml" for deployment in PODS]
+    for manifest in manifests:
+        manifest.write_text(rendered(manifest.stem))
+    accepted_by("kubernetes-validate", "--strict", "-k", version, *map(str, manifests))
 
 
-def test_prometheus_of_a_cluster_reads_the_pod_and_has_the_alerts(rendered):
-    monitoring = accepted_by("kubectl", "kustomize", str(DEPLOY / "kubernetes" / "monitoring"))
-    operator = {each["kind"]: each["spec"] for each in yaml.safe_load_all(monitoring)}
-    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text("utf-8"))
-    assert operator["PrometheusRule"] == rules
-    (service,) = (each for each in yaml.safe_load_all(rendered) if each["kind"] == "Service")
-    monitor = operator["ServiceMonitor"]
-    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
-    assert service["metadata"]["labels"][monitor["jobLabel"]] == "fedsplit"
-    (endpoint,) = monitor["endpoints"]
-    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+def test_prometheus_of_a_cluster_reads_the_pods_and_has_the_alerts():
+    found = list(yaml.safe_load_all(rendered("monitoring")))
+    (alerts,) = (each["spec"] for each in found if each["kind"] == "PrometheusRule")
+    assert alerts == yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text("utf-8"))
+    monitors = {each["metadata"]["name"]: each["spec"] for each in found if each["spec"] != alerts}
+    assert monitors.keys() == {"trunk", "serverapp"}
+    for deployment, pod in (("trunk", "trunk"), ("federation", "serverapp")):
+        service, monitor = resources(deployment, pod)["Service"], monitors[pod]
+        labels = service["metadata"]["labels"]
+        assert monitor["selector"]["matchLabels"].items() <= labels.items()
+        (endpoint,) = monitor["endpoints"]
+        assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+    # Only the alert that a server is down looks at the job.
+    assert labels[monitors["trunk"]["jobLabel"]] == "fedsplit"
+    (job,) = monitors["serverapp"]["endpoints"][0]["relabelings"]
+    assert job == {"targetLabel": "job", "replacement": "fedsplit-runs"}
 
 
-def test_every_selector_selects_the_pod(rendered):
-    by_kind = {
-        each["kind"]: each["spec"] for each in yaml.safe_load_all(rendered) if "spec" in each
-    }
-    pod = by_kind["StatefulSet"]["template"]["metadata"]["labels"]
-    selectors = [by_kind[kind]["selector"] for kind in ("StatefulSet", "PodDisruptionBudget")]
-    selectors.append(by_kind["NetworkPolicy"]["podSelector"])
-    assert [each["matchLabels"] for each in selectors] == [pod] * 3
-    assert by_kind["Service"]["selector"] == pod
+@pytest.mark.parametrize(("deployment", "name"), SETS)
+def test_every_pod_has_its_service_its_budget_its_policy_and_few_rights(deployment, name):
+    found = resources(deployment, name)
+    specs = {kind: each.get("spec") for kind, each in found.items()}
+    template = specs["StatefulSet"]["template"]
+    labels, pod = template["metadata"]["labels"], template["spec"]
+    assert labels["app.kubernetes.io/component"] == name
+    selectors = [specs[kind]["selector"] for kind in ("StatefulSet", "PodDisruptionBudget")]
+    selectors.append(specs["NetworkPolicy"]["podSelector"])
+    assert [each["matchLabels"] for each in selectors] == [labels] * 3
+    assert specs["Service"]["selector"] == labels
+    assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+    (container,) = pod["containers"]
+    may = container["securityContext"]
+    assert may["readOnlyRootFilesystem"] and may["capabilities"] == {"drop": ["ALL"]}
+    ports = {port["name"] for port in container["ports"]}
+    assert {port["targetPort"] for port in specs["Service"]["ports"]} == ports
+    allowed = [port for rule in specs["NetworkPolicy"]["ingress"] for port in rule["ports"]]
+    assert {port["port"] for port in allowed} == ports
+
+
+@pytest.mark.parametrize("name", PODS["federation"])
+def test_the_pods_of_a_federation_run_the_commands_of_compose(name):
+    container = container_in(f"federation/{name}.yaml")
+    # The probes come from outside of the pod.
+    health = {"--health-server-address=127.0.0.1:9190": "--health-server-address=0.0.0.0:9190"}
+    command = composed()[name]["command"]
+    assert container["command"] == [health.get(word, word) for word in command]
+    assert container["livenessProbe"]["grpc"]["port"] == 9190
 
 
 # --- trunk servers --------------------------------------------------------------------------------
@@ -213,9 +258,7 @@ def in_image() -> tuple[list[str], list[str]]:
 
 
 def in_cluster() -> tuple[list[str], list[str]]:
-    text = (DEPLOY / "kubernetes" / "trunk.yaml").read_text("utf-8")
-    server, _ = yaml.safe_load_all(text)
-    (container,) = server["spec"]["template"]["spec"]["containers"]
+    container = container_in("trunk/statefulset.yaml")
     return container["command"], container["livenessProbe"]["exec"]["command"]
 
 
