@@ -55,7 +55,7 @@ class LaunchSpec:
             nowhere).
         traces: The folder in which each process writes the times of steps (empty: none).
         trace_share: The share of the clients' steps that are traced, chosen at random.
-        client_labels: Whether `metrics` tell the clients of the run apart, by their names.
+        client_labels: Whether the metrics tell the clients of the run apart, by their names.
         step_metrics: Whether metrics.jsonl has a line for each step of the trunk as well.
         sinks: The import paths of further sinks of the run's events, with commas between them.
     """
