@@ -205,20 +205,21 @@ def _spans_of(file: Path) -> Iterable[RecordedSpan]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{file} cannot be read: {exc}") from exc
+    # A process that is killed may leave half a line at the end.
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()
     for number, line in enumerate(lines, 1):
         try:
             for resource in json.loads(line)["resourceSpans"]:
-                process = _fields(resource["resource"]["attributes"])["service.instance.id"]
+                process = _fields(resource["resource"])["service.instance.id"]
                 for scope in resource["scopeSpans"]:
                     yield from (_recorded(process, span) for span in scope["spans"])
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            # A process that is killed may leave half a line at the end.
-            if number < len(lines):
-                raise ConfigError(f"{file}, line {number}: no spans of fedsplit ({exc!r})") from exc
+            raise ConfigError(f"{file}, line {number}: no spans of fedsplit ({exc!r})") from exc
 
 
 def _recorded(process: str, span: Mapping[str, Any]) -> RecordedSpan:
-    fields = _fields(span["attributes"])
+    fields = _fields(span)
     return RecordedSpan(
         process=process,
         name=span["name"],
@@ -232,5 +233,6 @@ def _recorded(process: str, span: Mapping[str, Any]) -> RecordedSpan:
     )
 
 
-def _fields(attributes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    return {each["key"]: str(next(iter(each["value"].values()))) for each in attributes}
+def _fields(described: Mapping[str, Any]) -> dict[str, str]:
+    found = described.get("attributes", [])
+    return {each["key"]: str(next(iter(each["value"].values()))) for each in found}

@@ -2,12 +2,13 @@
 
 import random
 import secrets
+import sys
 
 import pytest
 
 from fedsplit.client.metered import MeteredLink
 from fedsplit.client.rpc import RpcClient
-from fedsplit.errors import ConnectionLost, ProtocolError, SessionLost
+from fedsplit.errors import ConfigError, ConnectionLost, ProtocolError, SessionLost
 from fedsplit.link import Link
 from fedsplit.spec import RunSpec, TrainSpec, WireSpec
 from fedsplit.telemetry.context import working_on
@@ -93,6 +94,28 @@ def test_the_id_alone_decides_whether_a_trace_is_of_the_share(tmp_path):
     assert not any(map(never.wants_trace, ids)) and all(map(always.wants_trace, ids))
     for file in (*files, never, always):
         file.close()
+
+
+def test_without_the_library_or_the_folder_an_error_says_what_to_do(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match=f"^--traces {file}/x cannot be written: "):
+        TraceFile("--traces ", file / "x", name="server", share=1.0)
+    # None stands for a module that is not installed.
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.json.file.trace_exporter", None)
+    with pytest.raises(ConfigError, match="pip install 'fedsplit\\[traces\\]', or leave it out"):
+        TraceFile("--traces ", tmp_path, name="server", share=1.0)
+
+
+def test_a_full_file_makes_room_for_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsplit.telemetry.otlp.SPANS_PER_FILE", 3)
+    file = TraceFile("", tmp_path, name="server", share=1.0)
+    for number in range(8):
+        with span(Telemetry(file), f"span-{number}"):
+            pass
+    file.close()
+    old = file.path.with_suffix(".old.jsonl")
+    assert [path.read_text().count('"name":"span-') for path in (old, file.path)] == [3, 2]
 
 
 class Failing(Link):

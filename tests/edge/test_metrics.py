@@ -15,11 +15,11 @@ from prometheus_client import generate_latest
 from fedsplit.cli import main
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.errors import ConfigError, FedsplitError
-from fedsplit.flower.exporters import exporting, exporting_if_free
 from fedsplit.serve import Served, hosted, reach
 from fedsplit.spec import LaunchSpec, RunSpec, WireSpec
 from fedsplit.telemetry.events import Contributed, RequestRetried
 from fedsplit.telemetry.metrics import METRICS
+from fedsplit.telemetry.outlets import Outlets
 from fedsplit.telemetry.prometheus import MetricsServer, Prometheus
 from fedsplit.telemetry.sinks import Telemetry
 from fedsplit.telemetry.tensorboard import TensorBoard
@@ -182,23 +182,26 @@ def test_an_address_that_is_none_or_taken_is_refused() -> None:
     server = MetricsServer("--metrics ", "127.0.0.1:0", sink)
     with pytest.raises(ConfigError, match=r"cannot be listened on: .*; choose another address"):
         MetricsServer("--metrics ", server.address, sink)
-    with pytest.raises(ConfigError, match="launch.metrics="), exporting(server.address):
+    with (
+        pytest.raises(ConfigError, match="launch.metrics="),
+        Outlets(metrics=server.address).opened("server"),
+    ):
         pass
     # A client works without metrics then.
-    with exporting_if_free(server.address) as telemetry:
+    with Outlets(metrics=server.address).opened("client-0", needed=False) as telemetry:
         assert not telemetry
     server.close()
 
 
 def test_one_process_has_one_set_of_metrics_at_an_address() -> None:
     address = free_address()
-    with exporting(address) as first:
-        with exporting_if_free(address) as second:
+    with Outlets(metrics=address).opened("server") as first:
+        with Outlets(metrics=address).opened("client-0", needed=False) as second:
             assert first and second
-        second.emit(RequestRetried(code="CONN_LOST"))
+            second.emit(RequestRetried(code="CONN_LOST"))
         found = samples_of(scrape(address))
         assert total(found, "fedsplit_client_retries_total", code="CONN_LOST") == 1
-    with exporting("") as silent:
+    with Outlets().opened("server") as silent:
         assert not silent
 
 
