@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -23,13 +22,13 @@ import yaml
 from fedsplit.cli.systemd import notify
 from fedsplit.runs.folder import RunFolder
 from simulations.bench.certificate import self_signed
+from tests.edge.certified import certified
+from tests.edge.deploying import COMPOSE, DEPLOY, DOCKERFILE, composed, replaced
 from tests.edge.forked import Program
 from tests.edge.processes import BIN, PATIENCE_S, await_that, background, free_ports, marking
 from tests.edge.tiny_models import make_model
 from tests.house.source import ROOT
 
-DEPLOY = ROOT / "deploy"
-COMPOSE = DEPLOY / "compose.yaml"
 UNIT = DEPLOY / "systemd" / "fedsplit-trunk.service"
 
 
@@ -41,12 +40,6 @@ def accepted_by(tool: str, *words: str) -> str:
     done = subprocess.run([command, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def replaced(text: str, replacements: Mapping[str, object]) -> str:
-    for old, new in replacements.items():
-        text = text.replace(old, str(new))
-    return text
 
 
 # --- systemd --------------------------------------------------------------------------------------
@@ -81,12 +74,6 @@ def test_the_unit_is_exposed_to_little():
 
 
 # --- compose --------------------------------------------------------------------------------------
-
-
-def composed() -> dict[str, Any]:
-    """The services of compose.yaml."""
-    services: dict[str, Any] = yaml.safe_load(COMPOSE.read_text("utf-8"))["services"]
-    return services
 
 
 def test_compose_accepts_the_file():
@@ -252,7 +239,7 @@ def test_the_pods_of_a_federation_run_the_commands_of_compose(name):
 
 def in_image() -> tuple[list[str], list[str]]:
     """The command of a trunk server, and its health check."""
-    text = (DEPLOY / "Dockerfile").read_text("utf-8").replace("\\\n", "")
+    text = DOCKERFILE.read_text("utf-8").replace("\\\n", "")
     check, serve = re.findall(r"^(?:HEALTHCHECK .*)?CMD (\[.*\])$", text, re.M)
     return json.loads(serve), json.loads(check)
 
@@ -272,7 +259,7 @@ def in_unit() -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("commands", [in_image, in_cluster, in_unit])
 def test_a_trunk_server_answers_its_health_check(commands, tmp_path):
     make_model(tmp_path / "model")
-    wire = self_signed(tmp_path, "server")
+    wire = certified(tmp_path / "tls")
     (tmp_path / "token").write_text("secret")
     port, metrics = free_ports(2)
     replacements = {
@@ -288,9 +275,9 @@ def test_a_trunk_server_answers_its_health_check(commands, tmp_path):
         "/state/trunk": tmp_path / "state" / "trunk",
         "${MODEL}": tmp_path / "model",
         "$(SPLIT)": "1/*/1",
-        "localhost:9500": f"127.0.0.1:{port}",
-        "0.0.0.0:9500": f"127.0.0.1:{port}",
-        "0.0.0.0:9600": f"127.0.0.1:{metrics}",
+        "%H:": "localhost:",
+        ":9500": f":{port}",
+        ":9600": f":{metrics}",
     }
     serve, check = ([replaced(word, replacements) for word in words] for words in commands())
     serve = [re.sub(r"^(--model=)?/model$", rf"\1{tmp_path}/model", word) for word in serve]
@@ -302,4 +289,4 @@ def test_a_trunk_server_answers_its_health_check(commands, tmp_path):
 
 
 def test_the_image_is_made_as_hadolint_advises():
-    accepted_by("hadolint", str(DEPLOY / "Dockerfile"))
+    accepted_by("hadolint", str(DOCKERFILE))
