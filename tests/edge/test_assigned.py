@@ -1,37 +1,21 @@
 """SuperNodes whose config has a data-path and no partition: the server assigns their partitions."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.app import Context, RecordDict
 
 from fedsplit.errors import ConfigError, Diverged, ProtocolError
-from fedsplit.flower import client_app
 from fedsplit.flower.node import Node
 from fedsplit.runs.folder import new_run_id
 from fedsplit.spec import RunSpec
 from tests.edge.federation import federate, joined, spec_for, without_seconds, write_corpus
+from tests.edge.nodes import SuperNodes
 from tests.edge.resuming import breaking_in
 
 RUN = ("clients=2", "train.rounds=2", "train.save_every=1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuperNodes:
-    """The product on machines with these configs, in the order in which the server sees them."""
-
-    configs: list[Mapping[str, Any]]
-    app: ClientApp = field(default=client_app.app)
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        own = self.configs[context.node_id - SUPERLINK_NODE_ID - 1]
-        context.node_config = {"trust-runs": False, **own}
-        return self.app(message, context)
 
 
 def machines(folder: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,14 @@ from fedsplit.cli import main
 from fedsplit.config import from_yaml
 from fedsplit.runs.folder import RunFolder
 from tests.edge.certified import certified
-from tests.edge.federation import federate, overrides_for, spec_for, without_seconds
+from tests.edge.federation import (
+    federate,
+    overrides_for,
+    spec_for,
+    without_seconds,
+    write_corpus,
+)
+from tests.edge.nodes import SuperNodes
 from tests.edge.processes import (
     BIN,
     PATIENCE_S,
@@ -137,6 +144,14 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
     # A process for every message: moments, the place in the data and the bottom have to last.
     same = ["clients=2", "train.rounds=2", "client_weights=personal_bottom", "train.save_every=1"]
     same.append("train.evaluate_every=2")
+    # A process for a message takes more than a minute to start on a machine that is busy.
+    same += [f"launch.start_timeout_s={PATIENCE_S:g}", f"policy.deadline_s={PATIENCE_S:g}"]
+    # The second has text of its own, and the server gives it the number that the first one leaves.
+    text = write_corpus(tmp_path / "own", documents=30)
+    machines = [
+        {"partition-id": 0, "num-partitions": 2, "allowed-path": str(tmp_path)},
+        {"data-path": str(text)},
+    ]
     words = overrides_for(tmp_path, *same, f"wire.tls_cert={wire.tls_cert}")
     words += [f"wire.tls_key={wire.tls_key}"]
     results = tmp_path / "runs"
@@ -168,9 +183,13 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
         await_that(lambda: answers(f"https://127.0.0.1:{link}/health", wire.tls_ca))
         doctor = ["doctor", "--superlink", f"127.0.0.1:{link}", "--tls-ca", wire.tls_ca]
         assert main([*doctor, "--app", str(ROOT)]) == 0
-        for partition, port in enumerate(nodes):
-            node = f'partition-id={partition} num-partitions=2 tls-ca="{wire.tls_ca}"'
-            node += f' state-dir="{tmp_path / "kept"}" allowed-path="{tmp_path}"'
+        for number, (port, machine) in enumerate(zip(nodes, machines, strict=True)):
+            config = {
+                **machine,
+                "tls-ca": wire.tls_ca,
+                "state-dir": str(tmp_path / f"kept-{number}"),
+            }
+            node = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
             supernode = ["flower-supernode", "--superlink", f"127.0.0.1:{link}"]
             supernode += ["--root-certificates", wire.tls_ca]
             supernode += ["--port", str(port), "--node-config", node]
@@ -184,7 +203,8 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
         done, again = (subprocess.run(command, timeout=PATIENCE_S, **flwr) for _ in range(2))
         listed = subprocess.run([str(BIN / "flwr"), "ls", "--format", "json"], **flwr)
     # A real SuperNode refuses it, and not only a client that this process pretends to be.
-    assert "sharding.target=subprocess.Popen is not of fedsplit" in refused.stdout
+    refusal = "sharding.target=subprocess.Popen is not of fedsplit"
+    assert refusal in refused.stdout, refused.stdout
     assert not mark.exists()
     statuses = sorted(each["status"] for each in json.loads(listed.stdout)["runs"])
     assert statuses == ["finished:completed", "finished:failed"], done.stdout
@@ -192,11 +212,15 @@ def test_a_superlink_and_two_supernodes_train_over_tls(tmp_path: Path) -> None:
     assert (done.returncode, again.returncode) == (0, 0), done.stderr + again.stderr
     folder = RunFolder(results / "tiny")
     assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0), (2, 0)]
-    kept = sorted(path.name for path in (tmp_path / "kept/tiny/client-1" / folder.id).iterdir())
+    kept = sorted(path.name for path in (tmp_path / "kept-1/tiny/client-1" / folder.id).iterdir())
     assert [name.rpartition("-")[0] for name in kept] == ["round-0001", "round-0002"]
     spec = from_yaml((folder.path / "config.yaml").read_text(encoding="utf-8"))
     plain = spec_for(tmp_path, *same)
     assert spec.wire.tls_cert and spec.model == plain.model
-    rounds, inline = folder.rounds(), federate(plain).rounds()
+    pretended = [
+        {**each, "state-dir": str(tmp_path / f"inline-{number}")}
+        for number, each in enumerate(machines)
+    ]
+    rounds, inline = folder.rounds(), federate(plain, SuperNodes(configs=pretended)).rounds()
     assert [stats.loss for stats in rounds] == [stats.loss for stats in inline]
     assert rounds[-1].eval_loss == inline[-1].eval_loss
