@@ -125,7 +125,11 @@ def _with_fields(record: logging.LogRecord) -> bool:
 def _chosen(variable: str, known: Iterable[str], default: str) -> str:
     value = os.environ.get(variable) or default
     if value not in known:
-        raise ConfigError(f"{variable}={value} is unknown; use one of: {', '.join(known)}")
+        option = variable.removeprefix("FEDSPLIT").lower().replace("_", "-")
+        raise ConfigError(
+            f"-{option} {value} (or {variable} of the environment) is unknown; use one of: "
+            f"{', '.join(known)}"
+        )
     return value
 
 
