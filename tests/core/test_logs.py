@@ -65,7 +65,7 @@ def test_text_is_the_level_and_the_message(_environment, capsys):
         ("--log-level", "FEDSPLIT_LOG_LEVEL", "loud", "debug, info"),
     ],
 )
-def test_what_is_unknown_is_refused_with_what_there_is(option, variable, value, known, _environment):
+def test_what_is_unknown_is_refused(option, variable, value, known, _environment):
     _environment.setenv(variable, value)
     with pytest.raises(ConfigError) as caught:
         configure("info")
