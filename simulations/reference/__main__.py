@@ -6,10 +6,11 @@ python -m simulations.reference --check
 
 import argparse
 
-from simulations.reference import ROOT, commands, config, errors, wire
+from simulations.reference import ROOT, api, commands, config, errors, wire
 
 FOLDER = ROOT / "docs" / "reference"
 PAGES = {
+    "api.md": api.page,
     "config.md": config.page,
     "errors.md": errors.page,
     "commands.md": commands.page,
