@@ -5,7 +5,8 @@
 
 Each environment is made in a temporary folder, outside the checkout. There, the sdist is installed
 with what it needs, then the wheel. With each version of Flower, a toy run is trained in a process
-and under Flower, with equal losses. The last one is served and generated from.
+and under Flower, with equal losses, and so is a run with a SuperLink and SuperNodes, by its test.
+The last toy run is served and generated from.
 """
 
 import argparse
@@ -25,6 +26,8 @@ PYTHONS = ("3.11", "3.12", "3.13")
 FLOWERS = ("1.41", "1.42")
 PACKAGES = {"fedsplit", "strategies"}
 """What the wheel adds to an environment."""
+_DEPLOYED = "tests/edge/test_deployed.py::test_a_superlink_and_two_supernodes_train_over_tls"
+"""The test of a deployment, whose second SuperNode has a data-path alone."""
 _STOP_S = 60.0
 """Seconds that the server may take to end."""
 
@@ -119,6 +122,7 @@ def check(python: Path, sdist: Path, wheel: Path) -> None:
         _call([*pip, "--no-deps", "--force-reinstall", str(wheel)], place)
         _call([own, "-m", "pip", "check"], place)
         _require_packages(_call([own, "-c", _FILES], place), wheel)
+        _call([*pip, "-c", str(ROOT / "constraints.txt"), "pytest", "hypothesis"], place)
         shutil.unpack_archive(sdist, place)
         app = place / sdist.name.removesuffix(".tar.gz")
         (place / "train.py").write_text(_TRAIN, encoding="utf-8")
@@ -126,6 +130,7 @@ def check(python: Path, sdist: Path, wheel: Path) -> None:
         for flower in FLOWERS:
             _call([*pip, f"flwr[simulation]=={flower}.*"], place)
             losses |= _train(own, place, app, flower.replace(".", "-"))
+            _call([own, "-m", "pytest", "-q", _DEPLOYED], app)
         if len(losses) > 1:
             raise SystemExit(f"error: the losses differ: {', '.join(map(str, losses))}")
         _serve(place / "env" / "bin" / "fedsplit", place, f"runs/{FLOWERS[-1].replace('.', '-')}")
@@ -154,7 +159,7 @@ def _train(python: str, place: Path, app: Path, name: str) -> set[tuple[float, .
     under = f"{name}-flwr"
     words = ["experiment=toy", "launch=flwr", f"name={under}", f"launch.run_dir={place / 'runs'}"]
     # A machine that builds releases may be busy.
-    words.append("launch.start_timeout_s=900")
+    words += ["launch.start_timeout_s=900", "policy.deadline_s=900"]
     _call([python, "-m", "simulations.run", *words], app)
     files = [place / "runs" / each / "metrics.jsonl" for each in (name, under)]
     texts = [file.read_text(encoding="utf-8") for file in files]
