@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test faults soak check docs deploy-check format proto release-check clean
+.PHONY: help install run test test-all faults soak check docs deploy-check format proto release-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,7 +39,10 @@ $(DEVELOPED): $(INSTALLED)
 run: install ## train the default experiment through `flwr run`; leaves runs/<name>/
 	$(BIN)/python -m simulations.run launch=flwr
 
-test: $(DEVELOPED) ## run the whole suite
+test: $(DEVELOPED) ## run all tests but the slow ones
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+test-all: $(DEVELOPED) ## run the whole suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 faults: $(DEVELOPED) ## kill processes of runs at every named point, and compare the weights
