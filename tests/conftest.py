@@ -56,6 +56,7 @@ def _log_tree():
     level, handlers = tree.level, list(tree.handlers)
     yield
     tree.setLevel(level)
+    tree.propagate = True
     tree.handlers = handlers
 
 

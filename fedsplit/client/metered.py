@@ -86,8 +86,12 @@ class _MeteredStream(Stream):
 
     def begin(self, request: Request[R]) -> Callable[[], R]:
         attempt = span(self._link.telemetry, "attempt")
-        with attempt.active():
-            reply = self._stream.begin(request)
+        try:
+            with attempt.active():
+                reply = self._stream.begin(request)
+        except BaseException as failure:
+            attempt.end(failure)
+            raise
 
         def reported() -> R:
             with attempt:

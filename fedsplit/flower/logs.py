@@ -10,6 +10,9 @@ from fedsplit.telemetry.logs import configure, is_json, json_handler
 class _Console(ConsoleHandler):
     """Writes as Flower's handler does, which changes its stream; its level is another one."""
 
+    def __init__(self) -> None:
+        super().__init__(timestamps=console_handler.timestamps, colored=console_handler.colored)
+
     @property
     def stream(self) -> TextIO:
         stream: TextIO = console_handler.stream
@@ -31,4 +34,4 @@ def show_logs() -> None:
     configure("info", _Console())
     if is_json() and console_handler in FLOWER_LOGGER.handlers:
         FLOWER_LOGGER.removeHandler(console_handler)
-        FLOWER_LOGGER.addHandler(json_handler("info"))
+        FLOWER_LOGGER.addHandler(json_handler(console_handler.level))

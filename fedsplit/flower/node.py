@@ -183,8 +183,12 @@ class Node:
 
     def outlets_of(self, run: RunSpec) -> Outlets:
         """Return where the events of a client of this run go."""
-        share = run.launch.trace_share
-        return Outlets(metrics=self.metrics, traces=self.traces, trace_share=share)
+        return Outlets(
+            metrics=self.metrics,
+            traces=self.traces,
+            trace_share=run.launch.trace_share,
+            clients=(self.name,) if run.launch.client_labels else (),
+        )
 
     def seal_of(self, run: RunSpec, run_id: str) -> Seal | None:
         """Return the seal of the clients of a run; None if the run has none.

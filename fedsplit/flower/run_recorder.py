@@ -132,7 +132,7 @@ class RunRecorder:
             clients=run.client_names if run.launch.client_labels else (),
         )
         # First, because a run that is refused leaves no folder.
-        with outlets.opened("server", needed=True) as self._telemetry:
+        with outlets.opened("server") as self._telemetry:
             resumed = RunFolder.to_resume(run)
             self._folder = resumed or RunFolder.begin(
                 Path(run.launch.run_dir), run.name, to_yaml(run), self._given_id

@@ -202,12 +202,10 @@ def _length(span: RecordedSpan) -> int:
 
 def _spans_of(file: Path) -> Iterable[RecordedSpan]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # A process that is killed may leave half a line.
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line[-1:] == "}"]
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{file} cannot be read: {exc}") from exc
-    # A process that is killed may leave half a line at the end.
-    if lines and not lines[-1].endswith("}"):
-        lines.pop()
     for number, line in enumerate(lines, 1):
         try:
             for resource in json.loads(line)["resourceSpans"]:

@@ -30,7 +30,7 @@ _ECS_NAMES = {"code": "error.code"}
 
 
 def configure(level: str, handler: logging.Handler | None = None) -> None:
-    """Write the log to stderr, unless this process has said before where it goes.
+    """Write the log to stderr, unless this process has said before where its log goes.
 
     Args:
         level: The level, if the environment names none.
@@ -44,6 +44,10 @@ def configure(level: str, handler: logging.Handler | None = None) -> None:
     form, level = _chosen(FORMAT_VARIABLE, FORMATS, "text"), _chosen(LEVEL_VARIABLE, LEVELS, level)
     if form == "json":
         handler = json_handler()
+        TREE.propagate = False
+    elif logging.getLogger().handlers:
+        # Those of a program that uses fedsplit as a library.
+        return
     elif handler is None:
         handler = _Stderr()
         handler.setFormatter(logging.Formatter(_PLAIN))
@@ -71,7 +75,9 @@ def without_options(arguments: Iterable[str]) -> list[str]:
         option, equals, value = argument.partition("=")
         if option not in ("--log-format", "--log-level"):
             others.append(argument)
-        elif found.setdefault(option, value if equals else next(rest, "")) == "":
+            continue
+        found[option] = value if equals else next(rest, "")
+        if not found[option]:
             raise ConfigError(f"{option} needs a value")
     choose(form=found.get("--log-format", ""), level=found.get("--log-level", ""))
     return others
@@ -82,7 +88,7 @@ def is_json() -> bool:
     return os.environ.get(FORMAT_VARIABLE) == "json"
 
 
-def json_handler(level: str = "debug") -> logging.Handler:
+def json_handler(level: int = logging.DEBUG) -> logging.Handler:
     """Return a handler that writes lines of JSON, with the fields of the Elastic Common Schema.
 
     Args:
@@ -94,7 +100,7 @@ def json_handler(level: str = "debug") -> logging.Handler:
     # The origin of a line in the source is of no use in operation, and `original` is the message.
     handler.setFormatter(StdlibFormatter(exclude_fields=["log.original", "log.origin"]))
     handler.addFilter(_with_fields)
-    handler.setLevel(level.upper())
+    handler.setLevel(level)
     return handler
 
 
@@ -153,6 +159,8 @@ class RoundLog(Sink):
 
 class SpanLog(Sink):
     """Logs every span at DEBUG, so that a step can be followed by the id of its trace."""
+
+    takes_traces = True
 
     def wants_trace(self, trace_id: bytes) -> bool:
         """Return True."""

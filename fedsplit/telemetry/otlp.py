@@ -4,7 +4,6 @@ The exporter of OpenTelemetry is an extra, so the functions that need it import 
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from fedsplit.errors import ConfigError
 from fedsplit.telemetry.events import Event, SpanEnded
 from fedsplit.telemetry.sinks import Sink
 
-SPANS_PER_FILE = 200_000
-"""The spans of a file, which are about 100 MB, before it makes room for a new one."""
+FILE_BYTES = 100 << 20
+"""The most bytes of a file, after which it makes room for a new one."""
 
 _ID_RANGE = 1 << 64
 
@@ -21,7 +20,8 @@ _ID_RANGE = 1 << 64
 class TraceFile(Sink):
     """Writes spans to `folder`/`name`-PID.jsonl, in a thread of its own.
 
-    A full file is renamed to end in .old.jsonl, in place of the one before it.
+    A full file is renamed to end in .old.jsonl, in place of the one before it, so that both have at
+    most twice `FILE_BYTES`.
 
     Args:
         what: The setting that asks for traces, for errors: "--traces ".
@@ -47,15 +47,17 @@ class TraceFile(Sink):
         self.path = folder / f"{name}-{os.getpid()}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"no permission to write in {folder}")
         except OSError as exc:
             raise ConfigError(f"{what}{folder} cannot be written: {exc}") from exc
         # Resource.create would also look for cloud machines and read the environment.
         self._resource = Resource({"service.name": "fedsplit", "service.instance.id": name})
         self._wanted = round(share * _ID_RANGE)
-        self._num_spans = 0
-        self._open: Callable[[], Any] = lambda: BatchSpanProcessor(FileSpanExporter(self.path))
-        self._processor: Any = self._open()
+        stream: Any = _BoundedFile(self.path)
+        self._processor: Any = BatchSpanProcessor(FileSpanExporter(stream=stream))
+
+    takes_traces = True
 
     def wants_trace(self, trace_id: bytes) -> bool:
         """Return whether a trace is of the share, which its id decides."""
@@ -63,18 +65,37 @@ class TraceFile(Sink):
 
     def on_event(self, event: Event) -> None:
         """Write a span of a trace that is wanted."""
-        if not isinstance(event, SpanEnded) or not self.wants_trace(event.trace_id):
-            return
-        if self._num_spans == SPANS_PER_FILE:
-            self._processor.shutdown()
-            self.path.replace(self.path.with_suffix(".old.jsonl"))
-            self._processor, self._num_spans = self._open(), 0
-        self._num_spans += 1
-        self._processor.on_end(_span_of(event, self._resource))
+        if isinstance(event, SpanEnded) and self.wants_trace(event.trace_id):
+            self._processor.on_end(_span_of(event, self._resource))
 
     def close(self) -> None:
         """Write what is left."""
         self._processor.shutdown()
+
+
+class _BoundedFile:
+    """The file to which the processor's thread adds lines; it is there once it has one."""
+
+    closed = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begun = False
+
+    def write(self, lines: str) -> None:
+        """Add lines; before that, rename a file that has no room for them."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size and size + len(lines) > FILE_BYTES:
+            self._path.replace(self._path.with_suffix(".old.jsonl"))
+        elif size and not self._begun:
+            # Another process with this number may have been killed in the middle of a line.
+            lines = "\n" + lines
+        self._begun = True
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def flush(self) -> None:
+        """Do nothing; each write is complete."""
 
 
 def _span_of(event: SpanEnded, resource: Any) -> Any:
@@ -90,7 +111,11 @@ def _span_of(event: SpanEnded, resource: Any) -> Any:
             trace_flags=TraceFlags(TraceFlags.SAMPLED),
         )
 
-    attributes = {f"fedsplit.{name}": value for name, value in event.fields.items()}
+    # A client chooses the number of a call, and files have integers of 64 bits with a sign.
+    attributes = {
+        f"fedsplit.{name}": str(value) if isinstance(value, int) and value >> 63 else value
+        for name, value in event.fields.items()
+    }
     failed = event.code != "OK"
     if failed:
         attributes["error.type"] = event.code

@@ -1,9 +1,9 @@
 """Telemetry: passes events to sinks; an event that no sink takes is not made."""
 
 import logging
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 
 from fedsplit.errors import FedsplitError
 from fedsplit.telemetry.events import Event, TrunkState
@@ -16,10 +16,12 @@ class Sink(ABC):
 
     Several threads may call it, and some of them compute, so it must not block for long.
 
-    `needs_details` is false for a sink that ignores all events but those of a run and its rounds.
+    `needs_details` is false for a sink that ignores all events but those of a run and its rounds,
+    and `takes_traces` is true for one that may want traces.
     """
 
     needs_details: bool = True
+    takes_traces: bool = False
 
     @abstractmethod
     def on_event(self, event: Event) -> None:
@@ -60,13 +62,10 @@ class Telemetry:
         """Add a sink."""
         self._sinks.append(sink)
 
-    def new_trace(self) -> bytes:
-        """Return the id of a new trace; empty if no sink wants it."""
-        if not self._sinks:
-            return b""
-        # Not from a generator that training uses.
-        trace_id = secrets.token_bytes(16)
-        return trace_id if self.wants_trace(trace_id) else b""
+    @property
+    def takes_traces(self) -> bool:
+        """Whether a sink may want traces."""
+        return any(sink.takes_traces for sink in self._sinks)
 
     def wants_trace(self, trace_id: bytes) -> bool:
         """Return whether a sink wants the trace of this id."""
@@ -86,7 +85,8 @@ class Telemetry:
             # Training must not end because somebody's dashboard is away.
             except Exception:
                 log.exception("%s failed and receives no more events", type(sink).__name__)
-                self._sinks.remove(sink)
+                with suppress(ValueError):  # it failed in another thread as well
+                    self._sinks.remove(sink)
 
     def watch(self, name: str, state: Callable[[], TrunkState]) -> None:
         """Let sinks read the state of the trunk `name`; any thread may call `state`."""

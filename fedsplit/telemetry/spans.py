@@ -183,6 +183,21 @@ class _Untraced(Span):
         pass
 
 
+class _Unwanted(_Untraced):
+    """The first span of a trace that no sink wants: no span in its block begins another one."""
+
+    def __enter__(self) -> Span:
+        self._before = _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._before
+        _CURRENT.reset(self._before)
+
+    def below(self, name: str, **fields: object) -> Span:
+        return UNTRACED
+
+
 UNTRACED = _Untraced()
 _CURRENT: ContextVar["Span | None"] = ContextVar("span", default=None)
 
@@ -204,8 +219,12 @@ def span(telemetry: Telemetry, name: str, **fields: object) -> Span:
     """
     if above := _CURRENT.get():
         return above.below(name, **fields)
-    if not (trace_id := telemetry.new_trace()):
+    if not telemetry.takes_traces:
         return UNTRACED
+    # Not from a generator that training uses.
+    trace_id = secrets.token_bytes(TRACE_ID_BYTES)
+    if not telemetry.wants_trace(trace_id):
+        return _Unwanted()
     return Span(telemetry, name, trace_id=trace_id, parent_id=b"", fields=fields)
 
 

@@ -154,7 +154,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         session, call = getattr(message, "session", ""), getattr(message, "call", None)
         with (
             self._working(),
-            working_on(**self._fields, client=client, session=session, call=call),
+            working_on(**{**self._fields, "client": client, "session": session, "call": call}),
             continued(self._telemetry, sender, "serve", kind=_kind_of(message)) as span,
         ):
             yield span
@@ -265,12 +265,15 @@ class _Unary(Rpc):
             message = reader.only(frame)
             if not isinstance(message, self._call.request):
                 raise ProtocolError(f"{self._call.method} takes a {self._call.request.__name__}")
-            with self._calls.serving(message, self._client, reader.sender):
+            is_client = self._slots is self._calls.calls
+            sender = reader.sender if is_client else None
+            with self._calls.serving(message, self._client, sender) as span:
                 reply = self._calls.answer(message, self._token)
-            # Or a new call could end this one before its reply is taken.
-            if self._slots is self._calls.calls:
-                self.settle()
-            self.send(to_frame(reply))
+                # Or a new call could end this one before its reply is taken.
+                if is_client:
+                    self.settle()
+                with span.below("reply"):
+                    self.send(to_frame(reply))
         finally:
             self._calls.count(self, message, reply)
 

@@ -236,7 +236,8 @@ class TrunkEngine:
         self._in_hand = self._scheduler.next_batch(self.training.barrier, patience_s)
         self._expire()
         if self._in_hand:
-            with working_on(**self._in_hand[0].fields):
+            first = self._in_hand[0]
+            with working_on(**first.fields), first.span.active():
                 self._answer(self._in_hand)
         # After the reply, so that the client that completed the barrier does not wait for the step.
         for step in self.training.step_if_due():

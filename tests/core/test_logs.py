@@ -3,12 +3,15 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
 from fedsplit.errors import ConfigError
 from fedsplit.telemetry.context import working_on
 from fedsplit.telemetry.logs import TREE, configure, without_options
+from tests.house.source import ROOT
 
 LOG = logging.getLogger("fedsplit.trunk.engine")
 
@@ -50,12 +53,21 @@ def test_an_exception_is_in_one_line(_environment, capsys):
     assert "raise ValueError" in error["stack_trace"]
 
 
-def test_text_is_the_level_and_the_message(_environment, capsys):
-    _environment.setenv("FEDSPLIT_LOG_LEVEL", "info")
-    configure("error")
-    configure("error")
-    LOG.info("ready")
-    assert capsys.readouterr().err == "INFO: ready\n"
+@pytest.mark.parametrize(
+    ("before", "told"), [("", "INFO: ready\n"), ("logging.basicConfig(level=10)", "INFO:x:ready\n")]
+)
+def test_text_is_one_line_also_in_a_program_that_has_a_log(before, told):
+    # In a process of its own, because pytest adds handlers.
+    lines = ["import logging", before, "from fedsplit.telemetry.logs import TREE, configure"]
+    lines += ["configure('error')", "configure('error')", "TREE.getChild('x').info('ready')"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env={**os.environ, "FEDSPLIT_LOG_LEVEL": "info", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.replace("fedsplit.", "") == told
 
 
 @pytest.mark.parametrize(

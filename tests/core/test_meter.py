@@ -146,6 +146,8 @@ def test_the_first_token_and_those_after_it_are_reported() -> None:
         tokens = kept.of(TokenArrived)
         assert [each.is_first for each in tokens] == [True] + [False] * 7
         assert all(each.seconds > 0 for each in tokens)
+        # A pass is reported after its replies.
+        here.service.engine.run(lambda: None).result()
         passes = kept.of(PassRun)
         assert {each.kind for each in passes} == {"generate"}
         assert [each.tokens for each in passes] == [12] + [1] * 7

@@ -30,6 +30,8 @@ from fedsplit.wire.messages import CloseReply, CloseRequest
 class Spans(Sink):
     """Keeps the spans of traces, of all or of none."""
 
+    takes_traces = True
+
     def __init__(self, wants: bool = True) -> None:
         self.wants = wants
         self.ended: list[SpanEnded] = []
@@ -67,7 +69,7 @@ def test_spans_below_each_other_are_one_trace_with_the_fields_of_their_thread():
 @pytest.mark.parametrize("telemetry", [SILENT, Telemetry(Spans(wants=False))])
 def test_nothing_is_made_or_sent_for_a_trace_that_nobody_wants(telemetry):
     with span(telemetry, "train_step") as untraced:
-        assert untraced is UNTRACED and untraced.below("x") is UNTRACED
+        assert untraced.below("x") is UNTRACED and current() is untraced or untraced is UNTRACED
         assert sent_ids() == b""
     sender = SpanContext(secrets.token_bytes(16), secrets.token_bytes(8))
     assert continued(telemetry, sender, "serve") is UNTRACED
@@ -108,14 +110,26 @@ def test_without_the_library_or_the_folder_an_error_says_what_to_do(tmp_path, mo
 
 
 def test_a_full_file_makes_room_for_a_new_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedsplit.telemetry.otlp.SPANS_PER_FILE", 3)
-    file = TraceFile("", tmp_path, name="server", share=1.0)
-    for number in range(8):
+    monkeypatch.setattr("fedsplit.telemetry.otlp.FILE_BYTES", 1000)
+    for number in range(5):
+        file = TraceFile("", tmp_path, name="server", share=1.0)
         with span(Telemetry(file), f"span-{number}"):
             pass
-    file.close()
-    old = file.path.with_suffix(".old.jsonl")
-    assert [path.read_text().count('"name":"span-') for path in (old, file.path)] == [3, 2]
+        file.close()
+    kept = [path.read_text() for path in (file.path.with_suffix(".old.jsonl"), file.path)]
+    assert [text.count('"name":"span-') for text in kept] == [2, 1]
+    assert "span-3" in kept[0] and "span-4" in kept[1]
+
+
+def test_a_step_that_is_not_of_the_share_has_no_trace_inside():
+    kept = Spans(wants=False)
+    with span(Telemetry(kept), "train_step"):
+        kept.wants = True
+        with span(Telemetry(kept), "forward") as forward, span(Telemetry(kept), "attempt"):
+            assert forward is UNTRACED and sent_ids() == b""
+    with span(Telemetry(kept), "open"):
+        pass
+    assert [each.name for each in kept.ended] == ["open"]
 
 
 class Failing(Link):

@@ -104,7 +104,7 @@ def test_a_bad_evaluation_brings_the_last_checkpoint_back_at_half_the_rate(
     assert same_weights(folder, wanted)
     assert rounds[2].line.endswith("went back from round 3")
     text = "round 3 diverged; from round 2 on, half the learning rate"
-    assert text in folder.closing_table
+    assert text in folder.closing_table()
     assert text in (folder.model / "README.md").read_text(encoding="utf-8")
 
 

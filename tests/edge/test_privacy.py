@@ -34,7 +34,7 @@ def test_a_run_with_noise_says_what_it_told(tmp_path: Path) -> None:
     assert second["row_epsilon"] == pytest.approx(39.38, abs=0.01)
     assert second["sequence_epsilon"] > second["row_epsilon"]
     last = folder.rounds()[-1]
-    assert last.told in last.line and last.told in folder.closing_table
+    assert last.told in last.line and last.told in folder.closing_table()
     card = (folder.model / "README.md").read_text(encoding="utf-8")
     assert f"told at most {last.told}, of the worst text" in " ".join(card.split())
     spent = [Ledger(file).spent("rows") for file in ledgers_of(folder.path)]

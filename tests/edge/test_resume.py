@@ -255,7 +255,7 @@ def test_auto_does_not_train_again_what_is_finished(tmp_path):
     code, told, errors = Program("simulations.run", *words).end()
     assert (code, errors) == (0, "")
     assert f"{folder.path} is finished already; leave resume out to train again" in told
-    assert folder.closing_table.splitlines()[-1] in told
+    assert folder.closing_table().splitlines()[-1] in told
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == written
     assert [each.name for each in folder.path.parent.iterdir()] == [run.name]
     other = replace(run, train=replace(run.train, lr=0.02))

@@ -46,7 +46,7 @@ def test_a_run_leaves_what_the_readme_promises(run: RunSpec, folder: RunFolder) 
     files = {"run.json", "config.yaml", "metrics.jsonl", "loss.png", "report.html", "sample.txt"}
     assert left == files | {"model", "checkpoints", "clients"}
     sample = (folder.path / "sample.txt").read_text(encoding="utf-8").strip()
-    assert f'sample of its text              "{sample}"' in folder.closing_table
+    assert f'sample of its text              "{sample}"' in folder.closing_table()
     kept = from_yaml((folder.path / "config.yaml").read_text(encoding="utf-8"))
     assert (kept, kept.fingerprint) == (run, run.fingerprint)
 

@@ -29,7 +29,7 @@ def test_steps_without_a_client_that_starts_late_are_counted(tmp_path: Path) -> 
     assert (stats.late, stats.failed, stats.refused) == (0, 0, 0)
     assert stats.line.endswith("0 failed, 2 steps without a client")
     assert metrics_lines(folder)[0]["short_steps"] == 2
-    assert "\nsteps without a client" in folder.closing_table
+    assert "\nsteps without a client" in folder.closing_table()
     card = (folder.path / "model" / "README.md").read_text(encoding="utf-8")
     assert "4 trunk steps (2 of them without a client that was awaited), " in card
 
