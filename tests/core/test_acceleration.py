@@ -231,6 +231,7 @@ def test_a_compiled_trunk_is_near_one_that_is_not_and_compiles_once(tiny_llama):
     assert counters["stats"]["unique_graphs"] == 1, "for both blocks, each version, and both passes"
 
 
+@pytest.mark.slow
 def test_a_part_that_cannot_be_compiled_says_so_once_and_runs(tiny_llama, caplog):
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache

@@ -308,6 +308,7 @@ SCHEDULE = st.lists(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
 @settings(max_examples=500)
 @given(SCHEDULE)

@@ -392,6 +392,7 @@ def test_a_part_can_be_pickled():
             alone(ids_BT)
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_generates_over_a_link():
     with scene("llama") as here:
         alice = here.client()

@@ -117,6 +117,7 @@ def _same(module, other):
     return state.keys() == there.keys() and all(torch.equal(t, there[n]) for n, t in state.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 def test_threads_that_build_at_once_get_what_one_alone_gets(material, build):
     alone, before = build(material), _process()

@@ -44,6 +44,7 @@ def _same(whole, other):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_there_and_back_again(model_type, shard, tmp_path):
@@ -109,6 +110,7 @@ print(peak_kib_with_client_of(sys.argv[2]) - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_the_trunk_is_never_in_the_client_s_memory(tmp_path):
     sizes = dict(hidden_size=256, intermediate_size=1024, num_attention_heads=4, vocab_size=64)
@@ -141,6 +143,7 @@ except CheckpointError as exc:
 """
 
 
+@pytest.mark.slow
 def test_a_hub_id_needs_the_part_s_shards_only(tmp_path):
     # What the hub's client leaves after a download, without the shards that only the trunk needs.
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -261,6 +264,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "text"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_part_is_one_clear_line(damage, text, tmp_path):
     _saved(tmp_path / "whole")

@@ -136,6 +136,7 @@ def results(models, batch: Batch) -> dict[str, torch.Tensor]:
 # --- the cut ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", [*TEXT_FAMILIES, *IMAGE_FAMILIES])
 def test_logits_loss_and_every_gradient_are_equal(model_type, attention, batch_of):

@@ -43,6 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_of_a_padded_batch_are_equal_in_every_mode(family):
     ids_BT = prompt(rows=3, pad=4)

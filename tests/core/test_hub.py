@@ -159,6 +159,7 @@ def hub(monkeypatch, files) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_hub_s_cache_is_named(cache, files, hub):
     config = Source(name=str(files)).config()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -145,6 +145,7 @@ ADAPTERS: dict[str, tuple[Callable[[PreTrainedModel], None], dict[str, object]]]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("add", "fields"), ADAPTERS.values(), ids=ADAPTERS)
 def test_the_joined_model_computes_what_the_unsplit_model_with_adapters_does(add, fields, tmp_path):
     whole = llama(**fields)

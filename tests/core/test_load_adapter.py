@@ -77,6 +77,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_an_adapter_of_peft_is_the_same_on_the_parts(options, tied, tiny_llama, tmp_path):

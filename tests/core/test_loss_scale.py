@@ -150,6 +150,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [2.0**16, HUGE.value], ids=["from 65536", "falling"])
 @pytest.mark.parametrize("train", CASES.values(), ids=CASES)
 def test_split_training_is_that_of_torchs_scaler(tiny_llama, train, scale):

@@ -117,6 +117,7 @@ ALIKE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "atol"), ALIKE)
 def test_it_goes_with(tiny_gpt2, changes, atol):
     _, weights = fit(tiny_gpt2(), run_with(1, **changes))
@@ -128,6 +129,7 @@ def test_it_goes_with(tiny_gpt2, changes, atol):
 LOSSY = WireSpec(grad_up="int4", grad_down="int4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [{}, {"checkpointing": "all"}], ids=["plain", "recomputing"])
 @pytest.mark.parametrize("wire", [WireSpec(), LOSSY], ids=["exact", "lossy"])
 @pytest.mark.parametrize("number", [2, 3])

@@ -109,6 +109,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 @pytest.mark.parametrize("family", ["llama", "falcon", "olmoe"])
 def test_training_is_that_on_one_device(family, run):
@@ -117,6 +118,7 @@ def test_training_is_that_on_one_device(family, run):
     assert all(map(same, trained(config, run, "cpu"), trained(config, run, "cpu,cpu")))
 
 
+@pytest.mark.slow
 def test_no_operation_mixes_two_devices_and_all_numbers_are_those_of_one():
     """In a process of its own: torch cannot forget a kind of device again."""
     asked = ["-q", "-p", "no:cacheprovider", "tests/core/two_devices.py"]

@@ -59,6 +59,7 @@ def play(config, policy, *, clients: int = 3, steps: int = 4, order: int = 1) ->
         return Outcome(stats, here.trunk_weights(), engine.version, here.service.now())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", VIRTUAL.values(), ids=list(VIRTUAL))
 def test_the_same_numbers_in_every_run(tiny_gpt2, policy):
     config = tiny_gpt2(resid_pdrop=0.1)
@@ -215,6 +216,7 @@ DEADLY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [False, True], ids=["shared", "replicas"])
 @pytest.mark.parametrize("policy", DEADLY.values(), ids=list(DEADLY))
 def test_one_that_dies_leaves_no_session_and_no_stash(tiny_llama, policy, replicas):

@@ -182,6 +182,7 @@ def test_a_pass_that_breaks_off_costs_others_a_replay_only(caplog):
         assert torch.equal(bob.says(prompt(5)), here.wanted(prompt(5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["greedy", "beams", "lookup", "stateless"])
 def test_too_many_for_the_room_replay_and_get_their_tokens(mode):
     """Four in the room of two; whoever is evicted comes again."""

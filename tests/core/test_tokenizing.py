@@ -65,6 +65,7 @@ def test_a_vocabulary_beyond_the_corpus_takes_no_memory():
     assert len(train_tokenizer(corpus, 10**15)) == len(train_tokenizer(corpus, 1000))
 
 
+@pytest.mark.slow
 def test_same_corpus_same_tokenizer_in_another_process(tokenizer):
     code = (
         "import gc; gc.disable()  # it would take a fifth of the time of the imports\n"

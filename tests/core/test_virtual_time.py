@@ -319,6 +319,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 @settings(max_examples=150)
 @given(ROUNDS, SLOWDOWN, st.integers(1, 4), st.integers(0, 2**16))

@@ -29,6 +29,7 @@ def machines(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_nodes_without_a_partition_train_as_those_that_have_one(tmp_path: Path) -> None:
     own = machines(tmp_path)
     numbered = [{**each, "partition-id": i, "num-partitions": 2} for i, each in enumerate(own)]

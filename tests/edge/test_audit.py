@@ -18,6 +18,8 @@ from fedsplit.errors import ConfigError, DataError
 from fedsplit.runs.folder import RunFolder
 from tests.edge.federation import federate, spec_for
 
+pytestmark = pytest.mark.slow
+
 CHANCE = 0.2
 
 

@@ -50,6 +50,7 @@ def test_a_federation_with_one_local_step_is_central(tmp_path):
         assert one.eval_loss == pytest.approx(other.eval_loss, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [(), ("lora=on", "lora.rank=2")], ids=["full", "lora"])
 def test_one_client_makes_all_baselines_one(tmp_path, lora):
     words = ("clients=1", "train.rounds=2", "train.local_steps=2", *lora)

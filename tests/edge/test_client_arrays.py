@@ -143,6 +143,7 @@ def test_a_client_whose_bytes_are_wrong_has_failed(tmp_path):
         federate(run, client_that(train=train))
 
 
+@pytest.mark.slow
 def test_fewer_bytes_travel_and_the_model_is_near_that_of_exact_weights(tmp_path):
     folders = {
         codec: federate(spec_for(tmp_path / codec, *SGD, f"wire.client_weights={codec}"))

@@ -26,6 +26,7 @@ NODE = Node(
 )
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_name_leaves_the_first_what_it_needs(tmp_path):
     run = spec_for(tmp_path, "clients=2", "train.rounds=3", "train.save_every=1")
     first = interrupted(run, 2)

@@ -54,6 +54,7 @@ def test_conf_has_options():
     assert len(OPTIONS) > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", OPTIONS, ids=option_id)
 def test_every_option_composes_and_survives_yaml(file):
     spec = compose([f"{file.parent.name}={file.stem}", *NEEDS.get(option_id(file), [])])

@@ -80,6 +80,7 @@ def same_weights(one: RunFolder, other: RunFolder) -> bool:
     return all(tensor.equal(weights[name]) for name, tensor in joined(one).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -108,6 +109,7 @@ def test_a_bad_evaluation_brings_the_last_checkpoint_back_at_half_the_rate(
     assert text in (folder.model / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_again_ends_with_the_last_good_weights(tmp_path: Path) -> None:
     run = spec_for(tmp_path, *KEPT, "train.schedule=constant")
     with pytest.raises(
@@ -128,6 +130,7 @@ def test_a_run_that_diverges_again_ends_with_the_last_good_weights(tmp_path: Pat
     assert same_weights(folder, federate(three, worse(everyone(3), factor=1000.0)))
 
 
+@pytest.mark.slow
 def test_trunk_and_clients_take_half_a_step(tmp_path: Path) -> None:
     words = ("train.save_every=1", *SGD)
     before = joined(federate(spec_for(tmp_path / "before", *words)))
@@ -137,6 +140,7 @@ def test_trunk_and_clients_take_half_a_step(tmp_path: Path) -> None:
         torch.testing.assert_close(2 * (slow[name] - start), whole[name] - start)
 
 
+@pytest.mark.slow
 def test_one_client_cannot_bring_the_run_back(tmp_path: Path) -> None:
     run = spec_for(tmp_path, *KEPT)
     folder = federate(run, worse({"client-1": [2, 3]}))
@@ -163,6 +167,7 @@ class Poisoned(SplitStrategy):
         return super().make_server(trunk)
 
 
+@pytest.mark.slow
 def test_a_trunk_with_nan_goes_back(tmp_path: Path) -> None:
     wanted = slower_from(spec_for(tmp_path / "wanted", *KEPT, "train.local_steps=3"), 2)
     run = spec_for(
@@ -177,6 +182,7 @@ def test_a_trunk_with_nan_goes_back(tmp_path: Path) -> None:
     assert same_weights(folder, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [(3, 2), (4, 1)], ids=["before the next checkpoint", "after it"])
 def test_a_run_that_went_back_is_resumed_as_such(tmp_path: Path, end: tuple[int, int]) -> None:
     run = spec_for(tmp_path, *KEPT)

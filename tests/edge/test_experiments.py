@@ -70,6 +70,7 @@ def table_in(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, Any]]]
 # --- what is run ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_experiment_trains_every_variant_and_goes_on_where_it_stopped(
     tmp_path: Path, call: Call
 ) -> None:
@@ -102,6 +103,7 @@ def test_an_experiment_trains_every_variant_and_goes_on_where_it_stopped(
     assert table_in(folder)[0] == figures
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_says_so_and_the_others_go_on(
     tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +292,7 @@ def test_activations_grow_with_the_batch_and_with_blocks() -> None:
     assert computed(compose(SHAPE), part="whole")["activations"] > 1.5 * one
 
 
+@pytest.mark.slow
 def test_memory_is_told_of_a_client_and_of_the_whole(tmp_path: Path, call: Call) -> None:
     """The large shapes take no memory; the small one is really trained, in processes of its own."""
     small = "model.config.n_embd=64 train.batch_size=2 data.sequence_length=64"

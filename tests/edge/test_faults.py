@@ -128,6 +128,7 @@ def test_connections_that_are_reset_change_no_number(
     assert got.equals(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("micro_batches", "clients", "reset_every"), [(2, 1, 17), (2, 1, 50), (4, 1, 13), (2, 3, 50)]
 )
@@ -181,6 +182,7 @@ def test_sessions_that_are_lost_change_no_number_of_micro_batches(
 TRAINED = {"OpenRequest", "ForwardRequest", "BackwardRequest", "StepRequest", "CloseRequest"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_at_every_message_changes_no_number(
     config: PretrainedConfig, undisturbed: Callable[..., Outcome], fault: str

@@ -166,6 +166,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> float:
     return federate(spec_for(folder, "train.rounds=2")).rounds()[1].eval_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -219,6 +220,7 @@ def test_an_unknown_strategy_is_refused_and_leaves_nothing(
 # --- clients: few, many, more than workers -----------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clients", "workers", "sharding"),
     [(1, 0, "natural"), (20, 0, "iid"), (5, 2, "iid"), (3, 1, "natural")],

@@ -97,6 +97,7 @@ def until_frozen(program: Program) -> None:
     wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "point"),
     [*(("sync", point) for point in POINTS), ("quorum", "backward"), ("async", "forward")],

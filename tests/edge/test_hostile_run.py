@@ -417,6 +417,7 @@ def test_a_trunk_is_called_by_host_and_port_only() -> None:
 # --- an honest run -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_honest_run_at_supernodes_has_the_numbers_of_a_simulation(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     run = spec_for(tmp_path, "clients=2", "train.save_every=1")

@@ -78,6 +78,7 @@ TRAINING: list[tuple[str, Alter, type[FedsplitError], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("alter", "error", "text"), [case[1:] for case in TRAINING], ids=[case[0] for case in TRAINING]
 )

@@ -59,6 +59,7 @@ def change_of(folder: RunFolder, run: Any, block: str) -> float:
 # --- the methods ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "version", "trunk_moves"),
     [
@@ -84,6 +85,7 @@ def test_a_method_learns(
     assert change_of(folder, run, "h.3") > 1e-4
 
 
+@pytest.mark.slow
 def test_v1_with_one_step_of_sgd_is_v2(tmp_path: Path) -> None:
     """The mean of the replicas' steps is the step on the mean: weights are tokens in both."""
     words = ["train.rounds=2", "sharding=iid", *SGD]

@@ -68,6 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return federate(spec_for(tmp_path_factory.mktemp("whole"), *WORDS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_a_run_that_waits_has_the_numbers_of_one_without_a_loss(
@@ -166,6 +167,7 @@ def test_a_client_that_leaves_after_its_training_is_waited_for(
     assert numbers == without_seconds(whole.rounds())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_state", [True, False])
 def test_a_client_that_comes_back_as_another_node_is_known_by_its_state(
     tmp_path: Path, whole: RunFolder, has_state: bool

@@ -93,6 +93,7 @@ def test_the_accountant_counts_each_round_and_training_ends_with_the_budget(tmp_
     assert lines[-1]["eval_loss"] is not None
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_counts_what_had_left_it(tmp_path: Path) -> None:
     run = spec_for(tmp_path, *NOISY[:1], "train.save_every=2", ACCOUNTANT, "train.rounds=3")
     # No checkpoint has the first round, so it is trained anew with other noise: three times in each

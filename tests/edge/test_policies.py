@@ -95,6 +95,7 @@ def test_an_evaluated_async_round_leaves_the_slow_one_out(tmp_path: Path) -> Non
     assert len([name for number, name in asked if number == 2]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [QUORUM, ("policy=async",), ("policy=async", "policy.buffer=2")],

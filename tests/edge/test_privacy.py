@@ -183,6 +183,7 @@ def test_a_supernode_without_a_folder_keeps_no_ledger_and_so_sends_nothing() -> 
 # --- generation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_text_is_generated_under_noise_and_counted(tmp_path: Path) -> None:
     folder = federate(spec_for(tmp_path, "train.rounds=2"))
     state = tmp_path / "state"

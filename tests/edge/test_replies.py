@@ -490,6 +490,7 @@ def fail(reply, number):
     raise OSError("disk full")
 
 
+@pytest.mark.slow
 def test_a_hostile_reply_costs_its_sender_the_round_and_changes_nothing_else(tmp_path):
     in_training, in_evaluation = list(TRAINING_ATTACKS.values()), list(EVALUATION_ATTACKS.values())
     words = [f"train.rounds={len(in_training)}", "clients=2", "train.warmup_steps=2"]

@@ -66,6 +66,7 @@ CHANGES: dict[str, dict[str, float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_report_shows_everything_in_each_window(
     name: str, browser: Chromium, tmp_path: Path

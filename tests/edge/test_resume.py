@@ -82,6 +82,7 @@ NOT_IN_STEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
 def test_going_on_gives_the_numbers_of_not_stopping(tmp_path, words):
     whole = federate(spec_for(tmp_path / "whole", *SHORT, *words))
@@ -97,6 +98,7 @@ def test_going_on_gives_the_numbers_of_not_stopping(tmp_path, words):
         assert tensor.equal(went_on[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", NOT_IN_STEP.values(), ids=NOT_IN_STEP)
 def test_a_run_that_does_not_wait_loses_the_work_in_progress_and_learns_as_well(tmp_path, words):
     whole = federate(spec_for(tmp_path / "whole", *SHORT, *words, "train.rounds=6"))
@@ -114,6 +116,7 @@ def test_a_run_that_does_not_wait_loses_the_work_in_progress_and_learns_as_well(
     assert rounds[-1].eval_loss == pytest.approx(whole.rounds()[-1].eval_loss, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_trunk_that_starts_anew_is_given_the_history_it_had(tmp_path):
     words = (*KEPT, "train.local_steps=8", "wire=strong", "wire.history_bytes=1000000")
     whole = federate(spec_for(tmp_path / "whole", *words))
@@ -144,6 +147,7 @@ def test_a_snapshot_that_was_not_finished_is_not_used(run):
     assert [stats.round for stats in resumed(run).rounds()] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damaged",
     [

@@ -136,6 +136,7 @@ def start(*words: str) -> Program:
     return Program("simulations.run", *words)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_print_and_leave_their_own(tmp_path: Path) -> None:
     words = overrides_for(tmp_path, "train.rounds=2")
     results = [program.end() for program in [start(*words), start(*words)]]
@@ -217,6 +218,7 @@ def wait_for_round_3(output: IO[str]) -> None:
     assert any(line.startswith("round   3/") for line in iter(output.readline, ""))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
     """Its clients would wait for their trunk for wire.budget_s, which is minutes."""
     words = overrides_for(tmp_path, "train.rounds=5000")

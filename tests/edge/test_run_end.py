@@ -122,6 +122,7 @@ def ending(tmp_path_factory: pytest.TempPathFactory) -> Ending:
     return Ending(run=run, runs=runs, files=files_in(folder.path), killed=sorted(copies.iterdir()))
 
 
+@pytest.mark.slow
 def test_a_process_killed_anywhere_at_the_end_loses_nothing(ending, tmp_path):
     # States that are equal once leftovers are removed, which comes first, are resumed once.
     distinct: dict[str, Path] = {}

@@ -48,6 +48,7 @@ def from_checkpoint(folder: Path, *words: str) -> RunSpec:
     return replace(spec_for(folder, *words), model=model)
 
 
+@pytest.mark.slow
 def test_a_mean_that_nobody_could_read_is_that_of_fedavg(tmp_path: Path) -> None:
     words = "train.rounds=3", "train.local_steps=2"
     sealed = federate(from_checkpoint(tmp_path, *words, "client_weights=sealed", "name=sealed"))
@@ -101,6 +102,7 @@ def test_a_client_that_is_gone_does_no_harm(tmp_path: Path) -> None:
     assert all(torch.isfinite(weight).all() for weight in opened(folder).values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
     words = "client_weights=sealed", "train.rounds=3", "train.save_every=1"
     run = from_checkpoint(tmp_path, *words, "name=killed")
@@ -110,6 +112,7 @@ def test_a_resumed_run_has_the_weights_of_an_undisturbed_one(tmp_path: Path) -> 
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("lora=on",), ("client_weights.personal=top",)])
 def test_adapters_and_personal_parts_go_with_it(tmp_path: Path, words: tuple[str, ...]) -> None:
     folder = federate(spec_for(tmp_path, "client_weights=sealed", "train.rounds=2", *words))
@@ -119,6 +122,7 @@ def test_adapters_and_personal_parts_go_with_it(tmp_path: Path, words: tuple[str
     assert state.keys() == plain.keys()
 
 
+@pytest.mark.slow
 def test_the_command_joins_the_model_at_a_client(tmp_path: Path) -> None:
     folder = federate(spec_for(tmp_path, "client_weights=sealed"))
     for without in ("serve", "audit"):

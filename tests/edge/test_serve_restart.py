@@ -153,6 +153,7 @@ def undisturbed(model, tmp_path_factory) -> Weights:
     return trained(Server(model, folder / "state"), folder)
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_every_phase_changes_no_weight(model, undisturbed, tmp_path):
     server = Server(model, tmp_path / "state")
 

@@ -164,6 +164,7 @@ def test_a_server_says_what_it_serves_and_what_to_try(place):
     assert re.fullmatch(expected, place.ready)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -538,6 +539,7 @@ def test_a_server_that_is_told_to_stop_finishes_what_is_in_work(run_server):
     assert not (folder / "trunk.address").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_a_good_end_too(place):
     command = [*COMMAND, "serve", *models_of(place.folder)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -23,6 +23,7 @@ def findings(played: Campaign) -> Findings:
     return played.run(_PLAYED)
 
 
+@pytest.mark.slow
 def test_no_schedule_violates_an_invariant(played, findings):
     assert findings.schedules == len(_PLAYED)
     for schedule, violations in findings.violations:
