@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -325,10 +324,3 @@ def test_several_replies_are_late_at_the_same_time() -> None:
         assert waits == []
         assert [answer().version for answer in answers] == [0, 1]
     assert waits == [0.1, 0.1]
-
-
-def test_the_code_in_the_docs_runs() -> None:
-    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
-    exec(compile(blocks[0], "docs/generation.md", "exec"), {})

@@ -1,12 +1,13 @@
-"""Run the tests that pages add, each in the tree that its page has changed.
+"""Run the commands of pages, each in the tree that its page has changed.
 
-python pages.py JSON, which maps a folder to its tests. What pytest prints is in the folder's file
-`pytest.out`. The exit status is the number of folders whose tests fail.
+python pages.py JSON, which maps a folder to its tasks, each a module and its arguments. What they
+print is in the folder's file `output`. The folders with a failure are printed, a line each.
 """
 
 import gc
 import json
 import os
+import runpy
 import sys
 from importlib import import_module
 
@@ -28,23 +29,36 @@ LIBRARIES = (
 )
 
 
-def start(folder: str, tests: list[str]) -> int:
-    """Start the tests of a folder; return the process id."""
+def start(folder: str, tasks: list[list[str]]) -> int:
+    """Start the tasks of a folder; return the process id."""
     if process := os.fork():
         return process
     os.chdir(folder)
-    output = os.open("pytest.out", os.O_WRONLY | os.O_CREAT)
+    output = os.open("output", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1), os.dup2(output, 2)
     sys.path[0] = folder
-    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    code = import_module("pytest").main([*options, *tests])
-    sys.stdout.flush()
-    os._exit(code)
+    options = "-q -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning"
+    os.environ["PYTEST_ADDOPTS"] = options
+    try:
+        codes = [code_of(module, *arguments) for module, *arguments in tasks]
+    finally:
+        sys.stdout.flush()
+    os._exit(any(codes))
 
 
-def passes(folder: str, tests: list[str]) -> bool:
-    """Run the tests of a folder; return whether all of them pass."""
-    return os.waitpid(start(folder, tests), 0)[1] == 0
+def code_of(module: str, *arguments: str) -> int:
+    """Run a module; return its exit status."""
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def passes(folder: str, tasks: list[list[str]]) -> bool:
+    """Run the tasks of a folder; return whether none of them fails."""
+    return os.waitpid(start(folder, tasks), 0)[1] == 0
 
 
 if __name__ == "__main__":
@@ -54,5 +68,5 @@ if __name__ == "__main__":
     gc.freeze()  # else the first collection in each fork goes through all that is imported
     gc.enable()
     assert "fedsplit" not in sys.modules, "a fork must import it from its own folder"
-    tests_of = json.loads(sys.argv[1])
-    sys.exit(sum(not passes(folder, tests) for folder, tests in tests_of.items()))
+    tasks_in = json.loads(sys.argv[1])
+    print(*(folder for folder, tasks in tasks_in.items() if not passes(folder, tasks)), sep="\n")
