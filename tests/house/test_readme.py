@@ -1,4 +1,4 @@
-"""README is short, and every link of the documentation leads somewhere."""
+"""README is short, the contents are whole, and every link of the documentation leads somewhere."""
 
 import re
 from functools import cache
@@ -13,6 +13,17 @@ PAGES = [
     ROOT / "CHANGELOG.md",
     ROOT / "fedsplit" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
+]
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+SECTIONS = [
+    "Start",
+    "Concepts",
+    "Guides",
+    "How to add",
+    "Reference",
+    "Measurements",
+    "Troubleshooting",
+    "Change",
 ]
 
 
@@ -45,12 +56,17 @@ def test_every_link_leads_somewhere():
     require_none(
         (
             f"{page.relative_to(ROOT)}: {target}"
-            for page in PAGES
+            for page in [*PAGES, NOTEBOOK]
             for target in links(page)
             if not leads_somewhere(page, target)
         ),
         "correct the link or the heading",
     )
+
+
+def test_the_contents_have_their_sections():
+    contents = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert re.findall("^## (.*)$", contents, re.MULTILINE) == SECTIONS
 
 
 def test_every_test_that_a_page_names_is_there():
