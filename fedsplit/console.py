@@ -3,6 +3,7 @@
 Functions import the libraries that they need, so that a program's `--help` is fast.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -10,6 +11,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fedsplit.errors import error_text, one_line
+from fedsplit.telemetry.logs import configure
+
+FORMAT_VARIABLE, LEVEL_VARIABLE = "FEDSPLIT_LOG_FORMAT", "FEDSPLIT_LOG_LEVEL"
+"""The variables of the environment with the format and the level of the log."""
 
 READER_GONE = 141
 """The exit status after the reader of the output has closed it: 128 + SIGPIPE, as in a shell."""
@@ -44,6 +49,33 @@ def table_text(rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) ->
     with console.capture() as printed:
         console.print(table)
     return "\n".join(line.rstrip() for line in printed.get().splitlines())
+
+
+def begin_log(
+    default_level: str,
+    *,
+    form: str = "",
+    level: str = "",
+    handler: logging.Handler | None = None,
+) -> None:
+    """Write the log as the options of a program say, or the environment where they are empty.
+
+    Processes that the program starts do so as well: Flower's have no options of ours.
+
+    Args:
+        default_level: The level, if nothing names one.
+        form: The format, text or json.
+        level: The level.
+        handler: As for `fedsplit.telemetry.logs.configure`.
+
+    Raises:
+        ConfigError: There is no such format or level.
+    """
+    for variable, value in ((FORMAT_VARIABLE, form), (LEVEL_VARIABLE, level)):
+        if value:
+            os.environ[variable] = value
+    found = os.environ.get(FORMAT_VARIABLE) or "text"
+    configure(found, os.environ.get(LEVEL_VARIABLE) or default_level, handler)
 
 
 def quiet_libraries() -> None:

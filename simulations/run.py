@@ -11,17 +11,22 @@ import os
 import shlex
 import signal
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedsplit.config import CommandLine, Variants
-from fedsplit.console import READER_GONE, ending_with_an_error_line, ending_with_its_reader
+from fedsplit.console import (
+    READER_GONE,
+    begin_log,
+    ending_with_an_error_line,
+    ending_with_its_reader,
+)
 from fedsplit.errors import Diverged
 from fedsplit.runs.compare import COLUMNS, Group, Table, plot, rows_of
 from fedsplit.runs.compare_report import write_comparison
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
-from fedsplit.telemetry.logs import configure, without_options
 from simulations.experiments import convergence, noniid, straggler
 from simulations.single import left_in, run_one
 from simulations.sweep import carried_out
@@ -80,8 +85,12 @@ def main() -> None:
         SystemExit: It failed; the status is 1, or `READER_GONE` if the output was closed.
     """
     with ending_with_an_error_line(debug="--debug" in sys.argv), ending_with_its_reader():
-        arguments = without_options(sys.argv[1:])
-        configure("warning")
+        # Before the rest is read, which may have something to log.
+        options = ArgumentParser(add_help=False, allow_abbrev=False)
+        options.add_argument("--log-format", default="")
+        options.add_argument("--log-level", default="")
+        log, arguments = options.parse_known_args()
+        begin_log("warning", form=log.log_format, level=log.log_level)
         line = CommandLine.read(arguments)
         if line.variants:
             run_sweep(line.runs[0], line.variants)

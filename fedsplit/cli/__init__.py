@@ -18,8 +18,7 @@ from fedsplit.cli.models import Join, Split
 from fedsplit.cli.results import Compare, Plot, Report, Shards, Timeline, Watch
 from fedsplit.cli.serve import Info, Serve
 from fedsplit.cli.supervise import Supervise
-from fedsplit.console import ending_with_its_reader, print_error
-from fedsplit.telemetry.logs import choose, configure
+from fedsplit.console import begin_log, ending_with_its_reader, print_error
 
 _CERTS = (Init, Request, Sign, Show)
 _COMMANDS = (
@@ -76,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ending_with_its_reader():
             if command := _parsed(argv):
                 debug = command.debug
-                choose(form=command.log_format, level=command.log_level)
-                configure("warning")
+                begin_log("warning", form=command.log_format, level=command.log_level)
                 command.run()
             return 0
     except ClickException as exc:

@@ -15,8 +15,9 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from fedsplit.console import FORMAT_VARIABLE, LEVEL_VARIABLE
 from fedsplit.errors import ConfigError, FedsplitError
-from fedsplit.telemetry.logs import FORMAT_VARIABLE, FORMATS, LEVEL_VARIABLE, LEVELS
+from fedsplit.telemetry.logs import FORMATS, LEVELS
 
 TOKEN_VARIABLE = "FEDSPLIT_TOKEN"
 

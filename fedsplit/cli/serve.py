@@ -204,7 +204,8 @@ class Serve(Command):
             # Flushed, since other programs wait for this line.
             versions = states.versions if states else {}
             print(self._ready_line(served, versions, run, address, source), flush=True)
-            print(*told, sep="\n", end="\n" * len(told), flush=True)
+            for line in told:
+                print(line, flush=True)
             _wait_for(stopped)
         if failed.is_set():
             raise Internal(

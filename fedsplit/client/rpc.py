@@ -191,7 +191,7 @@ class Retry:
                         failure.code,
                         text,
                         wait,
-                        extra={"code": failure.code},
+                        extra={"error.code": failure.code},
                     )
             self._sleep(wait)
             tries += 1

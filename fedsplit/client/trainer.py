@@ -175,7 +175,8 @@ class ClientTrainer:
             groups = iter(batches)
             while (group := next(groups, None)) is not None:
                 try:
-                    progress = self._fit_group(group, progress, round, rollback)
+                    with working_on(client=self._trunk.client, round=round, step=self.steps):
+                        progress = self._fit_group(group, progress, round, rollback)
                 except ServerRestarted as reason:
                     if not rollback:
                         raise
@@ -231,10 +232,7 @@ class ClientTrainer:
             rollback.progress = progress
         began = time.monotonic()
         try:
-            with (
-                working_on(client=self._trunk.client, round=round, step=self.steps),
-                span(self._telemetry, "train_step"),
-            ):
+            with span(self._telemetry, "train_step"):
                 stats = self._step_with_retries(group, round, rollback)
             self._report(group, stats, time.monotonic() - began)
             return progress.taken(stats.loss, stats.num_tokens, stats.repeats)

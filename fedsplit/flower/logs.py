@@ -1,10 +1,12 @@
 """The log in a process of Flower: where Flower's own lines go, and in the same format."""
 
+import os
 from typing import TextIO
 
 from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, console_handler
 
-from fedsplit.telemetry.logs import configure, is_json, json_handler
+from fedsplit.console import FORMAT_VARIABLE, begin_log
+from fedsplit.telemetry.logs import json_handler
 
 
 class _Console(ConsoleHandler):
@@ -31,7 +33,8 @@ def show_logs() -> None:
     Raises:
         ConfigError: The environment names an unknown format or level.
     """
-    configure("info", _Console())
-    if is_json() and console_handler in FLOWER_LOGGER.handlers:
+    begin_log("info", handler=_Console())
+    is_json = os.environ.get(FORMAT_VARIABLE) == "json"
+    if is_json and console_handler in FLOWER_LOGGER.handlers:
         FLOWER_LOGGER.removeHandler(console_handler)
         FLOWER_LOGGER.addHandler(json_handler(console_handler.level))

@@ -1,22 +1,15 @@
-"""The log: the one tree of loggers below `fedsplit`, as text or as JSON, and the sinks of it.
-
-FEDSPLIT_LOG_FORMAT and FEDSPLIT_LOG_LEVEL choose the format and the level in every process.
-"""
+"""The log: the one tree of loggers below `fedsplit`, as text or as JSON, and the sinks of it."""
 
 import logging
-import os
 import sys
-from collections.abc import Iterable
 from typing import TextIO
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.telemetry.context import current_fields
 from fedsplit.telemetry.events import Event, SpanEnded
 from fedsplit.telemetry.round import RoundStats
 from fedsplit.telemetry.sinks import Sink
 from fedsplit.telemetry.spans import current
-
-FORMAT_VARIABLE, LEVEL_VARIABLE = "FEDSPLIT_LOG_FORMAT", "FEDSPLIT_LOG_LEVEL"
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
@@ -25,26 +18,32 @@ TREE = logging.getLogger("fedsplit")
 """The logger above all others of fedsplit."""
 
 _PLAIN = "%(levelname)s: %(message)s"
-_ECS_NAMES = {"code": "error.code"}
-"""The fields that the Elastic Common Schema has a name for; others are below `fedsplit`."""
 
 
-def configure(level: str, handler: logging.Handler | None = None) -> None:
+def configure(form: str, level: str, handler: logging.Handler | None = None) -> None:
     """Write the log to stderr, unless this process has said before where its log goes.
 
     Args:
-        level: The level, if the environment names none.
+        form: One of `FORMATS`.
+        level: One of `LEVELS`.
         handler: Takes the lines in the format text, in place of a handler for stderr.
 
     Raises:
-        ConfigError: The environment names an unknown format or level.
+        ConfigError: There is no such format or level.
     """
+    for option, value, known in (("format", form, FORMATS), ("level", level, LEVELS)):
+        if value not in known:
+            raise ConfigError(
+                f"--log-{option} {value} (or FEDSPLIT_LOG_{option.upper()} of the environment) is "
+                f"unknown; use one of: {', '.join(known)}"
+            )
     if TREE.handlers:
         return
-    form, level = _chosen(FORMAT_VARIABLE, FORMATS, "text"), _chosen(LEVEL_VARIABLE, LEVELS, level)
     if form == "json":
         handler = json_handler()
         TREE.propagate = False
+        # Whose exporter of traces would otherwise write text between the lines.
+        logging.getLogger("opentelemetry").addHandler(handler)
     elif logging.getLogger().handlers:
         # Those of a program that uses fedsplit as a library.
         return
@@ -53,39 +52,6 @@ def configure(level: str, handler: logging.Handler | None = None) -> None:
         handler.setFormatter(logging.Formatter(_PLAIN))
     TREE.setLevel(level.upper())
     TREE.addHandler(handler)
-
-
-def choose(*, form: str = "", level: str = "") -> None:
-    """Choose the format and the level, for this process and those that it starts; "" keeps one."""
-    # Through the environment, which Flower's processes pass on.
-    for variable, value in ((FORMAT_VARIABLE, form), (LEVEL_VARIABLE, level)):
-        if value:
-            os.environ[variable] = value
-
-
-def without_options(arguments: Iterable[str]) -> list[str]:
-    """Choose as the options --log-format and --log-level say, and return the other arguments.
-
-    Raises:
-        ConfigError: An option has no value.
-    """
-    found: dict[str, str] = {}
-    others, rest = [], iter(arguments)
-    for argument in rest:
-        option, equals, value = argument.partition("=")
-        if option not in ("--log-format", "--log-level"):
-            others.append(argument)
-            continue
-        found[option] = value if equals else next(rest, "")
-        if not found[option]:
-            raise ConfigError(f"{option} needs a value")
-    choose(form=found.get("--log-format", ""), level=found.get("--log-level", ""))
-    return others
-
-
-def is_json() -> bool:
-    """Return whether the environment asks for JSON."""
-    return os.environ.get(FORMAT_VARIABLE) == "json"
 
 
 def json_handler(level: int = logging.DEBUG) -> logging.Handler:
@@ -116,27 +82,17 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def _with_fields(record: logging.LogRecord) -> bool:
-    """Add the fields of the thread to a line; those of the line itself take precedence."""
+    """Add the fields of the thread to a line, and the code of an error that it tells of."""
     for name, value in current_fields().items():
         record.__dict__.setdefault(f"fedsplit.{name}", value)
-    for name, known in _ECS_NAMES.items():
-        if name in record.__dict__:
-            record.__dict__[known] = record.__dict__.pop(name)
+    told = record.args if isinstance(record.args, tuple) else ()
+    for cause in (*told, (record.exc_info or (None, None))[1]):
+        if isinstance(cause, FedsplitError):
+            record.__dict__["error.code"] = cause.code
     if trace_id := current().context.trace_id:
         record.__dict__.setdefault("trace.id", trace_id.hex())
     record.__dict__.setdefault("service.name", "fedsplit")
     return True
-
-
-def _chosen(variable: str, known: Iterable[str], default: str) -> str:
-    value = os.environ.get(variable) or default
-    if value not in known:
-        option = variable.removeprefix("FEDSPLIT").lower().replace("_", "-")
-        raise ConfigError(
-            f"-{option} {value} (or {variable} of the environment) is unknown; use one of: "
-            f"{', '.join(known)}"
-        )
-    return value
 
 
 class RoundLog(Sink):

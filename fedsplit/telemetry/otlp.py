@@ -34,6 +34,8 @@ class TraceFile(Sink):
         ConfigError: The exporter is not installed, or the folder cannot be written.
     """
 
+    takes_traces = True
+
     def __init__(self, what: str, folder: Path, *, name: str, share: float) -> None:
         try:
             from opentelemetry.exporter.otlp.json.file.trace_exporter import FileSpanExporter
@@ -56,8 +58,6 @@ class TraceFile(Sink):
         self._wanted = round(share * _ID_RANGE)
         stream: Any = _BoundedFile(self.path)
         self._processor: Any = BatchSpanProcessor(FileSpanExporter(stream=stream))
-
-    takes_traces = True
 
     def wants_trace(self, trace_id: bytes) -> bool:
         """Return whether a trace is of the share, which its id decides."""

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from fedsplit.errors import ConfigError
+from fedsplit.console import begin_log
+from fedsplit.errors import ConfigError, StaleVersion
 from fedsplit.telemetry.context import working_on
-from fedsplit.telemetry.logs import TREE, configure, without_options
+from fedsplit.telemetry.logs import TREE
 from tests.house.source import ROOT
 
 LOG = logging.getLogger("fedsplit.trunk.engine")
@@ -21,28 +22,29 @@ def _environment(monkeypatch):
     monkeypatch.delenv("FEDSPLIT_LOG_FORMAT", raising=False)
     monkeypatch.delenv("FEDSPLIT_LOG_LEVEL", raising=False)
     TREE.handlers = []
+    monkeypatch.setattr(logging.getLogger("opentelemetry"), "handlers", [])
     return monkeypatch
 
 
 def test_a_line_of_json_has_the_fields_of_elastic_and_those_of_its_thread(_environment, capsys):
     _environment.setenv("FEDSPLIT_LOG_FORMAT", "json")
-    configure("info")
+    begin_log("info")
     with working_on(run="r", client="client-0", session="0123456789abcdef", call=3, step=7):
-        LOG.warning("late by %d", 2, extra={"code": "STALE_VERSION"})
+        LOG.warning("late by %d: %s", 2, StaleVersion("moved on"))
     LOG.debug("not at this level")
     (line,) = capsys.readouterr().err.splitlines()
     told = json.loads(line)
-    assert told["message"] == "late by 2" and told["log.level"] == "warning"
+    assert told["message"] == "late by 2: moved on" and told["log.level"] == "warning"
     assert told["ecs.version"] and told["@timestamp"].endswith("Z")
     assert told["log"]["logger"] == "fedsplit.trunk.engine"
-    assert told["error"] == {"code": "STALE_VERSION"} and told["service"] == {"name": "fedsplit"}
+    assert told["error"] == {"code": StaleVersion.code} and told["service"] == {"name": "fedsplit"}
     fields = {"run": "r", "client": "client-0", "session": "01234567", "call": 3, "step": 7}
     assert told["fedsplit"] == fields
 
 
 def test_an_exception_is_in_one_line(_environment, capsys):
     _environment.setenv("FEDSPLIT_LOG_FORMAT", "json")
-    configure("info")
+    begin_log("info")
     try:
         raise ValueError("why")
     except ValueError:
@@ -58,8 +60,13 @@ def test_an_exception_is_in_one_line(_environment, capsys):
 )
 def test_text_is_one_line_also_in_a_program_that_has_a_log(before, told):
     # In a process of its own, because pytest adds handlers.
-    lines = ["import logging", before, "from fedsplit.telemetry.logs import TREE, configure"]
-    lines += ["configure('error')", "configure('error')", "TREE.getChild('x').info('ready')"]
+    lines = [
+        "import logging",
+        before,
+        "from fedsplit.console import begin_log",
+        "from fedsplit.telemetry.logs import TREE",
+    ]
+    lines += ["begin_log('error')", "begin_log('error')", "TREE.getChild('x').info('ready')"]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)],
         env={**os.environ, "FEDSPLIT_LOG_LEVEL": "info", "PYTHONPATH": str(ROOT)},
@@ -80,17 +87,16 @@ def test_text_is_one_line_also_in_a_program_that_has_a_log(before, told):
 def test_what_is_unknown_is_refused(option, variable, value, known, _environment):
     _environment.setenv(variable, value)
     with pytest.raises(ConfigError) as caught:
-        configure("info")
+        begin_log("info")
     told = f"{option} {value} (or {variable} of the environment) is unknown; use one of: {known}"
     assert str(caught.value).startswith(told)
 
 
-def test_the_options_of_a_program_are_taken_from_its_arguments(_environment):
-    _environment.setenv("FEDSPLIT_LOG_LEVEL", "error")
+def test_options_take_precedence_and_reach_other_processes(_environment, capsys):
     _environment.setenv("FEDSPLIT_LOG_FORMAT", "text")
-    given = ["-m", "--log-format=json", "train.lr=1", "--log-level", "debug", "--debug"]
-    assert without_options(given) == ["-m", "train.lr=1", "--debug"]
-    with pytest.raises(ConfigError, match="--log-level needs a value"):
-        without_options(["--log-level"])
-    assert os.environ["FEDSPLIT_LOG_FORMAT"] == "json"
-    assert os.environ["FEDSPLIT_LOG_LEVEL"] == "debug"
+    _environment.setenv("FEDSPLIT_LOG_LEVEL", "error")
+    begin_log("warning", form="json", level="info")
+    LOG.info("ready")
+    assert json.loads(capsys.readouterr().err)["message"] == "ready"
+    chosen = [os.environ[f"FEDSPLIT_LOG_{name}"] for name in ("FORMAT", "LEVEL")]
+    assert chosen == ["json", "info"]

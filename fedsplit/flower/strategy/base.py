@@ -171,7 +171,7 @@ class SplitStrategy(WrappingStrategy):
         """
         log.info("Starting %s:", type(self).__name__)
         self.summary()
-        # First, because a process that a simulation forks while gRPC starts would die.
+        # Register clients first: a process that a simulation forks while gRPC starts would die.
         self._invitations.run_id = run_id or new_run_id()
         self._registry = NodeRegistry(grid, self.run, self._invitations, self._states.of)
         self._registry.register_all()

@@ -107,7 +107,9 @@ class RoundMetrics:
             problem = peer_text(str(refusal))
             self.refused_replies += 1
             broken.add(client)
-            log.warning("%s: %s is refused (%s): %s", where, client, refusal.code, problem)
+            code = refusal.code
+            told = {"error.code": code}
+            log.warning("%s: %s is refused (%s): %s", where, client, code, problem, extra=told)
             return problem
         return ""
 
