@@ -31,15 +31,18 @@ def check_node_config(config: NodeConfig) -> Result:
         if key in config and not Path(str(config[key])).is_absolute()
     ]
     number, among = config.get("partition-id", -1), config.get("num-partitions", 0)
-    if not (isinstance(number, int) and isinstance(among, int) and 0 <= number < among):
+    is_assigned = "data-path" in config and "partition-id" not in config
+    is_partition = isinstance(number, int) and isinstance(among, int) and 0 <= number < among
+    if not (is_assigned or is_partition):
         wrong.append(f"partition-id={number} is not one of num-partitions={among}, from 0 on")
     if wrong:
         return fail("node config", "; ".join(wrong), "correct the --node-config of the SuperNode")
-    return ok("node config", f"client {number} of {among}")
+    place = "the server gives it a number" if is_assigned else f"client {number} of {among}"
+    return ok("node config", place)
 
 
 def check_data_path(path: str) -> Result:
-    """Check that a client's data are files of text that this user can read."""
+    """Check that a client's data are files of text that this user can read, and enough of them."""
     if not path:
         return skipped("data-path", "none was given, so the client takes its share of the corpus")
     try:
@@ -53,6 +56,9 @@ def check_data_path(path: str) -> Result:
             else:
                 file.open("rb").close()
         size = sum(file.stat().st_size for file in files)
+        unit, groups = "file", len(files)
+        if not root.is_dir():
+            unit, groups = "line", len(read_text(root).strip().split("\n"))
     except (DataError, OSError) as exc:
         found = str(exc).replace("data.path", "data-path")
         return fail("data-path", found, "correct the path, the permissions or the file")
@@ -60,7 +66,10 @@ def check_data_path(path: str) -> Result:
         return fail(
             "data-path", f"{path} has no text", "name the folder that has the client's text"
         )
-    return ok("data-path", f"{len(files)} files with {mib(size)}")
+    if groups < 2:
+        found = f"{path} has one {unit}, and a part of the {unit}s is held out"
+        return fail("data-path", found, "divide the text into several files, or lines of one file")
+    return ok("data-path", f"{groups:,} {unit}s with {mib(size)}")
 
 
 def check_allowed_path(path: str) -> Result:

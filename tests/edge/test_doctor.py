@@ -25,6 +25,7 @@ from fedsplit.certs import pem
 from fedsplit.certs.authority import Authority
 from fedsplit.cli import main
 from fedsplit.config.authority import NODE_CONFIG, PRIVACY_KEYS
+from fedsplit.doctor.data import check_node_config
 from fedsplit.doctor.examination import examine
 from fedsplit.doctor.network import ask_trunk
 from fedsplit.doctor.result import State
@@ -104,7 +105,7 @@ def place(tmp_path_factory) -> Iterator[Place]:
     wire = certified(folder / "tls")
     for name in ("data-path", "allowed-path", "app/app"):
         (folder / name).mkdir(parents=True)
-    for name in ("data-path/a.txt", "public-text", "app/LICENSE", *APP_FILES):
+    for name in ("data-path/a", "data-path/b", "public-text", "app/LICENSE", *APP_FILES):
         (folder / name).write_text("app = 1\n")
     (folder / "app" / "pyproject.toml").write_text(APP)
     (folder / "seal-key").write_bytes(bytes(32))
@@ -212,6 +213,10 @@ class Scene:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         path.chmod(mode)
         return str(path)
+
+    def folder_with(self, name: str, content: str) -> str:
+        """The folder of a new file."""
+        return str(Path(self.file(name, content)).parent)
 
     def node(self, **config: Any) -> Subject:
         """A SuperNode with this config; keys have underscores."""
@@ -525,6 +530,8 @@ FAULTS: list[tuple[str, State, str, Fault]] = [
     ("data-path", FAIL, "data-path=/none does not exist", lambda s: s.node(data_path="/none")),
     ("data-path", FAIL, "is not UTF-8", lambda s: s.node(data_path=s.file("b", b"\xff\xfe"))),
     ("data-path", FAIL, "has no text", lambda s: s.node(data_path=str(s.tmp))),
+    ("data-path", FAIL, "has one line", lambda s: s.node(data_path=s.file("d", "a line\n"))),
+    ("data-path", FAIL, "has one file", lambda s: s.node(data_path=s.folder_with("d/a", "b\nc"))),
     ("allowed-path", FAIL, "is not a folder", lambda s: s.node(allowed_path="/none")),
     ("seal-key", FAIL, "cannot be read", lambda s: s.node(seal_key="/none")),
     ("seal-key", FAIL, "32 bytes, but", lambda s: s.node(seal_key=s.file("k", "short"))),
@@ -562,6 +569,11 @@ def test_a_fault_is_found_by_its_check(
 def test_every_check_has_a_fault(place, here):
     checks = {each.name for each in examine(place.healthy, here)}
     assert checks == {check for check, *_ in FAULTS} and len(checks) >= 20
+
+
+def test_a_node_with_its_own_text_needs_no_number():
+    assert check_node_config({"data-path": "/srv/text"}).state is State.OK
+    assert check_node_config({"state-dir": "/srv/state"}).state is State.FAIL
 
 
 def test_the_keys_of_a_node_are_those_that_it_reads():
