@@ -77,6 +77,7 @@ PROTOTYPE = Prototype()
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Reply with the client's name and its configuration's fingerprint, before any work."""
+    show_logs()
     run, hello = from_run_config(context.run_config), Hello.of(message.content)
     node = Node.of(context, run).known_as(run, hello.run_id)
     identity = ConfigRecord({"client": node.name, "config": run.fingerprint})

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.telemetry.context import current_fields
@@ -62,9 +62,17 @@ def json_handler(level: int = logging.DEBUG) -> logging.Handler:
     """
     from ecs_logging import StdlibFormatter
 
+    class Lines(StdlibFormatter):
+        def format_to_ecs(self, record: logging.LogRecord) -> dict[str, Any]:
+            fields = super().format_to_ecs(record)
+            if record.exc_info and record.exc_info[0]:
+                # Its own leaves out the errors that this one was raised from.
+                fields["error"]["stack_trace"] = self.formatException(record.exc_info)
+            return fields
+
     handler = _Stderr()
     # The origin of a line in the source is of no use in operation, and `original` is the message.
-    handler.setFormatter(StdlibFormatter(exclude_fields=["log.original", "log.origin"]))
+    handler.setFormatter(Lines(exclude_fields=["log.original", "log.origin"]))
     handler.addFilter(_with_fields)
     handler.setLevel(level)
     return handler

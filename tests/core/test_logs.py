@@ -46,13 +46,13 @@ def test_an_exception_is_in_one_line(_environment, capsys):
     _environment.setenv("FEDSPLIT_LOG_FORMAT", "json")
     begin_log("info")
     try:
-        raise ValueError("why")
+        raise ValueError("why") from KeyError("the cause")
     except ValueError:
         LOG.exception("failed")
     (line,) = capsys.readouterr().err.splitlines()
     error = json.loads(line)["error"]
     assert (error["type"], error["message"]) == ("ValueError", "why")
-    assert "raise ValueError" in error["stack_trace"]
+    assert "raise ValueError" in error["stack_trace"] and "the cause" in error["stack_trace"]
 
 
 @pytest.mark.parametrize(
