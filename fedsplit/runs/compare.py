@@ -4,6 +4,7 @@ All data is read from the folders of the runs (`fedsplit.runs.folder`).
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from fedsplit.errors import DataError
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from fedsplit.telemetry.round import RoundStats, in_mib, plain
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 """One row of a table: plain values by column; None if a column has no value."""
@@ -132,12 +135,15 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     """Group runs by all settings except the seed, and name each group by what differs.
 
     If that is more than a few settings, each group has the name of its first run's folder. Of two
-    runs with equal settings, the last one counts.
+    runs with equal settings and seeds, the last one counts, and a warning names the other.
     """
     # By JSON, since settings have lists and dicts, which cannot be keys.
     by_settings: dict[str, dict[int, Run]] = {}
     for run in runs:
-        by_settings.setdefault(json.dumps(_settings(run.spec)), {})[run.spec.seed] = run
+        by_seed = by_settings.setdefault(json.dumps(_settings(run.spec)), {})
+        if other := by_seed.get(run.spec.seed):
+            log.warning("%s is left out: %s has the same settings and seed", other.path, run.path)
+        by_seed[run.spec.seed] = run
     same = [[by_seed[seed] for seed in sorted(by_seed)] for by_seed in by_settings.values()]
     differing = differences([members[0].spec for members in same])
     pairs = zip(differing, same, strict=True)

@@ -80,10 +80,13 @@ def test_rows_that_differ_in_many_settings_are_named_by_their_runs(leave: Leave)
     assert names == [str(paths[0]), str(other)]
 
 
-def test_a_run_that_was_repeated_counts_once(leave: Leave) -> None:
+def test_a_run_that_was_repeated_counts_once(
+    leave: Leave, caplog: pytest.LogCaptureFixture
+) -> None:
     paths = [leave("a", SYNC, [1.0]), leave("b", SYNC, [3.0])]
     (row,) = rows_of(grouped(read_runs([*paths, paths[0]])))
     assert (row["seeds"], row["loss"], row["name"]) == ([0], 3.0, "b")
+    assert caplog.messages == [f"{paths[0]} is left out: {paths[1]} has the same settings and seed"]
 
 
 def test_rounds_without_a_measurement_are_passed_over(leave: Leave) -> None:
