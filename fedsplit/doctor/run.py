@@ -188,8 +188,8 @@ def check_app_data(files: Collection[str]) -> Result:
         more = f" and {len(data) - 3} more" if len(data) > 3 else ""
         return warn(
             "app data",
-            f"the bundle has {', '.join(sorted(data)[:3])}{more}, which is sent to every SuperNode",
-            "move them out of the folder, or name them in fab-exclude of pyproject.toml",
+            f"the bundle has {', '.join(sorted(data)[:3])}{more}, and every SuperNode gets it",
+            "move such files out of the folder, or name them in fab-exclude of pyproject.toml",
         )
     return ok("app data", "the bundle has code, configuration and texts only")
 
