@@ -123,7 +123,7 @@ def monitoring(folder: Path, targets: Mapping[str, Sequence[str]]) -> Iterator[M
     config["rule_files"] = [str(DEPLOYED / "rules.yml")]
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alerts]
     for job in config["scrape_configs"]:
-        job["static_configs"][0]["targets"] = list(targets[job["job_name"]])
+        job["static_configs"][0]["targets"] = list(targets.get(job["job_name"], ()))
     routes = yaml.safe_load((DEPLOYED / "alertmanager.yml").read_text())
     routes["receivers"][0]["webhook_configs"][0]["url"] = webhook.url
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
