@@ -250,6 +250,7 @@ class _ClientSession:
             "refused": stats.refused,
             # The others are no sign that training diverges.
             "skipped": stats.skipped - stats.overflows,
+            "own-data": int(bool(self.node.data_path)),
             "seconds": time.monotonic() - begin,
             "peak-bytes": stats.peak_bytes,
             "done": int(0 < max_steps <= memory.steps),

@@ -35,7 +35,8 @@ _TRAINING: Mapping[str, type] = {
     WEIGHT: int,
     "loss": float,
     "seconds": float,
-    **dict.fromkeys(("steps", "repeated", "refused", "skipped", "peak-bytes", "done"), int),
+    **dict.fromkeys(("steps", "repeated", "refused", "skipped", "peak-bytes"), int),
+    **dict.fromkeys(("done", "own-data"), int),
     **_TRAFFIC,
     **_TOLD,
 }

@@ -21,10 +21,9 @@ tags: [split-learning, federated-learning, fedsplit]
 |---|---|
 | model | {model} |
 | split (bottom/trunk/top, blocks) | {split} |
-| corpus | {corpus}, {corpus_bytes:,} bytes |
-| corpus sha256 | `{sha256}` |
+{data}
 | tokens | {tokens_of} |
-| sharding | {sharding} over {clients} clients, {held_out:.0%} held out |
+| held-out share | {held_out:.0%} of each client's text |
 | policy | {policy}, strategy {strategy} with {client_strategy} for the client weights |
 | attention at the trunk | {attention} |
 | rounds | {rounds} of {local_steps} steps per client, {trunk_steps}, {tokens:,} {unit} |
@@ -81,12 +80,9 @@ def model_card(
         model=run.model,
         split=cut,
         attention=attention,
-        corpus=corpus.name,
-        corpus_bytes=corpus.num_bytes,
-        sha256=corpus.sha256,
+        data=_data(run, corpus, rounds),
         # A bar ends a cell, and special tokens have some.
         tokens_of=layout.replace("|", "\\|"),
-        sharding=run.sharding.kind,
         held_out=run.data.held_out,
         policy=run.policy.kind,
         strategy=run.strategy.target,
@@ -106,6 +102,22 @@ def model_card(
         fingerprint=run.fingerprint,
         privacy=_privacy(run, rounds[-1]),
     )
+
+
+def _data(run: RunSpec, corpus: Corpus, rounds: Sequence[RoundStats]) -> str:
+    """Return the rows about the data: the run's corpus, and that of clients with their own."""
+    clients = {name: each for stats in rounds for name, each in stats.by_client.items()}
+    own = sorted(name for name, each in clients.items() if each.own_data)
+    shared = (
+        f"| corpus | {corpus.name}, {corpus.num_bytes:,} bytes |\n"
+        f"| corpus sha256 | `{corpus.sha256}` |\n"
+        f"| sharding | {run.sharding.kind} over {run.clients} clients |"
+    )
+    if not own:
+        return shared
+    if len(own) == run.clients:
+        return "| data | each client's own, which the server has not seen |"
+    return f"| data | of {', '.join(own)}: their own, which the server has not seen |\n{shared}"
 
 
 def _privacy(run: RunSpec, last: RoundStats) -> str:

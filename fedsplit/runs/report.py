@@ -160,8 +160,8 @@ _CLIENT_HEADS = (
     "repeated steps",
     "refused steps",
     "failures",
-    "up",
-    "down",
+    "up in training",
+    "down in training",
 )
 _BAR = Markup(
     '<span class="bar"><i style="width: {0:.1f}%"></i></span><span class="percent">{0:.1f} %</span>'

@@ -20,6 +20,7 @@ class ClientStats:
         failed: The times that it did not reply, or that its reply was refused.
         bytes_up: Bytes of the stream from it to the trunk.
         bytes_down: Bytes of the stream from the trunk to it.
+        own_data: Whether it trained on data of its own machine, and not on a share of the run's.
     """
 
     loss: float = math.nan
@@ -30,6 +31,7 @@ class ClientStats:
     failed: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    own_data: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

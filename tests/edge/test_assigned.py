@@ -49,6 +49,10 @@ def test_a_node_without_a_partition_gets_what_the_others_leave(tmp_path: Path) -
     configs = [first, {**second, "partition-id": 0, "num-partitions": 2}]
     folder = federate(spec_for(tmp_path, "clients=2"), SuperNodes(configs=configs))
     assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0)]
+    assert all(each.own_data for each in folder.rounds()[0].by_client.values())
+    card = (folder.model / "README.md").read_text(encoding="utf-8")
+    assert "| data | each client's own, which the server has not seen |" in card
+    assert "corpus" not in card
 
 
 RUN_SPEC = RunSpec(clients=2)

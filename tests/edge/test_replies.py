@@ -33,6 +33,7 @@ TRAINED = {
     "repeated": 0,
     "refused": 0,
     "skipped": 0,
+    "own-data": 0,
     "seconds": 1.5,
     "peak-bytes": 1000,
     "done": 0,
@@ -154,7 +155,7 @@ REFUSED = {
         reply_with(more=ConfigRecord({"text": "x" * 10**6})), ProtocolError, "difference is 'more'"
     ),
     "a further number": Refused(
-        reply_with({"more": 1}), ProtocolError, "has 16 numbers, not 15; the first difference is 'm"
+        reply_with({"more": 1}), ProtocolError, "has 17 numbers, not 16; the first difference is 'm"
     ),
     "a missing number": Refused(
         without(reply_with(), METRICS, "loss"), ProtocolError, "the first difference is 'loss'"

@@ -199,6 +199,7 @@ def _client_stats(trained: list[Numbers], failed: int) -> ClientStats:
         failed=failed,
         bytes_up=int(_sum(trained, "bytes-up")),
         bytes_down=int(_sum(trained, "bytes-down")),
+        own_data=bool(_most(trained, "own-data")),
     )
 
 
