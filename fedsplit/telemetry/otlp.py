@@ -3,11 +3,13 @@
 The exporter of OpenTelemetry is an extra, so the functions that need it import it.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from fedsplit.errors import ConfigError
+from fedsplit import atomic
+from fedsplit.errors import ConfigError, StorageError
 from fedsplit.telemetry.events import Event, SpanEnded
 from fedsplit.telemetry.sinks import Sink
 
@@ -15,6 +17,8 @@ FILE_BYTES = 100 << 20
 """The most bytes of a file, after which it makes room for a new one."""
 
 _ID_RANGE = 1 << 64
+
+log = logging.getLogger(__name__)
 
 
 class TraceFile(Sink):
@@ -80,22 +84,37 @@ class _BoundedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._begun = False
+        self._is_lost = False
 
     def write(self, lines: str) -> None:
         """Add lines; before that, rename a file that has no room for them."""
+        try:
+            self._add(lines)
+        except (OSError, StorageError) as exc:
+            # Once: on a full disk, every batch of the next hours is lost.
+            if not self._is_lost:
+                log.warning("traces are lost until they can be written again: %s", exc)
+            self._is_lost = True
+        else:
+            self._is_lost = False
+
+    def _add(self, lines: str) -> None:
         size = self._path.stat().st_size if self._path.exists() else 0
         if size and size + len(lines) > FILE_BYTES:
             self._path.replace(self._path.with_suffix(".old.jsonl"))
-        elif size and not self._begun:
-            # Another process with this number may have been killed in the middle of a line.
-            lines = "\n" + lines
-        self._begun = True
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(lines)
+        elif size and not _ends_a_line(self._path):
+            # Another process with this number was killed in the middle of a line.
+            lines = f"\n{lines}"
+        atomic.append_line(self._path, lines.removesuffix("\n"))
 
     def flush(self) -> None:
         """Do nothing; each write is complete."""
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _span_of(event: SpanEnded, resource: Any) -> Any:

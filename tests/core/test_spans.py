@@ -1,5 +1,6 @@
 """Spans: what is in a trace, what decides that there is one, and that nothing is made without."""
 
+import json
 import random
 import secrets
 import sys
@@ -119,6 +120,41 @@ def test_a_full_file_makes_room_for_a_new_one(tmp_path, monkeypatch):
     kept = [path.read_text() for path in (file.path.with_suffix(".old.jsonl"), file.path)]
     assert [text.count('"name":"span-') for text in kept] == [2, 1]
     assert "span-3" in kept[0] and "span-4" in kept[1]
+
+
+def traced(folder, *names):
+    """The file of a process that had these spans."""
+    file = TraceFile("", folder, name="server", share=1.0)
+    for name in names:
+        with span(Telemetry(file), name):
+            pass
+    file.close()
+    return file.path
+
+
+def test_a_process_that_goes_on_with_a_file_leaves_no_empty_and_no_broken_line(tmp_path):
+    file = traced(tmp_path, "first")
+    traced(tmp_path, "second")
+    assert all(map(json.loads, file.read_text().splitlines()))
+    with file.open("a") as killed:
+        killed.write('{"resourceSpans":[')
+    traced(tmp_path, "third")
+    *whole, half, last = file.read_text().splitlines()
+    assert len(whole) == 2 and half == '{"resourceSpans":['
+    assert "third" in last and json.loads(last)
+
+
+def test_a_file_that_cannot_be_written_is_told_of_once(tmp_path, caplog):
+    file = TraceFile("", tmp_path / "traces", name="server", share=1.0)
+    (tmp_path / "traces").rmdir()
+    for name in ("first", "second"):
+        with span(Telemetry(file), name):
+            pass
+        file._processor.force_flush()
+    assert [line.message.partition(": ")[0] for line in caplog.records] == [
+        "traces are lost until they can be written again"
+    ]
+    file.close()
 
 
 def test_a_step_that_is_not_of_the_share_has_no_trace_inside():
