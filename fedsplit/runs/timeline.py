@@ -57,12 +57,14 @@ class Traces:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._by_id: defaultdict[str, list[RecordedSpan]] = defaultdict(list)
+        # By the id of the span too: a file may be given twice, by its name and by its folder.
+        found: defaultdict[str, dict[str, RecordedSpan]] = defaultdict(dict)
         given = list(paths)
         for path in given:
             for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
                 for span in _spans_of(file):
-                    self._by_id[span.trace].append(span)
+                    found[span.trace][span.id] = span
+        self._by_id = {trace: list(spans.values()) for trace, spans in found.items()}
         if not self._by_id:
             raise ConfigError(
                 f"no span in {', '.join(map(str, given))}; trace a run with launch.traces=DIR, and "
@@ -202,13 +204,16 @@ def _length(span: RecordedSpan) -> int:
 
 def _spans_of(file: Path) -> Iterable[RecordedSpan]:
     try:
-        # A process that is killed may leave half a line.
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line[-1:] == "}"]
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{file} cannot be read: {exc}") from exc
     for number, line in enumerate(lines, 1):
         try:
-            for resource in json.loads(line)["resourceSpans"]:
+            described = json.loads(line)
+        except ValueError:  # half a line of a process that was killed
+            continue
+        try:
+            for resource in described["resourceSpans"]:
                 process = _fields(resource["resource"])["service.instance.id"]
                 for scope in resource["scopeSpans"]:
                     yield from (_recorded(process, span) for span in scope["spans"])
@@ -233,4 +238,4 @@ def _recorded(process: str, span: Mapping[str, Any]) -> RecordedSpan:
 
 def _fields(described: Mapping[str, Any]) -> dict[str, str]:
     found = described.get("attributes", [])
-    return {each["key"]: str(next(iter(each["value"].values()))) for each in found}
+    return {each["key"]: str(next(iter(each["value"].values()), "")) for each in found}

@@ -118,8 +118,22 @@ def test_what_is_no_trace_is_refused(given, text, run: Path, capsys) -> None:
     assert text in capsys.readouterr().err
 
 
-def test_half_a_line_at_the_end_of_a_file_is_passed_over(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", ['{"resourceSpans":[{"res', '{"resourceSpans":[{"resource":{}'])
+def test_half_a_line_of_a_file_is_passed_over(half: str, run: Path, tmp_path: Path) -> None:
     (whole,) = (run / "traces").glob("server-*")
     killed = tmp_path / "killed.jsonl"
-    killed.write_text(whole.read_text() + '{"resourceSpans":[{"res')
+    killed.write_text(f"{half}\n{whole.read_text()}{half}")
     assert len(Traces([killed])) == len(Traces([whole]))
+
+
+def test_a_file_that_is_given_twice_counts_once(run: Path) -> None:
+    folder = run / "traces"
+    assert Traces([folder, *folder.iterdir()]).rows == Traces([folder]).rows
+
+
+def test_an_attribute_may_have_no_value(run: Path, tmp_path: Path) -> None:
+    (whole,) = (run / "traces").glob("server-*")
+    empty = '"attributes":[{"key":"none","value":{}},'
+    file = tmp_path / "empty.jsonl"
+    file.write_text(whole.read_text().replace('"attributes":[', empty))
+    assert Traces([file]).of()[0].fields["none"] == ""
