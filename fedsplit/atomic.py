@@ -135,8 +135,8 @@ def create(path: Path, text: str) -> bool:
     return True
 
 
-def create_secret(path: Path, content: bytes) -> None:
-    """Create a file that only its owner can read, unless there is one of this name.
+def create_secret(path: Path, content: bytes) -> bool:
+    """Create a file that only its owner can read; return False if there is one of this name.
 
     Raises:
         StorageError: The file cannot be written.
@@ -151,11 +151,13 @@ def create_secret(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(number)
             # Unlike a rename, a link replaces nothing: of two processes, one creates the file.
-            with suppress(FileExistsError):
-                os.link(unfinished, path)
+            os.link(unfinished, path)
+        except FileExistsError:
+            return False
         finally:
             Path(unfinished).unlink()
     _sync(path.parent)
+    return True
 
 
 def append_line(path: Path, line: str) -> None:

@@ -27,14 +27,13 @@ def new_key(file: Path) -> ec.EllipticCurvePrivateKey:
         ConfigError: There is a file of this name.
         StorageError: It cannot be written.
     """
-    if file.exists():
+    key = ec.generate_private_key(ec.SECP256R1())
+    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    if not atomic.create_secret(file, key.private_bytes(_PEM, form, plain)):
         raise ConfigError(
             f"{file} is there already, and a certificate of it would not be valid any more; "
             "give another folder. To renew a certificate, sign its request again"
         )
-    key = ec.generate_private_key(ec.SECP256R1())
-    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    atomic.create_secret(file, key.private_bytes(_PEM, form, plain))
     return key
 
 
@@ -44,8 +43,9 @@ def read_key(file: Path) -> PrivateKey:
     Raises:
         ConfigError: The file cannot be read, or has no key for certificates.
     """
+    content = _bytes_of(file)
     try:
-        key = serialization.load_pem_private_key(_bytes_of(file), None)
+        key = serialization.load_pem_private_key(content, None)
     except (ValueError, TypeError) as exc:
         raise ConfigError(f"{file} is not a private key without a passphrase: {exc}") from exc
     if not isinstance(key, PrivateKey):
@@ -68,8 +68,9 @@ def read_certificates(file: Path) -> list[x509.Certificate]:
     Raises:
         ConfigError: The file cannot be read, or has no certificate.
     """
+    content = _bytes_of(file)
     try:
-        return x509.load_pem_x509_certificates(_bytes_of(file))
+        return x509.load_pem_x509_certificates(content)
     except ValueError as exc:
         raise ConfigError(f"{file} has no certificate that can be read: {exc}") from exc
 
@@ -80,8 +81,9 @@ def read_request(file: Path) -> x509.CertificateSigningRequest:
     Raises:
         ConfigError: The file cannot be read, has no request, or was changed after it was made.
     """
+    content = _bytes_of(file)
     try:
-        request = x509.load_pem_x509_csr(_bytes_of(file))
+        request = x509.load_pem_x509_csr(content)
         is_whole = request.is_signature_valid
     except ValueError as exc:
         raise ConfigError(f"{file} has no request that can be read: {exc}") from exc

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography import x509
@@ -32,7 +33,7 @@ def make_request(names: Sequence[str], folder: Path) -> Path:
         ConfigError: A name is neither a host name nor an IP address, or there is a key already.
         StorageError: A file cannot be written.
     """
-    wanted = [_general_name(name) for name in dict.fromkeys((*names, *LOCAL_NAMES))]
+    wanted = list(dict.fromkeys(map(_general_name, (*names, *LOCAL_NAMES))))
     key = pem.new_key(folder / KEY)
     subject = pem.common_name(names[0][: pem.SUBJECT_CHARACTERS])
     builder = x509.CertificateSigningRequestBuilder(subject)
@@ -42,14 +43,15 @@ def make_request(names: Sequence[str], folder: Path) -> Path:
 
 
 def _general_name(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        pass
+    with suppress(ValueError):
+        address = ipaddress.ip_address(name)
+        # A server listens there, and nobody calls it so.
+        if not address.is_unspecified:
+            return x509.IPAddress(address)
     # A last label of digits only would be read as an address.
-    if re.fullmatch(rf"(\*\.)?({_LABEL}\.)*(?!\d+$){_LABEL}", name):
+    if re.fullmatch(rf"(?=.{{1,253}}$)(\*\.)?({_LABEL}\.)*(?!\d+$){_LABEL}", name):
         return x509.DNSName(name.lower())
     raise ConfigError(
-        f"{name!r} is neither a host name nor an IP address; give the server's name as clients "
-        "call it, without a port"
+        f"{name!r} is neither a host name nor an IP address of a server; give its name as "
+        "clients call it, without a port"
     )

@@ -3,9 +3,11 @@
 import re
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from cryptography import x509
@@ -14,9 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsplit.certs import pem
 from fedsplit.certs.authority import Authority
+from fedsplit.certs.request import make_request
 from fedsplit.certs.show import is_authority
 from fedsplit.cli import main
-from fedsplit.errors import TlsFailed
+from fedsplit.errors import ConfigError, TlsFailed
 from fedsplit.spec import WireSpec
 from fedsplit.wire.messages import ServiceInfoRequest
 from tests.edge.certified import certified
@@ -166,12 +169,22 @@ REFUSED = {
     "a name with a port": (
         "certs request a.org:9500 --out new",
         _nothing,
-        r"'a.org:9500' is neither a host name nor an IP address; give .* without a port",
+        r"'a.org:9500' is neither a host name nor an IP address of a server; give .* without a port",
     ),
     "no address": (
         "certs request 10.0.0.256 --out new",
         _nothing,
         r"'10.0.0.256' is neither a host name nor an IP address",
+    ),
+    "an address at which a server listens": (
+        "certs request 0.0.0.0 --out new",
+        _nothing,
+        r"'0.0.0.0' is neither a host name nor an IP address of a server",
+    ),
+    "a name that is too long": (
+        f"certs request {'.'.join(['a' * 63] * 4)} --out new",
+        _nothing,
+        r"is neither a host name nor an IP address",
     ),
     "more days than the authority has": (
         f"{SIGN} --days 5000",
@@ -187,7 +200,7 @@ REFUSED = {
     "no authority": (
         "certs sign server/server.csr --ca server",
         _nothing,
-        r"server/ca.key cannot be read: No such file",
+        r"^error: server/ca.key cannot be read: No such file or directory$",
     ),
     "a key of another authority": (SIGN, _key_of_another, r"ca.crt is not the certificate of"),
     "a key to show": (
@@ -197,6 +210,29 @@ REFUSED = {
     ),
     "no PEM to show": ("certs show server/none", _nothing, r"server/none cannot be read: No such"),
 }
+
+
+def test_a_name_counts_once_in_whatever_letters(tmp_path):
+    request = pem.read_request(make_request(["A.org", "a.org", "LOCALHOST"], tmp_path))
+    assert pem.texts(pem.alternative_names(request)) == ["a.org", "localhost", "127.0.0.1"]
+
+
+def test_of_two_authorities_at_once_one_has_the_folder(tmp_path):
+    """The other would leave its certificate beside the key of the first one."""
+    barrier = Barrier(8)
+
+    def create(_: int) -> str:
+        barrier.wait()
+        try:
+            Authority.create(tmp_path, name="both", days=1, now=NOW)
+        except ConfigError as exc:
+            return str(exc)
+        return ""
+
+    with ThreadPoolExecutor(8) as pool:
+        refusals = list(pool.map(create, range(8)))
+    assert refusals.count("") == 1 and all("is there already" in each for each in refusals if each)
+    assert Authority.read(tmp_path).certificate
 
 
 @pytest.mark.parametrize(("line", "damage", "text"), REFUSED.values(), ids=REFUSED)
