@@ -1,5 +1,6 @@
 """Commands for the folders and the data of runs: plot, report, watch, compare and shards."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -123,7 +124,7 @@ class Compare(Command):
 
         groups = grouped(read_runs(map(Path, self.run_dirs)))
         table = Table(rows=rows_of(groups), columns=COLUMNS)
-        out = Path(self.out or Path(self.run_dirs[0]).parent / "compare")
+        out = Path(self.out or os.path.normpath(Path(self.run_dirs[0], "..", "compare")))
         files = table.write(out), plot(groups, out), write_comparison(table, groups, out)
         print(table, "", *files, sep="\n")
 

@@ -158,7 +158,7 @@ _MOST_SETTINGS = 4
 
 
 def _folder_names(paths: Sequence[Path]) -> list[str]:
-    names = [path.name for path in paths]
+    names = [path.resolve().name for path in paths]
     # Runs in folders of their own may have one name.
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
@@ -299,7 +299,7 @@ def plot(groups: Sequence[Group], folder: Path) -> Path:
     """
     atomic.make_folder(folder)
     axes = axes_of(groups)
-    figure = Figure(figsize=(6 * len(axes), 4.5), layout="constrained")
+    figure = Figure(figsize=(6 * max(1, len(axes)), 4.5), layout="constrained")
     # pyplot would keep the figure in a global list, and choose a display.
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0] if axes else []

@@ -93,6 +93,8 @@ class Summary:
         run, rounds = folder.run, folder.rounds()
         is_over = is_over or folder.is_finished
         state = _end_of(folder) if is_over else _state_of(folder)
+        # A report is read elsewhere, and "." is no name.
+        folder = RunFolder(folder.path.resolve())
         return Summary(folder=folder, run=run, rounds=rounds, state=state, is_over=is_over)
 
     @property

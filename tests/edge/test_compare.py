@@ -123,6 +123,30 @@ def test_the_command_prints_a_table_and_leaves_it(
     assert main(["compare", str(tmp_path / "many"), str(tmp_path / "compare")]) == 0
 
 
+def test_a_run_can_be_compared_before_its_held_out_loss_is_measured(
+    leave: Leave, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = leave("many/a", SYNC, [math.nan])
+    assert main(["compare", str(path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "held-out loss" not in told[0] and Path(told[-2]).name == "compare.png"
+    assert imread(told[-2]).size
+
+
+def test_in_a_run_s_folder_the_comparison_is_left_beside_it(
+    leave: Leave, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(RunSpec(policy=PolicySpec(kind="async")), clients=3, seed=1)
+    trained = replace(other, train=replace(other.train, rounds=9, lr=1e-5, batch_size=3))
+    path = leave("many/a", SYNC, [3.0])
+    leave("many/b", trained, [2.0])
+    monkeypatch.chdir(path)
+    assert main(["compare", ".", "../b"]) == 0
+    told = capsys.readouterr().out
+    assert "../compare/table.json" in told and (path.parent / "compare" / "table.json").is_file()
+    assert [line.split()[0] for line in told.splitlines()[1:3]] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

@@ -174,3 +174,13 @@ def test_the_command_writes_the_report_of_a_stopped_run(
     (folder.path / "metrics.jsonl").unlink()
     assert main(["report", str(folder.path)]) == 1
     assert "has no finished round yet" in capsys.readouterr().err
+
+
+def test_a_report_made_in_the_folder_can_be_read_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = leave(tmp_path / "run", RunSpec(), 1)
+    monkeypatch.chdir(folder.path)
+    assert main(["report", "."]) == 0
+    page = Path("report.html").read_text()
+    assert "<title>run</title>" in page and f"fedsplit watch {folder.path}<" in page
