@@ -89,6 +89,10 @@ class Doctor(Command):
         from fedsplit.flower.control import read_config
 
         config = read_config("--node-config", [self.node_config]) if self.node_config else {}
+        if self.node_config and not config:
+            raise ConfigError(
+                f"--node-config {self.node_config} sets nothing; give words of the form key=value"
+            )
         token, token_error = "", ""
         try:
             token = read_token(self.token_file)

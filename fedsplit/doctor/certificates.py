@@ -52,7 +52,12 @@ class Presented:
 
 
 def presented(address: str, tls_ca: str) -> Presented:
-    """Make handshakes with a server, and return what it presents."""
+    """Make handshakes with a server, and return what it presents.
+
+    Raises:
+        ConfigError: The authority's file cannot be read, or has no certificate.
+    """
+    pem.read_certificates(Path(tls_ca))
     try:
         untrusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         untrusting.check_hostname, untrusting.verify_mode = False, ssl.CERT_NONE

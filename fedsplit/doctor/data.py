@@ -30,15 +30,24 @@ def check_node_config(config: NodeConfig) -> Result:
         for key in _PATHS
         if key in config and not Path(str(config[key])).is_absolute()
     ]
-    number, among = config.get("partition-id", -1), config.get("num-partitions", 0)
-    is_assigned = "data-path" in config and "partition-id" not in config
-    is_partition = isinstance(number, int) and isinstance(among, int) and 0 <= number < among
-    if not (is_assigned or is_partition):
-        wrong.append(f"partition-id={number} is not one of num-partitions={among}, from 0 on")
+    number, among = config.get("partition-id"), config.get("num-partitions")
+    if number is None and "data-path" not in config:
+        wrong.append("it has neither partition-id nor data-path")
+    elif number is not None and not _is_partition(number, among):
+        of_all = "" if among is None else f" of num-partitions={among}"
+        wrong.append(f"partition-id={number} is not one{of_all}, from 0 on")
     if wrong:
         return fail("node config", "; ".join(wrong), "correct the --node-config of the SuperNode")
-    place = "the server gives it a number" if is_assigned else f"client {number} of {among}"
-    return ok("node config", place)
+    if number is None:
+        return ok("node config", "the server gives it a number")
+    return ok("node config", f"client {number}" + ("" if among is None else f" of {among}"))
+
+
+def _is_partition(number: object, among: object) -> bool:
+    # Without num-partitions, it is one of as many as a run has clients.
+    if not (isinstance(number, int) and number >= 0):
+        return False
+    return among is None or (isinstance(among, int) and number < among)
 
 
 def check_data_path(path: str) -> Result:

@@ -6,6 +6,7 @@ from fedsplit.doctor import certificates, data, machine, network, run, versions
 from fedsplit.doctor.network import Answer
 from fedsplit.doctor.result import Result, State, skipped
 from fedsplit.doctor.subject import Machine, NodeConfig, Subject
+from fedsplit.errors import ConfigError
 
 
 def examine(subject: Subject, here: Machine) -> Iterator[Result]:
@@ -69,7 +70,11 @@ def _reached(name: str, address: str, tls_ca: str, here: Machine) -> Generator[R
         reason = "no --tls-ca was given" if port.state is State.OK else "its port is not reached"
         yield skipped(f"{name} certificate", reason)
         return port.state is State.OK
-    found = certificates.presented(address, tls_ca)
+    try:
+        found = certificates.presented(address, tls_ca)
+    except ConfigError:
+        yield skipped(f"{name} certificate", "the authority has to be right first")
+        return False
     results = [
         certificates.check_chain(name, found),
         certificates.check_name(name, address, found),

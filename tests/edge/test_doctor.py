@@ -527,6 +527,12 @@ FAULTS: list[tuple[str, State, str, Fault]] = [
         lambda s: s.node(state_dir="state"),
     ),
     ("node config", FAIL, "partition-id=2 is not one of", lambda s: s.node(partition_id=2)),
+    (
+        "node config",
+        FAIL,
+        "it has neither partition-id nor data-path",
+        lambda s: Subject(node_config={"device": "cpu"}),
+    ),
     ("data-path", FAIL, "data-path=/none does not exist", lambda s: s.node(data_path="/none")),
     ("data-path", FAIL, "is not UTF-8", lambda s: s.node(data_path=s.file("b", b"\xff\xfe"))),
     ("data-path", FAIL, "has no text", lambda s: s.node(data_path=str(s.tmp))),
@@ -564,6 +570,31 @@ def test_a_fault_is_found_by_its_check(
         found = {each.name: each for each in examine(subject, machine)}
     assert found[check].state is state, found[check]
     assert re.search(text, found[check].what) and found[check].do
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"data-path": "/srv"}, "the server gives it a number"),
+        ({"partition-id": 3}, "client 3"),
+        ({"partition-id": 3, "num-partitions": 4, "data-path": "/srv"}, "client 3 of 4"),
+    ],
+)
+def test_a_config_that_gives_a_place_among_the_clients_is_right(config, text):
+    found = check_node_config(config)
+    assert (found.state, found.what) == (State.OK, text)
+
+
+def test_without_the_authority_no_server_is_blamed(place, here, tmp_path):
+    subject = Subject(node_config={}, trunk=place.trunk, tls_ca=str(tmp_path / "none"))
+    found = {each.name: each for each in examine(subject, here)}
+    assert [name for name, each in found.items() if each.state is FAIL] == ["authority"]
+    assert found["trunk certificate"].what == "the authority has to be right first"
+
+
+def test_a_node_config_that_sets_nothing_is_refused(capsys):
+    assert main(["doctor", "--node-config", "data-path"]) == 1
+    assert "--node-config data-path sets nothing" in capsys.readouterr().err
 
 
 def test_every_check_has_a_fault(place, here):
