@@ -38,3 +38,5 @@ def show_logs() -> None:
     if is_json and console_handler in FLOWER_LOGGER.handlers:
         FLOWER_LOGGER.removeHandler(console_handler)
         FLOWER_LOGGER.addHandler(json_handler(console_handler.level))
+        # The handler of other libraries' lines would write them again.
+        FLOWER_LOGGER.propagate = False

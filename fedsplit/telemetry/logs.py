@@ -42,8 +42,10 @@ def configure(form: str, level: str, handler: logging.Handler | None = None) -> 
     if form == "json":
         handler = json_handler()
         TREE.propagate = False
-        # Whose exporter of traces would otherwise write text between the lines.
-        logging.getLogger("opentelemetry").addHandler(handler)
+        # What other libraries log, and Python's warnings, would be text between the lines.
+        if not (root := logging.getLogger()).handlers:
+            root.addHandler(handler)
+        logging.captureWarnings(True)
     elif logging.getLogger().handlers:
         # Those of a program that uses fedsplit as a library.
         return

@@ -22,7 +22,6 @@ def _environment(monkeypatch):
     monkeypatch.delenv("FEDSPLIT_LOG_FORMAT", raising=False)
     monkeypatch.delenv("FEDSPLIT_LOG_LEVEL", raising=False)
     TREE.handlers = []
-    monkeypatch.setattr(logging.getLogger("opentelemetry"), "handlers", [])
     return monkeypatch
 
 
@@ -53,6 +52,26 @@ def test_an_exception_is_in_one_line(_environment, capsys):
     error = json.loads(line)["error"]
     assert (error["type"], error["message"]) == ("ValueError", "why")
     assert "raise ValueError" in error["stack_trace"] and "the cause" in error["stack_trace"]
+
+
+def test_lines_of_other_libraries_are_json_as_well():
+    lines = [
+        "import logging, warnings",
+        "from fedsplit.console import begin_log",
+        "begin_log('info')",
+        "logging.getLogger('other').warning('x')",
+        "warnings.warn('y')",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env={**os.environ, "FEDSPLIT_LOG_FORMAT": "json", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["log"]["logger"] for line in told] == ["other", "py.warnings"]
+    assert told[0]["message"] == "x" and "UserWarning: y" in told[1]["message"]
 
 
 @pytest.mark.parametrize(
