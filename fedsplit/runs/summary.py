@@ -293,8 +293,8 @@ def _state_of(folder: RunFolder) -> str:
     try:
         with folder.lock_file.open("r+", encoding="utf-8") as file:
             return "stopped" if atomic.lock(file, folder.path) else "training"
-    except PermissionError:
-        # Another user's run, of which this user cannot learn it.
+    except OSError:
+        # Another user's run, or one on a disk that is only read: this process cannot learn it.
         return "not finished"
 
 
