@@ -169,7 +169,7 @@ REFUSED = {
     "a name with a port": (
         "certs request a.org:9500 --out new",
         _nothing,
-        r"'a.org:9500' is neither a host name nor an IP address of a server; give .* without a port",
+        r"'a.org:9500' is neither a host name nor an IP address of a server; .* without a port",
     ),
     "no address": (
         "certs request 10.0.0.256 --out new",
