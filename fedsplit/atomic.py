@@ -57,9 +57,15 @@ def writing(path: Path, unfinished: Path | None = None) -> Iterator[None]:
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; the file that the block writes there becomes `path`.
 
+    A device or a pipe, such as /dev/stdout, is not replaced, and is yielded itself.
+
     Raises:
         StorageError: The file cannot be written; what was at `path` is unchanged.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with writing(path):
+            yield path
+        return
     unfinished = _beside(path, _UNFINISHED)
     with writing(path, unfinished):
         yield unfinished

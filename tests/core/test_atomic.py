@@ -1,6 +1,7 @@
 """Atomic writes: complete or not there, whatever ends the writer, and what a killed one leaves."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,18 @@ def test_a_folder_is_made_once_and_not_below_a_file(tmp_path):
     atomic.write_text(folder / "file", "text")
     with pytest.raises(StorageError, match="file/two cannot be written: Not a directory"):
         atomic.make_folder(folder / "file" / "two")
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """So is a device: as root, a rename would take /dev/full away from all programs."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # Opened for both, so that neither end waits for the other.
+    with open(pipe, "r+b", buffering=0) as reader:
+        atomic.write_text(pipe, "text")
+        assert reader.read(4) == b"text"
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["pipe"]
 
 
 def test_what_cannot_be_written_to_is_named(tmp_path):

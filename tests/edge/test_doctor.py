@@ -551,8 +551,8 @@ FAULTS: list[tuple[str, State, str, Fault]] = [
         lambda s: s.app({"fedsplit/__init__.py": "x = 1"}),
     ),
     ("app files", FAIL, "FAB size exceeds", lambda s: s.app({"large.py": "#" * (11 << 20)})),
-    ("app data", WARN, "has data/a.jsonl, which is", lambda s: s.app({"data/a.jsonl": "{}"})),
-    ("app data", WARN, "has run.toml, which is sent", lambda s: s.app({"run.toml": "a = 1"})),
+    ("app data", WARN, "has data/a.jsonl, and every", lambda s: s.app({"data/a.jsonl": "{}"})),
+    ("app data", WARN, "has run.toml, and every", lambda s: s.app({"run.toml": "a = 1"})),
 ]
 
 
