@@ -224,7 +224,10 @@ def _call(command: Sequence[str], place: Path = ROOT) -> str:
 def _environment() -> dict[str, str]:
     """Return the environment without what would add the checkout to the path of Python."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYENV_VERSION")
-    return {name: value for name, value in os.environ.items() if name not in hidden}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    # The losses are compared to the last bit, and a sum depends on the number of threads. Ray gives
+    # its processes one, and a library may use fewer than there are on a busy machine.
+    return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 if __name__ == "__main__":
