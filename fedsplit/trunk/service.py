@@ -10,12 +10,12 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
 from fedsplit.errors import (
     ActivationExpired,
     DeadlineExceeded,
+    FedsplitError,
     Forbidden,
     ProtocolError,
     ProtocolVersion,
@@ -153,9 +153,8 @@ class TrunkService:
             until: The virtual time, in seconds, that the clock does not pass.
         """
         self._round = round
-        self._wait(
-            self.engine.expect(clients, at_once=at_once, close_after=close_after, until=until)
-        )
+        done = self.engine.expect(clients, at_once=at_once, close_after=close_after, until=until)
+        self._wait(done)
 
     def close(self) -> None:
         """End a round: virtual time stands still until clients are expected again."""
@@ -258,9 +257,13 @@ class TrunkService:
         session = Session(info=info, at_once=self._run.train.micro_batches)
         for old in self._sessions.add(session):
             self._drop(old, replaced=old.info.is_like(info))
-        if info.generating:
-            self._wait(self.engine.open_cache(client, info.name, request.cache_tokens))
-        version = self._wait(self.engine.join(client)) if info.training else self.engine.version
+        try:
+            if info.generating:
+                self._wait(self.engine.open_cache(client, info.name, request.cache_tokens))
+            version = self._wait(self.engine.join(client)) if info.training else self.engine.version
+        except FedsplitError:  # a client in quarantine, which could not close it
+            self._end(session)
+            raise
         return m.OpenReply(
             session=info.name,
             server_instance_id=self.server_instance_id,
@@ -369,15 +372,14 @@ class TrunkService:
         bound = self._run.wire.call_deadline_s
         try:
             return future.result(timeout=bound)
-        except FutureTimeout as exc:
+        except TimeoutError as exc:
             raise DeadlineExceeded(
                 f"the trunk did not answer within {bound} s (wire.call_deadline_s); try again"
             ) from exc
 
     def _drop(self, session: Session, *, replaced: bool = False) -> None:
         """End a session and wait until the engine has dropped its state."""
-        is_leaving = session.leaving is not None
-        leaving = self._end(session, replaced=replaced)
+        is_leaving, leaving = session.leaving is not None, self._end(session, replaced=replaced)
         # A client that has returned does not wait for its own LEAVE, which may be at a later time.
         if not (is_leaving and replaced):
             self._wait(leaving)
@@ -387,13 +389,11 @@ class TrunkService:
         """Let the engine drop a session; a client that is not `replaced` leaves its barrier."""
         with session.lock:
             if session.leaving is None:
-                info = session.info
-                if info.training:
-                    self._last_steps[info.client] = session.steps()
-                leaves = info.training and not replaced
-                call = Call(
-                    kind=Kind.CLOSE, client=info.client if leaves else "", session=info.name
-                )
+                info, steps = session.info, session.steps()
+                if info.training and steps:
+                    self._last_steps[info.client] = steps
+                client = info.client if info.training and not replaced else ""
+                call = Call(kind=Kind.CLOSE, client=client, session=info.name)
                 session.leaving = self.engine.submit(call)
                 # Only then has the engine dropped its state.
                 session.leaving.add_done_callback(lambda _: self._sessions.remove(info.name))

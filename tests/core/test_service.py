@@ -371,6 +371,22 @@ def test_nonfinite_gradients_never_reach_a_parameter(tiny_llama):
             ask(here, "alice", step_of(request))
 
 
+def test_a_client_in_quarantine_leaves_no_session(tiny_llama):
+    """Nobody could close one whose reply was an error."""
+    with world(tiny_llama()) as here:
+        alice = here.add("alice")
+        alice.trunk.open()
+        for call in range(3):
+            request = forward_of(alice, call=call)
+            ask(here, "alice", request)
+            with pytest.raises(errors.NonFinite):
+                ask(here, "alice", backward_of(request, scale=float("nan")))
+        with pytest.raises(errors.Quarantined):
+            alice.trunk.open()
+        here.service.close()  # the engine has done what came before
+        assert here.service.num_sessions == 0
+
+
 LIES = [
     pytest.param({"num_tokens": 25}, "num_tokens=25 for a step of 24 positions", id="tokens"),
     pytest.param({"step": 10**9}, "clients of this run take at most 960 steps", id="steps"),
