@@ -158,6 +158,7 @@ class Rounds:
                 "seconds": 0.0,
                 "peak-bytes": stats.peak_bytes,
                 "done": 0,
+                "own-data": 0,
                 "bytes-up": 0,
                 "bytes-down": 0,
                 **TOLD_NOTHING,

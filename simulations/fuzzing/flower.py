@@ -27,7 +27,7 @@ _COMMON = {WEIGHT: 30, "loss": 2.5, "bytes-up": 10, "bytes-down": 20, **TOLD_NOT
 _TRAINED = {
     **_COMMON,
     **{"steps": 2, "repeated": 0, "refused": 0, "skipped": 0},
-    **{"seconds": 1.5, "peak-bytes": 1000, "done": 0},
+    **{"seconds": 1.5, "peak-bytes": 1000, "done": 0, "own-data": 0},
 }
 _EVALUATED = {**_COMMON, "bits-per-byte": 1.5, "nats": 75.0, "bytes": 70, "correct": 0}
 _CODECS = ("none", "fp16", "int8", "sealed")
