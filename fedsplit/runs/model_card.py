@@ -106,8 +106,8 @@ def model_card(
 
 def _data(run: RunSpec, corpus: Corpus, rounds: Sequence[RoundStats]) -> str:
     """Return the rows about the data: the run's corpus, and that of clients with their own."""
-    clients = {name: each for stats in rounds for name, each in stats.by_client.items()}
-    own = sorted(name for name, each in clients.items() if each.own_data)
+    # Of any round: a client that failed in one has not said it there.
+    own = sorted({n for stats in rounds for n, each in stats.by_client.items() if each.own_data})
     shared = (
         f"| corpus | {corpus.name}, {corpus.num_bytes:,} bytes |\n"
         f"| corpus sha256 | `{corpus.sha256}` |\n"

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
+from fedsplit.data import load_corpus
 from fedsplit.errors import ConfigError, Diverged, ProtocolError
 from fedsplit.flower.node import Node
 from fedsplit.runs.folder import new_run_id
+from fedsplit.runs.model_card import model_card
 from fedsplit.spec import RunSpec
+from fedsplit.telemetry.round import ClientStats
 from tests.edge.federation import federate, joined, spec_for, without_seconds, write_corpus
 from tests.edge.nodes import SuperNodes
 from tests.edge.resuming import breaking_in
@@ -47,12 +50,20 @@ def test_nodes_without_a_partition_train_as_those_that_have_one(tmp_path: Path) 
 def test_a_node_without_a_partition_gets_what_the_others_leave(tmp_path: Path) -> None:
     first, second = machines(tmp_path)
     configs = [first, {**second, "partition-id": 0, "num-partitions": 2}]
-    folder = federate(spec_for(tmp_path, "clients=2"), SuperNodes(configs=configs))
+    run = spec_for(tmp_path, "clients=2")
+    folder = federate(run, SuperNodes(configs=configs))
     assert [(stats.clients, stats.failed) for stats in folder.rounds()] == [(2, 0)]
     assert all(each.own_data for each in folder.rounds()[0].by_client.values())
     card = (folder.model / "README.md").read_text(encoding="utf-8")
     assert "| data | each client's own, which the server has not seen |" in card
     assert "corpus" not in card
+    # A client that fails in a later round has trained on its own data all the same.
+    first = folder.rounds()[0]
+    failed = {name: ClientStats(failed=1) for name in first.by_client}
+    later = replace(first, round=2, by_client=failed)
+    corpus = load_corpus(run.data, run.task)
+    again = model_card(run, "1/1/1", "sdpa", corpus, "bytes", [first, later])
+    assert "| data | each client's own, which the server has not seen |" in again
 
 
 RUN_SPEC = RunSpec(clients=2)
