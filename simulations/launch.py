@@ -40,6 +40,7 @@ def run_flwr(
     run_config: RunConfig,
     num_clients: int,
     workers: int = 0,
+    ray_address: str = "",
     restarts: int = 0,
     start_timeout_s: float = 120.0,
     commands: Path = Path(sys.executable).parent,
@@ -63,6 +64,7 @@ def run_flwr(
         run_config: Overrides of `[tool.flwr.app.config]`; a string may be long and have newlines.
         num_clients: Number of simulated clients.
         workers: The number of clients that work at once, however few cores there are; 0 for all.
+        ray_address: The Ray cluster that runs the clients, host:port; by default a new one.
         restarts: The restarts in a row without another finished round, after which the run fails.
             With 0, a run whose client is gone goes on without it.
         start_timeout_s: Seconds for the SuperLink to answer, and for the run to start.
@@ -75,18 +77,16 @@ def run_flwr(
         DeadlineExceeded: The SuperLink or the run did not start in time.
         Internal: The run ended but did not complete; the text has its last lines.
     """
-    # Packed once, because that reads every file of the app.
-    app = App(app_dir)
-    simulation = {
-        "num_supernodes": num_clients,
-        # Ray runs one client per CPU, and takes the number of CPUs from this setting.
-        "init_args_num_cpus": min(workers or num_clients, num_clients),
-        "client_resources_num_cpus": 1,
-    }
+    app = App(app_dir)  # packed once, because that reads every file of the app
+    # Ray runs one client per CPU. With a number of CPUs, it makes a cluster that has as many.
+    simulation = {"num_supernodes": num_clients, "client_resources_num_cpus": 1}
+    if not ray_address:
+        simulation["init_args_num_cpus"] = min(workers or num_clients, num_clients)
     backend = _OwnSuperLink(
         folder,
         lambda link, mark: link.submit(app, {**run_config, "end-mark": str(mark)}, simulation),
         needs_clients=restarts > 0,
+        ray_address=ray_address,
         start_timeout_s=start_timeout_s,
         commands=commands,
         on_output=on_output,
@@ -102,6 +102,7 @@ class _OwnSuperLink(Backend):
         folder: The run's folder.
         submit: Submits the run with its end mark to a SuperLink, and returns Flower's id of it.
         needs_clients: Whether an attempt is over when the process of a client is gone.
+        ray_address: The Ray cluster that runs the clients; empty for a new one.
         start_timeout_s: Seconds for the SuperLink to answer, and for the run to start.
         commands: Folder of Flower's commands, which is searched before PATH.
         on_output: Called with each line that the run prints.
@@ -113,6 +114,7 @@ class _OwnSuperLink(Backend):
         submit: Callable[[SuperLink, Path], int],
         *,
         needs_clients: bool,
+        ray_address: str,
         start_timeout_s: float,
         commands: Path,
         on_output: Callable[[str], None],
@@ -120,6 +122,7 @@ class _OwnSuperLink(Backend):
         self._folder = folder
         self._submit = submit
         self._needs_clients = needs_clients
+        self._ray = {"RAY_ADDRESS": ray_address} if ray_address else {}
         self._start_timeout_s = start_timeout_s
         self._commands = commands
         self._on_output = on_output
@@ -151,7 +154,9 @@ class _OwnSuperLink(Backend):
             _ended_with_this_process(home := Path(name)),
             closing(SuperLink.on_loopback(port)) as link,
             closing(LogFollower(link, self._take)) as log,
-            _superlink(_environment(home, self._commands), port, self._log_path) as process,
+            _superlink(
+                _environment(home, self._commands) | self._ray, port, self._log_path
+            ) as process,
         ):
             try:
                 gone = _SUPERLINK_GONE

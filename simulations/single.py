@@ -256,6 +256,13 @@ def _inline(run: RunSpec, folder: RunFolder, sinks: Sequence[Sink]) -> None:
 
 
 def _flwr(run: RunSpec, folder: RunFolder) -> None:
+    address = ""
+    if run.launch.ray_address:
+        from simulations.ray_cluster import RayCluster  # imports Ray, which takes seconds
+
+        cluster = RayCluster.found_at(run.launch.ray_address)
+        cluster.require(run.num_nodes)
+        run, address = cluster.reachable(run), cluster.address
     with (folder.path / "flower.log").open("w", encoding="utf-8") as log:
 
         def write(line: str) -> None:
@@ -270,6 +277,7 @@ def _flwr(run: RunSpec, folder: RunFolder) -> None:
             run_config=_run_config(run, folder) | {"run-id": "" if run.resume else new_run_id()},
             num_clients=run.num_nodes,
             workers=run.launch.workers,
+            ray_address=address,
             restarts=run.launch.restarts,
             start_timeout_s=run.launch.start_timeout_s,
             on_output=write,

@@ -34,6 +34,7 @@ _CHANGES_NO_NUMBER = (
 )
 # Names of runs and variants become names of folders.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CLUSTER = re.compile(r"|auto|[^\s:/]+:[0-9]{1,5}")
 _CLIENT = re.compile(r"client-(0|[1-9][0-9]{0,18})")
 
 
@@ -44,6 +45,8 @@ class LaunchSpec:
     Attributes:
         kind: Where the run takes place: in this process (inline), or on a SuperLink (flwr).
         workers (clients): The simulated clients that work at once (0: all of them).
+        ray_address: The Ray cluster on which launch=flwr simulates the clients: HOST:PORT of its
+            head, or auto for the one of this machine (empty: a new one for this run).
         run_dir: The folder that has one folder per run.
         start_timeout_s (seconds): The longest wait for the first node.
         restarts (times): How often launch=flwr starts the run again, in a row without another
@@ -62,6 +65,7 @@ class LaunchSpec:
 
     kind: Annotated[str, OneOf("inline", "flwr")] = "inline"
     workers: Annotated[int, AtLeast(0)] = 0
+    ray_address: Annotated[str, Matching(_CLUSTER, "HOST:PORT, or auto")] = ""
     run_dir: str = "runs"
     start_timeout_s: Annotated[float, DURATION] = 120.0
     restarts: Annotated[int, AtLeast(0)] = 5
@@ -76,6 +80,13 @@ class LaunchSpec:
 
     def __post_init__(self) -> None:
         check_fields(self, "launch")
+        if self.ray_address and (self.kind != "flwr" or self.workers):
+            raise ConfigError(
+                f"launch.ray_address={self.ray_address} simulates as many clients at once as the "
+                f"cluster has CPUs, and does not go with launch={self.kind} and "
+                f"launch.workers={self.workers}; set launch=flwr and launch.workers=0, or leave "
+                "launch.ray_address out"
+            )
         if self.client_labels and not self.metrics:
             raise ConfigError(
                 "launch.client_labels=true needs launch.metrics, which is empty; set "
