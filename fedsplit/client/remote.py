@@ -294,9 +294,14 @@ class RemoteTrunk:
 
     def disconnect(self) -> None:
         """Close all sessions, with one attempt each and no retries."""
+        own = [self._session.name] if self._session else []
+        sessions = (*own, *self._caches)
+        self._session = None
+        # A cache that is deleted later adds its session once more, which the trunk then ignores.
+        self._caches.clear()
+        self._abandoned.clear()
         with suppress(FedsplitError):  # the trunk ends the sessions of a lost connection itself
-            own = [self._session.name] if self._session else []
-            for session in (*own, *self._caches):
+            for session in sessions:
                 with suppress(SessionLost):
                     self._link.exchange(m.CloseRequest(session=session))
 

@@ -4,18 +4,18 @@ Shapes: B sequences (always one), T tokens.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerFast, TextStreamer
 
 from fedsplit.data.hub import offline_reason, reporting_a_full_disk
 from fedsplit.errors import CheckpointError, ConfigError, DataError, FedsplitError
 from fedsplit.serve.client import Reached
+from fedsplit.serve.template import conversation_text, end_tokens, positions_of
 
 _LOOKUP_TOKENS = 10
 """Draft tokens in a pass if drafts come from the prompt."""
@@ -68,8 +68,15 @@ class Writer:
     tokens: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
-    def write(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Continue from these tokens, of which the cache may hold some; return all tokens.
+    def write(
+        self, ids_BT: Tensor, cache: Cache | None = None, ends: Sequence[int] = ()
+    ) -> Tensor:
+        """Continue from these tokens; return all tokens.
+
+        Args:
+            ids_BT: The tokens to continue from.
+            cache: A KV cache, which may hold some of these tokens.
+            ends: The tokens that end the text; by default those of the model.
 
         Raises:
             ConfigError: transformers refuses the options, alone or together.
@@ -78,7 +85,10 @@ class Writer:
         # With beams, the text is known only at the end, so it cannot be streamed.
         has_beams = self.options.get("num_beams", 1) > 1
         begin = time.monotonic()
-        out_BT = self._generate(ids_BT, cache, None if has_beams else _TokenPrinter(self))
+        own: dict[str, Any] = {"streamer": None if has_beams else _TokenPrinter(self)}
+        own |= {} if cache is None else {"past_key_values": cache}
+        own |= {"eos_token_id": list(ends)} if ends else {}
+        out_BT = self._generate(ids_BT, own)
         self.seconds += time.monotonic() - begin
         new_T = out_BT[0, ids_BT.shape[1] :]
         self.tokens += len(new_T)
@@ -86,26 +96,16 @@ class Writer:
             print(self.tokenizer.decode(new_T, skip_special_tokens=True), file=self.out)
         return out_BT
 
-    def _generate(self, ids_BT: Tensor, cache: Cache | None, streamer: Any) -> Tensor:
+    def _generate(self, ids_BT: Tensor, own: Mapping[str, Any]) -> Tensor:
         model: Any = self.reached.model
-        if not model.can_generate():
-            raise ConfigError(f"a {model.family.__name__} writes no text; it has no language head")
-        rows = model.config.get_text_config(decoder=True).vocab_size
-        last = max(ids_BT.flatten().tolist(), default=0)
-        if last >= rows:
-            raise ConfigError(
-                f"the text has the token {self.tokenizer.decode([last])!r} with number {last}, but "
-                f"the model's embedding has {rows} rows (vocab_size); use the tokenizer that the "
-                "model was saved with"
-            )
-        cache_option = {} if cache is None else {"past_key_values": cache}
+        require_language_head(model)
+        require_embedded(model, self.tokenizer, ids_BT)
         try:
             out_BT: Tensor = model.generate(
                 ids_BT.to(model.device),
                 attention_mask=torch.ones_like(ids_BT),
                 pad_token_id=self.tokenizer.pad_token_id,
-                streamer=streamer,
-                **cache_option,
+                **own,
                 **self.options,
             )
         except FedsplitError:
@@ -114,7 +114,7 @@ class Writer:
             raise ConfigError(f"cannot generate like this: {exc}") from exc
         except IndexError as exc:
             # On a CPU, a table of positions that has no row for a number.
-            limit = getattr(model.config.get_text_config(), "max_position_embeddings", "some")
+            limit = positions_of(model.config) or "some"
             raise ConfigError(
                 f"the text has {ids_BT.shape[1]} tokens and up to "
                 f"{self.options.get('max_new_tokens', 0)} new ones, but the model has {limit} "
@@ -143,6 +143,32 @@ class _TokenPrinter(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print the text without delay."""
         print(text, end="\n" if stream_end else "", file=self._out, flush=True)
+
+
+def require_language_head(model: Any) -> None:
+    """Refuse a model that writes no text.
+
+    Raises:
+        ConfigError: It has no language head.
+    """
+    if not model.can_generate():
+        raise ConfigError(f"a {model.family.__name__} writes no text; it has no language head")
+
+
+def require_embedded(model: Any, tokenizer: PreTrainedTokenizerFast, ids_BT: Tensor) -> None:
+    """Refuse tokens for which the model has no embedding.
+
+    Raises:
+        ConfigError: One of the tokens has none.
+    """
+    rows = model.config.get_text_config(decoder=True).vocab_size
+    last = max(ids_BT.flatten().tolist(), default=0)
+    if last >= rows:
+        raise ConfigError(
+            f"the text has the token {tokenizer.decode([last])!r} with number {last}, but "
+            f"the model's embedding has {rows} rows (vocab_size); use the tokenizer that the "
+            "model was saved with"
+        )
 
 
 def complete(writer: Writer, prompt: str) -> None:
@@ -177,8 +203,8 @@ def _require_utf8(text: str) -> None:
 class Conversation:
     """A conversation with one model and one KV cache: each turn sends its new tokens only.
 
-    With a chat template of the tokenizer, there are turns of user and assistant; without one, the
-    text continues line by line. If a template formats earlier turns in another way than before, the
+    With a chat template of the tokenizer, there are turns of user and assistant, and a reply ends
+    with the template's end-of-turn token; without one, the text continues line by line. If a template formats earlier turns in another way than before, the
     cache is replaced and all tokens are sent again.
     """
 
@@ -186,6 +212,8 @@ class Conversation:
         self._writer = writer
         self._turns: list[dict[str, Any]] = []
         self._prompt = self._reply = ""
+        config = writer.reached.model.generation_config
+        self._ends = end_tokens(writer.tokenizer, config, chat=True)
         self._tokens_BT, self._cache = self._empty()
 
     def answer(self, line: str) -> None:
@@ -199,7 +227,7 @@ class Conversation:
         self._turns.append({"role": "user", "content": line})
         text = self._text()
         ids_BT = self._tokens(text)
-        self._tokens_BT = self._writer.write(ids_BT, self._cache)
+        self._tokens_BT = self._writer.write(ids_BT, self._cache, self._ends)
         reply_T = self._tokens_BT[0, ids_BT.shape[1] :]
         self._prompt, self._reply = text, tokenizer.decode(reply_T, skip_special_tokens=True)
         self._turns.append({"role": "assistant", "content": self._reply})
@@ -214,15 +242,7 @@ class Conversation:
         if not tokenizer.chat_template:
             line = self._turns[-1]["content"]
             return f"{self._prompt}{self._reply}\n{line}\n" if self._prompt else f"{line}\n"
-        try:
-            text: str = tokenizer.apply_chat_template(
-                self._turns, add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError as exc:
-            raise ConfigError(
-                f"the model's chat template refuses this conversation: {exc}"
-            ) from exc
-        return text
+        return conversation_text(tokenizer, self._turns)
 
     def _tokens(self, text: str) -> Tensor:
         """The text's tokens; those of earlier turns stay as they were generated."""
@@ -238,7 +258,7 @@ class Conversation:
         encoded = tokenizer(new, return_tensors="pt", add_special_tokens=not has_own)
         new_BT = encoded["input_ids"].long()
         ends = new_BT[0, :1], self._tokens_BT[0, -1:]
-        if torch.equal(*ends) and int(ends[0]) in tokenizer.all_special_ids:
+        if torch.equal(*ends) and int(ends[0]) in self._ends:
             # The model has generated the end-of-turn token already.
             new_BT = new_BT[:, 1:]
         return torch.cat((self._tokens_BT, new_BT), dim=1)

@@ -17,6 +17,7 @@ from fedsplit.client.privacy import NoiseKey, Shield
 from fedsplit.client.public_text import public_ids, public_rows
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.errors import ConfigError, FedsplitError, ModelMismatch, peer_text
+from fedsplit.link import Link
 from fedsplit.model import ClientPart, connect
 from fedsplit.model.describe import client_of
 from fedsplit.model.identity import model_fingerprint, model_settings
@@ -38,17 +39,59 @@ _PUBLIC_TOKENS = 32
 """The length of the public sequences that give the statistics of a shield."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """The way to a served trunk: makes links to it, and a client's sessions over them.
+
+    Attributes:
+        address: The server's address.
+        token: The server's token.
+        run: The run, with the server's cut.
+        wire: The deadlines of calls and the client's TLS settings.
+        client: The client's name.
+        served_model_name: The trunk's name at the server.
+        kv: The side that keeps the trunk's keys and values.
+        telemetry: Receives the events of the client.
+    """
+
+    address: str
+    token: str
+    run: RunSpec
+    wire: WireSpec
+    client: str
+    served_model_name: str
+    kv: str
+    telemetry: Telemetry
+
+    def link(self, deadline_s: float = 0.0) -> GrpcLink:
+        """Return a link with a connection of its own; 0 is the run's deadline of a call."""
+        wire = replace(self.wire, call_deadline_s=deadline_s) if deadline_s else self.wire
+        return GrpcLink(self.address, token=self.token, wire=wire)
+
+    def trunk(self, link: Link, model: ClientPart) -> RemoteTrunk:
+        """Return a handle of the trunk for the sessions of a model over a link."""
+        return RemoteTrunk(
+            MeteredLink(link, self.telemetry) if self.telemetry else link,
+            model,
+            self.run,
+            client=self.client,
+            served_model_name=self.served_model_name,
+            kv=self.kv,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reached:
     """A client's model, connected to a served trunk, to generate or to train.
 
-    `trunk` is the argument of `ClientTrainer` beside the model, and `link` counts bytes. As a
-    context manager it closes the link at the end.
+    `trunk` is the argument of `ClientTrainer` beside the model, `link` counts bytes, and `route`
+    makes further links. As a context manager it closes the link at the end.
     """
 
     model: ClientPart
     trunk: RemoteTrunk
     link: GrpcLink
+    route: Route
 
     def __enter__(self) -> "Reached":
         return self
@@ -96,27 +139,33 @@ def reach(
     # Any attention that the family has: only clients that train must be configured as the server.
     run = run or RunSpec(model=ModelSpec(attention="auto"))
     wire = replace(run.wire, bind=WireSpec().bind, tls_cert="", tls_key="", tls_ca=tls_ca)
-    link = GrpcLink(trunk, token=token, wire=wire)
+    route = Route(
+        address=trunk,
+        token=token,
+        run=run,
+        wire=wire,
+        client=client or f"client-{secrets.token_hex(8)}",
+        served_model_name=served_model_name,
+        kv=kv,
+        telemetry=telemetry,
+    )
+    link = route.link()
     with ExitStack() as on_failure:
         on_failure.callback(link.close)
         info = link.exchange(ServiceInfoRequest(served_model_name=served_model_name))
-        run = replace(run, split=SplitSpec.parse(info.blocks))
+        route = replace(route, run=replace(route.run, split=SplitSpec.parse(info.blocks)))
         config = Source(name=source, revision=revision).config()
-        name = client or f"client-{secrets.token_hex(8)}"
-        if not _is_of(info.model, config, run.split):
-            why = _difference(link, info, config, run.split, name, served_model_name)
+        if not _is_of(info.model, config, route.run.split):
+            why = _difference(link, info, config, route)
             raise _mismatch(source, trunk, why, info)
-        model = client_of(pretrained_run(run, source, revision, adapter), config, device)
+        model = client_of(pretrained_run(route.run, source, revision, adapter), config, device)
         if adapter:
             load_adapter(model, adapter)
         on_device(model, device).eval()  # type: ignore[no-untyped-call]
-        used = MeteredLink(link, telemetry) if telemetry else link
-        remote = RemoteTrunk(
-            used, model, run, client=name, served_model_name=served_model_name, kv=kv
-        )
+        remote = route.trunk(link, model)
         connect(model, remote)
         on_failure.pop_all()
-    return Reached(model=model, trunk=remote, link=link)
+    return Reached(model=model, trunk=remote, link=link, route=route)
 
 
 @contextmanager
@@ -161,28 +210,24 @@ def _is_of(fingerprint: str, config: PretrainedConfig, split: SplitSpec) -> bool
 
 
 def _difference(
-    link: GrpcLink,
-    info: ServiceInfoReply,
-    config: PretrainedConfig,
-    split: SplitSpec,
-    client: str,
-    served_model_name: str,
+    link: GrpcLink, info: ServiceInfoReply, config: PretrainedConfig, route: Route
 ) -> str:
     """The settings in which the client's model differs, as far as the server names them."""
+    split = route.run.split
     try:
         model, settings = model_fingerprint(config, split), model_settings(config, split)
         # Only the trunk knows its settings; it names them as it refuses the session.
         link.exchange(
             OpenRequest(
                 protocol=PROTOCOL,
-                client=client,
+                client=route.client,
                 model=model,
                 config="",
                 hidden_size=info.limits.hidden_size,
                 round=0,
                 training=False,
                 generating=True,
-                served_model_name=served_model_name,
+                served_model_name=route.served_model_name,
                 model_settings=settings,
             )
         )

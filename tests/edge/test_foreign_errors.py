@@ -31,7 +31,7 @@ def tokenizer():
 def writer(tiny_gpt2, tokenizer) -> Writer:
     whole = GPT2LMHeadModel(tiny_gpt2(n_positions=32, vocab_size=300))
     parts = split_model(whole, "1/2/1")
-    reached = Reached(model=parts.client, trunk=None, link=None)
+    reached = Reached(model=parts.client, trunk=None, link=None, route=None)
     options = {"max_new_tokens": 4, "do_sample": False}
     return Writer(reached=reached, tokenizer=tokenizer, options=options, out=io.StringIO())
 

@@ -123,7 +123,7 @@ def trained(server: Server, folder: Path, disturbances: Mapping = {}) -> Weights
         trunk = RemoteTrunk(link, reached.model, RUN, client=name)
         connect(reached.model, trunk)
         trunk.open()  # so that the first step waits for both
-        clients[name] = Reached(model=reached.model, trunk=trunk, link=reached.link)
+        clients[name] = replace(reached, trunk=trunk)
 
     def fit(name: str) -> dict[str, Tensor]:
         with clients[name] as reached:
