@@ -15,6 +15,7 @@ from fedsplit.cli.doctor import Doctor
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
 from fedsplit.cli.models import Join, Split
+from fedsplit.cli.openai import Openai
 from fedsplit.cli.results import Compare, Plot, Report, Shards, Timeline, Watch
 from fedsplit.cli.serve import Info, Serve
 from fedsplit.cli.supervise import Supervise
@@ -35,6 +36,7 @@ _COMMANDS = (
     Serve,
     Generate,
     Chat,
+    Openai,
     Supervise,
     Doctor,
 )
@@ -44,6 +46,7 @@ _EXAMPLES = (
     "fedsplit join parts/bottom-top parts/trunk --out whole",
     "fedsplit serve --model gpt2 --split 1/10/1",
     'fedsplit generate --model gpt2 "Once upon a time"',
+    "fedsplit openai --model gpt2",
     "fedsplit info 127.0.0.1:9500",
     "fedsplit doctor --trunk 127.0.0.1:9500 --model gpt2 --split 1/10/1",
     "fedsplit certs init --out authority",

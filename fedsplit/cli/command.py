@@ -109,18 +109,24 @@ def read_token(file: str) -> str:
     Raises:
         ConfigError: The file cannot be read, is empty, or is not in ASCII.
     """
-    if not file:
-        return os.environ.get(TOKEN_VARIABLE, "")
+    return read_secret("--token-file", file) if file else os.environ.get(TOKEN_VARIABLE, "")
+
+
+def read_secret(option: str, file: str) -> str:
+    """Return the token or key in a file that an option names.
+
+    Raises:
+        ConfigError: The file cannot be read, is empty, or is not in ASCII.
+    """
     try:
-        token = Path(file).read_text(encoding="ascii").strip()
+        secret = Path(file).read_text(encoding="ascii").strip()
     except OSError as exc:
-        raise ConfigError(f"--token-file {file} cannot be read: {exc.strerror}") from exc
+        raise ConfigError(f"{option} {file} cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
-        # gRPC's metadata, which carry the token, are ASCII.
+        # The metadata of gRPC and the headers of HTTP, which carry it, are ASCII.
         raise ConfigError(
-            f"--token-file {file} has characters outside ASCII; make a token with "
-            "openssl rand -hex 32"
+            f"{option} {file} has characters outside ASCII; make a token with openssl rand -hex 32"
         ) from exc
-    if not token:
-        raise ConfigError(f"--token-file {file} is empty; put the token there")
-    return token
+    if not secret:
+        raise ConfigError(f"{option} {file} is empty; put the token there")
+    return secret

@@ -1,28 +1,18 @@
-"""The commands `generate` and `chat`: text generation with a trunk server."""
+"""The commands `generate` and `chat`: text generation on a terminal with a trunk server."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from click import UsageError
 
-from fedsplit.cli.command import (
-    CLIENT_OPTIONS,
-    Command,
-    Revision,
-    TlsCa,
-    TokenFile,
-    Traces,
-    naming,
-    quiet,
-    read_token,
-)
+from fedsplit.cli.command import CLIENT_OPTIONS, naming, quiet
+from fedsplit.cli.reaching import Reaching
 from fedsplit.errors import ConfigError
-from fedsplit.spec import ModelSpec, RunSpec
 
 if TYPE_CHECKING:
     from transformers import TokenizersBackend
@@ -30,24 +20,6 @@ if TYPE_CHECKING:
     from fedsplit.serve.chat import Writer
     from fedsplit.serve.client import Reached
 
-Model = Annotated[str, typer.Option(metavar="DIR", help="the whole model, or its hub id")]
-Run = Annotated[str, typer.Option("--run", metavar="RUN_DIR", help="the folder of a finished run")]
-Trunk = Annotated[
-    str,
-    typer.Option(
-        metavar="ADDRESS",
-        help="of the trunk server; default 127.0.0.1:9500, or the address of the run",
-    ),
-]
-ServedName = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="name of the trunk at a server with several trunks; default its first"
-    ),
-]
-Adapter = Annotated[
-    str, typer.Option(metavar="DIR", help="the peft adapter that this trunk is served with")
-]
 Draft = Annotated[
     str,
     typer.Option(
@@ -69,13 +41,6 @@ TopK = Annotated[
     int | None, typer.Option(metavar="X", help="sample from this many most likely tokens")
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="seed of sampling", min=0, max=(1 << 64) - 1)]
-Caches = Annotated[
-    Literal["server", "client"], typer.Option(help="the side that stores the trunk's KV cache")
-]
-Dtype = Annotated[
-    Literal["float32", "bfloat16"] | None,
-    typer.Option(help="dtype of --model, as at the server; default float32"),
-]
 Noise = Annotated[
     float,
     typer.Option(metavar="Z", help="noise on what is sent, in radii of public text", min=0.0),
@@ -86,20 +51,13 @@ StateDir = Annotated[
 Public = Annotated[
     str, typer.Option(metavar="FILE", help="public text, with --noise; default random tokens")
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="torch device")]
 Beams = Annotated[int, typer.Option(metavar="N", help="number of beams for beam search")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prompting(Command):
-    """The options of both commands: the model, its trunk, and the decoding of tokens."""
+class _Prompting(Reaching):
+    """The options of a prompt on the terminal: the decoding of tokens, and noise."""
 
-    model: Model = ""
-    run_dir: Run = ""
-    trunk: Trunk = ""
-    served_model_name: ServedName = ""
-    adapter: Adapter = ""
-    tls_ca: TlsCa = ""
     draft: Draft = ""
     max_new_tokens: MaxNewTokens = 128
     sample: Sample = False
@@ -107,21 +65,13 @@ class _Prompting(Command):
     top_p: TopP = None
     top_k: TopK = None
     seed: Seed = 0
-    kv: Caches = "server"
-    dtype: Dtype = None
-    token_file: TokenFile = ""
-    revision: Revision = "main"
-    device: Device = "cpu"
     noise: Noise = 0.0
     state_dir: StateDir = ""
     public: Public = ""
-    traces: Traces = ""
 
     def __post_init__(self) -> None:
-        if not self.model and not self.run_dir:
-            raise UsageError("one of the arguments --model --run is required")
-        if self.model and self.run_dir:
-            raise UsageError("argument --run: not allowed with argument --model")
+        # Without arguments, `super` finds no class in one that dataclass has made anew for slots.
+        super(_Prompting, self).__post_init__()
         if bool(self.noise) != bool(self.state_dir):
             raise UsageError("--noise and --state-dir go together; give both or neither")
 
@@ -131,39 +81,11 @@ class _Prompting(Command):
         quiet()
         import torch
 
-        from fedsplit.data import load_tokenizer
-        from fedsplit.runs.folder import RunFolder
-        from fedsplit.serve import ADDRESS, reach
         from fedsplit.serve.chat import Writer
-        from fedsplit.telemetry.outlets import Outlets
 
-        finished = RunFolder.finished(self.run_dir) if self.run_dir else None
-        if finished and self.dtype:
-            raise ConfigError(
-                f"--dtype: {self.run_dir} says itself what it computes in; leave it out"
-            )
-        model = str(finished.model) if finished else self.model
-        model_spec = ModelSpec(dtype=self.dtype or ModelSpec().dtype)
-        tokenizer = load_tokenizer(model, self.revision)
         options = self._decoding(beams)
         torch.manual_seed(self.seed)
-        outlets = Outlets(traces=self.traces, asked_by=("", "--traces "))
-        with (
-            outlets.opened("client") as telemetry,
-            reach(
-                model,
-                self.trunk or (finished.address if finished else ADDRESS),
-                run=finished.run if finished else RunSpec(model=model_spec),
-                token=read_token(self.token_file),
-                served_model_name=self.served_model_name,
-                adapter=self.adapter,
-                tls_ca=self.tls_ca,
-                kv=self.kv,
-                revision=self.revision,
-                device=self.device,
-                telemetry=telemetry,
-            ) as reached,
-        ):
+        with self.reached() as (reached, tokenizer, _):
             writer = Writer(reached=reached, tokenizer=tokenizer, options=options, out=sys.stdout)
             with self._shielded(reached, tokenizer):
                 yield writer

@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import signal
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -24,7 +23,7 @@ from fedsplit.cli.command import (
     quiet,
     read_token,
 )
-from fedsplit.cli.systemd import notify
+from fedsplit.cli.waiting import set_on_signals, wait_for
 from fedsplit.errors import ConfigError, Internal
 from fedsplit.spec import RunSpec, WireSpec
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _INFO_DEADLINE_S = 10.0
-_WAKE_S = 1.0
 _TRY = '"Once upon a time"'
 
 Words = Annotated[
@@ -197,7 +195,7 @@ class Serve(Command):
                 telemetry=telemetry,
             )
             address = opened.enter_context(hosting)
-            _set_on_signals(stopped)
+            set_on_signals(stopped)
             if finished:
                 opened.enter_context(finished.announced(address))
             source = ["--run", folders[0]] if finished else ["--trunk", address]
@@ -206,7 +204,7 @@ class Serve(Command):
             print(self._ready_line(served, versions, run, address, source), flush=True)
             for line in told:
                 print(line, flush=True)
-            _wait_for(stopped)
+            wait_for(stopped)
         if failed.is_set():
             raise Internal(
                 "all trunks of this server have failed; the tracebacks above have the reasons"
@@ -297,21 +295,6 @@ def update_of(run: RunSpec) -> "type[TrunkUpdate]":
         )
         return TrunkUpdate
     return update
-
-
-def _wait_for(stopped: threading.Event) -> None:
-    """Wait for the event, and report to systemd that the server is ready, and that it stops."""
-    notify("READY=1")
-    # Not without a timeout: a signal can reach the process without waking this thread.
-    while not stopped.wait(_WAKE_S):
-        pass
-    notify("STOPPING=1")
-
-
-def _set_on_signals(stopped: threading.Event) -> None:
-    """Set the event at SIGINT or SIGTERM, in place of what the process did."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

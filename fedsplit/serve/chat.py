@@ -68,9 +68,7 @@ class Writer:
     tokens: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
-    def write(
-        self, ids_BT: Tensor, cache: Cache | None = None, ends: Sequence[int] = ()
-    ) -> Tensor:
+    def write(self, ids_BT: Tensor, cache: Cache | None = None, ends: Sequence[int] = ()) -> Tensor:
         """Continue from these tokens; return all tokens.
 
         Args:
@@ -204,8 +202,9 @@ class Conversation:
     """A conversation with one model and one KV cache: each turn sends its new tokens only.
 
     With a chat template of the tokenizer, there are turns of user and assistant, and a reply ends
-    with the template's end-of-turn token; without one, the text continues line by line. If a template formats earlier turns in another way than before, the
-    cache is replaced and all tokens are sent again.
+    with the template's end-of-turn token; without one, the text continues line by line. If a
+    template formats earlier turns in another way than before, the cache is replaced and all tokens
+    are sent again.
     """
 
     def __init__(self, writer: Writer) -> None:

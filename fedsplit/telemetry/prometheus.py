@@ -50,7 +50,7 @@ class Prometheus(Sink):
     """
 
     def __init__(self, what: str, *, certificate: str = "", clients: Iterable[str] = ()) -> None:
-        library = _library(what)
+        self._library = library = _library(what)
         # The time at which a counter was made would be a further series for each.
         library.disable_created_metrics()
         self.registry: Any = library.CollectorRegistry()
@@ -150,6 +150,10 @@ class Prometheus(Sink):
             self._round = event
             if not math.isnan(event.eval_loss):
                 self._eval_loss = event.eval_loss
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Return the metrics as Prometheus reads them, and the content type."""
+        return self._library.generate_latest(self.registry), self._library.CONTENT_TYPE_LATEST
 
     # --- what the client library reads --------------------------------------------------------
 

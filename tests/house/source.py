@@ -22,6 +22,7 @@ DOORS = (
     "flower",
     "__main__",
     "cli",
+    "openai",
     "certs",
     "doctor",
     "serve",

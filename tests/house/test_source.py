@@ -21,6 +21,7 @@ DOORS = {  # they answer a caller who is somewhere else, or end a program
     "fedsplit/flower/inline.py",
     "fedsplit/flower/strategy/tracker.py",
     "fedsplit/flower/withheld.py",
+    "fedsplit/openai/app.py",
     "fedsplit/transport/calls.py",
     "fedsplit/telemetry/sinks.py",
     "fedsplit/trunk/engine.py",
