@@ -188,23 +188,32 @@ def read(kind: type[S], body: bytes) -> S:
                 param=name,
             )
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(fields)
     except ValidationError as exc:
         raise _refusal(exc, fields) from exc
 
 
 def _refusal(error: ValidationError, fields: Mapping[str, Any]) -> Refusal:
-    """The answer to a field that cannot be read; of several, the first one is named."""
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if isinstance(part, int) or not _is_type(part)]
+    """The answer to a field that cannot be read; of several, the most exact place is named."""
+    places = [(_place(each["loc"], fields), each) for each in error.errors()]
+    place, found = max(places, key=lambda each: len(each[0]))
+    sent = f" ({_short(found['input'])} was sent)"
+    if found["type"] == "missing":
+        place, sent = (*place, found["loc"][-1]), ""
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
-    found = "" if first["type"] == "missing" else f" ({_short(first['input'])} was sent)"
-    return Refusal(400, f"{name}: {first['msg']}{found}", code="invalid_value", param=name)
+    return Refusal(400, f"{name}: {found['msg']}{sent}", code="invalid_value", param=name)
 
 
-def _is_type(part: str) -> bool:
-    """Whether a part of a place names one type of a union, and no field."""
-    return part in ("str", "float", "int") or "[" in part
+def _place(path: tuple[int | str, ...], fields: Any) -> tuple[int | str, ...]:
+    """A path of pydantic within the fields, without the names that it has for types of a union."""
+    place: list[int | str] = []
+    at = fields
+    for part in path:
+        is_key = isinstance(at, dict) and part in at
+        if is_key or (isinstance(at, list) and isinstance(part, int)):
+            place.append(part)
+            at = at[part]
+    return tuple(place)
 
 
 def _short(value: Any) -> str:

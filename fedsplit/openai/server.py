@@ -119,6 +119,7 @@ def _running(app: FastAPI, listener: socket.socket, jobs: Jobs) -> Iterator[None
         lifespan="off",
         log_config=None,
         timeout_graceful_shutdown=_GRACE_S,
+        ws="none",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), name="fedsplit-openai")

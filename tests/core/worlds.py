@@ -33,9 +33,9 @@ class Clock:
         return self.now
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds that another thread brings about; fails after 20 seconds."""
-    end = time.monotonic() + 20.0
+def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Wait until a condition holds that another thread brings about; fails after some seconds."""
+    end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "the condition did not come to hold"
         time.sleep(0.005)
