@@ -172,7 +172,7 @@ class RemoteTrunk:
             yield
         except BaseException:
             with suppress(FedsplitError):
-                self._link.exchange(m.CloseRequest(session=self._named_session()))
+                self._link.exchange(m.CloseRequest(session=self._open_session().name))
             raise
         self.close()
 
@@ -294,16 +294,13 @@ class RemoteTrunk:
 
     def disconnect(self) -> None:
         """Close all sessions, with one attempt each and no retries."""
-        own = [self._session.name] if self._session else []
-        sessions = (*own, *self._caches)
-        self._session = None
-        # A cache that is deleted later adds its session once more, which the trunk then ignores.
-        self._caches.clear()
-        self._abandoned.clear()
         with suppress(FedsplitError):  # the trunk ends the sessions of a lost connection itself
-            for session in sessions:
+            own = [self._session.name] if self._session else []
+            for session in (*own, *self._caches):
                 with suppress(SessionLost):
                     self._link.exchange(m.CloseRequest(session=session))
+        self._caches.clear()
+        self._abandoned.clear()
 
     # --- training -----------------------------------------------------------------------------
 
@@ -375,11 +372,11 @@ class RemoteTrunk:
 
         With a loss scale they are multiplied by it.
         """
-        return self.exchange(m.GradientsRequest(session=self._named_session(), tensors=tensors))
+        return self.exchange(m.GradientsRequest(session=self._open_session().name, tensors=tensors))
 
     def training_state(self) -> m.TrainingStateReply:
         """The state of the trunk's training: round, step, learning rate and version."""
-        return self.exchange(m.TrainingStateRequest(session=self._named_session()))
+        return self.exchange(m.TrainingStateRequest(session=self._open_session().name))
 
     def service_info(self) -> m.ServiceInfoReply:
         """Description of the server; needs no session."""
@@ -400,6 +397,3 @@ class RemoteTrunk:
         if not self._session:
             raise ProtocolError("no session is open; use `with trunk.session():` or trunk.open()")
         return self._session
-
-    def _named_session(self) -> str:
-        return self._open_session().name

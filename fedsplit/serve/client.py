@@ -152,19 +152,26 @@ def reach(
     link = route.link()
     with ExitStack() as on_failure:
         on_failure.callback(link.close)
-        info = link.exchange(ServiceInfoRequest(served_model_name=served_model_name))
-        route = replace(route, run=replace(route.run, split=SplitSpec.parse(info.blocks)))
-        config = Source(name=source, revision=revision).config()
-        if not _is_of(info.model, config, route.run.split):
-            why = _difference(link, info, config, route)
-            raise _mismatch(source, trunk, why, info)
-        model = client_of(pretrained_run(route.run, source, revision, adapter), config, device)
-        if adapter:
-            load_adapter(model, adapter)
-        on_device(model, device).eval()  # type: ignore[no-untyped-call]
-        remote = route.trunk(link, model)
-        connect(model, remote)
+        reached = _over(link, route, source, revision=revision, adapter=adapter, device=device)
         on_failure.pop_all()
+    return reached
+
+
+def _over(
+    link: GrpcLink, route: Route, source: str, *, revision: str, adapter: str, device: str
+) -> Reached:
+    """The client's part with the cut of the server at the end of a link, connected to its trunk."""
+    info = link.exchange(ServiceInfoRequest(served_model_name=route.served_model_name))
+    route = replace(route, run=replace(route.run, split=SplitSpec.parse(info.blocks)))
+    config = Source(name=source, revision=revision).config()
+    if not _is_of(info.model, config, route.run.split):
+        raise _mismatch(source, route.address, _difference(link, info, config, route), info)
+    model = client_of(pretrained_run(route.run, source, revision, adapter), config, device)
+    if adapter:
+        load_adapter(model, adapter)
+    on_device(model, device).eval()  # type: ignore[no-untyped-call]
+    remote = route.trunk(link, model)
+    connect(model, remote)
     return Reached(model=model, trunk=remote, link=link, route=route)
 
 

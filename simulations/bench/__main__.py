@@ -29,6 +29,7 @@ BENCHES = (
     "generate",
     "guard",
     "memory",
+    "openai",
     "schedules",
     "soak",
     "step",

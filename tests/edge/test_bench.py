@@ -89,6 +89,7 @@ FIGURES = {
         "total_cached_vs_uncached",
         "trunk_cached_vs_uncached",
     ],
+    "openai": ["chats8_gain", "http_vs_generate"],
     "wire": [
         "latency_ratio_3k",
         "p99_ms_5c",

@@ -350,7 +350,7 @@ BODIES = {
     "no object": (b"[]", "invalid_json"),
     "no model": (b'{"prompt": "a"}', "invalid_value"),
     "deep": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json"),
-    "surrogate": (b'{"model": "tale", "prompt": "\\ud800"}', "invalid_value"),
+    "surrogate": (b'{"model": "tale", "prompt": "\\ud800"}', "invalid_json"),
 }
 
 
