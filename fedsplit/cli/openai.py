@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from fedsplit.cli.command import CLIENT_OPTIONS, naming, read_secret
+from fedsplit.cli.command import CLIENT_OPTIONS, naming, quiet, read_secret
 from fedsplit.cli.reaching import Reaching
 from fedsplit.cli.waiting import set_on_signals, wait_for
 from fedsplit.errors import ConfigError
@@ -40,6 +40,7 @@ class Openai(Reaching):
             self._serve()
 
     def _serve(self) -> None:
+        quiet()
         from fedsplit.openai.server import Binding, serving
         from fedsplit.serve import plain_name
         from fedsplit.telemetry.prometheus import Prometheus

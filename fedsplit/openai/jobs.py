@@ -20,14 +20,20 @@ class Job:
 
     Args:
         lane: The lane that it generates over.
+        turn: Its number at the lane.
         done: The end of its thread.
         pieces: Gets its pieces, and None after the last one.
     """
 
     def __init__(
-        self, lane: Lane, done: "asyncio.Future[None]", pieces: "asyncio.Queue[Piece | None]"
+        self,
+        lane: Lane,
+        turn: int,
+        done: "asyncio.Future[None]",
+        pieces: "asyncio.Queue[Piece | None]",
     ) -> None:
         self._lane = lane
+        self._turn = turn
         self._done = done
         self._pieces = pieces
 
@@ -51,7 +57,7 @@ class Job:
         """End it, unless it has ended; does not wait."""
         if not self._done.done():
             # In another thread, since it calls the trunk.
-            self._done.get_loop().run_in_executor(None, self._lane.cancel)
+            self._done.get_loop().run_in_executor(None, self._lane.cancel, self._turn)
 
 
 class Jobs:
@@ -76,6 +82,7 @@ class Jobs:
             Refusal: All lanes are in use.
         """
         lane, loop, began = self._lanes.take(), asyncio.get_running_loop(), time.monotonic()
+        turn = lane.turn
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         def emit(piece: Piece) -> None:
@@ -88,7 +95,7 @@ class Jobs:
 
         done = loop.run_in_executor(self._threads, self._write, request, lane, emit)
         done.add_done_callback(end)
-        return Job(lane, done, pieces)
+        return Job(lane, turn, done, pieces)
 
     def report(self, kind: str, failure: BaseException | None, seconds: float) -> None:
         """Report a request that has ended, to metrics."""

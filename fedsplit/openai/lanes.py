@@ -29,9 +29,14 @@ class Lane(Link):
 
     Args:
         reached: The model and the way to its trunk.
+
+    Attributes:
+        trunk: The handle of the trunk for the generation's session.
+        turn: The number of the generation, which names it to `cancel`.
     """
 
     def __init__(self, reached: Reached) -> None:
+        self.turn = 0
         self._link = reached.route.link()
         self.trunk = reached.route.trunk(self, reached.model)
         self._lock = threading.Lock()
@@ -63,7 +68,7 @@ class Lane(Link):
                 self._session = reply.session
                 is_late = self._cancelled
             if is_late:
-                self._end_session()
+                self._close_session(reply.session)
                 raise Cancelled
         return reply
 
@@ -71,27 +76,33 @@ class Lane(Link):
         """Close the connection."""
         self._link.close()
 
-    def cancel(self) -> None:
-        """End the generation, also while it waits for the trunk; for any thread.
+    def cancel(self, turn: int) -> None:
+        """End a generation, also while it waits for the trunk; for any thread.
 
         Its session is closed, whose request then fails, and no other one is sent.
+
+        Args:
+            turn: The number of the generation; nothing is done if it has ended already.
         """
         with self._lock:
+            if turn != self.turn:
+                return
             self._cancelled = True
-            has_session = bool(self._session)
-        if has_session:
-            self._end_session()
+            session = self._session
+        if session:
+            self._close_session(session)
 
     def end(self) -> None:
         """Close the session of a generation that has ended, and be ready for the next one."""
         with self._lock:
+            self.turn += 1
             self._cancelled = False
         self.trunk.disconnect()
         self._session = ""
 
-    def _end_session(self) -> None:
+    def _close_session(self, session: str) -> None:
         with suppress(FedsplitError):  # the trunk ends the sessions of a lost connection itself
-            self._link.exchange(CloseRequest(session=self._session))
+            self._link.exchange(CloseRequest(session=session))
 
 
 class Lanes:
@@ -153,7 +164,7 @@ class Lanes:
         self._closing = True
         for lane in tuple(self._all):
             if lane not in self._free:
-                lane.cancel()
+                lane.cancel(lane.turn)
 
     def close(self) -> None:
         """Close the connections of all lanes."""

@@ -91,7 +91,6 @@ class Message(_Fields):
 
     role: str
     content: str | list[TextPart]
-    name: str | None = None
 
     @property
     def as_turn(self) -> dict[str, Any]:
