@@ -172,7 +172,7 @@ class RemoteTrunk:
             yield
         except BaseException:
             with suppress(FedsplitError):
-                self._link.exchange(m.CloseRequest(session=self._open_session().name))
+                self._link.exchange(m.CloseRequest(session=self._named_session()))
             raise
         self.close()
 
@@ -280,8 +280,7 @@ class RemoteTrunk:
             training=False,
             generating=True,
             cache_tokens=cache_tokens,
-            # Generation does not depend on the run, so any run's client may generate.
-            **{**self._identity, "config": ""},
+            **{**self._identity, "config": ""},  # generation does not depend on the run
         )
         session = self._rpc.open(request, self._settings).session
         self._caches.add(session)
@@ -295,8 +294,7 @@ class RemoteTrunk:
     def disconnect(self) -> None:
         """Close all sessions, with one attempt each and no retries."""
         with suppress(FedsplitError):  # the trunk ends the sessions of a lost connection itself
-            own = [self._session.name] if self._session else []
-            for session in (*own, *self._caches):
+            for session in (*([self._session.name] if self._session else []), *self._caches):
                 with suppress(SessionLost):
                     self._link.exchange(m.CloseRequest(session=session))
         self._caches.clear()
@@ -372,11 +370,11 @@ class RemoteTrunk:
 
         With a loss scale they are multiplied by it.
         """
-        return self.exchange(m.GradientsRequest(session=self._open_session().name, tensors=tensors))
+        return self.exchange(m.GradientsRequest(session=self._named_session(), tensors=tensors))
 
     def training_state(self) -> m.TrainingStateReply:
         """The state of the trunk's training: round, step, learning rate and version."""
-        return self.exchange(m.TrainingStateRequest(session=self._open_session().name))
+        return self.exchange(m.TrainingStateRequest(session=self._named_session()))
 
     def service_info(self) -> m.ServiceInfoReply:
         """Description of the server; needs no session."""
@@ -397,3 +395,6 @@ class RemoteTrunk:
         if not self._session:
             raise ProtocolError("no session is open; use `with trunk.session():` or trunk.open()")
         return self._session
+
+    def _named_session(self) -> str:
+        return self._open_session().name
