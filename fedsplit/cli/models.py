@@ -47,7 +47,7 @@ class Split(Command):
 def _part_line(directory: Path) -> str:
     from fedsplit.model.manifest import Manifest
     from fedsplit.model.part_files import WEIGHTS
-    from fedsplit.model.source import tensor_names
+    from fedsplit.model.tensor_files import tensor_names
     from fedsplit.telemetry.round import in_mib
 
     manifest, weights = Manifest.read(directory), directory / WEIGHTS

@@ -1,7 +1,7 @@
 """Builders of the client's part, the trunk and the unsplit model, from files or from tensors."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -10,26 +10,18 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
-from fedsplit.model.checkpoint_names import compared_parameters
-from fedsplit.model.identity import (
-    MEMORY,
-    VALUES,
-    tensors_digest,
-    values_digest,
-    values_in_memory,
-)
+from fedsplit.model.in_memory import identity_of, in_memory
 from fedsplit.model.module_state import copy_state
-from fedsplit.model.plan import model_class_for, plan_for, quantization_of
+from fedsplit.model.plan import model_class_for, plan_for
+from fedsplit.model.quantization import OPTION, as_whole, for_training
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart, connect, part_class
+from fedsplit.model.tensor_files import LazyTensor
 from fedsplit.randomness import rng_scope
 from fedsplit.spec import SplitSpec
 
 P = TypeVar("P", bound=Part)
 M = TypeVar("M", bound=PreTrainedModel)
-
-# Dtypes of weights that are not quantized.
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +53,13 @@ def build_client(
         model_class: The family's class; by default the causal language model of `config`.
         revision: The branch, tag or commit of a hub id.
         seed: The seed of a classifier's head that the source does not have.
-        options: For `from_pretrained`: dtype, attn_implementation, device_map.
+        options: For `from_pretrained`: dtype, attn_implementation, device_map, and a
+            `BitsAndBytesConfig` as quantization_config.
 
     Raises:
         UnsupportedModel: The model cannot be cut exactly; raised before a file is read.
-        ConfigError: The split does not fit, or not exactly one of source and state_dict is given.
+        ConfigError: The split does not fit, not exactly one of source and state_dict is given, or
+            the package for the quantization is not installed.
         CheckpointError: A tensor is missing, has another shape, or cannot be read.
     """
     cls = _class_of(ClientPart, config, split, model_class)
@@ -110,14 +104,16 @@ def _load(
 ) -> P:
     if (source is None) == (state_dict is None):
         raise ConfigError(f"{cls.__name__}: give either source or state_dict")
+    # transformers writes to the config of a model that it builds, so these models get a copy.
+    whole = on_meta(cls.family, copy.deepcopy(config))
+    config, options = as_whole(whole, config, cls.plan.head, options)
     if source is None:
         return load_tensors(cls, config, state_dict or {}, "state_dict", **options)
     origin = Source(name=source, revision=revision)
-    # transformers writes to the config of a model that it builds, so this model gets a copy.
-    tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)))
+    # Not all at once what takes a fraction of its memory in the end.
+    tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)), lazily=OPTION in options)
     options = {"dtype": origin.dtype(config), **options}
     part = load_tensors(cls, config, tensors, source, new=cls.plan.head, seed=seed, **options)
-    whole = on_meta(cls.family, copy.deepcopy(config))
     part.identity.update(origin.identity(config, whole, cls.plan.head))
     return _with_generation_config(part, origin)
 
@@ -132,7 +128,7 @@ def _with_generation_config(model: M, origin: Source) -> M:
 def load_tensors(
     cls: type[M],
     config: PretrainedConfig,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | LazyTensor],
     origin: str,
     *,
     new: Sequence[str] = (),
@@ -156,13 +152,14 @@ def load_tensors(
             f"({len(missing)} missing, {len(tensors)} found)"
         )
     _require_ties(model)
+    for_training(model)
     return model
 
 
 def _loaded(
     cls: type[M],
     config: PretrainedConfig,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | LazyTensor],
     origin: str,
     seed: int,
     options: dict[str, Any],
@@ -177,7 +174,7 @@ def _loaded(
         # `from_pretrained` replaces functions of the process, so it always takes the lock.
         with rng_scope(seed):
             loaded: Any = cls.from_pretrained(
-                None, config=config, state_dict=tensors, output_loading_info=True, **options
+                None, config=config, state_dict=dict(tensors), output_loading_info=True, **options
             )
     except RuntimeError as exc:
         reason = _misfit(cls, config, tensors) or f"{cls.__name__}: {str(exc).splitlines()[0]}"
@@ -199,7 +196,9 @@ def _require_ties(model: PreTrainedModel) -> None:
 
 
 def _misfit(
-    cls: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, Tensor]
+    cls: type[PreTrainedModel],
+    config: PretrainedConfig,
+    tensors: Mapping[str, Tensor | LazyTensor],
 ) -> str:
     """A sentence that names the first tensor with another shape than the model's; or empty."""
     held = on_meta(cls, copy.deepcopy(config)).state_dict()
@@ -235,7 +234,7 @@ def split_model(
         model_class: As in `build_client`.
         revision: The branch, tag or commit of a hub id.
         seed: As in `build_client`.
-        options: For `from_pretrained`: dtype, attn_implementation, device_map.
+        options: As in `build_client`.
 
     Raises:
         UnsupportedModel: The model cannot be cut exactly; raised before its weights are read.
@@ -259,79 +258,17 @@ def split_model(
         config = config or Source(name=model, revision=revision).config()
         origin: dict[str, Any] = {"source": model, "revision": revision, "model_class": model_class}
     else:
-        config, origin = _in_memory(model, model_class)
+        config, origin = in_memory(model, model_class)
     client = build_client(config, spec, seed=seed, **{**origin, **options})
     trunk = build_trunk(config, spec, **{**origin, **options})
     if isinstance(model, PreTrainedModel):
-        identity = _identity(model, client.plan.head)
+        identity = identity_of(model, client.plan.head)
         for part in (client, trunk):
             copy_state(model, part, dtypes="dtype" not in options)
+            for_training(part)
             part.identity.update(identity)
     connect(client, trunk.run, trunk.new_cache)
     return SplitModel(client=client, trunk=trunk)
-
-
-def _in_memory(
-    model: object, model_class: type[PreTrainedModel] | None
-) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config of a model in memory, and the arguments of the builders for it.
-
-    Raises:
-        UnsupportedModel: It is not a model of transformers, or its weights are quantized.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(
-            f"split_model takes a model of transformers, not a {type(model).__name__}; for a model "
-            "of peft, pass model.merge_and_unload(), or split its base model and load the adapter "
-            "into the parts"
-        )
-    config = _plain_config(model)
-    return config, {
-        # The builders use tensors without a copy, and training must not change the caller's model.
-        "state_dict": {name: t.detach().clone() for name, t in model.state_dict().items()},
-        "model_class": model_class or type(model),
-        "dtype": model.dtype,
-        "attn_implementation": _attention(config),
-    }
-
-
-def _identity(model: PreTrainedModel, head: Sequence[str]) -> dict[str, str]:
-    """The digests of a model in memory, by kind; none of a model on the meta device."""
-    digest = tensors_digest(model.state_dict())
-    if not digest:
-        return {}
-    parameters = compared_parameters(model, head).items()
-    values = ((name, p.shape, values_in_memory(p)) for name, p in parameters)
-    return {MEMORY: digest, VALUES: values_digest(values)}
-
-
-def _plain_config(model: PreTrainedModel) -> PretrainedConfig:
-    """A model's config, without a quantization that its weights no longer have.
-
-    transformers dequantizes most GGUF files while it reads them, but leaves the quantization in
-    the config. It would then load the parts as quantized models.
-
-    Raises:
-        UnsupportedModel: The weights are quantized.
-    """
-    method = quantization_of(model.config)
-    if not method:
-        return model.config
-    config = copy.deepcopy(model.config)
-    # A config of text and images has one for text inside, which has the field too.
-    for each in (config, config.get_text_config(decoder=True)):
-        vars(each).pop("quantization_config", None)
-    plain = on_meta(type(model), copy.deepcopy(config)).state_dict()
-    for name, tensor in model.state_dict().items():
-        expected = plain.get(name)
-        # Quantized layers pack several values into an integer, or add tensors for their scales.
-        if expected is None or tensor.shape != expected.shape or tensor.dtype not in _PLAIN:
-            raise UnsupportedModel(
-                f"{type(model).__name__}: its weights are quantized ({method}): '{name}' is "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}; dequantize the model before it "
-                "is split, such as with model.dequantize()"
-            )
-    return config
 
 
 def load_whole(
@@ -393,8 +330,3 @@ def initial_whole(
     with rng_scope(seed):
         whole: PreTrainedModel = family._from_config(copy.deepcopy(config), **options)
     return whole
-
-
-def _attention(config: PretrainedConfig) -> str | None:
-    name: str | None = config._attn_implementation
-    return name

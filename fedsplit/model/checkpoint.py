@@ -22,8 +22,9 @@ from fedsplit.model.part_files import (
     write_files,
 )
 from fedsplit.model.plan import model_class_for, plan_for
-from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
+from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, TrunkPart
+from fedsplit.model.tensor_files import read_tensors, tensor_names
 from fedsplit.spec import SplitSpec
 
 _BUILD: dict[str, Callable[..., ClientPart | TrunkPart]] = dict(

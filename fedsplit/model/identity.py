@@ -42,6 +42,8 @@ _OF_OTHERS = frozenset(
         "name_or_path",
         "num_labels",
         "output_router_logits",
+        # Each side may have its own blocks in fewer bits.
+        "quantization_config",
         "router_aux_loss_coef",
         "task_specific_params",
         "tokenizer_class",

@@ -42,8 +42,9 @@ from fedsplit.model.adapter_config import (
 )
 from fedsplit.model.identity import ADAPTER, adapter_digest
 from fedsplit.model.plan import plan_for
-from fedsplit.model.source import Source, on_meta, read_tensors, tensor_names
+from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart
+from fedsplit.model.tensor_files import read_tensors, tensor_names
 from fedsplit.randomness import process_state, rng_scope
 from fedsplit.spec import LoraSpec
 

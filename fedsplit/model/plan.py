@@ -17,6 +17,7 @@ from fedsplit.data.tasks import TASKS
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.config_sizes import building
 from fedsplit.model.dryrun import FAMILY_ERRORS, Journal, observe
+from fedsplit.model.quantization import require_readable
 from fedsplit.model.rope import remove_lengths
 from fedsplit.randomness import process_state
 
@@ -49,12 +50,6 @@ class Plan:
     trunk_input: str
     head: tuple[str, ...]
 
-
-QUANTIZED = (
-    "its weights are quantized ({method}), and fedsplit reads plain weights only; load the model "
-    "with dequantized weights, save it, and use that"
-)
-"""Why a quantized model is refused."""
 
 # Config fields that connect blocks in a way that a cut would sever, with the reason.
 _REFUSED_FIELDS = {
@@ -113,19 +108,6 @@ def classifier_fields(labels: Sequence[str], pad_token_id: int | None = None) ->
     return fields if pad_token_id is None else {**fields, "pad_token_id": pad_token_id}
 
 
-def quantization_of(config: PretrainedConfig) -> str:
-    """The name of the config's quantization method; empty if there is none."""
-    # A config of text and images has one for text inside, which has the field too.
-    for part in (config, config.get_text_config(decoder=True)):
-        setting = getattr(part, "quantization_config", None)
-        if setting is not None:
-            fields = setting if isinstance(setting, dict) else setting.to_dict()
-            method = fields.get("quant_method", "unknown")
-            # A string in a file, an enum in memory.
-            return str(getattr(method, "value", method))
-    return ""
-
-
 def plan_for(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Plan:
     """The plan of a cut of `model_class` with `config`, from a dry run without weights.
 
@@ -165,8 +147,7 @@ def _refuse_by_config(family: type[PreTrainedModel], config: PretrainedConfig) -
         value = getattr(config, name, None)
         if value:
             raise UnsupportedModel(reason.format(value=value))
-    if method := quantization_of(config):
-        raise UnsupportedModel(QUANTIZED.format(method=method))
+    require_readable(config)
     # A stateful model is fine if its state is in an ordinary KV cache.
     if (
         family._is_stateful

@@ -37,7 +37,8 @@ from fedsplit.model.identity import (
 )
 from fedsplit.model.json_files import read_json
 from fedsplit.model.part_files import require_whole
-from fedsplit.model.plan import QUANTIZED, quantization_of
+from fedsplit.model.quantization import quantization_of, require_readable, weight_of
+from fedsplit.model.tensor_files import LazyTensor, read_tensors, require_floats, tensor_names
 from fedsplit.randomness import process_state
 
 INDEX = "model.safetensors.index.json"
@@ -57,11 +58,10 @@ TOKENIZER_FILES = (
 )
 
 
-# Endings of files with weights, and beginnings of the dtypes of quantized weights.
+# Endings of files with weights.
 _OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
 # What transformers raises for files whose fields have other types than it expects.
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError)
-_QUANTIZED = ("F8", "F6", "F4", "I8", "U8")
 
 
 # An index names each tensor; those of the largest models have a million.
@@ -122,15 +122,19 @@ class Source:
             raise CheckpointError(f"{self.name}: {GENERATION}: {_first_line(exc)}") from exc
         return config
 
-    def tensors_of(self, part: PreTrainedModel) -> dict[str, Tensor]:
+    def tensors_of(
+        self, part: PreTrainedModel, *, lazily: bool = False
+    ) -> dict[str, Tensor | LazyTensor]:
         """The tensors of `part`, by their names in the files.
 
         Args:
             part: A model on the meta device.
+            lazily: Whether a tensor is read when its values are asked for.
 
         Raises:
             CheckpointError: There are no safetensors weights, or a file is damaged.
-            UnsupportedModel: The weights are quantized, or an adapter is beside them.
+            UnsupportedModel: The weights are quantized by a method that parts do not have, or an
+                adapter is beside them.
         """
         self._require_plain(part.config)
         require_whole(part.config, self.name)
@@ -141,10 +145,14 @@ class Source:
             for file in sorted({files[name] for name in names})
         }
         for path, in_file in by_file.items():
-            _require_floats(path, in_file)
-        tensors: dict[str, Tensor] = {}
+            if not quantization_of(part.config):
+                require_floats(path, in_file)
+        tensors: dict[str, Tensor | LazyTensor] = {}
         for path, in_file in by_file.items():
-            tensors.update(read_tensors(path, in_file))
+            if lazily:
+                tensors.update({name: LazyTensor(path, name) for name in in_file})
+            else:
+                tensors.update(read_tensors(path, in_file))
         return tensors
 
     def dtype(self, config: PretrainedConfig) -> torch.dtype:
@@ -226,8 +234,7 @@ class Source:
 
     def _require_plain(self, config: PretrainedConfig) -> None:
         """Refuse what transformers would apply to the weights beyond reading them."""
-        if method := quantization_of(config):
-            raise UnsupportedModel(f"{self.name}: {QUANTIZED.format(method=method)}")
+        require_readable(config, self.name)
         if self._file(ADAPTER) is not None:
             raise UnsupportedModel(
                 f"{self.name}: there is an adapter beside the model ({ADAPTER}), which "
@@ -317,37 +324,6 @@ def _is_plain_name(file: object) -> bool:
     return isinstance(file, str) and Path(file).name == file
 
 
-def _require_floats(path: Path, names: list[str]) -> None:
-    """Refuse tensors in the formats of quantized weights, also where the config has no method."""
-    with opened(path) as file:
-        for name in names:
-            dtype: str = file.get_slice(name).get_dtype()
-            if dtype.startswith(_QUANTIZED):
-                refusal = QUANTIZED.format(method=dtype)
-                raise UnsupportedModel(f"{path}: '{name}': {refusal}")
-
-
-def tensor_names(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file, from its header.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
-    with opened(path) as file:
-        return list(file.keys())
-
-
-def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
-    """Copies of these tensors of a safetensors file; no other tensor is read.
-
-    Raises:
-        CheckpointError: The file is damaged or lacks a tensor.
-    """
-    with opened(path) as file:
-        # Tensors of the mapped file may be unaligned, which changes the rounding of kernels.
-        return {name: file.get_tensor(name).clone() for name in names}
-
-
 def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device, where its tensors have no memory.
 
@@ -364,7 +340,7 @@ def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Pre
 def _names_needed(part: PreTrainedModel, names: list[str]) -> list[str]:
     """The names of tensors in the files that become tensors of the part."""
     held = part.state_dict()
-    return [file for file, name in names_in_memory(part, names).items() if name in held]
+    return [f for f, name in names_in_memory(part, names).items() if weight_of(name) in held]
 
 
 def _compared_in(
