@@ -79,11 +79,13 @@ def begin_log(
 
 
 def quiet_libraries() -> None:
-    """Turn off progress bars and warnings of transformers; its errors are still raised."""
-    from transformers.utils import logging
+    """Turn off progress bars and warnings of libraries; their errors are still raised."""
+    # It warns at every pass of an int8 layer, and of a package that it would like at its import.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as of_transformers
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    of_transformers.set_verbosity_error()
 
 
 @contextmanager

@@ -87,6 +87,14 @@ Devices = Annotated[
     str,
     typer.Option(metavar="NAME", help="torch device; several, cuda:0,cuda:1, or auto for all GPUs"),
 ]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        metavar="off|nf4|int8",
+        help="bits of the trunks' linear layers: 4, 8, or those of the model; without "
+        "lora.enabled=true the trunks are then frozen",
+    ),
+]
 StateDir = Annotated[
     str,
     typer.Option(
@@ -118,6 +126,7 @@ SERVER_OPTIONS = {
     "wire.tls_cert": "--tls-cert",
     "wire.tls_key": "--tls-key",
     "wire.insecure=true": "--insecure",
+    "model.quantize": "--quantize",
 }
 """The options of `serve` that set fields of a run."""
 
@@ -140,6 +149,7 @@ class Serve(Command):
     token_file: TokenFile = ""
     revision: Revision = "main"
     device: Devices = "cpu"
+    quantize: Quantize = "off"
     state_dir: StateDir = ""
     save_every: SaveEvery = 50
     metrics: Metrics = ""
@@ -168,7 +178,7 @@ class Serve(Command):
             served = plan([f"{plain_name(folders[0])}={finished.model}"], self.adapter)
         else:
             served = plan(self.model, self.adapter, self.revision)
-        run = self._run_spec(finished.run if finished else None)
+        run = self._quantized(self._run_spec(finished.run if finished else None))
         wire = self._wire(run, "127.0.0.1:0" if finished else ADDRESS)
         stopped, failed = threading.Event(), threading.Event()
 
@@ -244,6 +254,12 @@ class Serve(Command):
         if self.split:
             overrides.insert(0, f"split={self.split}")
         return changed(finished, overrides) if finished else compose(overrides)
+
+    def _quantized(self, run: RunSpec) -> RunSpec:
+        model = replace(run.model, quantize=self.quantize)
+        if self.quantize != "off" and run.trains_trunk_in_full:
+            return replace(run, model=model, train=replace(run.train, mode="frozen_trunk"))
+        return replace(run, model=model)
 
     def _ready_line(
         self,

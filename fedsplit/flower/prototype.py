@@ -7,10 +7,11 @@ process. A copy is a new model, so nothing that one message does to its model re
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
 from transformers import PreTrainedModel
+
+from fedsplit.model.quantization import twin_of
 
 
 class Prototype:
@@ -47,6 +48,11 @@ class Prototype:
 def _copy_of(model: PreTrainedModel) -> PreTrainedModel:
     # Frozen parameters share their memory, since nothing writes into them. They are objects of
     # their own, since a move to another device replaces what such an object holds.
-    frozen = (p for p in model.parameters() if not p.requires_grad)
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in frozen}
+    memo: dict[int, Any] = {}
+    for frozen in (p for p in model.parameters() if not p.requires_grad):
+        twin: Any = twin_of(frozen)
+        memo[id(frozen)] = twin
+        # The layer of a quantized weight refers to its statistics too.
+        if hasattr(twin, "quant_state"):
+            memo[id(cast(Any, frozen).quant_state)] = twin.quant_state
     return copy.deepcopy(model, memo)

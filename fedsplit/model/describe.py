@@ -30,6 +30,7 @@ from fedsplit.model.build import (
 from fedsplit.model.config_sizes import MAX_BLOCKS, building, too_small
 from fedsplit.model.lora import add_adapters, trainable
 from fedsplit.model.plan import classifier_fields, model_class_for, plan_for
+from fedsplit.model.quantization import quantization_of, settings_of
 from fedsplit.model.source import Source
 from fedsplit.model.stage import ClientPart, TrunkPart, connect
 from fedsplit.model.trunkless import without_trunk
@@ -88,10 +89,17 @@ def _require_few_blocks(model: ModelSpec) -> None:
 
 
 def parts_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> SplitModel:
-    """Both parts of the run before training, connected in this process."""
-    options = _options(run, config, device)
-    weights = _weights(run, config, options)
-    client, trunk = _client(run, config, weights), _trunk(run, config, weights)
+    """Both parts of the run before training, connected in this process.
+
+    Raises:
+        ConfigError: The checkpoint's weights are quantized, and the run would train them in full.
+    """
+    _require_adapters(run, config)
+    # Here, since the weights of a new model take memory and time.
+    bits = [_bits(run, kind, device) for kind in (run.model.quantize_client, run.model.quantize)]
+    weights = _weights(run, config, _options(run, config, device))
+    client = _client(run, config, {**weights, **bits[0]})
+    trunk = _trunk(run, config, {**weights, **bits[1]})
     connect(client, trunk.run, trunk.new_cache)
     return SplitModel(client=client, trunk=trunk)
 
@@ -107,16 +115,23 @@ def client_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Cl
         device: Where the part will compute; it selects attention and precision. The part itself
             is in host memory.
     """
-    return _client(run, config, _weights(run, config, _options(run, config, device)))
+    bits = _bits(run, run.model.quantize_client, device)
+    return _client(run, config, {**_weights(run, config, _options(run, config, device)), **bits})
 
 
 def trunk_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> TrunkPart:
     """The trunk before training; it is frozen unless the run's mode is `joint`."""
-    return _trunk(run, config, _weights(run, config, _options(run, config, device)))
+    bits = _bits(run, run.model.quantize, device)
+    return _trunk(run, config, {**_weights(run, config, _options(run, config, device)), **bits})
 
 
 def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
-    """The unsplit model before training, for a baseline."""
+    """The unsplit model before training, for a baseline.
+
+    Raises:
+        ConfigError: As in `parts_of`.
+    """
+    _require_adapters(run, config)
     options = _options(run, config, device)
     if run.baseline == "no_trunk":
         weights = _weights(run, config, options)
@@ -175,6 +190,20 @@ def _options(run: RunSpec, config: PretrainedConfig, device: str) -> dict[str, A
     return {"model_class": family, "dtype": dtype, "attn_implementation": attention}
 
 
+def _bits(run: RunSpec, kind: str, device: str) -> dict[str, Any]:
+    """The option by which the builders quantize a part; empty if they do not."""
+    precision = precision_of(run.model, _device(device)) or run.model.dtype
+    return dict(settings_of(kind, getattr(torch, precision)))
+
+
+def _require_adapters(run: RunSpec, config: PretrainedConfig) -> None:
+    if (method := quantization_of(config)) and not run.lora.enabled:
+        raise ConfigError(
+            f"the weights of {run.model} are quantized ({method}), and lora.enabled=false trains "
+            "them in full; set lora.enabled=true, or start from plain weights"
+        )
+
+
 def _weights(run: RunSpec, config: PretrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
     """`options` with the source of the weights: a checkpoint, or the tensors of a new model."""
     if run.model.pretrained:
@@ -196,8 +225,9 @@ def _client(run: RunSpec, config: PretrainedConfig, weights: dict[str, Any]) -> 
 def _trunk(run: RunSpec, config: PretrainedConfig, weights: dict[str, Any]) -> TrunkPart:
     trunk = build_trunk(config, run.split, **weights)
     add_adapters(trunk, run.lora, run.seed)
-    # After the adapters, which would train.
-    if run.train.mode != "joint":
+    # After the adapters, which would train. Without them, a norm beside quantized layers would.
+    is_quantized = bool(quantization_of(trunk.config))
+    if run.train.mode != "joint" or (is_quantized and not run.lora.enabled):
         trunk.requires_grad_(False)
     return trunk
 

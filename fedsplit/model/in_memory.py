@@ -19,8 +19,8 @@ from fedsplit.model.identity import (
 )
 from fedsplit.model.quantization import (
     METHOD,
-    is_quantized,
     quantization_of,
+    quantized_layers,
     without_quantization,
 )
 from fedsplit.model.source import on_meta
@@ -78,7 +78,7 @@ def _config_of(model: PreTrainedModel) -> PretrainedConfig:
         UnsupportedModel: The weights are quantized by a method that parts do not have.
     """
     method = quantization_of(model.config)
-    if not method or (method == METHOD and any(map(is_quantized, model.parameters()))):
+    if not method or (method == METHOD and any(quantized_layers(model))):
         return model.config
     config = without_quantization(model.config)
     plain = on_meta(type(model), copy.deepcopy(config)).state_dict()

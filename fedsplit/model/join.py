@@ -6,16 +6,24 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedsplit.errors import ConfigError
 from fedsplit.model.adapter_config import without_wrapper
 from fedsplit.model.build import load_tensors
 from fedsplit.model.identity import misfit
 from fedsplit.model.part_files import TRUNK_VERSION
+from fedsplit.model.quantization import (
+    is_quantized,
+    plain_layer,
+    quantized_layers,
+    without_quantization,
+)
 from fedsplit.model.source import on_meta
 from fedsplit.model.stage import AUXILIARY, ClientPart, TrunkPart
 
@@ -75,17 +83,19 @@ def folded_state(part: PreTrainedModel) -> dict[str, Tensor]:
 
     The tensors compute what the part computes now: adapters that are not active or that are
     disabled do not count, and merged ones count once. An auxiliary head is left out, since the
-    unsplit model has none.
+    unsplit model has none. Quantized weights have the values that the part computes with.
 
     Raises:
         ConfigError: peft cannot merge an adapter.
     """
     adapters = _adapters(part)
-    others = (f"{AUXILIARY}.", TRUNK_VERSION, *(f"{name}." for name in adapters))
+    inside = (f"{AUXILIARY}.", TRUNK_VERSION, *(f"{name}." for name in adapters))
+    quantized = {n: layer for n, layer in quantized_layers(part) if not n.startswith(inside)}
+    others = (*inside, *(f"{name}." for name in quantized))
     state = {n: tensor for n, tensor in part.state_dict().items() if not n.startswith(others)}
-    for name, adapter in adapters.items():
-        merged = _merged(name, adapter)
-        state.update({f"{name}.{n}": tensor for n, tensor in merged.state_dict().items()})
+    for name, module in {**quantized, **adapters}.items():
+        plain = _merged(name, module) if name in adapters else plain_layer(module)
+        state.update({f"{name}.{n}": tensor for n, tensor in plain.state_dict().items()})
     return state
 
 
@@ -102,7 +112,7 @@ def _adapters(part: nn.Module) -> dict[str, nn.Module]:
 def _merged(name: str, adapter: nn.Module) -> nn.Module:
     """The module that replaces an adapter, on tensors of its own."""
     # One layer at a time is copied, since peft merges in place.
-    adapter = copy.deepcopy(adapter)
+    adapter = _on_plain_layer(copy.deepcopy(adapter))
     try:
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
             return _unwrapped(adapter)
@@ -111,6 +121,17 @@ def _merged(name: str, adapter: nn.Module) -> nn.Module:
             f"'{name}': its adapter ({type(adapter).__name__} of peft) cannot be merged into the "
             f"model ({exc}); save it with save_adapter, or disable it"
         ) from exc
+
+
+def _on_plain_layer(adapter: Any) -> nn.Module:
+    """The adapter itself; that of a quantized layer becomes one of a plain layer."""
+    inner = getattr(adapter, "base_layer", None)
+    if isinstance(inner, nn.Module) and is_quantized(inner):
+        # Merged into the quantized weight, the adapter would be rounded to its few values.
+        adapter.base_layer = plain_layer(inner)
+        adapter.fan_in_fan_out = isinstance(adapter.base_layer, Conv1D)
+        adapter.__class__ = Linear
+    return cast(nn.Module, adapter)
 
 
 def _unwrapped(adapter: nn.Module) -> nn.Module:
@@ -170,7 +191,7 @@ def _config_for(
     family: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, Tensor]
 ) -> PretrainedConfig:
     """The config, without ties of weights that differ."""
-    config = copy.deepcopy(config)
+    config = without_quantization(config)
     # The model takes a copy, since transformers writes to the config of a model that it builds.
     ties = on_meta(family, copy.deepcopy(config)).all_tied_weights_keys
     if not all(torch.equal(tensors[target], tensors[source]) for target, source in ties.items()):

@@ -42,6 +42,7 @@ from fedsplit.model.adapter_config import (
 )
 from fedsplit.model.identity import ADAPTER, adapter_digest
 from fedsplit.model.plan import plan_for
+from fedsplit.model.quantization import is_quantized, share_weight
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart
 from fedsplit.model.tensor_files import read_tensors, tensor_names
@@ -221,8 +222,12 @@ def share_frozen(part: PreTrainedModel, other: PreTrainedModel) -> None:
     for name, own in list(part.named_parameters(remove_duplicate=False)):
         same = others.get(_plain(name))
         if same is not None and not own.requires_grad and torch.equal(own, same):
-            module, _, leaf = name.rpartition(".")
-            part.get_submodule(module)._parameters[leaf] = same
+            owner, _, leaf = name.rpartition(".")
+            module = part.get_submodule(owner)
+            if leaf == "weight" and is_quantized(module):
+                share_weight(module, same)
+            else:
+                module._parameters[leaf] = same
 
 
 def _plain(parameter: str) -> str:

@@ -8,7 +8,7 @@ arXiv 2208.07339.)
 import copy
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -167,9 +167,8 @@ def for_training(model: nn.Module) -> None:
     On processors with bfloat16, bitsandbytes packs a layer's weight anew for the first pass without
     a graph. Later passes compute with that, and give their input no gradient.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    for _, layer in quantized_layers(model):
+        vars(layer)["support_avx512bf16_for_cpu"] = False
 
 
 def weight_of(name: str) -> str:
@@ -187,9 +186,14 @@ def weight_of(name: str) -> str:
 # --- weights in memory ------------------------------------------------------------------------
 
 
-def is_quantized(weight: Tensor) -> bool:
-    """Whether this is the quantized weight of a layer."""
-    return type(weight).__name__ in (_FOUR_BITS, _EIGHT_BITS)
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the weight of this module itself is quantized."""
+    return type(layer._parameters.get("weight")).__name__ in (_FOUR_BITS, _EIGHT_BITS)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The names and layers of a model whose weights are quantized."""
+    return ((name, module) for name, module in model.named_modules() if is_quantized(module))
 
 
 def twin_of(weight: Any) -> nn.Parameter:

@@ -94,6 +94,31 @@ CONFLICTS = (
         when=lambda baseline, mode: baseline != "none" and mode != "joint",
         why=_NO_TRUNK,
     ),
+    *(
+        Conflict(
+            setting=setting,
+            other="baseline",
+            when=lambda kind, baseline: kind != "off" and baseline != "none",
+            why="{setting} is for the parts of a split model, and baseline={run.baseline} trains "
+            "the unsplit one; set {setting}=off",
+        )
+        for setting in ("model.quantize", "model.quantize_client")
+    ),
+    Conflict(
+        setting="model.quantize",
+        other="trains_trunk_in_full",
+        when=lambda kind, in_full: kind != "off" and in_full,
+        why="model.quantize={run.model.quantize} freezes the trunk's layers, and "
+        "lora.enabled=false trains them in full; set lora.enabled=true, or train.mode=frozen_trunk",
+    ),
+    Conflict(
+        setting="model.quantize_client",
+        other="lora.enabled",
+        when=lambda kind, has_adapters: kind != "off" and not has_adapters,
+        why="model.quantize_client={run.model.quantize_client} freezes the layers of the client's "
+        "blocks, and lora.enabled=false trains them in full; set lora.enabled=true, or "
+        "model.quantize_client=off",
+    ),
     Conflict(
         setting="privacy.kind",
         other="baseline",

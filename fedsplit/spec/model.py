@@ -96,6 +96,11 @@ class ModelSpec:
             on devices that support it and float16 on others, and each side chooses for its own
             device. If either side uses float16, losses are scaled. With off, the trunk does as
             torch.autocast around the client's model says.
+        quantize: The bits of the trunk's frozen linear layers, on which adapters train: nf4 has
+            4, int8 has 8, and off leaves them in model.dtype. It needs the extra quantize at the
+            server.
+        quantize_client: The same for the frozen layers of the client's blocks. It needs the extra
+            at clients and server.
     """
 
     pretrained: str = ""
@@ -108,6 +113,8 @@ class ModelSpec:
     attention: Annotated[str, OneOf("auto", "flash_attention_2", "sdpa", "eager")] = "sdpa"
     dtype: Annotated[str, OneOf("float32", "bfloat16", later=("float16",))] = "float32"
     autocast: Annotated[str, OneOf("off", "auto", "bfloat16", "float16")] = "off"
+    quantize: Annotated[str, OneOf("off", "nf4", "int8")] = "off"
+    quantize_client: Annotated[str, OneOf("off", "nf4", "int8")] = "off"
 
     def __post_init__(self) -> None:
         check_fields(self, "model")

@@ -200,6 +200,11 @@ class RunSpec:
         return tuple(f"client-{number}" for number in range(self.num_nodes))
 
     @property
+    def trains_trunk_in_full(self) -> bool:
+        """Whether all weights of the trunk train, and not only adapters or nothing."""
+        return self.train.mode == "joint" and not self.lora.enabled
+
+    @property
     def shares_client_weights(self) -> bool:
         """Whether clients send any of their weights to the server."""
         return self.baseline != "local" and self.client_weights.personal != "both"
@@ -224,6 +229,9 @@ class RunSpec:
             del nested["privacy"]
         if not self.client_weights.wrap:
             del nested["client_weights"]["wrap"], nested["client_weights"]["wrap_options"]
+        for name in ("quantize", "quantize_client"):
+            if nested["model"][name] == "off":
+                del nested["model"][name]
         # What a run does about a crash does not change what it computes.
         del nested["train"]["save_every"], nested["policy"]["missing"]
         return dict(_flat(nested, ""))
