@@ -95,9 +95,10 @@ def parts_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Spl
         ConfigError: The checkpoint's weights are quantized, and the run would train them in full.
     """
     _require_adapters(run, config)
-    # Here, since the weights of a new model take memory and time.
-    bits = [_bits(run, kind, device) for kind in (run.model.quantize_client, run.model.quantize)]
-    weights = _weights(run, config, _options(run, config, device))
+    options = _options(run, config, device)
+    # Before the weights of a new model, which take memory and time.
+    bits = [_bits(run, kind) for kind in (run.model.quantize_client, run.model.quantize)]
+    weights = _weights(run, config, options)
     client = _client(run, config, {**weights, **bits[0]})
     trunk = _trunk(run, config, {**weights, **bits[1]})
     connect(client, trunk.run, trunk.new_cache)
@@ -115,13 +116,13 @@ def client_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Cl
         device: Where the part will compute; it selects attention and precision. The part itself
             is in host memory.
     """
-    bits = _bits(run, run.model.quantize_client, device)
+    bits = _bits(run, run.model.quantize_client)
     return _client(run, config, {**_weights(run, config, _options(run, config, device)), **bits})
 
 
 def trunk_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> TrunkPart:
     """The trunk before training; it is frozen unless the run's mode is `joint`."""
-    bits = _bits(run, run.model.quantize, device)
+    bits = _bits(run, run.model.quantize)
     return _trunk(run, config, {**_weights(run, config, _options(run, config, device)), **bits})
 
 
@@ -190,10 +191,9 @@ def _options(run: RunSpec, config: PretrainedConfig, device: str) -> dict[str, A
     return {"model_class": family, "dtype": dtype, "attn_implementation": attention}
 
 
-def _bits(run: RunSpec, kind: str, device: str) -> dict[str, Any]:
+def _bits(run: RunSpec, kind: str) -> dict[str, Any]:
     """The option by which the builders quantize a part; empty if they do not."""
-    precision = precision_of(run.model, _device(device)) or run.model.dtype
-    return dict(settings_of(kind, getattr(torch, precision)))
+    return dict(settings_of(kind, getattr(torch, run.model.dtype)))
 
 
 def _require_adapters(run: RunSpec, config: PretrainedConfig) -> None:

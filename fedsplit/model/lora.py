@@ -42,7 +42,7 @@ from fedsplit.model.adapter_config import (
 )
 from fedsplit.model.identity import ADAPTER, adapter_digest
 from fedsplit.model.plan import plan_for
-from fedsplit.model.quantization import is_quantized, share_weight
+from fedsplit.model.quantization import is_quantized, quantization_of, share_weight
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart
 from fedsplit.model.tensor_files import read_tensors, tensor_names
@@ -177,6 +177,7 @@ def _inject(part: PreTrainedModel, config: LoraConfig, own: AdaptedModules, seed
             f"this {_family_of(part).__name__} has an adapter; add one to a part without adapters"
         )
     part.requires_grad_(False)
+    dtype = part.dtype
     own.write_to(config)
     has_targets = bool(own.targets or own.parameters)
     if not has_targets:
@@ -187,6 +188,10 @@ def _inject(part: PreTrainedModel, config: LoraConfig, own: AdaptedModules, seed
             inject_adapter_in_model(config, part, _ADAPTER)
         # New modules are in training mode, even if the part is not.
         part.train(part.training)
+        if quantization_of(part.config):
+            # peft takes the dtype of an adapter from the weight, whose values are floats no more.
+            for parameter in trainable(part).values():
+                parameter.data = parameter.data.to(dtype)
     for name in plan_for(_family_of(part), part.config).head:
         part.get_submodule(name).requires_grad_(True)
 

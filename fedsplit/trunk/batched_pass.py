@@ -201,12 +201,11 @@ class BatchedPass:
         return out_BTD, (dict(zip(leaves, own, strict=True)), grad_smashed_BTD)
 
     def _random_inputs(self, rows: int, seed: int) -> Inputs:
-        like = next(self._trunk.parameters())
         # A generator of its own, so that the trial does not change the process's random numbers.
         generator = torch.Generator().manual_seed(seed)
         smashed_BTD = torch.randn(rows, 5, self._trunk.config.hidden_size, generator=generator)
         return Inputs(
-            smashed_BTD=smashed_BTD.to(like),
+            smashed_BTD=smashed_BTD.to(self._compute.device, self._trunk.dtype),
             attention_mask_BT=None,
             position_ids_BT=None,
             dropout="",

@@ -297,10 +297,10 @@ class Generation:
     @functools.cached_property
     def _probe(self) -> Any:
         """A cache with one token, which has the shapes and devices of the blocks' states."""
-        cache = self._new_cache(0)
-        like = next(self._trunk.parameters())
+        cache, trunk = self._new_cache(0), self._trunk
+        hidden_BTD = torch.zeros(1, 1, trunk.config.hidden_size, dtype=trunk.dtype)
         with torch.no_grad():
-            self._trunk.run(like.new_zeros(1, 1, self._trunk.config.hidden_size), cache=cache)
+            trunk.run(hidden_BTD.to(self._device), cache=cache)
         return cache
 
     def _new_cache(self, cache_tokens: int) -> Any:

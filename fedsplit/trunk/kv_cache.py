@@ -88,12 +88,12 @@ def first_to_go(caches: Mapping[str, SequenceCache], busy: Collection[str]) -> s
 
 def has_fixed_caches(trunk: TrunkPart) -> bool:
     """Return whether a trunk's family can use a cache of a fixed size, with a mask; tries it."""
-    like = next(trunk.parameters())
-    hidden_BTD = like.new_zeros(1, 2, trunk.config.hidden_size)
-    mask_BT = torch.ones(1, 2, dtype=torch.int64, device=like.device)
+    hidden_BTD = torch.zeros(1, 2, trunk.config.hidden_size, dtype=trunk.dtype)
+    mask_BT = torch.ones(1, 2, dtype=torch.int64)
     try:
         with torch.no_grad():
-            trunk.run(hidden_BTD, mask_BT, cache=trunk.new_cache(4))
+            placed = hidden_BTD.to(trunk.device), mask_BT.to(trunk.device)
+            trunk.run(*placed, cache=trunk.new_cache(4))
     except FAMILY_ERRORS:
         return False
     return True

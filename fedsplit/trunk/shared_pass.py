@@ -179,7 +179,7 @@ class SharedPass:
     def _trial_output(self, run: Callable[[list[Segment]], list[Tensor]]) -> Tensor:
         """Return the output of three passes of two random sessions, which are always the same."""
         # A generator of its own, so that the trial does not change the process's random numbers.
-        like, generator = next(self._trunk.parameters()), torch.Generator().manual_seed(0)
+        device, generator = self._trunk.device, torch.Generator().manual_seed(0)
         caches, past = [self._trunk.new_cache() for _ in range(2)], [0, 0]
         first = 0, self._far_position()
         outs = []
@@ -189,9 +189,9 @@ class SharedPass:
                 Segment(
                     hidden_BTD=torch.randn(
                         1, tokens, self._trunk.config.hidden_size, generator=generator
-                    ).to(like),
+                    ).to(device, self._trunk.dtype),
                     attention_mask_BT=None,
-                    position_ids_BT=torch.arange(tokens, device=like.device)[None] + begin + before,
+                    position_ids_BT=torch.arange(tokens, device=device)[None] + begin + before,
                     past=before,
                     cache=cache,
                 )

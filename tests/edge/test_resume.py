@@ -14,6 +14,7 @@ from fedsplit.config import compose
 from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.runs.checkpoint import checkpoints_in, facts_of, states_in
 from fedsplit.runs.folder import RunFolder
+from tests.core.extras import needs_bitsandbytes
 from tests.edge.federation import (
     SGD,
     federate,
@@ -69,6 +70,7 @@ VARIANTS = {
     "float16": ("model.autocast=float16",),
     "v1": ("strategy=splitfed_v1", "wire.client_weights=int8"),
     "sequential": ("strategy=sequential",),
+    "quantized": ("lora=on", "model.quantize=nf4", "model.quantize_client=int8"),
 }
 NOT_IN_STEP = {
     "async": ("policy=async", "policy.sim_slowdown={client-2: 3}"),
@@ -83,7 +85,13 @@ NOT_IN_STEP = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=name, marks=needs_bitsandbytes if name == "quantized" else ())
+        for name, words in VARIANTS.items()
+    ],
+)
 def test_going_on_gives_the_numbers_of_not_stopping(tmp_path, words):
     whole = federate(spec_for(tmp_path / "whole", *SHORT, *words))
     run = spec_for(
