@@ -3,11 +3,13 @@
 *Computed*: one training step on fake tensors, which have shapes but no memory. The peak is that of
 the bytes of all live tensors, so a model of any size can be computed. *Measured*: the growth of a
 process that takes two real steps, as the operating system reports it. This includes buffers of
-libraries, and memory that the allocator does not return.
+libraries, and memory that the allocator does not return. As a program it measures a model in
+several precisions (`simulations/quantized.py`).
 """
 
 import copy
 import math
+import sys
 import weakref
 from collections.abc import Iterable
 from multiprocessing import get_context
@@ -309,3 +311,9 @@ class _RemoteCopy(torch.autograd.Function):
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+if __name__ == "__main__":
+    from simulations.quantized import main
+
+    sys.exit(main())
