@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all faults soak check docs deploy-check format proto release-check clean
+.PHONY: help install run test test-all test-bits faults soak check docs deploy-check format proto release-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,12 @@ test: $(DEVELOPED) ## run all tests but the slow ones
 
 test-all: $(DEVELOPED) ## run the whole suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# In a folder of its own: where peft finds bitsandbytes, each process that imports it takes seconds more.
+test-bits: $(DEVELOPED) ## run the tests of quantized weights and 8-bit optimizers, with bitsandbytes
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --upgrade --target build/bits bitsandbytes
+	PYTHONPATH=build/bits $(BIN)/python -m pytest -n $(JOBS) tests/core/test_quantization.py \
+	  tests/core/test_eight_bit.py tests/edge/test_resume.py -k "quantiz or bit"
 
 faults: $(DEVELOPED) ## kill processes of runs at every named point, and compare the weights
 	mkdir -p runs

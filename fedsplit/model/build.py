@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -13,7 +12,7 @@ from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
 from fedsplit.model.in_memory import identity_of, in_memory
 from fedsplit.model.module_state import copy_state
 from fedsplit.model.plan import model_class_for, plan_for
-from fedsplit.model.quantization import OPTION, as_whole, for_training
+from fedsplit.model.quantization import OPTION, as_whole, copy_plain, for_training
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart, connect, part_class
 from fedsplit.model.tensor_files import LazyTensor
@@ -114,6 +113,8 @@ def _load(
     tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)), lazily=OPTION in options)
     options = {"dtype": origin.dtype(config), **options}
     part = load_tensors(cls, config, tensors, source, new=cls.plan.head, seed=seed, **options)
+    if OPTION in options:
+        copy_plain(part)
     part.identity.update(origin.identity(config, whole, cls.plan.head))
     return _with_generation_config(part, origin)
 

@@ -171,6 +171,16 @@ def for_training(model: nn.Module) -> None:
         vars(layer)["support_avx512bf16_for_cpu"] = False
 
 
+def copy_plain(model: nn.Module) -> None:
+    """Move what is not quantized out of the mapped files, where tensors may be unaligned."""
+    quantized = {id(layer._parameters["weight"]) for _, layer in quantized_layers(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in quantized:
+            parameter.data = parameter.data.clone()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.clone()
+
+
 def weight_of(name: str) -> str:
     """The name of the weight that a tensor in a file belongs to; of a plain one its own.
 
@@ -244,5 +254,6 @@ def _values(weight: Any, layer: Any) -> Tensor:
         values: Tensor = dequantize_bnb_weight(weight)
         return values
     # The first pass moves the scales of the rows out of the weight.
-    scales = layer.state.SCB if weight.SCB is None else weight.SCB
-    return weight.data * (scales.to(weight.device) / 127).unsqueeze(1)
+    scales: Tensor = layer.state.SCB if weight.SCB is None else weight.SCB
+    weight_EC: Tensor = weight.data
+    return weight_EC * (scales.to(weight.device) / 127).unsqueeze(1)

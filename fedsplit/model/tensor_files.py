@@ -13,10 +13,11 @@ _QUANTIZED = ("F8", "F6", "F4", "I8", "U8")
 
 
 class LazyTensor:
-    """A tensor of a file that is read each time its values are asked for, as `tensor[...]`.
+    """A tensor of a file that is mapped into memory when its values are asked for: `tensor[...]`.
 
     transformers loads slices of safetensors so. Tensors that it quantizes one after the other need
-    not be in memory together.
+    not be in memory together. Copies of them, freed one after the other, would leave as much memory
+    in pieces as they have together.
 
     Args:
         path: The file.
@@ -31,8 +32,10 @@ class LazyTensor:
             self.shape = tuple(file.get_slice(name).get_shape())
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Return the values at `index`, as `Tensor` does."""
-        return read_tensors(self._path, [self._name])[self._name][index]
+        """Return the values at `index`, in the mapped file; see `read_tensors`."""
+        with opened(self._path) as file:
+            tensor: Tensor = file.get_tensor(self._name)
+        return tensor[index]
 
 
 def require_floats(path: Path, names: list[str]) -> None:

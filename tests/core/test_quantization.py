@@ -165,9 +165,7 @@ def test_a_classifiers_head_is_not_quantized():
 def test_a_checkpoint_is_not_quantized_twice(source, tmp_path):
     unsplit(source, "nf4").save_pretrained(tmp_path / "quantized")
     with pytest.raises(ConfigError, match="quantized already .bitsandbytes.; leave"):
-        split_model(
-            str(tmp_path / "quantized"), SPLIT, **settings_of("int8", torch.float32)
-        )
+        split_model(str(tmp_path / "quantized"), SPLIT, **settings_of("int8", torch.float32))
     run = RunSpec(model=ModelSpec(pretrained=str(tmp_path / "quantized")), split=SPLIT)
     with pytest.raises(ConfigError, match="lora.enabled=false trains them in full; set lora"):
         parts_of(run, Source(name=run.model.pretrained).config())
