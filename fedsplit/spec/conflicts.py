@@ -112,6 +112,13 @@ CONFLICTS = (
         "lora.enabled=false trains them in full; set lora.enabled=true, or train.mode=frozen_trunk",
     ),
     Conflict(
+        setting="model.quantize",
+        other="client_weights.sealed",
+        when=lambda kind, sealed: kind != "off" and sealed,
+        why="with client_weights.sealed a run leaves its trunk for the clients to join, and "
+        "model.quantize={run.model.quantize} leaves no plain weights; set model.quantize=off",
+    ),
+    Conflict(
         setting="model.quantize_client",
         other="lora.enabled",
         when=lambda kind, has_adapters: kind != "off" and not has_adapters,

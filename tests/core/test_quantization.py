@@ -16,7 +16,14 @@ from fedsplit.model.lora import add_adapters, share_frozen, trainable
 from fedsplit.model.quantization import for_training, quantized_layers, settings_of
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.tensor_files import LazyTensor
-from fedsplit.spec import LoraSpec, ModelSpec, RunSpec, SplitSpec, TrainSpec
+from fedsplit.spec import (
+    ClientWeightsSpec,
+    LoraSpec,
+    ModelSpec,
+    RunSpec,
+    SplitSpec,
+    TrainSpec,
+)
 from simulations.families import random_model
 from tests.core.extras import needs_bitsandbytes
 
@@ -191,6 +198,9 @@ def test_only_adapters_train_on_quantized_weights():
         RunSpec(model=ModelSpec(quantize="nf4"))
     with pytest.raises(ConfigError, match="model.quantize_client=int8 freezes the layers of the"):
         RunSpec(model=ModelSpec(quantize_client="int8"), train=TrainSpec(mode="frozen_trunk"))
+    with pytest.raises(ConfigError, match="for the clients to join, and model.quantize=int8 leaves"):
+        sealed = ClientWeightsSpec(sealed=True)
+        RunSpec(model=ModelSpec(quantize="int8"), lora=LORA, client_weights=sealed)
     with pytest.raises(ConfigError, match="baseline=fedavg trains the unsplit one; set model.q"):
         RunSpec(model=ModelSpec(quantize="int8"), lora=LORA, baseline="fedavg")
 
