@@ -12,7 +12,13 @@ from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
 from fedsplit.model.in_memory import identity_of, in_memory
 from fedsplit.model.module_state import copy_state
 from fedsplit.model.plan import model_class_for, plan_for
-from fedsplit.model.quantization import OPTION, as_whole, copy_plain, for_training
+from fedsplit.model.quantization import (
+    OPTION,
+    as_whole,
+    copy_plain,
+    for_training,
+    require_statistics,
+)
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart, connect, part_class
 from fedsplit.model.tensor_files import LazyTensor
@@ -153,6 +159,7 @@ def load_tensors(
             f"({len(missing)} missing, {len(tensors)} found)"
         )
     _require_ties(model)
+    require_statistics(model, origin)
     for_training(model)
     return model
 

@@ -18,7 +18,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from fedsplit.errors import ConfigError, UnsupportedModel
+from fedsplit.errors import CheckpointError, ConfigError, UnsupportedModel
 
 METHOD = "bitsandbytes"
 """The method of quantization that parts have; it is a package, and the extra `quantize`."""
@@ -169,6 +169,26 @@ def for_training(model: nn.Module) -> None:
     """
     for _, layer in quantized_layers(model):
         vars(layer)["support_avx512bf16_for_cpu"] = False
+
+
+def require_statistics(model: nn.Module, origin: str) -> None:
+    """Refuse plain weights where the config says that they are quantized.
+
+    Args:
+        model: A model that was just loaded.
+        origin: The source of its tensors, for the error.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    for name, layer in model.named_modules():
+        if hasattr(layer, "source_cls"):
+            found = (getattr(layer.weight, each, None) for each in ("quant_state", "SCB"))
+            if all(statistics is None for statistics in found):
+                raise CheckpointError(
+                    f"{origin}: '{name}.weight' is not quantized, but {OPTION} in config.json says "
+                    f"that it is ({METHOD}); save the model again, or remove {OPTION}"
+                )
 
 
 def copy_plain(model: nn.Module) -> None:

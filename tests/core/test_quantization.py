@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BertConfig
 
 from fedsplit.config import compose
-from fedsplit.errors import ConfigError
+from fedsplit.errors import CheckpointError, ConfigError
 from fedsplit.flower.prototype import Prototype
 from fedsplit.model import build_trunk, connect, join_model, split_model
 from fedsplit.model.describe import client_of, parts_of
@@ -178,6 +178,16 @@ def test_a_checkpoint_is_not_quantized_twice(source, tmp_path):
         parts_of(run, Source(name=run.model.pretrained).config())
 
 
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_plain_weights_under_a_config_of_quantized_ones_are_refused(source, bits):
+    config = Source(name=source).config()
+    config.quantization_config = {"quant_method": "bitsandbytes", bits: True}
+    config.save_pretrained(source)
+    with pytest.raises(CheckpointError, match="is not quantized, but quantization_config in"):
+        split_model(source, SPLIT)
+
+
 def test_without_the_extra_it_is_refused_before_weights_are_made(monkeypatch, tiny_llama):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     run = RunSpec(model=ModelSpec(family="llama", quantize="nf4"), lora=LORA)
@@ -198,7 +208,9 @@ def test_only_adapters_train_on_quantized_weights():
         RunSpec(model=ModelSpec(quantize="nf4"))
     with pytest.raises(ConfigError, match="model.quantize_client=int8 freezes the layers of the"):
         RunSpec(model=ModelSpec(quantize_client="int8"), train=TrainSpec(mode="frozen_trunk"))
-    with pytest.raises(ConfigError, match="for the clients to join, and model.quantize=int8 leaves"):
+    with pytest.raises(
+        ConfigError, match="for the clients to join, and model.quantize=int8 leaves"
+    ):
         sealed = ClientWeightsSpec(sealed=True)
         RunSpec(model=ModelSpec(quantize="int8"), lora=LORA, client_weights=sealed)
     with pytest.raises(ConfigError, match="baseline=fedavg trains the unsplit one; set model.q"):

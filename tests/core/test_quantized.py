@@ -106,7 +106,6 @@ def test_the_parts_of_a_model_from_gguf_are_those_of_a_plain_one(tmp_path):
 
 
 METHODS = {
-    "bitsandbytes": {"load_in_4bit": True},
     "gptq": {"bits": 4},
     "awq": {"bits": 4},
     "fp8": {"weight_block_size": [128, 128]},
