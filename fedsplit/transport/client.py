@@ -44,9 +44,16 @@ from fedsplit.transport.tls import channel_credentials
 from fedsplit.wire.codec import traveling
 from fedsplit.wire.messages import GradientsRequest, R, Request
 from fedsplit.wire.replies import check_reply
+from fedsplit.wire.server_messages import ParametersRequest
 
 LONG_REPLY_BYTES = 4 << 30
 """The longest payload of gradients, or of keys and values, that a client accepts."""
+
+_PARAMETERS_BYTES = 1 << 40
+"""The longest payload of parameters that a follower accepts from its leader, which it trusts."""
+
+_NAMED = (GradientsRequest, ParametersRequest)
+"""The requests whose replies have names of tensors in their header."""
 
 # With the keepalive timeout alone, gRPC detects a frozen peer after more than a minute; with the
 # ping timeout as well, it does after keepalive time plus ping timeout.
@@ -213,6 +220,8 @@ class GrpcLink(Link):
 
 def _max_reply_bytes(request: Request[Any]) -> int:
     """The most bytes of payload in its reply: a reply is about as large as its request."""
+    if isinstance(request, ParametersRequest):
+        return _PARAMETERS_BYTES
     if isinstance(request, GradientsRequest) or getattr(request, "stateless", False):
         return LONG_REPLY_BYTES
     values = (getattr(request, field.name) for field in traveling(request))
@@ -290,9 +299,8 @@ class _ExchangeStream(Stream):
         return body
 
     def _read(self, request: Request[Any]) -> Body:
-        # The gradients' names are in the header.
-        names = isinstance(request, GradientsRequest)
-        reader = Reader(_max_reply_bytes(request), FRAME_BYTES if names else HEADER_BYTES)
+        most_header = FRAME_BYTES if isinstance(request, _NAMED) else HEADER_BYTES
+        reader = Reader(_max_reply_bytes(request), most_header)
         for frame in self._frames:
             self._link.count(0, len(frame))
             if (body := reader.feed(frame)) is not None:

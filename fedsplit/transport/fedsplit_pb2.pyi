@@ -34,7 +34,7 @@ class Frame(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("open_request", "open_reply", "forward_request", "forward_reply", "backward_request", "backward_reply", "step_request", "step_reply", "close_request", "close_reply", "gradients_request", "gradients_reply", "training_state_request", "training_state_reply", "service_info_request", "service_info_reply", "chunk", "error", "generate_request", "generate_reply", "payload_bytes", "trace")
+    __slots__ = ("open_request", "open_reply", "forward_request", "forward_reply", "backward_request", "backward_reply", "step_request", "step_reply", "close_request", "close_reply", "gradients_request", "gradients_reply", "training_state_request", "training_state_reply", "service_info_request", "service_info_reply", "chunk", "error", "generate_request", "generate_reply", "contribute_request", "parameters_request", "parameters_reply", "work_report_request", "work_report_reply", "payload_bytes", "trace")
     OPEN_REQUEST_FIELD_NUMBER: _ClassVar[int]
     OPEN_REPLY_FIELD_NUMBER: _ClassVar[int]
     FORWARD_REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,11 @@ class Header(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     GENERATE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     GENERATE_REPLY_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_REPLY_FIELD_NUMBER: _ClassVar[int]
+    WORK_REPORT_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    WORK_REPORT_REPLY_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     open_request: OpenRequest
@@ -77,9 +82,14 @@ class Header(_message.Message):
     error: Error
     generate_request: GenerateRequest
     generate_reply: GenerateReply
+    contribute_request: ContributeRequest
+    parameters_request: ParametersRequest
+    parameters_reply: ParametersReply
+    work_report_request: WorkReportRequest
+    work_report_reply: WorkReportReply
     payload_bytes: int
     trace: bytes
-    def __init__(self, open_request: _Optional[_Union[OpenRequest, _Mapping]] = ..., open_reply: _Optional[_Union[OpenReply, _Mapping]] = ..., forward_request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward_request: _Optional[_Union[BackwardRequest, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., step_request: _Optional[_Union[StepRequest, _Mapping]] = ..., step_reply: _Optional[_Union[StepReply, _Mapping]] = ..., close_request: _Optional[_Union[CloseRequest, _Mapping]] = ..., close_reply: _Optional[_Union[CloseReply, _Mapping]] = ..., gradients_request: _Optional[_Union[GradientsRequest, _Mapping]] = ..., gradients_reply: _Optional[_Union[GradientsReply, _Mapping]] = ..., training_state_request: _Optional[_Union[TrainingStateRequest, _Mapping]] = ..., training_state_reply: _Optional[_Union[TrainingStateReply, _Mapping]] = ..., service_info_request: _Optional[_Union[ServiceInfoRequest, _Mapping]] = ..., service_info_reply: _Optional[_Union[ServiceInfoReply, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., generate_request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., generate_reply: _Optional[_Union[GenerateReply, _Mapping]] = ..., payload_bytes: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, open_request: _Optional[_Union[OpenRequest, _Mapping]] = ..., open_reply: _Optional[_Union[OpenReply, _Mapping]] = ..., forward_request: _Optional[_Union[ForwardRequest, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward_request: _Optional[_Union[BackwardRequest, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., step_request: _Optional[_Union[StepRequest, _Mapping]] = ..., step_reply: _Optional[_Union[StepReply, _Mapping]] = ..., close_request: _Optional[_Union[CloseRequest, _Mapping]] = ..., close_reply: _Optional[_Union[CloseReply, _Mapping]] = ..., gradients_request: _Optional[_Union[GradientsRequest, _Mapping]] = ..., gradients_reply: _Optional[_Union[GradientsReply, _Mapping]] = ..., training_state_request: _Optional[_Union[TrainingStateRequest, _Mapping]] = ..., training_state_reply: _Optional[_Union[TrainingStateReply, _Mapping]] = ..., service_info_request: _Optional[_Union[ServiceInfoRequest, _Mapping]] = ..., service_info_reply: _Optional[_Union[ServiceInfoReply, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., generate_request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., generate_reply: _Optional[_Union[GenerateReply, _Mapping]] = ..., contribute_request: _Optional[_Union[ContributeRequest, _Mapping]] = ..., parameters_request: _Optional[_Union[ParametersRequest, _Mapping]] = ..., parameters_reply: _Optional[_Union[ParametersReply, _Mapping]] = ..., work_report_request: _Optional[_Union[WorkReportRequest, _Mapping]] = ..., work_report_reply: _Optional[_Union[WorkReportReply, _Mapping]] = ..., payload_bytes: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset",)
@@ -424,3 +434,75 @@ class ServiceInfoReply(_message.Message):
     versions: _containers.ScalarMap[str, str]
     time_s: float
     def __init__(self, protocol: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., model: _Optional[str] = ..., family: _Optional[str] = ..., blocks: _Optional[str] = ..., version: _Optional[int] = ..., sessions: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., served_model_names: _Optional[_Iterable[str]] = ..., budgets: _Optional[_Mapping[str, str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., time_s: _Optional[float] = ...) -> None: ...
+
+class ContributeRequest(_message.Message):
+    __slots__ = ("session", "call", "step", "num_tokens", "client_sq_norm", "loss_scale", "num_positions", "barrier_version", "names", "gradients")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_SQ_NORM_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    NUM_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    BARRIER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    call: int
+    step: int
+    num_tokens: int
+    client_sq_norm: float
+    loss_scale: float
+    num_positions: int
+    barrier_version: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    gradients: _containers.RepeatedCompositeFieldContainer[TensorMeta]
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., step: _Optional[int] = ..., num_tokens: _Optional[int] = ..., client_sq_norm: _Optional[float] = ..., loss_scale: _Optional[float] = ..., num_positions: _Optional[int] = ..., barrier_version: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., gradients: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ...) -> None: ...
+
+class ParametersRequest(_message.Message):
+    __slots__ = ("follower", "server_instance_id", "version", "wait_s", "served_model_name")
+    FOLLOWER_FIELD_NUMBER: _ClassVar[int]
+    SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    follower: str
+    server_instance_id: str
+    version: int
+    wait_s: float
+    served_model_name: str
+    def __init__(self, follower: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., wait_s: _Optional[float] = ..., served_model_name: _Optional[str] = ...) -> None: ...
+
+class ParametersReply(_message.Message):
+    __slots__ = ("server_instance_id", "version", "barrier_version", "key", "names", "parameters")
+    SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BARRIER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    server_instance_id: str
+    version: int
+    barrier_version: int
+    key: str
+    names: _containers.RepeatedScalarFieldContainer[str]
+    parameters: _containers.RepeatedCompositeFieldContainer[TensorMeta]
+    def __init__(self, server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., barrier_version: _Optional[int] = ..., key: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ...) -> None: ...
+
+class WorkReportRequest(_message.Message):
+    __slots__ = ("session", "positions", "clipped", "refused", "quarantines")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    CLIPPED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINES_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    positions: int
+    clipped: int
+    refused: int
+    quarantines: int
+    def __init__(self, session: _Optional[str] = ..., positions: _Optional[int] = ..., clipped: _Optional[int] = ..., refused: _Optional[int] = ..., quarantines: _Optional[int] = ...) -> None: ...
+
+class WorkReportReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

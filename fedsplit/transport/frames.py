@@ -15,7 +15,7 @@ from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, e
 from fedsplit.telemetry.spans import SpanContext
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.envelope import read_frame, write_frame
-from fedsplit.wire import messages
+from fedsplit.wire import messages, server_messages
 from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor, traveling
 from fedsplit.wire.compression import NUMBERS
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
@@ -27,7 +27,7 @@ FRAME_BYTES = 4 << 20
 """The longest frame that either side receives."""
 
 HEADER_BYTES = 256 << 10
-"""The longest header of a frame, except the header that names the gradients of a reply.
+"""The longest header of a frame, except one that names gradients or parameters in a reply.
 
 Protobuf takes about 30 times the bytes of a header that repeats an empty message."""
 
@@ -61,6 +61,16 @@ CALLS = {
             "SyncTrainingState", messages.TrainingStateRequest, messages.TrainingStateReply, False
         ),
         Call("GetServiceInfo", messages.ServiceInfoRequest, messages.ServiceInfoReply, False),
+        Call("Contribute", server_messages.ContributeRequest, messages.StepReply, True),
+        Call(
+            "GetParameters",
+            server_messages.ParametersRequest,
+            server_messages.ParametersReply,
+            True,
+        ),
+        Call(
+            "ReportWork", server_messages.WorkReportRequest, server_messages.WorkReportReply, True
+        ),
     )
 }
 

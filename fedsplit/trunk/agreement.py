@@ -4,11 +4,11 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedsplit.errors import ModelMismatch
+from fedsplit.errors import ModelMismatch, ProtocolVersion
 from fedsplit.model.identity import difference, misfit, model_fingerprint, model_settings
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
-from fedsplit.wire.messages import OpenRequest
+from fedsplit.wire.messages import PROTOCOL, OpenRequest
 
 _TRAINED = (
     ". The trunk has trained since, to version {version}, and its digest is still that of the "
@@ -57,8 +57,14 @@ class Agreement:
             version: The version of the trunk's parameters, 0 before its first step.
 
         Raises:
+            ProtocolVersion: The client speaks another version of the protocol.
             ModelMismatch: The message names what differs, with both values.
         """
+        if request.protocol != PROTOCOL:
+            raise ProtocolVersion(
+                f"the client speaks protocol {request.protocol}, the trunk {PROTOCOL}; install "
+                "the same version of fedsplit at both sides"
+            )
         _require_same("hidden size", str(request.hidden_size), str(self.hidden_size))
         settings = request.model_settings, self.model_settings
         _require_same("model and cut (fingerprint)", request.model, self.model, settings)

@@ -27,11 +27,10 @@ from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.generation import Generation
 from fedsplit.trunk.meter import Meter
 from fedsplit.trunk.norm_guard import GuardCounts
-from fedsplit.trunk.scheduler import Scheduler
 from fedsplit.trunk.sessions import AcceptedStep
 from fedsplit.trunk.training import Training
 from fedsplit.trunk.update import TrunkUpdate
-from fedsplit.trunk.virtual_time import VirtualTimeScheduler
+from fedsplit.trunk.virtual_time import VirtualTimeScheduler, scheduler_for
 from fedsplit.trunk.work_counts import WorkCounts
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,7 @@ class TrunkEngine:
         clock: Seconds that do not run backwards.
         update: Makes a step of the trunk from the clients' gradients.
         on_turn: Called by the engine's thread in every turn of its loop, at least once a second.
+        training: The class of `training`.
 
     Attributes:
         training: Parameters, graphs and contributions; for the engine's thread alone.
@@ -60,6 +60,7 @@ class TrunkEngine:
         work: Counts the work of each client; any thread may take a count.
         at_rest: Called by the engine's thread after each turn that leaves no contribution waiting
             for its step, so that `state` is that of a whole step. Set it before `start`.
+        on_step: Called by the engine's thread after each step. Set it before `start`.
         last_steps: The last step that was accepted of each client, by which it is known again.
         meter: Reports what the engine does.
     """
@@ -72,8 +73,9 @@ class TrunkEngine:
         *,
         update: type[TrunkUpdate] = TrunkUpdate,
         on_turn: Callable[[], None] = lambda: None,
+        training: type[Training] = Training,
     ) -> None:
-        self.training = Training(trunk, run, clock, update)
+        self.training = training(trunk, run, clock, update)
         self.ended: Future[None] = Future()
         self.meter = Meter(clock)
         self._clock = clock
@@ -81,10 +83,11 @@ class TrunkEngine:
         self.work = WorkCounts()
         self._generation = Generation(trunk, run.generation, clock)
         self._is_virtual = bool(run.policy.sim_slowdown)
-        self._scheduler = _scheduler_for(run, clock, self.training.is_excluded)
+        self._scheduler = scheduler_for(run, clock, self.training.is_excluded)
         self.submit = self._scheduler.submit
         self._on_turn = on_turn
         self.at_rest: Callable[[], None] = lambda: None
+        self.on_step: Callable[[], None] = lambda: None
         self.last_steps: dict[str, AcceptedStep] = {}
         self._is_draining = False
         self._in_hand: list[Call] = []
@@ -242,6 +245,7 @@ class TrunkEngine:
         # After the reply, so that the client that completed the barrier does not wait for the step.
         for step in self.training.step_if_due():
             self.meter.stepped(replace(step, version=self.version))
+            self.on_step()
         if not self.training.barrier.contributions:
             self.at_rest()
             if self._is_draining:
@@ -387,13 +391,3 @@ class TrunkEngine:
         # Before `start` and after `stop` no other thread uses the state, so the caller runs it.
         is_own = threading.current_thread() is self._thread
         return work() if is_own or not self._thread.is_alive() else self.run(work).result()
-
-
-def _scheduler_for(
-    run: RunSpec, clock: Callable[[], float], is_excluded: Callable[[str], bool]
-) -> Scheduler:
-    wait_s = run.train.max_queue_delay_s
-    if slowdown := run.policy.sim_slowdown:
-        silence_s = run.wire.call_deadline_s
-        return VirtualTimeScheduler(slowdown, silence_s, wait_s, clock, is_excluded)
-    return Scheduler(wait_s, clock)

@@ -182,6 +182,10 @@ class Quarantine:
         records = tuple(self.records.values())
         return sum((record.counts for record in records), self._forgotten)
 
+    def add(self, counts: GuardCounts) -> None:
+        """Add the counts of another server of the run."""
+        self._forgotten += counts
+
     def is_free(self, client: str, now: float) -> bool:
         """Return whether a client is not in quarantine at this time."""
         record = self.records.get(client)

@@ -1,36 +1,52 @@
 """The registry of a trunk's clients: one token for each client."""
 
+import hmac
 import secrets
 import threading
 
 from fedsplit.errors import Unauthenticated
 
 
+def token_of(client: str, key: str) -> str:
+    """Return the token of a client, which nobody can make without the key."""
+    return f"{client}.{hmac.digest(key.encode(), client.encode(), 'sha256').hex()}"
+
+
 class ClientRegistry:
-    """The tokens of a trunk's clients; several threads may use it."""
+    """The tokens of a trunk's clients; several threads may use it.
+
+    Attributes:
+        key: The secret that the tokens are made with, which the other servers of a run get.
+    """
 
     def __init__(self) -> None:
+        self.key = secrets.token_hex(24)
         self._clients: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def admit(self, client: str) -> str:
-        """Return the token of a client; the first call makes it."""
+        """Return the token of a client."""
+        token = token_of(client, self.key)
         with self._lock:
-            # A client is admitted in every round, and the table must not grow with the rounds.
-            known = {name: token for token, name in self._clients.items()}
-            token = known.get(client) or secrets.token_urlsafe(24)
             self._clients[token] = client
-            return token
+        return token
 
     def forget(self, client: str) -> None:
         """Remove a client's token."""
         with self._lock:
-            for token in [t for t, name in self._clients.items() if name == client]:
-                del self._clients[token]
+            self._clients.pop(token_of(client, self.key), None)
 
     def knows(self, token: str) -> bool:
         """Return whether a token belongs to a client."""
         return token in self._clients
+
+    def require(self, client: str) -> str:
+        """Return a client's name, which another server of the run has read from its token.
+
+        Raises:
+            Unauthenticated: The client is not of this run, or not any more.
+        """
+        return self.client_of(token_of(client, self.key))
 
     def client_of(self, token: str) -> str:
         """Return the client that a token belongs to.
@@ -41,8 +57,40 @@ class ClientRegistry:
         # Without the lock: one lookup in a dict is atomic, and every request passes here.
         client = self._clients.get(token)
         if client is None:
-            raise Unauthenticated(
-                "the token is missing or not one of this run; use the one that the run's first "
-                "message brought"
-            )
+            raise unauthenticated()
         return client
+
+
+class VouchedClients(ClientRegistry):
+    """The clients of a follower: all whose token was made with the key of the leader.
+
+    So a follower needs no list of clients, and a token is as good as the leader's word for it. The
+    leader decides at Open whether the client is still one of the run.
+    """
+
+    def admit(self, client: str) -> str:
+        """Return the token of a client."""
+        return token_of(client, self.key)
+
+    def forget(self, client: str) -> None:
+        """Do nothing, because there is no list."""
+
+    def knows(self, token: str) -> bool:
+        """Return whether a token belongs to a client."""
+        # The time of a plain comparison tells how long the correct prefix of a guess is.
+        expected = token_of(token.rpartition(".")[0], self.key)
+        return hmac.compare_digest(token.encode(), expected.encode())
+
+    def client_of(self, token: str) -> str:
+        """Return the client that a token belongs to; see `ClientRegistry`."""
+        if not self.knows(token):
+            raise unauthenticated()
+        return token.rpartition(".")[0]
+
+
+def unauthenticated() -> Unauthenticated:
+    """Return the error for a token that belongs to no client."""
+    return Unauthenticated(
+        "the token is missing or not one of this run; use the one that the run's first message "
+        "brought"
+    )

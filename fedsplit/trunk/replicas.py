@@ -103,7 +103,7 @@ class Replicas:
                 part = value * weight
                 mean[name] = mean[name].add_(part) if name in mean else part
         for replica in self:
-            replica.versions.assign(mean)
+            replica.versions.assign(mean, replica.versions.current + 1)
 
     def _out_of_proportion(self, clients: Collection[str]) -> set[str]:
         """Return the clients whose replica has changed far more than most, or holds NaN or Inf."""

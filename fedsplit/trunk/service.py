@@ -18,24 +18,27 @@ from fedsplit.errors import (
     FedsplitError,
     Forbidden,
     ProtocolError,
-    ProtocolVersion,
     SessionLost,
     TooLarge,
 )
 from fedsplit.model.acceleration import precision_of
 from fedsplit.model.stage import TrunkPart
-from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.agreement import Agreement
 from fedsplit.trunk.call import Call, Kind
+from fedsplit.trunk.callers import Callers
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.guard import require_dtype
+from fedsplit.trunk.leader import Followers
 from fedsplit.trunk.positions import num_positions, require_positions
+from fedsplit.trunk.readings import Readings, gradients_reply
 from fedsplit.trunk.registry import ClientRegistry
 from fedsplit.trunk.session_table import SessionTable
 from fedsplit.trunk.sessions import AcceptedStep, Session, SessionInfo, Steps
+from fedsplit.trunk.training import Training
 from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.wire import messages as m
+from fedsplit.wire import server_messages as s
 from fedsplit.wire.delta import DeltaDecoder
 from fedsplit.wire.validation import check_request
 
@@ -50,6 +53,12 @@ class TrunkService:
         run: The run that it serves.
         clock: Seconds that do not run backwards.
         update: Makes a step of the trunk from the clients' gradients.
+        servers_token: The token of the run's other servers; empty if there are none.
+        training: The class of the trunk's training.
+        clients: The clients' tokens; by default a new registry.
+
+    Attributes:
+        followers: The other servers of the run.
     """
 
     def __init__(
@@ -59,30 +68,30 @@ class TrunkService:
         clock: Callable[[], float] = time.monotonic,
         *,
         update: type[TrunkUpdate] = TrunkUpdate,
+        servers_token: str = "",
+        training: type[Training] = Training,
+        clients: ClientRegistry | None = None,
     ) -> None:
-        self.engine = TrunkEngine(trunk, run, clock, update=update, on_turn=self.expire_sessions)
+        self.engine = TrunkEngine(
+            trunk, run, clock, update=update, on_turn=self.expire_sessions, training=training
+        )
+        self.followers = Followers(self.engine, servers_token, clock)
         self.server_instance_id = secrets.token_hex(8)
         self.save_every = 0
         self.past_instances: dict[str, int] = {}
-        self.limits = m.Limits(
-            max_rows=run.train.batch_size,
-            max_tokens=run.data.sequence_length,
-            hidden_size=trunk.config.hidden_size,
-            session_tokens=run.generation.session_tokens,
-            stateless_bytes=run.generation.stateless_bytes,
-        )
         self._run = run
-        self._clock = clock
         self._agreement = Agreement.of(trunk, run)
-        self._family = str(trunk.config.model_type)
+        self._readings = Readings(trunk, run, self.engine, self._agreement.model)
+        self.limits = self._readings.limits
         self._dtype = trunk.dtype
         self._num_positions = num_positions(trunk)
         self._autocast = precision_of(run.model, trunk.device)
         self._round = 0
-        self._clients = ClientRegistry()
+        self._clients = clients or ClientRegistry()
         self.decoder = DeltaDecoder(run.wire.history_bytes, max_clients=run.clients)
         self._sessions = SessionTable(run, clock)
         self._last_steps: dict[str, Steps] = {}
+        self._callers = Callers(self._clients, self.followers, self._sessions, self._last_steps)
         self._answers: dict[type, Callable[[Any, Any], Any]] = {
             m.ForwardRequest: self._forward,
             m.BackwardRequest: self._backward,
@@ -91,6 +100,8 @@ class TrunkService:
             m.CloseRequest: self._close,
             m.GradientsRequest: self._gradients,
             m.TrainingStateRequest: self._training_state,
+            s.ContributeRequest: lambda *of: self._wait(self.followers.contribute(*of)),
+            s.WorkReportRequest: self.followers.report,
         }
 
     # --- the server's side --------------------------------------------------------------------
@@ -121,7 +132,7 @@ class TrunkService:
 
     def resume(self, steps: Mapping[str, AcceptedStep]) -> None:
         """Answer a step again that clients took before the trunk's state was loaded."""
-        self._last_steps |= {client: step.remembered() for client, step in steps.items()}
+        self._last_steps.update({client: step.remembered() for client, step in steps.items()})
 
     def expire_sessions(self) -> None:
         """Drop the sessions that have expired."""
@@ -209,21 +220,28 @@ class TrunkService:
 
     def check_token(self, token: str) -> str:
         """Refuse clients that are not of this run; see `fedsplit.link.Service`."""
-        return self._clients.client_of(token)
+        return "" if self.followers.is_one(token) else self._clients.client_of(token)
 
     def handle(self, request: m.Request[m.R], token: str) -> m.R:
         """Answer one request; see `fedsplit.link.Service`."""
         check_request(request, self.limits)
         if isinstance(request, m.ServiceInfoRequest):
             return self._info(token)  # type: ignore[return-value]
-        client = self._clients.client_of(token)
+        is_follower = self._callers.are_followers(request, token)
+        if isinstance(request, s.ParametersRequest):
+            return self.followers.parameters(  # type: ignore[return-value]
+                request, self.server_instance_id, self._clients.key
+            )
+        client = self._callers.client_of(request, token, is_follower=is_follower)
         if isinstance(request, m.OpenRequest):
-            return self._open(request, client)  # type: ignore[return-value]
+            return self._open(request, client, of_follower=is_follower)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
             return self._wait(step)  # type: ignore[return-value]
         session = self._sessions.of(request.session, client)  # type: ignore[attr-defined]
         with self._sessions.serving(session.info.name):
-            reply: m.R = self._answers[type(request)](session, request)
+            is_moved = session.info.of_follower and not isinstance(request, s.OF_LEADER)
+            answer = self._answer_moved if is_moved else self._answers[type(request)]
+            reply: m.R = answer(session, request)
         return reply
 
     def disconnected(self, session: str) -> None:
@@ -232,12 +250,9 @@ class TrunkService:
 
     # --- one method a request -----------------------------------------------------------------
 
-    def _open(self, request: m.OpenRequest, client: str) -> m.OpenReply:
-        if request.protocol != m.PROTOCOL:
-            raise ProtocolVersion(
-                f"the client speaks protocol {request.protocol}, the trunk {m.PROTOCOL}; install "
-                "the same version of fedsplit at both sides"
-            )
+    def _open(
+        self, request: m.OpenRequest, client: str, *, of_follower: bool = False, name: str = ""
+    ) -> m.OpenReply:
         if request.client != client:
             raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
         self._agreement.check(request, self.engine.version)
@@ -249,10 +264,11 @@ class TrunkService:
             )
         info = SessionInfo(
             client=client,
-            name=secrets.token_hex(16),
+            name=name or secrets.token_hex(16),
             round=request.round,
             training=request.training and not request.generating,
             generating=request.generating,
+            of_follower=of_follower,
         )
         session = Session(info=info, at_once=self._run.train.micro_batches)
         for old in self._sessions.add(session):
@@ -304,6 +320,9 @@ class TrunkService:
         future: Future[m.StepReply] = session.once(Kind.STEP, request, self.engine.submit)
         return self._wait(future)
 
+    def _answer_moved(self, session: Session, request: m.Request[Any]) -> Any:
+        return self._wait(session.reply_to(request))
+
     def _generate(self, session: Session, request: m.GenerateRequest) -> m.GenerateReply:
         positions_BT, tokens = request.position_ids_BT, request.smashed_BTD.shape[1]
         require_dtype("smashed_BTD", request.smashed_BTD.dtype, self._dtype)
@@ -331,36 +350,17 @@ class TrunkService:
     def _gradients(self, session: Session, request: m.GradientsRequest) -> m.GradientsReply:
         name = session.info.name
         gradients = self._wait(self.engine.run(lambda: self.engine.training.gradients(name)))
-        return m.GradientsReply(
-            norms=block_norms(gradients),
-            names=tuple(gradients) if request.tensors else (),
-            gradients=tuple(gradients.values()) if request.tensors else (),
-        )
+        return gradients_reply(request, gradients)
 
     def _training_state(
         self, session: Session, request: m.TrainingStateRequest
     ) -> m.TrainingStateReply:
-        return m.TrainingStateReply(
-            round=self._round,
-            step=self.engine.steps,
-            lr=self._run.train.lr_at(self.engine.steps) * self.engine.training.lr_scale,
-            version=self.engine.version,
-        )
+        return self._readings.training_state(self._round)
 
     def _info(self, token: str) -> m.ServiceInfoReply:
-        return m.ServiceInfoReply(
-            protocol=m.PROTOCOL,
-            server_instance_id=self.server_instance_id,
-            model=self._agreement.model,
-            family=self._family,
-            blocks=str(self._run.split),
-            version=self.engine.version,
-            sessions=self.num_sessions,
-            served_model_names=(),
-            limits=self.limits,
-            # How busy others are is told to clients alone.
-            budgets=self.budgets() if self._clients.knows(token) else {},
-        )
+        # How busy others are is told to clients alone.
+        budgets = self.budgets() if self._clients.knows(token) else {}
+        return self._readings.info(self.server_instance_id, len(self._sessions), budgets)
 
     # --- sessions -----------------------------------------------------------------------------
 

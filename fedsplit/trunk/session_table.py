@@ -94,6 +94,22 @@ class SessionTable:
             self._open[name] = self._open.pop(name)
             return session
 
+    def client_of(self, name: str) -> str:
+        """Return the client of a session.
+
+        Raises:
+            SessionLost: There is no such session.
+        """
+        session = self._open.get(name)
+        if session is None:
+            raise no_session(name)
+        return session.info.client
+
+    def names(self) -> list[str]:
+        """Return the names of all open sessions."""
+        with self._lock:
+            return list(self._open)
+
     @contextmanager
     def serving(self, name: str) -> Iterator[None]:
         """A context that handles a request of a session.

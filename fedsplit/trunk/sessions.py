@@ -44,13 +44,17 @@ class AcceptedStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo:
-    """The client, the round and the purpose of a session: to train, to evaluate or to generate."""
+    """The client, the round and the purpose of a session: to train, to evaluate or to generate.
+
+    With `of_follower`, its graphs are at another server of the run, and only its steps here.
+    """
 
     client: str
     name: str
     round: int
     training: bool
     generating: bool = False
+    of_follower: bool = False
 
     def is_like(self, other: "SessionInfo") -> bool:
         """Return whether both have the same client and purpose, so that one replaces the other."""
@@ -84,18 +88,29 @@ class Session:
     too_large: int = -1
 
     def once(
-        self, kind: Kind, request: Any, submit: "Callable[[Call], Future[Any]]"
+        self,
+        kind: Kind,
+        request: Any,
+        submit: "Callable[[Call], Future[Any]]",
+        *,
+        event: Event | None = None,
     ) -> "Future[Any]":
         """Return the future of a request; only the first request of its name becomes a call.
 
         An evaluation changes no state, so each copy of it is a call.
+
+        Args:
+            kind: The kind of the call.
+            request: The request.
+            submit: Takes the call, and returns its future without waiting.
+            event: The event in the session, if it is not that of the kind.
 
         Raises:
             ProtocolError: The request is not legal now.
             Overloaded: Too many other requests of this session have no answer yet.
             SessionLost: The session has ended, or the reply was too large to be kept.
         """
-        name, event = (type(request), request.call), _EVENTS.get(kind)
+        name, event = (type(request), request.call), event or _EVENTS.get(kind)
         # Two copies of one request may arrive at a time; the lock lets one of them submit.
         with self.lock:
             future = self.replies.get(name) if event else None
@@ -147,6 +162,18 @@ class Session:
         for name in [name for name, each in self.replies.items() if each.done()]:
             if len(self.replies) > most:
                 del self.replies[name]
+
+    def reply_to(self, request: Any) -> "Future[Any]":
+        """Answer a client that has left the follower of this session.
+
+        Raises:
+            SessionLost: The request is no step that was accepted from the follower before.
+        """
+        name = type(request), getattr(request, "call", -1)
+        future = self.replies.get(name) if isinstance(request, StepRequest) else None
+        if future is None:
+            raise no_session(self.info.name)
+        return future
 
     def forget(self, kind: type, call: int) -> None:
         """Drop a reply whose request will not be repeated."""

@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
-from fedsplit.errors import BadTensor, CheckpointError, ProtocolError
+from fedsplit.errors import BadTensor, CheckpointError
 from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
@@ -23,11 +24,12 @@ from fedsplit.trunk.compute import Compute
 from fedsplit.trunk.guard import counted, require_finite, require_like, require_plausible
 from fedsplit.trunk.norm_guard import Quarantine
 from fedsplit.trunk.refusals import Refusals
-from fedsplit.trunk.replica import Replica, Work
+from fedsplit.trunk.replica import Replica
 from fedsplit.trunk.replicas import Replicas
 from fedsplit.trunk.stash import Graph, Stash
 from fedsplit.trunk.update import StoredPass, TrunkUpdate
 from fedsplit.trunk.versions import ParameterVersions
+from fedsplit.trunk.works import Works
 from fedsplit.wire.messages import BackwardReply, ForwardReply, StepReply
 
 
@@ -37,7 +39,14 @@ class Training:
     Without replicas, all clients share one set of parameters and one barrier. With replicas, every
     client has its own set and barrier, so that it waits for no other client. The shared set is then
     the mean of the last `average`.
+
+    Attributes:
+        shared: The replica that all clients share.
+        works: What each session has accumulated since its last step.
+        new_replica: The class of the replicas.
     """
+
+    new_replica: ClassVar[type[Replica]] = Replica
 
     def __init__(
         self, trunk: TrunkPart, run: RunSpec, clock: Callable[[], float], update: type[TrunkUpdate]
@@ -53,8 +62,8 @@ class Training:
         self._replicas = Replicas(
             self._new_replica, one_each=self._update.replicas, guard=run.guard
         )
-        self._shared = self._replicas.shared
-        self._works: dict[str, Work] = {}
+        self.shared = self._replicas.shared
+        self.works = Works()
         self.quarantine = Quarantine(run.guard, run.limits.clients)
         self.lr_scale = 1.0
         # At no time: the departure itself must not reach the deadline of the barrier.
@@ -66,7 +75,7 @@ class Training:
     @property
     def barrier(self) -> aggregator.Barrier:
         """The barrier at which clients wait for one another."""
-        return self._shared.barrier
+        return self.shared.barrier
 
     @property
     def version(self) -> int:
@@ -98,12 +107,11 @@ class Training:
         """The number of clients whose forwards run as one pass."""
         # No more than are at work, because a pass would wait for others in vain.
         most = min(self._run.train.clients_per_pass, self.barrier.num_awaited)
-        return most if most > 1 and self._batched.possible(self._shared.versions) else 1
+        return most if most > 1 and self._batched.possible(self.shared.versions) else 1
 
     def gradients(self, session: str) -> dict[str, Tensor]:
         """Return the gradients of a session since its last step, by parameter name."""
-        work = self._works.get(session)
-        return {k: v.cpu().clone() for k, v in work.gradients.items()} if work else {}
+        return self.works.gradients(session)
 
     # --- clients and sessions -----------------------------------------------------------------
 
@@ -118,7 +126,7 @@ class Training:
             event = replace(event, clients=frozenset(invited))
         # A client with a replica is the only one at its barrier, and waits for no event.
         if not self._update.replicas:
-            self._shared.notify(event, now)
+            self.shared.notify(event, now)
 
     def join(self, client: str, now: float) -> int:
         """Add a client to its barrier; return the version that it begins with.
@@ -137,15 +145,14 @@ class Training:
 
     def with_current(self, work: Callable[[], None]) -> None:
         """Run `work` while the module holds the current version."""
-        with self._shared.versions.installed(self._shared.versions.current):
+        with self.shared.versions.installed(self.shared.versions.current):
             work()
 
     def forget(self, session: str) -> None:
         """Drop the graphs and gradients of a session; its contributions remain."""
         self._unpin(self._stash.drop_session(session))
         self._refusals.forget(session)
-        if work := self._works.pop(session, None):
-            work.end()
+        self.works.end(session)
 
     def forget_client(self, client: str) -> None:
         """Drop the replica of a client; a client that returns begins with the mean."""
@@ -177,9 +184,7 @@ class Training:
         """
         with self._refusals.counted(call.client, call.session, call.request.autocast):
             call.inputs = self._compute.inputs(call.request, call.client, call.round)
-        work = self._works.get(call.session)
-        if work is None:
-            work = self._works[call.session] = self._replicas.of(call.client).begin()
+        work = self.works.begun(call.session, self._replicas.of(call.client))
         work.require_open(call.client)
         call.work, call.prepared = work, True
         return self.clients_per_pass
@@ -247,15 +252,11 @@ class Training:
             ProtocolError: There are none, or the counts of the request are impossible.
             FedsplitError: The guard refuses them, or the client.
         """
-        work = self._works.get(call.session)
-        if work is None or not work.num_positions:
-            raise ProtocolError(
-                "there is nothing to step with: no backward since the last step; send one before"
-            )
+        work = self.works.accumulated(call.session)
         with self._refusals.counted(call.client, call.session):
             require_plausible(call.request, work.num_positions, self._run)
             call.request = counted(call.request, self._run)
-            del self._works[call.session]
+            self.works.remove(call.session)
             call.work = work
             usual = work.replica.guard.bounds_of(call.client)
             bounds = self.quarantine.bounds_of(call.client, usual)
@@ -291,33 +292,22 @@ class Training:
         Raises:
             CheckpointError: It is not the state of such a trunk, or a client is at work.
         """
-        if self._works or len(self._stash):
+        if self.works or len(self._stash):
             raise CheckpointError(
-                f"the trunk's state cannot be loaded while clients are at work ({len(self._works)} "
+                f"the trunk's state cannot be loaded while clients are at work ({len(self.works)} "
                 f"sessions, {len(self._stash)} graphs); load it between rounds"
             )
         self._replicas.load_state(state)
 
     def _new_replica(self, resident: bool) -> Replica:
         versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
-        return Replica(
+        return self.new_replica(
             versions,
             self._run,
             self._compute,
             self._update,
             on_clipped=lambda client: self.quarantine.accept(client, clipped=True),
         )
-
-    def _work_for(self, session: str, graph: Graph) -> Work:
-        """Return the session's work; after a step since this graph, new work on its version."""
-        if session not in self._works:
-            self._works[session] = Work(
-                replica=graph.replica, version=graph.version, barrier_version=graph.barrier_version
-            )
-        work = self._works[session]
-        # The oldest graph decides how stale the whole contribution is.
-        work.barrier_version = min(work.barrier_version, graph.barrier_version)
-        return work
 
     def _keep(
         self,
@@ -372,7 +362,7 @@ class Training:
         """Accumulate the parameters' gradients of a backward; return the reply."""
         gradients, grad_smashed_BTD = result
         graph, grad_BTD = call.graph, call.request.grad_trunk_out_BTD
-        work = self._work_for(call.session, graph)
+        work = self.works.continued(call.session, graph)
         work.add(gradients, grad_BTD.shape[:2].numel())
         if self._update.keeps_passes:
             work.passes.append(StoredPass(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD))
@@ -389,9 +379,7 @@ class Training:
         # One version more is kept, so that a step that is just too late gets StaleVersion.
         barrier = replica.barrier.version - max(1, aggregator.oldest(self._run.policy))
         self._unpin(self._stash.drop_older(replica, barrier))
-        for work in self._works.values():
-            if work.replica is replica and work.barrier_version < barrier and not work.outdated:
-                work.outdate()
+        self.works.outdate(replica, barrier)
 
     @staticmethod
     def _unpin(graphs: Iterable[Graph]) -> None:

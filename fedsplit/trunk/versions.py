@@ -97,12 +97,17 @@ class ParameterVersions:
         """Return the current version's tensors, by name; the next step may change them in place."""
         return {name: master.data for name, master in self._optimizer.parameters.items()}
 
-    def assign(self, values: Mapping[str, Tensor]) -> None:
-        """Publish these values as the next version; the moments do not change."""
+    def assign(self, values: Mapping[str, Tensor], version: int) -> None:
+        """Publish these values as a version; the moments do not change.
+
+        Args:
+            values: The tensors by name.
+            version: The version, which nothing is pinned to.
+        """
         self._leave_current()
         for name, master in self._optimizer.parameters.items():
             master.data.copy_(values[name])
-        self.current += 1
+        self.current = version
         self._publish()
 
     def state(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from fedsplit.errors import BadTensor, NonFinite, ProtocolError, peer_text
 from fedsplit.wire import messages as m
 from fedsplit.wire.codec import NAMES
 from fedsplit.wire.finite import refuse_non_finite
+from fedsplit.wire.server_messages import ParametersReply, ParametersRequest
 from fedsplit.wire.validation import check_id
 
 MAX_COUNT = 2**63 - 1
@@ -43,7 +44,7 @@ def check_reply(request: m.Request[Any], reply: m.Reply) -> None:
         BadTensor: A tensor has another shape or dtype than the request's.
         NonFinite: A number or a tensor holds NaN, Inf, or more than any trunk computes.
     """
-    for name in ("version", "round", "step", "protocol", "sessions"):
+    for name in ("version", "barrier_version", "round", "step", "protocol", "sessions"):
         _check_count(name, getattr(reply, name, 0))
     if limits := getattr(reply, "limits", None):
         for name in limits.__slots__:
@@ -169,6 +170,16 @@ def _check_service_info(_: m.ServiceInfoRequest, reply: m.ServiceInfoReply) -> N
         check_id("served_model_name", name)
 
 
+def _check_parameters(_: ParametersRequest, reply: ParametersReply) -> None:
+    check_id("server_instance_id", reply.server_instance_id)
+    check_id("key", reply.key)
+    if len(reply.names) != len(reply.parameters) or len(set(reply.names)) != len(reply.names):
+        raise ProtocolError(
+            f"the leader answered {len(reply.parameters)} parameters with "
+            f"{len(set(reply.names))} names; each needs one of its own"
+        )
+
+
 def _flat(name: str, texts: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, text) for pair in texts.items() for text in pair]
 
@@ -208,4 +219,5 @@ _CHECKS: dict[type, Callable[[Any, Any], None]] = {
     m.GradientsReply: _check_gradients,
     m.TrainingStateReply: _check_training_state,
     m.ServiceInfoReply: _check_service_info,
+    ParametersReply: _check_parameters,
 }

@@ -21,6 +21,7 @@ class Event(Enum):
     BACKWARD = "backward"
     EXPIRED = "expired backward"
     STEP = "step"
+    CONTRIBUTE = "contribute"
     GENERATE = "generate"
 
 
@@ -121,6 +122,13 @@ TABLE = {
         "no backward to step with",
         lambda s, call: s.backwards > 0 and call > s.last_step,
         lambda s, call: replace(s, backwards=0, last_step=call),
+    ),
+    Event.CONTRIBUTE: Rule(
+        # The forwards and backwards of this step were at a follower.
+        "a later call than that of the last step",
+        "the call is that of the last step",
+        lambda s, call: call > s.last_step,
+        lambda s, call: replace(s, last_call=max(s.last_call, call), backwards=0, last_step=call),
     ),
     Event.GENERATE: Rule(
         "a new call",

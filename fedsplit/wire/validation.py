@@ -20,9 +20,10 @@ from fedsplit.wire.messages import (
     Limits,
     Request,
 )
+from fedsplit.wire.server_messages import ContributeRequest
 
-_IDS = ("session", "client", "model")
-_NAMES_OR_NONE = ("config", "served_model_name", "last_instance_id")
+_IDS = ("session", "client", "model", "follower")
+_NAMES_OR_NONE = ("config", "served_model_name", "last_instance_id", "server_instance_id")
 _INTEGERS = (torch.int64, torch.int32)
 _OF_MASKS = (*_INTEGERS, torch.bool)
 _LEAST = {
@@ -36,6 +37,8 @@ _LEAST = {
     "logits_to_keep": 1,
     "cache_tokens": 0,
     "calls_ago": 0,
+    "num_positions": 1,
+    "wait_s": 0,
 }
 
 
@@ -182,6 +185,16 @@ def _check_generate(request: GenerateRequest, limits: Limits) -> None:
                 )
 
 
+def _check_contribute(request: ContributeRequest, limits: Limits) -> None:
+    if len(set(request.names)) != len(request.gradients) or len(request.names) != len(
+        request.gradients
+    ):
+        raise ProtocolError(
+            f"{len(request.gradients)} gradients came with {len(set(request.names))} names; each "
+            "needs one of its own"
+        )
+
+
 def _check_trained(name: str, B: int, T: int, limits: Limits) -> None:
     if B > limits.max_rows or T > limits.max_tokens:
         raise TooLarge(
@@ -226,4 +239,5 @@ _SHAPES: dict[type, Callable[[Any, Limits], None]] = {
     ForwardRequest: _check_forward,
     BackwardRequest: _check_backward,
     GenerateRequest: _check_generate,
+    ContributeRequest: _check_contribute,
 }

@@ -28,7 +28,7 @@ class DoubleApply(RecordedService):
         training, contribute = self.engine.training, self.engine.training.contribute
 
         def twice(call: Any, now: float) -> m.StepReply:
-            for gradient in training._works[call.session].gradients.values():
+            for gradient in training.works._works[call.session].gradients.values():
                 gradient.mul_(2.0)
             return contribute(call, now)
 
@@ -55,7 +55,7 @@ class StaleAccepted(RecordedService):
         training, contribute = self.engine.training, self.engine.training.contribute
 
         def as_new(call: Any, now: float) -> m.StepReply:
-            training._works[call.session].barrier_version = training.barrier.version
+            training.works._works[call.session].barrier_version = training.barrier.version
             return contribute(call, now)
 
         training.contribute = as_new  # type: ignore[method-assign]

@@ -42,7 +42,7 @@ def test_one_that_never_goes_back_keeps_a_few_versions_only(tiny_llama):
         ask(here, "bob", forward_of(bob))
         for number in range(6):
             step(alice, number)
-        assert len(here.service.engine.training._shared.versions._leaves) <= 3
+        assert len(here.service.engine.training.shared.versions._leaves) <= 3
         with pytest.raises(errors.ActivationExpired, match="graph of call 0 is gone"):
             ask(here, "bob", backward_of(forward_of(bob)))
         with pytest.raises(errors.StaleVersion, match="bob began this step with version 0"):
@@ -56,7 +56,7 @@ def test_a_step_that_fails_fails_its_barrier_and_the_trunk(tiny_llama, caplog):
     with world(tiny_llama()) as here:
         alice, bob = here.add("alice"), here.add("bob")
         alice.trunk.open(), bob.trunk.open()
-        here.service.engine.training._shared.versions.step = no_memory
+        here.service.engine.training.shared.versions.step = no_memory
         step(alice, 0)
         outcome = []
 

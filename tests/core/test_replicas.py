@@ -154,13 +154,13 @@ def test_further_steps_use_the_masks_and_the_dropout_of_the_first(tiny_gpt2):
     train = replace(small_run().train, trunk_steps=2, accumulation=2, lr=1e-30)
     with world(tiny_gpt2(resid_pdrop=0.5), small_run(train=train)) as here:
         taken = []
-        step = here.service.engine.training._shared.versions.step
+        step = here.service.engine.training.shared.versions.step
 
         def note(gradients, *args):
             taken.append({name: value.clone() for name, value in gradients.items()})
             step(gradients, *args)
 
-        here.service.engine.training._shared.versions.step = note
+        here.service.engine.training.shared.versions.step = note
         here.add("a").trainer.fit([[batch(0, pad=4), batch(1)]])
     assert same(*taken)
 
@@ -168,7 +168,7 @@ def test_further_steps_use_the_masks_and_the_dropout_of_the_first(tiny_gpt2):
 def test_nothing_is_kept_for_further_steps_that_are_not_taken(tiny_llama):
     with world(tiny_llama()) as here:
         prepare(here, "a")
-        (work,) = here.service.engine.training._works.values()
+        (work,) = here.service.engine.training.works._works.values()
         assert work.passes == []
 
 
@@ -180,7 +180,7 @@ def test_a_client_that_does_not_step_has_no_more_kept_for_it_than_a_step(tiny_ll
         for call in range(2, 5):
             with pytest.raises(errors.TooLarge, match=told):
                 prepare(here, "a", call)
-        (work,) = here.service.engine.training._works.values()
+        (work,) = here.service.engine.training.works._works.values()
         assert len(work.passes) == 2
         contribute(here, "a", requests[-1])
         prepare(here, "a", 5)

@@ -151,7 +151,7 @@ def test_several_clients_share_passes(tiny_llama):
     with Trunk(tiny_llama(), run, BOTH) as trunk:
         training = trunk.service.engine.training
         with Pretending():
-            assert training._batched.possible(training._shared.versions)
+            assert training._batched.possible(training.shared.versions)
 
 
 def test_older_versions_stay_where_they_were(tiny_llama):
