@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -57,6 +58,7 @@ from fedsplit.spec import RunSpec
 from fedsplit.telemetry.context import working_on
 from fedsplit.telemetry.sinks import Telemetry
 from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.failover import FailoverLink
 from fedsplit.transport.tls import channel_credentials
 
 Numbers = dict[str, int | float | list[int] | list[float]]
@@ -202,7 +204,7 @@ class _ClientSession:
     share: Share
     model: PreTrainedModel
     trunk: RemoteTrunk | NoTrunk
-    link: GrpcLink | None
+    link: FailoverLink | None
     telemetry: Telemetry
     noise: ClientShield | None = None
 
@@ -326,8 +328,11 @@ def _built(
     if not isinstance(model, ClientPart):
         yield session(trunk=NoTrunk(model, client=join.client), link=None)
         return
-    address = node.address_of_trunk(join.address)
-    link = GrpcLink(address, token=join.token, wire=node.wire_of(run), patience_s=_PATIENCE_S)
+    given = (join.address, *join.other_addresses)
+    # A node with an address of its own for the trunk has the same one for each.
+    addresses = dict.fromkeys(map(node.address_of_trunk, given))
+    options: dict[str, Any] = {"wire": node.wire_of(run), "patience_s": _PATIENCE_S}
+    link = FailoverLink([GrpcLink(each, token=join.token, **options) for each in addresses])
     with closing(link):
         trunk = RemoteTrunk(
             MeteredLink(link, telemetry) if telemetry else link,

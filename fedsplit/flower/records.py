@@ -29,6 +29,7 @@ WEIGHT = "num-examples"
 TOLD_NOTHING = dict.fromkeys(("row-epsilon", "sequence-epsilon", "bits", "label-bits"), 0.0)
 """The numbers of a reply that say what noisy rows have told; of a client without noise."""
 _HELLO, _JOIN_INFO, _COUNTS = "hello", "fedsplit", "counts"
+_LISTS = ("labels", "kept_states", "other_addresses")
 _KEPT = ("moments", "personal", "history")
 
 
@@ -71,7 +72,8 @@ class Hello:
 class JoinInfo:
     """The information that a client needs to take part in a round.
 
-    `address` and `token` lead to the trunk, `config` is the run's fingerprint, `tokenizer` a
+    `address` and `token` lead to the trunk; the client goes to the first of `other_addresses` whose
+    server is there if its own is gone. `config` is the run's fingerprint, `tokenizer` a
     tokenizer as JSON (empty for a checkpoint, which has its own), `labels` are the classes of a
     classifier. `run_id` is that of `Hello`. `state` is the id of the client's state to begin with
     (0: the state before any work), and `next_state` the id of its state after this work (0: it
@@ -93,6 +95,7 @@ class JoinInfo:
     state: int = 0
     next_state: int = 0
     kept_states: tuple[int, ...] = ()
+    other_addresses: tuple[str, ...] = ()
     lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -242,7 +245,7 @@ def _fields_of(content: RecordDict, key: str, kind: type[Hello | JoinInfo]) -> d
             f"the server's record {key!r} has {len(found)} values, not {len(fields(kind))}; the "
             f"first difference is {peer_text(odd[0])!r}; run the same code at both sides"
         )
-    lists = {name: found[name] for name in ("labels", "kept_states") if name in found}
+    lists = {name: found[name] for name in _LISTS if name in found}
     for name, value in lists.items():
         if not isinstance(value, list):
             raise ProtocolError(

@@ -1,9 +1,12 @@
 """The trunk's server beside Flower: starts and stops the trunk service with its gRPC server."""
 
+import secrets
 from contextlib import ExitStack
 from dataclasses import replace
 
 from fedsplit.errors import ConfigError
+from fedsplit.flower.followers import Followers
+from fedsplit.flower.share import Preparation
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec, WireSpec
 from fedsplit.telemetry.sinks import SILENT, Telemetry
@@ -12,6 +15,12 @@ from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.state import state_of
 from fedsplit.trunk.update import TrunkUpdate
 
+NOTHING = Preparation(tokenizer="", labels=())
+"""The preparation of a run without further servers."""
+
+_STREAMS = 4
+"""The streams that a follower may have at a time; after a loss, two of them are dead."""
+
 
 class TrunkServer:
     """Serves a trunk to the clients of a run while its context is entered.
@@ -19,21 +28,35 @@ class TrunkServer:
     Args:
         trunk: The trunk part; it trains while the context is entered.
         run: The run.
+        preparation: The tokenizer and classes of the run, for its further servers.
         update: Makes a step of the trunk from the clients' gradients.
 
     Attributes:
         service: The service; its engine has the state of training.
-        address: The address that clients call, while the context is entered.
+        address: The address of this server, while the context is entered.
+
+    Raises:
+        ConfigError: The run has several trunk servers, and its method cannot share their steps.
     """
 
     def __init__(
         self,
         trunk: TrunkPart,
         run: RunSpec,
+        preparation: Preparation = NOTHING,
         *,
         update: type[TrunkUpdate] = TrunkUpdate,
     ) -> None:
+        if run.launch.trunk_servers > 1 and (update.replicas or update.keeps_passes):
+            raise ConfigError(
+                f"launch.trunk_servers={run.launch.trunk_servers} shares the steps of one trunk, "
+                f"but with {update.__name__} clients have trunks of their own or the trunk repeats "
+                "their passes; use strategy=splitfed_v2, or launch.trunk_servers=1"
+            )
         self.address = ""
+        self._preparation = preparation
+        self._servers_token = secrets.token_urlsafe(24)
+        self._places: dict[str, int] = {}
         self._telemetry = SILENT
         self._trunk = trunk
         self._run = run
@@ -48,7 +71,11 @@ class TrunkServer:
         Call it outside of the context. Clients of the old service have no valid token any more. The
         new one is served at the same address, so that they learn this at once.
         """
-        self.service = TrunkService(self._trunk, self._run, update=self._update)
+        self.service = TrunkService(
+            self._trunk, self._run, update=self._update, servers_token=self._servers_token
+        )
+        # Of this service: a follower that has heard of no other one gives no client away.
+        self._followers = Followers(self._run, self._preparation, self.service.followers.is_alive)
         self.service.engine.meter.telemetry = self._telemetry
 
     def observe(self, telemetry: Telemetry) -> None:
@@ -62,8 +89,20 @@ class TrunkServer:
             # Contexts close in reverse order: the server stops first, so no call finds a closed
             # service.
             opening.callback(self._started().stop)
+            opening.callback(self.service.followers.close)
+            opening.callback(self._followers.stop)
+            self._followers.start(self.address, self._servers_token)
             self._open = opening.pop_all()
         return self
+
+    def addresses_for(self, client: str) -> list[str]:
+        """Return the addresses of all servers that serve, beginning with that of a client.
+
+        Clients go to the servers in turn, in the order in which they are asked for first.
+        """
+        servers = [self.address, *self._followers.addresses()]
+        place = self._places.setdefault(client, len(self._places)) % len(servers)
+        return servers[place:] + servers[:place]
 
     def _started(self) -> GrpcServer:
         """Start a server at the address of the one before, or at that of the run."""
@@ -81,8 +120,10 @@ class TrunkServer:
             wire=wire,
             limits=self.service.limits,
             # As many as all clients may have, so that none can take the place of another.
-            max_clients=self._run.limits.streams_per_client * self._run.clients,
+            max_clients=self._run.limits.streams_per_client * self._run.clients
+            + _STREAMS * (self._run.launch.trunk_servers - 1),
             budgets=self._run.limits,
+            payload_of=self.service.followers.payload_of,
             telemetry=self._telemetry,
         )
         with ExitStack() as opening:

@@ -39,6 +39,31 @@ _OWN_TIME = (
     "with policy=async or policy.sim_slowdown each goes by its own time; use one of the two"
 )
 
+_SHARED_STEPS = (
+    "launch.trunk_servers={run.launch.trunk_servers} shares the steps of one trunk among several "
+    "servers, but "
+)
+_OF_SEVERAL_SERVERS: dict[str, tuple[Callable[[Any, Any], object], str]] = {
+    "policy.kind": (
+        lambda servers, policy: servers > 1 and policy == "async",
+        "with policy=async every contribution is a step, after which all servers would need new "
+        "parameters; use policy=sync or policy=quorum",
+    ),
+    "policy.sim_slowdown": (
+        lambda servers, slowdown: servers > 1 and slowdown,
+        "policy.sim_slowdown has one virtual clock; use launch.trunk_servers=1",
+    ),
+    "train.mode": (
+        lambda servers, mode: servers > 1 and mode != "joint",
+        "in train.mode={run.train.mode} the trunk takes none; use train.mode=joint",
+    ),
+    "baseline": (
+        lambda servers, baseline: servers > 1 and baseline != "none",
+        "baseline={run.baseline} has no trunk; use launch.trunk_servers=1",
+    ),
+}
+"""When each of these settings does not go with several trunk servers, and why."""
+
 _OF_SEALED: dict[str, tuple[Any, ...]] = {
     "policy.kind": ("sync",),
     "client_weights.strategy": ("flwr.serverapp.strategy.FedAvg",),
@@ -208,6 +233,10 @@ CONFLICTS = (
         when=lambda missing, save_every: missing == "wait" and not save_every,
         why="policy.missing=wait repeats a round from the last checkpoint, and with "
         "train.save_every=0 there is none; set train.save_every=1, or policy.missing=drop",
+    ),
+    *(
+        Conflict(setting="launch.trunk_servers", other=other, when=when, why=_SHARED_STEPS + why)
+        for other, (when, why) in _OF_SEVERAL_SERVERS.items()
     ),
     Conflict(
         setting="train.clients_per_pass",

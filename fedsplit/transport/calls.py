@@ -24,6 +24,7 @@ from fedsplit.telemetry.sinks import SILENT, Telemetry
 from fedsplit.telemetry.spans import Span, SpanContext, continued
 from fedsplit.transport.frames import (
     CALLS,
+    FRAME_BYTES,
     SERVICE,
     Body,
     Call,
@@ -61,6 +62,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         servicer: The status of the health service.
         limits: What a client may take up.
         max_bytes: The longest payload of a request.
+        payload_of: Returns the longest payload for a token that may send longer ones, or 0.
         max_streams: The most streams at a time.
         telemetry: Receives an event for each request.
     """
@@ -72,9 +74,11 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         limits: LimitsSpec,
         *,
         max_bytes: int,
+        payload_of: Callable[[str], int],
         max_streams: int,
         telemetry: Telemetry = SILENT,
     ) -> None:
+        self._payload_of = payload_of
         self.max_bytes = max_bytes
         self.limits = limits
         self.sessions = Streams(service.disconnected)
@@ -186,6 +190,12 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
             return replace(reply, budgets=budgets, versions=versions(), time_s=time.time())
         return reply
 
+    def reader_for(self, token: str) -> Reader:
+        """Return a reader of the requests on a stream."""
+        if not (most := self._payload_of(token)):
+            return Reader(self.max_bytes)
+        return Reader(max(most, self.max_bytes), FRAME_BYTES)
+
     def count(self, rpc: Rpc, message: Body | None, reply: Body | None) -> None:
         """Report the frames of a request, and of its reply if there is one."""
         if self._telemetry and any(counts := rpc.take_counts()):
@@ -288,7 +298,7 @@ class _Exchange(Rpc):
 
     def serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> None:
         """See `Rpc`."""
-        sessions, reader, idle = self._calls.sessions, Reader(self._calls.max_bytes), False
+        sessions, reader, idle = self._calls.sessions, self._calls.reader_for(self._token), False
         sessions.enter(self)
         # Runs when the client goes away, while this thread may wait in the service.
         context.add_callback(lambda: sessions.leave(self))

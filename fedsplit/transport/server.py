@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -56,6 +57,8 @@ class GrpcServer:
         max_clients: The most streams at a time; another one is refused with `OVERLOADED`, unless
             a silent one gives way.
         budgets: What a client may take up.
+        payload_of: Returns the longest payload for a token that may send longer ones than the
+            limits allow, or 0.
         telemetry: Receives an event for each request.
     """
 
@@ -67,6 +70,7 @@ class GrpcServer:
         limits: Limits,
         max_clients: int,
         budgets: LimitsSpec = _BUDGETS,
+        payload_of: Callable[[str], int] = lambda token: 0,
         telemetry: Telemetry = SILENT,
     ) -> None:
         self._wire = wire
@@ -78,6 +82,7 @@ class GrpcServer:
             self._health,
             budgets,
             max_bytes=max_bytes,
+            payload_of=payload_of,
             max_streams=max_clients,
             telemetry=telemetry,
         )

@@ -32,6 +32,9 @@ from fedsplit.wire.session import Event
 POLL_S = 5.0
 """The longest wait for other parameters. A follower that is silent for twice this is gone."""
 
+_SPARE_BYTES = 8
+"""More than the padding of a tensor on the wire."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Parameters:
@@ -61,12 +64,17 @@ class Followers:
         self._copy: _Parameters | None = None
         values = engine.training.shared.versions.values()
         self._kinds = {name: (value.dtype, value.shape) for name, value in values.items()}
+        self._payload_bytes = sum(value.nbytes + _SPARE_BYTES for value in values.values())
         engine.on_step = self._notify
 
     def is_one(self, token: str) -> bool:
         """Return whether a caller with this token is a server of the run."""
         # The time of a plain comparison tells how long the correct prefix of a guess is.
         return bool(self._token) and hmac.compare_digest(token.encode(), self._token.encode())
+
+    def payload_of(self, token: str) -> int:
+        """Return the bytes of the longest request with this token; 0 for clients."""
+        return self._payload_bytes if self.is_one(token) else 0
 
     def is_alive(self, follower: str) -> bool:
         """Return whether a follower has read the parameters lately."""

@@ -89,8 +89,8 @@ class SplitStrategy(WrappingStrategy):
         super().__init__(client_strategy, run)
         # Check before anything starts, so that a run that is refused has no side effect.
         self.check()
-        self.trunk_server = self.make_server(trunk)
         self._invitations = Invitations(run, tokenizer, labels)
+        self.trunk_server = self.make_server(trunk)
         self._recorder = recorder
         self._first_rounds = RoundState()
         memory = run.clients * run.train.rounds
@@ -123,7 +123,7 @@ class SplitStrategy(WrappingStrategy):
 
     def make_server(self, trunk: TrunkPart) -> TrunkServer:
         """Return the server of the trunk."""
-        return TrunkServer(trunk, self.run, update=self.update)
+        return TrunkServer(trunk, self.run, self._invitations.preparation, update=self.update)
 
     def train(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
         """Train a round, and return the client weights after it."""

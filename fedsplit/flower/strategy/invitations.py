@@ -5,6 +5,7 @@ from collections.abc import Collection
 from flwr.app import Message
 
 from fedsplit.flower.records import Hello, JoinInfo
+from fedsplit.flower.share import Preparation
 from fedsplit.flower.trunk_server import TrunkServer
 from fedsplit.spec import RunSpec
 
@@ -28,6 +29,11 @@ class Invitations:
         self._run = run
         self._tokenizer = tokenizer
         self._labels = labels
+
+    @property
+    def preparation(self) -> Preparation:
+        """What the further servers of the run build their trunk from."""
+        return Preparation(tokenizer=self._tokenizer, labels=self._labels)
 
     @property
     def hello(self) -> Hello:
@@ -61,10 +67,12 @@ class Invitations:
             next_state: The id of its state after this work; 0 if the state does not change.
             kept_states: The ids of its states that the run may go back to.
         """
+        address, *others = server.addresses_for(client)
         join_info = JoinInfo(
             client=client,
             round=number,
-            address=server.address,
+            address=address,
+            other_addresses=tuple(others),
             token=server.service.admit(client),
             config=self._run.fingerprint,
             tokenizer=self._tokenizer,
