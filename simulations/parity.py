@@ -2,10 +2,13 @@
 
     python -m simulations.parity family=llama steps=20 link=grpc
     python -m simulations.parity family=gpt2 lora=true clip_norm=1.0 --json
+    python -m simulations.parity family=llama steps=20 trunk_servers=2 clients=2 --json FILE
 
 Both have the same seed, batches and optimizer, without dropout. The split model uses the whole
 stack: client model, remote layer, codec, link, session, engine, parameter versions. The last line
 has the largest difference of any step's loss and of any final weight; both are exactly 0.
+
+With several trunk servers, the reference is one server with all clients.
 """
 
 import argparse
@@ -14,7 +17,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +36,11 @@ from fedsplit.link import Link, LocalLink
 from fedsplit.model import SplitModel, connect, initial_parts, join_model
 from fedsplit.model.lora import add_adapters, save_adapter, trainable
 from fedsplit.optimization import PartOptimizer, clip_coefficient
-from fedsplit.spec import DataSpec, LoraSpec, RunSpec, SplitSpec, TrainSpec
+from fedsplit.spec import DataSpec, LoraSpec, PolicySpec, RunSpec, SplitSpec, TrainSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from fedsplit.trunk.service import TrunkService
+from simulations.several_servers import Trained, train
 from simulations.tiny import tiny_config
 
 _READERS: dict[type, Callable[[str], object]] = {bool: {"true": True, "false": False}.__getitem__}
@@ -55,8 +61,20 @@ class Parity:
     accumulation: int = 1
     clip_norm: float = 0.0
     optimizer: str = "adamw"
+    clients: int = 1
+    trunk_servers: int = 1
+    policy: str = "sync"
 
     def __post_init__(self) -> None:
+        if min(self.clients, self.trunk_servers) < 1:
+            raise ConfigError(
+                f"clients={self.clients} and trunk_servers={self.trunk_servers} must be at least 1"
+            )
+        if self.clients > 1 and self.trunk_servers == 1:
+            raise ConfigError(
+                f"clients={self.clients} are compared with one server that has all of them; set "
+                "trunk_servers=2 or more, or clients=1"
+            )
         if self.link not in ("local", "grpc"):
             raise ConfigError(f"link={self.link} is not one of: local, grpc")
         if self.tied not in ("default", "true", "false"):
@@ -117,9 +135,12 @@ def compare(asked: Parity, remote: type[RemoteTrunk] = RemoteTrunk) -> Differenc
             add_adapters(part, run.lora, run.seed)
         whole = _with_same_adapters(whole, parts)
     # A list, because both models train on the same batches.
-    groups = list(_groups(asked, config))
+    groups = list(_groups(asked, config, asked.seed))
     unsplit = _train_unsplit(whole, run, groups)
-    with TrunkService(parts.trunk, run) as service, _link(asked, service, run) as link:
+    with (
+        TrunkService(parts.trunk, run) as service,
+        _link(asked, service, service.admit("alice"), run=run) as link,
+    ):
         trunk = remote(link, parts.client, run, client="alice")
         connect(parts.client, trunk)
         trainer = ClientTrainer(parts.client, trunk, run)
@@ -138,10 +159,44 @@ def compare(asked: Parity, remote: type[RemoteTrunk] = RemoteTrunk) -> Differenc
     )
 
 
+def compare_servers(asked: Parity) -> Difference:
+    """Train the same clients at one server and at several, and return the differences."""
+    run, config = _run(asked), _config(asked)
+    groups = [list(_groups(asked, config, seed)) for seed in range(asked.clients)]
+
+    def trained(servers: int) -> Trained:
+        copies = max(asked.clients, servers)
+        parts = [_parts(config, run) for _ in range(copies)]
+        at = replace(run, launch=replace(run.launch, trunk_servers=servers))
+        return train(at, parts, groups, partial(_link, asked, run=run))
+
+    one, several = trained(1), trained(asked.trunk_servers)
+    pairs = [(one.losses[name], several.losses[name]) for name in one.losses]
+    return Difference(
+        family=asked.family,
+        steps=asked.steps,
+        link=asked.link,
+        max_loss_diff=max(abs(a - b) for each in pairs for a, b in zip(*each, strict=True)),
+        max_weight_diff=max(
+            (several.weights[name] - weight).abs().max().item()
+            for name, weight in one.weights.items()
+        ),
+    )
+
+
+def _parts(config: PretrainedConfig, run: RunSpec) -> SplitModel:
+    parts = initial_parts(config, run.split, run.seed)
+    for part in (parts.client, parts.trunk):
+        add_adapters(part, run.lora, run.seed)
+    return parts
+
+
 def _run(asked: Parity) -> RunSpec:
     return RunSpec(
         seed=asked.seed,
-        clients=1,
+        clients=asked.clients,
+        # A quorum of all, because with fewer the steps would depend on the machine's speed.
+        policy=PolicySpec(kind=asked.policy, quorum=float(asked.clients)),
         split=SplitSpec.parse("1/*/1"),
         lora=LoraSpec(enabled=asked.lora, rank=4, alpha=8),
         data=DataSpec(sequence_length=asked.tokens),
@@ -181,8 +236,8 @@ def _by_plain_name(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Paramete
     return {name.removeprefix("base_model.model."): p for name, p in parameters.items()}
 
 
-def _groups(asked: Parity, config: PretrainedConfig) -> Iterator[list[Batch]]:
-    chance = torch.Generator().manual_seed(asked.seed)
+def _groups(asked: Parity, config: PretrainedConfig, seed: int) -> Iterator[list[Batch]]:
+    chance = torch.Generator().manual_seed(seed)
     for _ in range(asked.steps):
         yield [_batch(asked, config, chance) for _ in range(asked.accumulation)]
 
@@ -227,12 +282,17 @@ def _train_unsplit(model: nn.Module, run: RunSpec, groups: list[list[Batch]]) ->
 
 
 @contextmanager
-def _link(asked: Parity, service: TrunkService, run: RunSpec) -> Iterator[Link]:
-    token = service.admit("alice")
+def _link(asked: Parity, service: TrunkService, token: str, *, run: RunSpec) -> Iterator[Link]:
     if asked.link == "local":
         yield LocalLink(service, token)
         return
-    server = GrpcServer(service, wire=run.wire, limits=service.limits, max_clients=2)
+    server = GrpcServer(
+        service,
+        wire=run.wire,
+        limits=service.limits,
+        max_clients=2,
+        payload_of=service.followers.payload_of,
+    )
     address = server.start()
     try:
         with closing(GrpcLink(address, token=token, wire=run.wire)) as link:
@@ -250,16 +310,24 @@ def main() -> int:
     names = ", ".join(f"{f.name}={getattr(Parity(), f.name)}" for f in fields(Parity))
     parser.add_argument("settings", nargs="*", metavar="name=value", help=f"any of {names}")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the line"
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write one JSON object there; without FILE, print it instead of the line",
     )
     arguments = parser.parse_args()
     quiet_libraries()
     try:
-        difference = compare(Parity.parse(arguments.settings))
+        asked = Parity.parse(arguments.settings)
+        difference = compare(asked) if asked.trunk_servers == 1 else compare_servers(asked)
     except FedsplitError as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(asdict(difference)) if arguments.json else difference.line)
+    found = json.dumps(asdict(difference))
+    print(found if arguments.json == "-" else difference.line)
+    if arguments.json not in (None, "-"):
+        Path(arguments.json).write_text(found + "\n", encoding="utf-8")
     return 0 if difference.max_loss_diff == difference.max_weight_diff == 0.0 else 1
 
 
