@@ -10,7 +10,13 @@ from typing import Any
 
 from fedsplit.errors import Overloaded, SessionLost
 from fedsplit.trunk.call import Call, Kind
-from fedsplit.wire.messages import GenerateReply, GenerateRequest, StepReply, StepRequest
+from fedsplit.wire.messages import (
+    BackwardRequest,
+    GenerateReply,
+    GenerateRequest,
+    StepReply,
+    StepRequest,
+)
 from fedsplit.wire.session import Event, SessionState, advance
 
 Steps = dict[tuple[str, int], "Future[StepReply]"]
@@ -136,9 +142,18 @@ class Session:
                 # Removed at once, because a reply holds tensors.
                 future.add_done_callback(self.in_progress.discard)
                 if event:
+                    if kind is Kind.STEP:
+                        self._forget_backwards(request.call)
                     self.replies[name] = future
                     self._drop_replies()
         return future
+
+    def _forget_backwards(self, call: int) -> None:
+        # The client has these replies, or it could not step. Until its next step, which may be long
+        # after, they would hold a tensor each.
+        for name in [name for name in self.replies if name[0] is BackwardRequest]:
+            if name[1] <= call:
+                del self.replies[name]
 
     def _require_room(self) -> None:
         if self.leaving:

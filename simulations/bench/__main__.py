@@ -30,6 +30,7 @@ BENCHES = (
     "guard",
     "memory",
     "openai",
+    "scale",
     "schedules",
     "soak",
     "step",

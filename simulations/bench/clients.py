@@ -141,20 +141,23 @@ def _crowd(shape: Shape, count: int, *, whole: bool = False) -> Iterator[Process
 
 
 @contextmanager
-def crowd(shape: Shape, address: str, tokens: list[str], whole: bool) -> Iterator[Answers]:
-    """Run clients in one process, with a thread each.
+def crowd(
+    shape: Shape, address: str, tokens: list[str], whole: bool, first: int = 0
+) -> Iterator[Answers]:
+    """Run clients in one process, with a thread each; `first` is the number of the first one.
 
     Its answer `steps(count, number)` has `count` clients take `number` steps each, and returns the
     seconds until the last has finished.
     """
-    make, model = _complete_client if whole else _empty_client, shape.client()
+    make, model = _complete_client if whole else empty_client, shape.client()
     with ExitStack() as stack:
         links = [
             stack.enter_context(closing(GrpcLink(address, token=token, wire=shape.run.wire)))
             for token in tokens
         ]
         trunks = [
-            RemoteTrunk(link, model, shape.run, client=name_of(i)) for i, link in enumerate(links)
+            RemoteTrunk(link, model, shape.run, client=name_of(first + i))
+            for i, link in enumerate(links)
         ]
         steppers: list[Callable[[], object]] = []
         pool = stack.enter_context(ThreadPoolExecutor(len(links)))
@@ -187,7 +190,7 @@ def _complete_client(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
     return lambda: trainer.step([batch])
 
 
-def _empty_client(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
+def empty_client(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:
     """Return the step of a client without blocks, which sends constant tensors to the trunk."""
     smashed_BTD = shape.smashed(shape.rows, shape.tokens)
     num_tokens = shape.rows * (shape.tokens - 1)

@@ -27,7 +27,7 @@ class Shape:
     """A GPT-2 without dropout, and its split; `rows` and `tokens` are those of its largest batch.
 
     With a `lora_rank`, adapters train in place of all weights. `together` is the number of clients
-    that share a pass of the trunk.
+    that share a pass of the trunk, and `clients` the most that train.
     """
 
     blocks: int
@@ -41,12 +41,14 @@ class Shape:
     seed: int = 0
     lora_rank: int = 0
     together: int = 1
+    clients: int = 16
 
     @property
     def run(self) -> RunSpec:
         """The configuration of client and trunk."""
         return RunSpec(
             seed=self.seed,
+            clients=self.clients,
             split=SplitSpec.parse(self.split),
             data=DataSpec(sequence_length=self.tokens),
             train=TrainSpec(

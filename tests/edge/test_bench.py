@@ -47,6 +47,7 @@ FIGURES = {
         "words",
     ],
     "clients": ["least_growth", "sample_cost_8c"],
+    "scale": ["clients_128_of_8", "idle_client_bytes", "servers_gain"],
     "memory": [
         "checkpointing_memory_saved",
         "checkpointing_memory_saved_computed",

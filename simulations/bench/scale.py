@@ -1,0 +1,213 @@
+"""More clients than one server serves: several servers, many clients, and the cost of an idle one.
+
+Clients have no blocks and always send the same tensors, so that only the trunk is measured. Each
+server has one thread of torch. docs/performance.md explains the figures.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+
+import psutil
+import torch
+
+from fedsplit.client.remote import RemoteTrunk
+from fedsplit.transport.allocator import give_back
+from fedsplit.transport.client import GrpcLink
+from fedsplit.transport.server import GrpcServer
+from fedsplit.trunk.follower import FollowerService
+from fedsplit.trunk.service import TrunkService
+from simulations.bench.clients import crowd, empty_client
+from simulations.bench.models import GPT2_SMALL, TOY, Shape
+from simulations.bench.processes import Answers, Process, process
+from simulations.bench.report import Report, in_turns
+from simulations.bench.roles import name_of
+
+_SECRET = "of-the-servers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """The model, the clients of two servers, few and many clients of one, and steps and turns."""
+
+    shape: Shape
+    of_two: int
+    few: int
+    many: int
+    steps: int
+    turns: int
+
+
+SIZES = {
+    "full": Size(
+        shape=replace(GPT2_SMALL, rows=1, tokens=128, lora_rank=8),
+        of_two=4,
+        few=8,
+        many=128,
+        steps=2,
+        turns=5,
+    ),
+    "toy": Size(
+        shape=replace(TOY, rows=1, tokens=32, lora_rank=2),
+        of_two=2,
+        few=1,
+        many=3,
+        steps=2,
+        turns=1,
+    ),
+}
+
+
+def measure(size: str) -> Report:
+    """Fill a report with the figures of scale; `size` is `full` or `toy`."""
+    report, what = Report(), SIZES[size]
+    report.row("machine", cores=os.cpu_count(), torch=torch.__version__, model=str(what.shape))
+    _servers(report, what)
+    _clients(report, what)
+    return report
+
+
+# --- two servers ----------------------------------------------------------------------------------
+
+
+def _servers(report: Report, what: Size) -> None:
+    """Compare samples per second of two servers with those of one, with the same clients."""
+    half = what.of_two // 2
+    shape = replace(what.shape, rows=4 * what.shape.rows, clients=what.of_two)
+    with process(leader, shape) as first, ExitStack() as stack:
+        address = first.ask("address")
+        second = stack.enter_context(process(follower, shape, address))
+        tokens = [first.ask("token", name_of(i)) for i in range(what.of_two)]
+        near = stack.enter_context(process(crowd, shape, address, tokens[:half], False))
+        far = {
+            "one server": address,
+            "two servers": second.ask("address"),
+        }
+        others = {
+            way: stack.enter_context(process(crowd, shape, at, tokens[half:], False, half))
+            for way, at in far.items()
+        }
+        found = in_turns(
+            what.turns,
+            {
+                way: partial(_samples_per_s, [near, other], half, what.steps, shape.rows)
+                for way, other in others.items()
+            },
+        )
+    for name, values in found.items():
+        report.spread("samples_per_s", values, by=name)
+    gain = report.ratio("two servers / one", found["two servers"], found["one server"])
+    report.figures["servers_gain"] = gain
+
+
+def _samples_per_s(crowds: list[Process], count: int, steps: int, rows: int) -> float:
+    began = perf_counter()
+    for each in crowds:
+        each.begin("steps", count, steps)
+    for each in crowds:
+        each.end()
+    return len(crowds) * count * steps * rows / (perf_counter() - began)
+
+
+# --- many clients ---------------------------------------------------------------------------------
+
+
+def _clients(report: Report, what: Size) -> None:
+    """Compare samples per second with many clients to those with few; measure idle clients."""
+    shape = replace(what.shape, clients=what.many)
+    with process(leader, shape) as server:
+        address = server.ask("address")
+        tokens = [server.ask("token", name_of(i)) for i in range(what.many)]
+        with process(crowd, shape, address, tokens, False) as clients:
+            found = in_turns(
+                what.turns,
+                {
+                    str(count): partial(_samples_per_s, [clients], count, what.steps, shape.rows)
+                    for count in (what.few, what.many)
+                },
+            )
+        for name, values in found.items():
+            report.spread("samples_per_s", values, clients=name)
+        many, few = found[str(what.many)], found[str(what.few)]
+        report.figures["clients_128_of_8"] = report.ratio("many clients / few", many, few)
+        with process(idlers, shape, address, tokens) as clients:
+            clients.ask("begin", what.few)
+            before = server.ask("memory")
+            clients.ask("begin", what.many)
+            after = server.ask("memory")
+    per_client = max(0.0, (after - before) / (what.many - what.few))
+    report.row("memory of the trunk's process", few=before, many=after)
+    report.figures["idle_client_bytes"] = per_client
+
+
+# --- the processes --------------------------------------------------------------------------------
+
+
+@contextmanager
+def leader(shape: Shape) -> Iterator[Answers]:
+    """Serve a trunk that may have followers; answers `address`, `token` of a client, `memory`."""
+    with TrunkService(shape.trunk(), shape.run, servers_token=_SECRET) as service:
+        with _served(service, shape) as address:
+            yield {"address": lambda: address, "token": service.admit, "memory": _memory}
+            service.followers.close()
+
+
+@contextmanager
+def follower(shape: Shape, of: str) -> Iterator[Answers]:
+    """Serve a follower of the leader at an address; answers `address`."""
+
+    def connect() -> GrpcLink:
+        return GrpcLink(of, token=_SECRET, wire=shape.run.wire)
+
+    with FollowerService(shape.trunk(), shape.run, connect, name="server-1") as service:
+        with _served(service, shape) as address:
+            yield {"address": lambda: address}
+
+
+@contextmanager
+def _served(service: TrunkService, shape: Shape) -> Iterator[str]:
+    server = GrpcServer(
+        service,
+        wire=shape.run.wire,
+        limits=service.limits,
+        max_clients=2 * shape.clients + 4,
+        payload_of=service.followers.payload_of,
+    )
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def _memory() -> int:
+    """Return the resident bytes of this process, without what its allocator holds in reserve."""
+    gc.collect()
+    give_back()
+    resident: int = psutil.Process().memory_info().rss
+    return resident
+
+
+@contextmanager
+def idlers(shape: Shape, address: str, tokens: list[str]) -> Iterator[Answers]:
+    """Run clients that take a step and then do nothing, with their sessions open.
+
+    Its answer `begin(count)` has further clients do so, until there are `count`.
+    """
+    model = shape.client()
+    with ExitStack() as stack:
+        trunks: list[RemoteTrunk] = []
+
+        def begin(count: int) -> None:
+            for i in range(len(trunks), count):
+                link = GrpcLink(address, token=tokens[i], wire=shape.run.wire)
+                stack.enter_context(closing(link))
+                trunk = RemoteTrunk(link, model, shape.run, client=name_of(i))
+                trunk.open()
+                empty_client(shape, trunk)()
+                trunks.append(trunk)
+
+        yield {"begin": begin}
