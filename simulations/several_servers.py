@@ -91,6 +91,7 @@ def _servers(
                 parts[number].trunk,
                 run,
                 lambda: opened.enter_context(link(leader, _SECRET)),
+                _SECRET,
                 name=f"server-{number}",
             )
             servers.append(opened.enter_context(follower))

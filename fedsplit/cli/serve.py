@@ -21,6 +21,7 @@ from fedsplit.cli.command import (
     Traces,
     naming,
     quiet,
+    read_secret,
     read_token,
 )
 from fedsplit.cli.waiting import set_on_signals, wait_for
@@ -29,6 +30,7 @@ from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:
     from fedsplit.serve import Served
+    from fedsplit.serve.peers import Peers
     from fedsplit.telemetry.outlets import Outlets
     from fedsplit.trunk.update import TrunkUpdate
 
@@ -106,6 +108,20 @@ StateDir = Annotated[
 SaveEvery = Annotated[
     int, typer.Option(metavar="STEPS", help="steps of a trunk between two of its saved states")
 ]
+Leader = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS",
+        help="server that steps the same trunks; this one then serves a part of their clients",
+    ),
+]
+PeersTokenFile = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        help="token that the servers of a trunk share, and no client has; for leader and followers",
+    ),
+]
 Metrics = Annotated[
     str,
     typer.Option(metavar="HOST:PORT", help="where Prometheus reads metrics; by default nowhere"),
@@ -152,6 +168,9 @@ class Serve(Command):
     quantize: Quantize = "off"
     state_dir: StateDir = ""
     save_every: SaveEvery = 50
+    leader: Leader = ""
+    peers_token_file: PeersTokenFile = ""
+    tls_ca: TlsCa = ""
     metrics: Metrics = ""
     traces: Traces = ""
     client_label: ClientLabels
@@ -198,6 +217,7 @@ class Serve(Command):
                 run,
                 wire,
                 token=read_token(self.token_file),
+                peers=self._peers(run),
                 device=self.device,
                 update=update_of(run),
                 states=states,
@@ -229,6 +249,16 @@ class Serve(Command):
             tls_key=self.tls_key,
             insecure=self.insecure,
         )
+
+    def _peers(self, run: RunSpec) -> "Peers":
+        from fedsplit.serve.peers import Peers
+
+        file = self.peers_token_file
+        # Without a file, the environment would give the clients' token.
+        token = read_secret("--peers-token-file", file) if file else ""
+        # A server with TLS takes its leader to have it as well.
+        wire = replace(run.wire, tls_ca=self.tls_ca, tls_cert=self.tls_cert, tls_key=self.tls_key)
+        return Peers(token=token, leader=self.leader, wire=wire)
 
     def _outlets(self) -> "Outlets":
         from fedsplit.telemetry.outlets import Outlets

@@ -328,12 +328,7 @@ def _built(
     if not isinstance(model, ClientPart):
         yield session(trunk=NoTrunk(model, client=join.client), link=None)
         return
-    given = (join.address, *join.other_addresses)
-    # A node with an address of its own for the trunk has the same one for each.
-    addresses = dict.fromkeys(map(node.address_of_trunk, given))
-    options: dict[str, Any] = {"wire": node.wire_of(run), "patience_s": _PATIENCE_S}
-    link = FailoverLink([GrpcLink(each, token=join.token, **options) for each in addresses])
-    with closing(link):
+    with closing(_link_to(node, run, join)) as link:
         trunk = RemoteTrunk(
             MeteredLink(link, telemetry) if telemetry else link,
             model,
@@ -345,6 +340,14 @@ def _built(
         with shielded(node, run, join.run_id, model, tokenizer, trunk) as noise:
             connect(model, noise.shield if noise else trunk)
             yield session(trunk=trunk, link=link, noise=noise)
+
+
+def _link_to(node: Node, run: RunSpec, join: JoinInfo) -> FailoverLink:
+    given = (join.address, *join.other_addresses)
+    # A node with an address of its own for the trunk has the same one for each.
+    addresses = dict.fromkeys(map(node.address_of_trunk, given))
+    options: dict[str, Any] = {"wire": node.wire_of(run), "patience_s": _PATIENCE_S}
+    return FailoverLink([GrpcLink(each, token=join.token, **options) for each in addresses])
 
 
 def _restore_personal(model: PreTrainedModel, run: RunSpec, memory: Memory) -> None:

@@ -192,7 +192,7 @@ def following(given: Following) -> Iterator[tuple[str, FollowerService]]:
     def connect() -> GrpcLink:
         return GrpcLink(given.address, token=given.token, wire=trusted, patience_s=_PATIENCE_S)
 
-    with FollowerService(trunk, run, connect, name=given.name) as service:
+    with FollowerService(trunk, run, connect, given.token, name=given.name) as service:
         wire = wire_of(run.wire, given.name)
         server = GrpcServer(
             service,

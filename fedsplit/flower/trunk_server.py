@@ -55,7 +55,6 @@ class TrunkServer:
             )
         self.address = ""
         self._preparation = preparation
-        self._servers_token = secrets.token_urlsafe(24)
         self._places: dict[str, int] = {}
         self._telemetry = SILENT
         self._trunk = trunk
@@ -71,10 +70,10 @@ class TrunkServer:
         Call it outside of the context. Clients of the old service have no valid token any more. The
         new one is served at the same address, so that they learn this at once.
         """
+        self._servers_token = secrets.token_urlsafe(24)
         self.service = TrunkService(
             self._trunk, self._run, update=self._update, servers_token=self._servers_token
         )
-        # Of this service: a follower that has heard of no other one gives no client away.
         self._followers = Followers(self._run, self._preparation, self.service.followers.is_alive)
         self.service.engine.meter.telemetry = self._telemetry
 

@@ -14,6 +14,7 @@ from fedsplit.model.describe import trunk_of
 from fedsplit.model.lora import load_adapter, share_frozen
 from fedsplit.model.placement import devices_of, placed
 from fedsplit.model.source import Source
+from fedsplit.serve.peers import ALONE, Peers
 from fedsplit.serve.shared import pretrained_run
 from fedsplit.serve.trunk_states import TrunkStates
 from fedsplit.spec import RunSpec, WireSpec
@@ -100,6 +101,7 @@ def hosted(
     wire: WireSpec,
     *,
     token: str = "",
+    peers: Peers = ALONE,
     device: str = "cpu",
     update: type[TrunkUpdate] = TrunkUpdate,
     states: TrunkStates | None = None,
@@ -118,6 +120,7 @@ def hosted(
             that train must be configured with an equal run.
         wire: The address to listen on, and TLS.
         token: The token that clients must send; may be empty if only this machine can connect.
+        peers: The other servers of these trunks.
         device: The torch device of the trunks; several as `cuda:0,cuda:1`, or `auto` for all GPUs.
         update: How a step of a trunk is made from the clients' gradients; the `update` of the run's
             method.
@@ -130,8 +133,9 @@ def hosted(
         FedsplitError: A model or an adapter cannot be read, or cannot be cut.
     """
     _require_token(wire, token)
+    peers.check(run, update, is_saved=states is not None)
     services = {
-        each.name: _service(each.name, trunk, run, update, telemetry)
+        each.name: _service(each.name, trunk, run, update, peers, telemetry)
         for each, trunk in trunks_of(served, run, device)
     }
     if states:
@@ -143,6 +147,7 @@ def hosted(
         limits=router.limits,
         max_clients=max(_MAX_CLIENTS, 2 * run.clients),
         budgets=run.limits,
+        payload_of=router.payload_of,
         telemetry=telemetry,
     )
 
@@ -165,9 +170,18 @@ def _require_token(wire: WireSpec, token: str) -> None:
 
 
 def _service(
-    name: str, trunk: TrunkPart, run: RunSpec, update: type[TrunkUpdate], telemetry: Telemetry
+    name: str,
+    trunk: TrunkPart,
+    run: RunSpec,
+    update: type[TrunkUpdate],
+    peers: Peers,
+    telemetry: Telemetry,
 ) -> TrunkService:
-    service = TrunkService(trunk, run, update=update)
+    service = (
+        peers.follower(name, trunk, run)
+        if peers.leader
+        else TrunkService(trunk, run, update=update, servers_token=peers.token)
+    )
     service.engine.meter.telemetry = telemetry
     telemetry.watch(name, partial(state_of, service))
     return service
@@ -183,6 +197,7 @@ def _running(router: TrunkRouter, server: GrpcServer, states: TrunkStates | None
             opened.callback(states.finish)
         opened.enter_context(router)
         opened.callback(server.stop)
+        opened.callback(router.close_followers)
         if states:
             opened.callback(router.drain, _DRAIN_S)
         yield server.start()

@@ -53,8 +53,8 @@ class LaunchSpec:
             finished round, when a process of it is gone (0: never).
         trunk_device: The torch device of the server's trunk: one, several with commas, or auto
             for all GPUs.
-        trunk_servers: The processes that serve the trunk. Each serves its part of the clients, and
-            one of them takes the steps.
+        trunk_servers (servers): The processes that serve the trunk. Each serves its part of the
+            clients, and one of them takes the steps.
         client_device: The torch device of clients whose node config names none.
         metrics: The address, host:port, at which Prometheus reads the metrics of the run (empty:
             nowhere).

@@ -474,20 +474,18 @@ class ParametersRequest(_message.Message):
     def __init__(self, follower: _Optional[str] = ..., server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., wait_s: _Optional[float] = ..., served_model_name: _Optional[str] = ...) -> None: ...
 
 class ParametersReply(_message.Message):
-    __slots__ = ("server_instance_id", "version", "barrier_version", "key", "names", "parameters")
+    __slots__ = ("server_instance_id", "version", "barrier_version", "names", "parameters")
     SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BARRIER_VERSION_FIELD_NUMBER: _ClassVar[int]
-    KEY_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     server_instance_id: str
     version: int
     barrier_version: int
-    key: str
     names: _containers.RepeatedScalarFieldContainer[str]
     parameters: _containers.RepeatedCompositeFieldContainer[TensorMeta]
-    def __init__(self, server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., barrier_version: _Optional[int] = ..., key: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ...) -> None: ...
+    def __init__(self, server_instance_id: _Optional[str] = ..., version: _Optional[int] = ..., barrier_version: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ...) -> None: ...
 
 class WorkReportRequest(_message.Message):
     __slots__ = ("session", "positions", "clipped", "refused", "quarantines")

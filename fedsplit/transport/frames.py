@@ -1,6 +1,6 @@
 """The conversion of messages to frames of `fedsplit.proto` and back; each side copies tensors once.
 
-The memory of a received payload is allocated once, after the header was checked.
+The memory of a payload is allocated once, after the header was checked.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,14 @@ from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, e
 from fedsplit.telemetry.spans import SpanContext
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.envelope import read_frame, write_frame
-from fedsplit.wire import messages, server_messages
+from fedsplit.wire import messages
+from fedsplit.wire import server_messages as servers
 from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor, traveling
 from fedsplit.wire.compression import NUMBERS
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
 CHUNK_BYTES = 1 << 20
-"""The most payload in one frame of a stream. A longer payload is sent in several frames."""
+"""The most payload in one frame of a stream; a longer one is sent in several frames."""
 
 FRAME_BYTES = 4 << 20
 """The longest frame that either side receives."""
@@ -61,16 +62,9 @@ CALLS = {
             "SyncTrainingState", messages.TrainingStateRequest, messages.TrainingStateReply, False
         ),
         Call("GetServiceInfo", messages.ServiceInfoRequest, messages.ServiceInfoReply, False),
-        Call("Contribute", server_messages.ContributeRequest, messages.StepReply, True),
-        Call(
-            "GetParameters",
-            server_messages.ParametersRequest,
-            server_messages.ParametersReply,
-            True,
-        ),
-        Call(
-            "ReportWork", server_messages.WorkReportRequest, server_messages.WorkReportReply, True
-        ),
+        Call("Contribute", servers.ContributeRequest, messages.StepReply, True),
+        Call("GetParameters", servers.ParametersRequest, servers.ParametersReply, True),
+        Call("ReportWork", servers.WorkReportRequest, servers.WorkReportReply, True),
     )
 }
 

@@ -5,15 +5,15 @@ from typing import Any
 
 from fedsplit.errors import Forbidden
 from fedsplit.trunk.leader import Followers
-from fedsplit.trunk.registry import ClientRegistry
+from fedsplit.trunk.registry import ClientRegistry, unauthenticated
 from fedsplit.trunk.session_table import SessionTable
 from fedsplit.trunk.sessions import Steps
 from fedsplit.wire.messages import OpenRequest, Request
-from fedsplit.wire.server_messages import OF_FOLLOWERS
+from fedsplit.wire.server_messages import ParametersRequest
 
 
 class Callers:
-    """Knows for which client a request is.
+    """Knows for which client a follower sends a request.
 
     Args:
         clients: The clients by their tokens.
@@ -34,26 +34,17 @@ class Callers:
         self._sessions = sessions
         self._last_steps = last_steps
 
-    def are_followers(self, request: Request[Any], token: str) -> bool:
-        """Return whether a follower sends this request.
+    def client_of(self, request: Request[Any], token: str) -> str:
+        """Return the client for which a follower sends a request; empty if it is for none.
 
         Raises:
-            Forbidden: It is for followers only, and a client sends it.
+            Unauthenticated: The token is not that of the servers, or the client not of this run.
+            SessionLost: The session is not open.
         """
-        is_follower = self._followers.is_one(token)
-        if isinstance(request, OF_FOLLOWERS) and not is_follower:
-            raise Forbidden(f"a {request.kind} is for the servers of the run, and not for clients")
-        return is_follower
-
-    def client_of(self, request: Request[Any], token: str, *, is_follower: bool) -> str:
-        """Return the client that a request is for.
-
-        Raises:
-            Unauthenticated: The token, or the name that a follower has read, is not of this run.
-            SessionLost: A follower names a session that is not open.
-        """
-        if not is_follower:
-            return self._clients.client_of(token)
+        if not self._followers.is_one(token):
+            raise unauthenticated()
+        if isinstance(request, ParametersRequest):
+            return ""
         if isinstance(request, OpenRequest):
             return self._clients.require(request.client)
         session: str = request.session  # type: ignore[attr-defined]
@@ -61,3 +52,8 @@ class Callers:
             if any(name == session for name, _ in steps):
                 return client
         return self._sessions.client_of(session)
+
+
+def not_for_clients(request: Request[Any]) -> Forbidden:
+    """Return the error for a client's request that is for followers only."""
+    return Forbidden(f"a {request.kind} is for the servers of the run, and not for clients")

@@ -42,6 +42,7 @@ class FollowerService(TrunkService):
         trunk: The trunk part; what it trains is replaced by the leader's parameters.
         run: The run, which must be the leader's.
         connect: Makes a link to the leader, with the token of the run's servers.
+        token: This token.
         name: The follower's name.
         served_model_name: The trunk's name at the leader; empty for its first one.
         clock: Seconds that do not run backwards.
@@ -55,13 +56,14 @@ class FollowerService(TrunkService):
         trunk: TrunkPart,
         run: RunSpec,
         connect: Callable[[], Link],
+        token: str,
         *,
         name: str,
         served_model_name: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._vouched = VouchedClients()
-        super().__init__(trunk, run, clock, training=FollowerTraining, clients=self._vouched)
+        clients = VouchedClients(token)
+        super().__init__(trunk, run, clock, training=FollowerTraining, clients=clients)
         self.name = name
         self._served_model_name = served_model_name
         # One for each direction: a request for parameters waits at the leader.
@@ -271,7 +273,6 @@ class FollowerService(TrunkService):
         """Take over a reply of the leader."""
         is_new = reply.server_instance_id != self.server_instance_id
         if is_new:
-            self._vouched.key = reply.key
             # Of a leader that was started again: its sessions are gone, and its versions others.
             for name in self._sessions.names():
                 with suppress(SessionLost):

@@ -87,13 +87,12 @@ class Followers:
 
     # --- the requests of followers ------------------------------------------------------------
 
-    def parameters(self, request: ParametersRequest, instance: str, key: str) -> ParametersReply:
+    def parameters(self, request: ParametersRequest, instance: str) -> ParametersReply:
         """Wait until there are other parameters than those of the request, and return them.
 
         Args:
             request: The request.
             instance: The leader's `server_instance_id`.
-            key: The secret of the clients' tokens.
 
         Raises:
             Draining: The leader shuts down.
@@ -114,7 +113,6 @@ class Followers:
             server_instance_id=instance,
             version=parameters.version,
             barrier_version=parameters.barrier_version,
-            key=key,
             names=tuple(values),
             parameters=tuple(values.values()),
         )

@@ -15,12 +15,13 @@ def token_of(client: str, key: str) -> str:
 class ClientRegistry:
     """The tokens of a trunk's clients; several threads may use it.
 
-    Attributes:
-        key: The secret that the tokens are made with, which the other servers of a run get.
+    Args:
+        key: The secret that the tokens are made with, which the servers of a run share; empty for a
+            random one.
     """
 
-    def __init__(self) -> None:
-        self.key = secrets.token_hex(24)
+    def __init__(self, key: str = "") -> None:
+        self.key = key or secrets.token_hex(24)
         self._clients: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -38,7 +39,7 @@ class ClientRegistry:
 
     def knows(self, token: str) -> bool:
         """Return whether a token belongs to a client."""
-        return token in self._clients
+        return bool(self.find(token))
 
     def require(self, client: str) -> str:
         """Return a client's name, which another server of the run has read from its token.
@@ -54,11 +55,14 @@ class ClientRegistry:
         Raises:
             Unauthenticated: It belongs to no client.
         """
-        # Without the lock: one lookup in a dict is atomic, and every request passes here.
-        client = self._clients.get(token)
-        if client is None:
+        if not (client := self.find(token)):
             raise unauthenticated()
         return client
+
+    def find(self, token: str) -> str:
+        """Return the client that a token belongs to; empty if it belongs to none."""
+        # Without the lock: one lookup in a dict is atomic, and every request passes here.
+        return self._clients.get(token, "")
 
 
 class VouchedClients(ClientRegistry):
@@ -75,17 +79,12 @@ class VouchedClients(ClientRegistry):
     def forget(self, client: str) -> None:
         """Do nothing, because there is no list."""
 
-    def knows(self, token: str) -> bool:
-        """Return whether a token belongs to a client."""
+    def find(self, token: str) -> str:
+        """Return the client that a token belongs to; empty if it belongs to none."""
+        client = token.rpartition(".")[0]
         # The time of a plain comparison tells how long the correct prefix of a guess is.
-        expected = token_of(token.rpartition(".")[0], self.key)
-        return hmac.compare_digest(token.encode(), expected.encode())
-
-    def client_of(self, token: str) -> str:
-        """Return the client that a token belongs to; see `ClientRegistry`."""
-        if not self.knows(token):
-            raise unauthenticated()
-        return token.rpartition(".")[0]
+        is_right = hmac.compare_digest(token.encode(), token_of(client, self.key).encode())
+        return client if is_right else ""
 
 
 def unauthenticated() -> Unauthenticated:

@@ -13,6 +13,7 @@ from fedsplit.errors import ConfigError, ModelMismatch, Overloaded, SessionLost,
 from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.sessions import AcceptedStep, no_session
 from fedsplit.wire import messages as m
+from fedsplit.wire.server_messages import ParametersRequest
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -34,6 +35,9 @@ class TrunkRouter:
     Each trunk has its own engine, optimizer and trained parameters. A client names itself when it
     opens a session. A client with the token is trusted not to take the name of another client.
     After that, the session's name, which is a secret, identifies the client.
+
+    A trunk of another server can follow one of these (`fedsplit.trunk.leader`), if the services
+    were made with a token for such servers.
 
     Args:
         services: The trunks by name; a client that names no trunk gets the first.
@@ -101,6 +105,8 @@ class TrunkRouter:
 
     def check_token(self, token: str) -> str:
         """Refuse clients without the token; see `fedsplit.link.Service`."""
+        if self.is_server(token):
+            return ""
         # The time of a plain comparison tells how long the correct prefix of a guess is.
         if self._token and not hmac.compare_digest(token.encode(), self._token.encode()):
             raise Unauthenticated(
@@ -115,18 +121,36 @@ class TrunkRouter:
             # Before the token is checked: any client may ask which trunks are served.
             return self._info(request, token)  # type: ignore[return-value]
         self.check_token(token)
+        # To its service, a follower names itself, and a client its member.
+        server = token if self.is_server(token) else ""
+        if isinstance(request, ParametersRequest):
+            service = self._services[self._name(request.served_model_name)]
+            return service.handle(request, token)  # type: ignore[return-value]
         if isinstance(request, m.OpenRequest):
-            return self._open(request)  # type: ignore[return-value]
+            return self._open(request, server)  # type: ignore[return-value]
         session: str = getattr(request, "session", "")
         member = self._member_of(session)
         try:
-            reply = member.service.handle(request, member.token)
+            reply = member.service.handle(request, server or member.token)
         except SessionLost:
             self._end(session)
             raise
         if isinstance(request, m.CloseRequest):
             self._end(session)
         return reply
+
+    def is_server(self, token: str) -> bool:
+        """Return whether a caller with this token is another server of one of the trunks."""
+        return any(service.followers.is_one(token) for service in self._services.values())
+
+    def payload_of(self, token: str) -> int:
+        """Return the bytes of the longest request with this token; 0 for clients."""
+        return max(service.followers.payload_of(token) for service in self._services.values())
+
+    def close_followers(self) -> None:
+        """Answer the followers that wait for parameters, and refuse further requests for them."""
+        for service in self._services.values():
+            service.followers.close()
 
     def disconnected(self, session: str) -> None:
         """Report a lost connection to the session's trunk; see `fedsplit.link.Service`."""
@@ -164,11 +188,11 @@ class TrunkRouter:
 
     # --- clients and sessions -----------------------------------------------------------------
 
-    def _open(self, request: m.OpenRequest) -> m.OpenReply:
+    def _open(self, request: m.OpenRequest, server: str) -> m.OpenReply:
         member = self._admitted(self._name(request.served_model_name), request.client)
         # Not under the lock: Open waits for the engine, and other trunks' clients must not.
         try:
-            reply: Any = member.service.handle(request, member.token)
+            reply: Any = member.service.handle(request, server or member.token)
             with self._lock:
                 member.sessions.add(reply.session)
                 self._sessions[reply.session] = member

@@ -26,7 +26,7 @@ from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.agreement import Agreement
 from fedsplit.trunk.call import Call, Kind
-from fedsplit.trunk.callers import Callers
+from fedsplit.trunk.callers import Callers, not_for_clients
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.guard import require_dtype
 from fedsplit.trunk.leader import Followers
@@ -77,7 +77,7 @@ class TrunkService:
         )
         self.followers = Followers(self.engine, servers_token, clock)
         self.server_instance_id = secrets.token_hex(8)
-        self.save_every = 0
+        self.save_every = self._round = 0
         self.past_instances: dict[str, int] = {}
         self._run = run
         self._agreement = Agreement.of(trunk, run)
@@ -86,8 +86,7 @@ class TrunkService:
         self._dtype = trunk.dtype
         self._num_positions = num_positions(trunk)
         self._autocast = precision_of(run.model, trunk.device)
-        self._round = 0
-        self._clients = clients or ClientRegistry()
+        self._clients = clients or ClientRegistry(servers_token)
         self.decoder = DeltaDecoder(run.wire.history_bytes, max_clients=run.clients)
         self._sessions = SessionTable(run, clock)
         self._last_steps: dict[str, Steps] = {}
@@ -227,12 +226,14 @@ class TrunkService:
         check_request(request, self.limits)
         if isinstance(request, m.ServiceInfoRequest):
             return self._info(token)  # type: ignore[return-value]
-        is_follower = self._callers.are_followers(request, token)
+        client = self._clients.find(token)
+        if is_follower := not client:
+            client = self._callers.client_of(request, token)
+        elif isinstance(request, s.OF_FOLLOWERS):
+            raise not_for_clients(request)
         if isinstance(request, s.ParametersRequest):
-            return self.followers.parameters(  # type: ignore[return-value]
-                request, self.server_instance_id, self._clients.key
-            )
-        client = self._callers.client_of(request, token, is_follower=is_follower)
+            reply: Any = self.followers.parameters(request, self.server_instance_id)
+            return reply  # type: ignore[no-any-return]
         if isinstance(request, m.OpenRequest):
             return self._open(request, client, of_follower=is_follower)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
@@ -241,8 +242,7 @@ class TrunkService:
         with self._sessions.serving(session.info.name):
             is_moved = session.info.of_follower and not isinstance(request, s.OF_LEADER)
             answer = self._answer_moved if is_moved else self._answers[type(request)]
-            reply: m.R = answer(session, request)
-        return reply
+            return answer(session, request)  # type: ignore[no-any-return]
 
     def disconnected(self, session: str) -> None:
         """Let a session expire in `policy.deadline_s`, unless its client sends a request."""
@@ -352,9 +352,7 @@ class TrunkService:
         gradients = self._wait(self.engine.run(lambda: self.engine.training.gradients(name)))
         return gradients_reply(request, gradients)
 
-    def _training_state(
-        self, session: Session, request: m.TrainingStateRequest
-    ) -> m.TrainingStateReply:
+    def _training_state(self, session: Session, request: Any) -> m.TrainingStateReply:
         return self._readings.training_state(self._round)
 
     def _info(self, token: str) -> m.ServiceInfoReply:

@@ -172,7 +172,6 @@ def _check_service_info(_: m.ServiceInfoRequest, reply: m.ServiceInfoReply) -> N
 
 def _check_parameters(_: ParametersRequest, reply: ParametersReply) -> None:
     check_id("server_instance_id", reply.server_instance_id)
-    check_id("key", reply.key)
     if len(reply.names) != len(reply.parameters) or len(set(reply.names)) != len(reply.names):
         raise ProtocolError(
             f"the leader answered {len(reply.parameters)} parameters with "

@@ -43,13 +43,11 @@ class ParametersReply(Reply):
     """The trained parameters of a version, after `barrier_version` barriers have closed.
 
     `names` are those of the `parameters`; both are empty if the follower has this version already.
-    `key` is the secret with which the leader makes the tokens of clients.
     """
 
     server_instance_id: str
     version: int
     barrier_version: int
-    key: str
     names: tuple[str, ...]
     parameters: tuple[Tensor, ...]
 

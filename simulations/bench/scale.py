@@ -163,7 +163,7 @@ def follower(shape: Shape, of: str) -> Iterator[Answers]:
     def connect() -> GrpcLink:
         return GrpcLink(of, token=_SECRET, wire=shape.run.wire)
 
-    with FollowerService(shape.trunk(), shape.run, connect, name="server-1") as service:
+    with FollowerService(shape.trunk(), shape.run, connect, _SECRET, name="server-1") as service:
         with _served(service, shape) as address:
             yield {"address": lambda: address}
 

@@ -15,6 +15,7 @@ from fedsplit.model.identity import model_fingerprint
 from fedsplit.model.stage import ClientPart
 from fedsplit.spec import RunSpec
 from fedsplit.wire import messages as m
+from fedsplit.wire import server_messages as s
 from fedsplit.wire.codec import traveling
 from simulations.fuzzing import odd
 
@@ -115,13 +116,30 @@ class Samples:
         )
 
     def small(self, rng: random.Random, session: str = "s") -> m.Request[Any]:
-        """A request without a tensor."""
+        """A request without hidden states."""
         return rng.choice(
             (
                 m.CloseRequest(session=session),
                 m.GradientsRequest(session=session, tensors=rng.random() < 0.5),
                 m.TrainingStateRequest(session=session),
                 m.ServiceInfoRequest(),
+                # They are for the servers of a run, and come here from a client.
+                s.ParametersRequest(follower="f", server_instance_id="", version=0, wait_s=0.1),
+                s.WorkReportRequest(
+                    session=session, positions=5, clipped=0, refused=0, quarantines=0
+                ),
+                s.ContributeRequest(
+                    session=session,
+                    call=0,
+                    step=0,
+                    num_tokens=1,
+                    client_sq_norm=0.0,
+                    loss_scale=1.0,
+                    num_positions=8,
+                    barrier_version=0,
+                    names=("a",),
+                    gradients=(torch.ones(2, 3),),
+                ),
             )
         )
 
@@ -152,6 +170,14 @@ class Samples:
                 m.GenerateReply(trunk_out_BTD=out_BTD, entries=(kv,)),
                 m.CloseReply(),
                 m.GradientsReply(norms={"a": 1.0}, names=("a",), gradients=(out_BTD,)),
+                s.WorkReportReply(),
+                s.ParametersReply(
+                    server_instance_id="i",
+                    version=1,
+                    barrier_version=1,
+                    names=("a",),
+                    parameters=(out_BTD,),
+                ),
                 m.TrainingStateReply(round=1, step=2, lr=0.1, version=3),
                 m.ServiceInfoReply(
                     protocol=m.PROTOCOL,

@@ -96,7 +96,7 @@ def servers(run: RunSpec | None = None) -> Iterator[Servers]:
         return links[-1]
 
     with TrunkService(parts_of(run).trunk, run, servers_token=SECRET) as leader:
-        follower = FollowerService(parts_of(run).trunk, run, connect_to, name="server-1")
+        follower = FollowerService(parts_of(run).trunk, run, connect_to, SECRET, name="server-1")
         with follower:
             yield Servers(run, leader, follower, links)
             leader.followers.close()

@@ -13,6 +13,7 @@ from fedsplit.spec import WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
 from fedsplit.wire import messages as m
+from fedsplit.wire import server_messages as s
 from fedsplit.wire.validation import check_request
 
 LIMITS = m.Limits(
@@ -79,6 +80,21 @@ class EchoService:
 
     def StepRequest(self, request: m.StepRequest) -> m.StepReply:
         return m.StepReply(version=request.step + 1)
+
+    def ContributeRequest(self, request: s.ContributeRequest) -> m.StepReply:
+        return m.StepReply(version=request.step + 1)
+
+    def ParametersRequest(self, request: s.ParametersRequest) -> s.ParametersReply:
+        return s.ParametersReply(
+            server_instance_id="i1",
+            version=3,
+            barrier_version=3,
+            names=("bias", "weight"),
+            parameters=(torch.arange(3.0), torch.ones(700, 700)),
+        )
+
+    def WorkReportRequest(self, request: s.WorkReportRequest) -> s.WorkReportReply:
+        return s.WorkReportReply()
 
     def CloseRequest(self, request: m.CloseRequest) -> m.CloseReply:
         return m.CloseReply()

@@ -20,6 +20,7 @@ from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.frames import CALLS, SERVICE, Body, Reader, to_frame, to_frames
 from fedsplit.transport.status import TOKEN_KEY
 from fedsplit.wire import messages as m
+from fedsplit.wire import server_messages as s
 from fedsplit.wire.codec import DTYPES, traveling
 from fedsplit.wire.compression import NUMBERS
 from tests.edge.echo import TOKEN, EchoService, serving
@@ -135,6 +136,57 @@ MESSAGES: dict[str, Body] = {
     "step_request with defaults": m.StepRequest(
         session="", call=0, step=0, num_tokens=0, client_sq_norm=0.0
     ),
+    "contribute_request": s.ContributeRequest(
+        session="s-1",
+        call=MANY,
+        step=MANY,
+        num_tokens=MANY,
+        client_sq_norm=0.5,
+        loss_scale=1024.0,
+        num_positions=MANY,
+        barrier_version=MANY,
+        names=("bias", "weight"),
+        gradients=(values(3), values(2, 3)),
+    ),
+    "contribute_request with defaults": s.ContributeRequest(
+        session="",
+        call=0,
+        step=0,
+        num_tokens=0,
+        client_sq_norm=0.0,
+        loss_scale=0.0,
+        num_positions=0,
+        barrier_version=0,
+        names=(),
+        gradients=(),
+    ),
+    "parameters_request": s.ParametersRequest(
+        follower="server-1",
+        server_instance_id="i-1",
+        version=MANY,
+        wait_s=2.5,
+        served_model_name="gpt2",
+    ),
+    "parameters_request with defaults": s.ParametersRequest(
+        follower="", server_instance_id="", version=0, wait_s=0.0
+    ),
+    "parameters_reply": s.ParametersReply(
+        server_instance_id="i-1",
+        version=MANY,
+        barrier_version=MANY,
+        names=("bias", "weight"),
+        parameters=(values(3), values(2, 3)),
+    ),
+    "parameters_reply with defaults": s.ParametersReply(
+        server_instance_id="", version=0, barrier_version=0, names=(), parameters=()
+    ),
+    "work_report_request": s.WorkReportRequest(
+        session="s-1", positions=MANY, clipped=1, refused=2, quarantines=3
+    ),
+    "work_report_request with defaults": s.WorkReportRequest(
+        session="", positions=0, clipped=0, refused=0, quarantines=0
+    ),
+    "work_report_reply": s.WorkReportReply(),
     "step_reply": m.StepReply(version=MANY),
     "step_reply with defaults": m.StepReply(version=0),
     "generate_request": m.GenerateRequest(
@@ -401,6 +453,6 @@ def test_every_call_field_dtype_and_codec_has_a_golden_case() -> None:
     classes = {cls for call in CALLS.values() for cls in (call.request, call.reply)}
     assert {type(message) for message in MESSAGES.values()} >= classes
     with_fields = {each.name for each in pb.Header.DESCRIPTOR.oneofs_by_name["body"].fields}
-    with_fields -= {"chunk", "close_reply"}
+    with_fields -= {"chunk", "close_reply", "work_report_reply"}
     assert with_fields <= {name.removesuffix(" with defaults") for name in MESSAGES}
     assert {f"{name} with defaults" for name in with_fields} <= set(MESSAGES)

@@ -7,7 +7,7 @@ import pytest
 
 from fedsplit.client.remote import RemoteTrunk
 from fedsplit.errors import ConfigError
-from simulations.parity import Parity, compare
+from simulations.parity import Parity, compare, compare_servers
 from tests.edge.forked import Program
 
 pytestmark = [
@@ -107,3 +107,16 @@ def test_output_that_nobody_reads_ends_the_program_quietly() -> None:
     ended = Program("simulations.parity", "steps=1", output=writer)
     os.close(writer)
     assert ended.end() == (141, "", "")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param({"clip_norm": 0.1}, id="sync"),
+        pytest.param({"policy": "quorum", "lora": True, "link": "grpc"}, id="quorum"),
+    ],
+)
+def test_two_servers_train_what_one_trains(asked: dict[str, object]) -> None:
+    asked = {"family": "llama", "steps": 3, "clients": 3, "trunk_servers": 2, **asked}
+    found = compare_servers(Parity(**asked))  # type: ignore[arg-type]
+    assert (found.max_loss_diff, found.max_weight_diff) == (0.0, 0.0)

@@ -1,0 +1,69 @@
+"""The other servers of the trunks that are served: a leader to follow, or followers to lead."""
+
+import secrets
+from dataclasses import dataclass
+
+from fedsplit.errors import ConfigError
+from fedsplit.model import TrunkPart
+from fedsplit.spec import RunSpec, WireSpec
+from fedsplit.transport.client import GrpcLink
+from fedsplit.trunk.follower import FollowerService
+from fedsplit.trunk.update import TrunkUpdate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers:
+    """The other servers of the trunks of this one.
+
+    Attributes:
+        token: The token that the servers share, and no client has; empty if there is one server.
+        leader: The address of the server that steps; empty at that server itself.
+        wire: The trust in the leader's certificate, and the longest time of a call.
+    """
+
+    token: str = ""
+    leader: str = ""
+    wire: WireSpec = WireSpec()
+
+    def check(self, run: RunSpec, update: type[TrunkUpdate], *, is_saved: bool) -> None:
+        """Refuse settings that several servers cannot share.
+
+        Raises:
+            ConfigError: The text names the setting.
+        """
+        if self.leader and not self.token:
+            raise ConfigError(
+                f"--leader {self.leader} takes no contributions from strangers; give the token "
+                "that both servers share (--peers-token-file)"
+            )
+        if self.leader and is_saved:
+            raise ConfigError(
+                f"--leader {self.leader} takes the steps and has the state to save; give "
+                "--state-dir to that server"
+            )
+        if self.token and (run.policy.kind == "async" or run.policy.sim_slowdown):
+            raise ConfigError(
+                f"several servers share the steps of a trunk, and policy={run.policy.kind}"
+                f"{' with policy.sim_slowdown' if run.policy.sim_slowdown else ''} does not allow "
+                "it; use policy=sync or policy=quorum"
+            )
+        if self.token and (update.replicas or update.keeps_passes):
+            raise ConfigError(
+                f"several servers share the steps of a trunk, and {update.__name__} does not allow "
+                "it; use strategy=splitfed_v2"
+            )
+
+    def follower(self, name: str, trunk: TrunkPart, run: RunSpec) -> FollowerService:
+        """Return the service of a trunk that follows the trunk of this name at the leader."""
+        return FollowerService(
+            trunk,
+            run,
+            lambda: GrpcLink(self.leader, token=self.token, wire=self.wire),
+            self.token,
+            name=f"server-{secrets.token_hex(4)}",
+            served_model_name=name,
+        )
+
+
+ALONE = Peers()
+"""No other servers."""
