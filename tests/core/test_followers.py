@@ -241,8 +241,11 @@ def test_a_follower_takes_over_the_state_of_a_leader_that_was_started_again() ->
             here.leader.followers.close()
             wait_until(lambda: here.follower.server_instance_id == again.server_instance_id)
             assert here.follower.engine.version == 0 and not here.follower.num_sessions
-            with pytest.raises(Unauthenticated):
+            with pytest.raises(SessionLost):
                 bob.trainer.step([batch(1)])
+            # The new leader has not admitted it.
+            with pytest.raises(Unauthenticated):
+                bob.trunk.open()
             again.followers.close()
 
 
