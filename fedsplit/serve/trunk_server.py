@@ -150,15 +150,18 @@ def hosted(
         payload_of=router.payload_of,
         telemetry=telemetry,
     )
+    _call_at_failure(router, on_failure)
+    with _running(router, server, states) as bound:
+        yield wire.advertise or bound
 
+
+def _call_at_failure(router: TrunkRouter, on_failure: Callable[[], None]) -> None:
     def check_failed(_: "Future[None]") -> None:
         if all(ended.done() and ended.exception() for ended in router.trunks.values()):
             on_failure()
 
     for ended in router.trunks.values():
         ended.add_done_callback(check_failed)
-    with _running(router, server, states) as bound:
-        yield wire.advertise or bound
 
 
 def _require_token(wire: WireSpec, token: str) -> None:

@@ -277,7 +277,7 @@ JOIN = JoinInfo(
         ({"next_state": "../x"}, "ids of states, which must be whole numbers from 0 on"),
         ({"kept_states": ["a"]}, "ids of states, which must be whole numbers from 0 on"),
         ({"kept_states": 5}, "sent 5 as kept_states, which must be a list"),
-        ({"branches": [1]}, "has 13 values, not 12; the first difference is 'branches'"),
+        ({"branches": [1]}, "has 14 values, not 13; the first difference is 'branches'"),
         ({"lr_scale": "x"}, "scales the learning rate by x"),
     ],
 )

@@ -57,6 +57,10 @@ class NoTrunkHost:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def addresses_for(self, client: str) -> list[str]:
+        """Return the empty address: no client calls a trunk."""
+        return [self.address]
+
     def admit(self, client: str) -> str:
         """Return an empty token: no client calls a trunk."""
         return ""
