@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all test-bits faults soak check docs deploy-check format proto release-check clean
+.PHONY: help install run test test-all test-bits faults soak smol check docs deploy-check format proto release-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,10 @@ faults: $(DEVELOPED) ## kill processes of runs at every named point, and compare
 soak: $(DEVELOPED) ## train and generate under random faults for MINUTES; leaves runs/soak.png
 	mkdir -p runs
 	$(BIN)/python -m simulations.bench soak --minutes $(MINUTES) --json runs/soak.json
+
+smol: $(DEVELOPED) ## train, serve and chat with a real model, and compare with transformers
+	mkdir -p runs
+	$(BIN)/python -m simulations.smol runs/smol --json runs/smol.json
 
 check: $(DEVELOPED) ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

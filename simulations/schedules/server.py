@@ -57,6 +57,7 @@ class RecordedService(TrunkService):
         self.parked: list[Parked] = []
         self.is_killed = False
         self._turns = turns
+        self._clock = clock
         self._may_wait = False
         self._seconds = run.wire.call_deadline_s
         super().__init__(cast(TrunkPart, trunk), run, clock, update=self._recording_update())
