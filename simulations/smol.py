@@ -7,7 +7,7 @@ the commands of fedsplit:
 
 * `split`: the logits of the split model, and the tokens that it generates;
 * `train`: LoRA with four clients under `flwr run`, and the unsplit model with peft on as many
-  tokens (`baseline=central`, whose one client has the data of all and four times their batch);
+  tokens and steps (`baseline=central`, whose one client has the data of all and batches of all);
 * `generate`, `chat`, `openai`: the model that the run left, with its trunk in another process.
 
 Losses are held-out losses in nats per token. Texts are greedy, and must be those of `generate` of
@@ -46,9 +46,9 @@ _QUESTION = "What is the boiling point of water?"
 _START_S = 120.0
 _COMMON = (
     "model=pretrained",
+    f"clients={_CLIENTS}",
     "lora=on",
     "data.sequence_length=128",
-    "train.local_steps=4",
     "train.lr=0.001",
     "train.warmup_steps=2",
     "train.evaluate_every=1",
@@ -87,8 +87,9 @@ def _split(report: Report, model: Path) -> None:
 
 def _train(report: Report, folder: Path, model: Path, rounds: int) -> None:
     runs = {
-        "smol": ("launch=flwr", f"clients={_CLIENTS}", "train.batch_size=2"),
-        "central": ("baseline=central", f"clients={_CLIENTS}", f"train.batch_size={2 * _CLIENTS}"),
+        "smol": ("launch=flwr", f"train.local_steps={_CLIENTS}", "train.batch_size=2"),
+        # The one client takes the local steps of all of them.
+        "central": ("baseline=central", "train.local_steps=1", f"train.batch_size={2 * _CLIENTS}"),
     }
     for name, words in runs.items():
         where = f"model.pretrained={model}", f"launch.run_dir={folder / 'runs'}", f"name={name}"
