@@ -89,10 +89,11 @@ def rng_released() -> Iterator[None]:
 
 
 def draws(model: PreTrainedModel) -> bool:
-    """Whether a training forward of this model draws random numbers, because it has dropout."""
+    """Whether a training forward draws random numbers: for dropout, or the jitter of a router."""
     layers = (m.p for m in model.modules() if isinstance(m, nn.Dropout))
     # Attention has no dropout module: it stores the rate and calls the function.
-    rates = (v for m in model.modules() for k, v in vars(m).items() if "drop" in k)
+    named = ((k, v) for m in model.modules() for k, v in vars(m).items())
+    rates = (v for k, v in named if "drop" in k or "jitter" in k)
     return any(isinstance(p, float) and p > 0 for p in (*layers, *rates))
 
 

@@ -3,6 +3,10 @@
 `python -m simulations.families [type ...] [--json FILE]` makes a tiny random model of each type,
 splits it and compares logits, loss and the gradient of every parameter with the unsplit model's,
 without padding and with padding at either side. Equal means equal in every bit.
+
+With `--tp N` it trains and decodes with each trunk cut over N ranks instead, and compares the
+values and the tokens with those of the trunk in one process. Equal means within 1e-5, and all
+tokens.
 """
 
 import argparse
@@ -28,6 +32,7 @@ from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.build import SplitModel, split_model
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.model.plan import model_class_for, plan_for
+from simulations.sharded import judged, without_dropout
 from simulations.tiny import VOCABULARY, tiny_config
 
 SECONDS_PER_TYPE = 60
@@ -50,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m simulations.families", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; by default all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="cut trunks over N ranks")
     args = parser.parse_args(argv)
     # On models this small, threads cost more than they save.
     torch.set_num_threads(1)
     quiet_libraries()
     verdicts = []
     for model_type in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        verdict = judge(model_type)
+        verdict = judge(model_type, args.tp)
         verdicts.append(verdict)
         print(
             f"{verdict.model_type:<28} {verdict.outcome:<15} {verdict.detail}".rstrip(), flush=True
@@ -65,26 +71,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.collect()
     if args.json:
         args.json.write_text(json.dumps([asdict(v) for v in verdicts], indent=2) + "\n")
-    print(closing_lines(verdicts))
+    print(closing_lines(verdicts, args.tp))
 
 
-def closing_lines(verdicts: Sequence[Verdict]) -> str:
+def closing_lines(verdicts: Sequence[Verdict], ranks: int = 1) -> str:
     """Return the counts of outcomes, after a line with the types that differ or fail, if any."""
     count = Counter(v.outcome for v in verdicts)
-    line = (
-        f"families: {count[EXACT]} exact, {count[REFUSED]} refused, "
-        f"{count[NO_CONFIG]} without a tiny config"
-    )
+    line = f"{count[EXACT]} exact, {count[REFUSED]} refused"
+    if ranks > 1:
+        line = f"{count[NO_CONFIG]} without a tiny config\ntp: {line}"
+    else:
+        line = f"families: {line}, {count[NO_CONFIG]} without a tiny config"
     others = [f"{v.model_type} {v.outcome}" for v in verdicts if v.outcome in (DIFFERS, FAILED)]
     return f"neither: {', '.join(others)}\n{line}" if others else line
 
 
-def judge(model_type: str) -> Verdict:
-    """Split a tiny model of this type and compare it with the unsplit one."""
+def judge(model_type: str, ranks: int = 1) -> Verdict:
+    """Split a tiny model of this type, and compare it with the unsplit one.
+
+    With several ranks, compare its trunk on these ranks with the one in one process.
+    """
     outcome, detail = FAILED, f"not done in {SECONDS_PER_TYPE} s"
     try:
         with time_limit(SECONDS_PER_TYPE):
-            outcome, detail = _tried(model_type)
+            outcome, detail = _tried(model_type, ranks)
     except TimeoutError:
         pass
     except FAMILY_ERRORS as exc:
@@ -92,7 +102,7 @@ def judge(model_type: str) -> Verdict:
     return Verdict(model_type=model_type, outcome=outcome, detail=detail)
 
 
-def _tried(model_type: str) -> tuple[str, str]:
+def _tried(model_type: str, ranks: int) -> tuple[str, str]:
     try:
         config = tiny_config(model_type)
     except ConfigError as exc:
@@ -102,6 +112,8 @@ def _tried(model_type: str) -> tuple[str, str]:
         plan = plan_for(family, config)
     except UnsupportedModel as exc:
         return REFUSED, str(exc)
+    if ranks > 1:
+        return _tried_on(config, ranks)
     whole = random_model(config)
     fault = _fault_of_whole(whole)
     if fault:
@@ -113,6 +125,15 @@ def _tried(model_type: str) -> tuple[str, str]:
         return REFUSED, str(exc)
     worst = max(difference(whole, parts, batch) for batch in batches(family).values())
     return (EXACT, "") if worst == 0.0 else (DIFFERS, f"largest difference {worst:.3g}")
+
+
+def _tried_on(config: PretrainedConfig, ranks: int) -> tuple[str, str]:
+    whole = random_model(without_dropout(config))
+    try:
+        is_exact, detail = judged(whole, ranks)
+    except UnsupportedModel as exc:
+        return REFUSED, str(exc)
+    return EXACT if is_exact else DIFFERS, detail
 
 
 def random_model(config: PretrainedConfig, seed: int = 0, **options: Any) -> PreTrainedModel:

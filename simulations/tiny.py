@@ -42,6 +42,27 @@ _NUM_BLOCKS = ("num_hidden_layers", "decoder_layers", "encoder_layers")
 # Latent attention has one key per query head.
 _LATENT = {"num_key_value_heads": 4, "qk_rope_head_dim": 8}
 _PER_BLOCK = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+# What names do not tell. Kinds of blocks are repeated, so that every part has a block with
+# attention, which counts the tokens of a cache.
+_KINDS: dict[str, dict[str, list[str]]] = {
+    "granitemoehybrid": {"layers_block_type": ["full_attention", "linear_attention"]},
+    # The backward of linear attention takes long here without kernels.
+    "kimi_linear": {"layer_types": ["full_attention", "linear_attention", *["full_attention"] * 4]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {"layers_block_type": ["full_attention", "linear_attention", "moe", "mlp"]},
+}
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [2, 1, 1],
+            }
+        }
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
+}
 
 
 def tiny_config(
@@ -94,6 +115,9 @@ def _guess(usual: PretrainedConfig, num_blocks: int) -> dict[str, Any]:
         kinds = getattr(usual, name, None)
         if isinstance(kinds, (list, tuple)) and len(kinds) >= num_blocks:
             guess[name] = _shortened(list(kinds), num_blocks)
+    for name, distinct in _KINDS.get(usual.model_type, {}).items():
+        guess[name] = (distinct * num_blocks)[:num_blocks]
+    guess |= _OF_TYPE.get(usual.model_type, {})
     return {name: value for name, value in guess.items() if _can_be_set(usual, name)}
 
 

@@ -14,10 +14,11 @@ from fedsplit.cli.command import Command
 from fedsplit.cli.doctor import Doctor
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
+from fedsplit.cli.info import Info
 from fedsplit.cli.models import Join, Split
 from fedsplit.cli.openai import Openai
 from fedsplit.cli.results import Compare, Plot, Report, Shards, Timeline, Watch
-from fedsplit.cli.serve import Info, Serve
+from fedsplit.cli.serve import Serve
 from fedsplit.cli.supervise import Supervise
 from fedsplit.console import begin_log, ending_with_its_reader, print_error
 

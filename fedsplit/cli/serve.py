@@ -1,11 +1,11 @@
-"""The commands `serve` and `info` for trunk servers."""
+"""The command `serve`: a server of trunks."""
 
 import logging
-import os
 import shlex
+import sys
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from fedsplit.cli.command import (
-    CLIENT_OPTIONS,
     Command,
     Revision,
     TlsCa,
@@ -29,6 +28,8 @@ from fedsplit.errors import ConfigError, Internal
 from fedsplit.spec import RunSpec, WireSpec
 
 if TYPE_CHECKING:
+    from fedsplit.ranks.group import Ranks
+    from fedsplit.runs.folder import RunFolder
     from fedsplit.serve import Served
     from fedsplit.serve.peers import Peers
     from fedsplit.telemetry.outlets import Outlets
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_INFO_DEADLINE_S = 10.0
 _TRY = '"Once upon a time"'
 
 Words = Annotated[
@@ -97,6 +97,14 @@ Quantize = Annotated[
         "lora.enabled=true the trunks are then frozen",
     ),
 ]
+NumRanks = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="cut every matrix of the trunk over N processes, each with a CPU or GPU of its own",
+    ),
+]
 StateDir = Annotated[
     str,
     typer.Option(
@@ -143,6 +151,8 @@ SERVER_OPTIONS = {
     "wire.tls_key": "--tls-key",
     "wire.insecure=true": "--insecure",
     "model.quantize": "--quantize",
+    "launch.trunk_tp": "--tp",
+    "launch.trunk_device": "--device",
 }
 """The options of `serve` that set fields of a run."""
 
@@ -171,6 +181,7 @@ class Serve(Command):
     leader: Leader = ""
     peers_token_file: PeersTokenFile = ""
     tls_ca: TlsCa = ""
+    tp: NumRanks = 1
     metrics: Metrics = ""
     traces: Traces = ""
     client_label: ClientLabels
@@ -186,8 +197,10 @@ class Serve(Command):
 
     def _serve(self) -> None:
         quiet()
+        from fedsplit.ranks.group import ranks_of
+        from fedsplit.ranks.replay import replay
         from fedsplit.runs.folder import RunFolder
-        from fedsplit.serve import ADDRESS, TrunkStates, hosted, plain_name, plan
+        from fedsplit.serve import plain_name, plan, trunks_of
 
         folders = [word for word in self.words if "=" not in word]
         if len(folders) + bool(self.model) > 1:
@@ -197,7 +210,23 @@ class Serve(Command):
             served = plan([f"{plain_name(folders[0])}={finished.model}"], self.adapter)
         else:
             served = plan(self.model, self.adapter, self.revision)
-        run = self._quantized(self._run_spec(finished.run if finished else None))
+        run = self._run_spec(finished.run if finished else None)
+        with ranks_of(self.tp, [sys.executable, "-m", "fedsplit", *sys.argv[1:]]) as ranks:
+            if ranks and ranks.rank:
+                ((_, trunk),) = trunks_of(served, run, ranks.device, ranks.size)
+                replay(ranks, trunk, run, update_of(run))
+            else:
+                self._serve_to_clients(served, run, finished, ranks)
+
+    def _serve_to_clients(
+        self,
+        served: "Sequence[Served]",
+        run: RunSpec,
+        finished: "RunFolder | None",
+        ranks: "Ranks | None",
+    ) -> None:
+        from fedsplit.serve import ADDRESS, TrunkStates, hosted
+
         wire = self._wire(run, "127.0.0.1:0" if finished else ADDRESS)
         stopped, failed = threading.Event(), threading.Event()
 
@@ -218,23 +247,26 @@ class Serve(Command):
                 wire,
                 token=read_token(self.token_file),
                 peers=self._peers(run),
-                device=self.device,
+                device=ranks.device if ranks else self.device,
                 update=update_of(run),
                 states=states,
                 on_failure=stop_after_failure,
                 telemetry=telemetry,
+                ranks=ranks,
             )
             address = opened.enter_context(hosting)
             set_on_signals(stopped)
             if finished:
                 opened.enter_context(finished.announced(address))
-            source = ["--run", folders[0]] if finished else ["--trunk", address]
+            source = ["--run", str(finished.path)] if finished else ["--trunk", address]
             # Flushed, since other programs wait for this line.
             versions = states.versions if states else {}
             print(self._ready_line(served, versions, run, address, source), flush=True)
             for line in told:
                 print(line, flush=True)
             wait_for(stopped)
+            if ranks:
+                ranks.wait_if_lost()
         if failed.is_set():
             raise Internal(
                 "all trunks of this server have failed; the tracebacks above have the reasons"
@@ -283,13 +315,15 @@ class Serve(Command):
         # First, so that split.bottom=... among the words takes precedence.
         if self.split:
             overrides.insert(0, f"split={self.split}")
-        return changed(finished, overrides) if finished else compose(overrides)
+        return self._with_options(changed(finished, overrides) if finished else compose(overrides))
 
-    def _quantized(self, run: RunSpec) -> RunSpec:
-        model = replace(run.model, quantize=self.quantize)
+    def _with_options(self, run: RunSpec) -> RunSpec:
+        # Other servers of this trunk are those of the options.
+        launch = replace(run.launch, trunk_tp=self.tp, trunk_servers=1, trunk_device=self.device)
+        model, train = replace(run.model, quantize=self.quantize), run.train
         if self.quantize != "off" and run.trains_trunk_in_full:
-            return replace(run, model=model, train=replace(run.train, mode="frozen_trunk"))
-        return replace(run, model=model)
+            train = replace(train, mode="frozen_trunk")
+        return replace(run, launch=launch, model=model, train=train)
 
     def _ready_line(
         self,
@@ -341,48 +375,3 @@ def update_of(run: RunSpec) -> "type[TrunkUpdate]":
         )
         return TrunkUpdate
     return update
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Info(Command):
-    """Show the properties of a running trunk server."""
-
-    example: ClassVar[str] = "127.0.0.1:9500"
-
-    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="host:port, or unix:path")]
-    tls_ca: TlsCa = ""
-    token_file: TokenFile = ""
-
-    def run(self) -> None:
-        """Print a line for each property of the server."""
-        if ":" not in self.address:
-            raise ConfigError(f"ADDRESS={self.address!r} is neither host:port nor unix:path")
-        # gRPC would log a failed connection beside our error line.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-        from fedsplit.console import table_text
-        from fedsplit.transport.client import GrpcLink
-        from fedsplit.wire.messages import ServiceInfoRequest
-
-        wire = WireSpec(tls_ca=self.tls_ca, call_deadline_s=_INFO_DEADLINE_S)
-        token = read_token(self.token_file)
-        with (
-            naming(CLIENT_OPTIONS),
-            closing(GrpcLink(self.address, token=token, wire=wire)) as link,
-        ):
-            info = link.exchange(ServiceInfoRequest())
-        limits = info.limits
-        rows = {
-            "family": info.family,
-            "blocks (bottom/trunk/top)": info.blocks,
-            "fingerprint of model and cut": info.model,
-            "parameter version": info.version,
-            "open sessions": info.sessions,
-            "largest request": f"{limits.max_rows} sequences of {limits.max_tokens} tokens",
-            "hidden size": limits.hidden_size,
-            "wire protocol": info.protocol,
-            "server_instance_id of the server": info.server_instance_id,
-        }
-        rows |= {f"in use: {name}": value for name, value in sorted(info.budgets.items())}
-        if info.served_model_names:
-            rows["trunks here, by name"] = ", ".join(info.served_model_names)
-        print(table_text([(name, str(value)) for name, value in rows.items()]))

@@ -252,6 +252,7 @@ class RunRecorder:
         if self._run.train.load_best and best:
             self._restore(self._read(best[max(best)]))
         if self._parts:
+            self._method.trunk_server.collect()
             # Parts are joined on one device, and a trunk may be spread over several.
             placed(self._parts.trunk, "cpu")
         result = self._parts or self._model

@@ -25,6 +25,7 @@ from fedsplit.data import (
 )
 from fedsplit.errors import Diverged
 from fedsplit.flower.logs import show_logs
+from fedsplit.flower.rank import command_of
 from fedsplit.flower.records import WEIGHT
 from fedsplit.flower.run_recorder import RunRecorder
 from fedsplit.flower.strategy import SplitStrategy
@@ -32,6 +33,7 @@ from fedsplit.flower.strategy.noisy_mean import NoisyMean
 from fedsplit.model.describe import config_of, parts_of, whole_of
 from fedsplit.model.limits import require_positions, require_rows
 from fedsplit.model.placement import devices_of, placed
+from fedsplit.ranks.group import ranks_of
 from fedsplit.runs.folder import RunFolder
 from fedsplit.spec import RunSpec
 from fedsplit.telemetry.context import working_on
@@ -115,6 +117,13 @@ def _train(grid: Grid, run: RunSpec, run_id: str, sinks: Sequence[Sink]) -> None
         labels=labels,
         recorder=recorder,
     )
+    with ranks_of(run.launch.trunk_tp, command_of(run)) as ranks:
+        if ranks:
+            method.trunk_server.cut_over(ranks)
+        _rounds(grid, method, recorder, run)
+
+
+def _rounds(grid: Grid, method: SplitStrategy, recorder: RunRecorder, run: RunSpec) -> None:
     # A run that is refused until here leaves no folder.
     with recorder.recording(method):
         method.start(

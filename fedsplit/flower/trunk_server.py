@@ -6,13 +6,20 @@ from dataclasses import replace
 
 from fedsplit.errors import ConfigError
 from fedsplit.flower.followers import Followers
+from fedsplit.flower.rank import build_order
 from fedsplit.flower.share import Preparation
+from fedsplit.model.describe import trunk_of
+from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
+from fedsplit.ranks.group import Ranks
 from fedsplit.spec import RunSpec, WireSpec
 from fedsplit.telemetry.sinks import SILENT, Telemetry
 from fedsplit.transport.server import GrpcServer
+from fedsplit.trunk.replicas import TRAINED
 from fedsplit.trunk.service import TrunkService
+from fedsplit.trunk.shards import group_of
 from fedsplit.trunk.state import state_of
+from fedsplit.trunk.turns import RENEW, Order
 from fedsplit.trunk.update import TrunkUpdate
 
 NOTHING = Preparation(tokenizer="", labels=())
@@ -62,7 +69,32 @@ class TrunkServer:
         self._update = update
         self._wire = run.wire
         self._open = ExitStack()
-        self.renew()
+        self._ranks: Ranks | None = None
+        self._shard = trunk
+        self.service = self._new_service()
+
+    def cut_over(self, ranks: Ranks) -> None:
+        """Have several ranks compute the trunk from now on, each with its shard.
+
+        The trunk part itself keeps its values until `collect`. Call it outside of the context.
+
+        Raises:
+            UnsupportedModel: The family cannot be cut over ranks.
+        """
+        config = self._trunk.config
+        ranks.send(build_order(self._run, config))
+        self._shard = trunk_of(self._run, config, ranks.device, ranks=ranks.size)
+        self._ranks = ranks
+        self.service = self._new_service()
+        ranks.begin(group_of(self._shard))
+
+    def collect(self) -> None:
+        """Copy what the ranks have trained to the trunk part; call it outside of the context."""
+        if self._ranks is None:
+            return
+        state, trained = self.service.engine.state(), trainable(self._trunk)
+        for name, parameter in trained.items():
+            parameter.data.copy_(state[TRAINED + name])
 
     def renew(self) -> None:
         """Replace the service by a new one, as if the process had begun again.
@@ -70,12 +102,24 @@ class TrunkServer:
         Call it outside of the context. Clients of the old service have no valid token any more. The
         new one is served at the same address, so that they learn this at once.
         """
+        if self._ranks:
+            self._ranks.send(Order(RENEW))
+        self.service = self._new_service()
+
+    def _new_service(self) -> TrunkService:
         self._servers_token = secrets.token_urlsafe(24)
-        self.service = TrunkService(
-            self._trunk, self._run, update=self._update, servers_token=self._servers_token
+        service = TrunkService(
+            self._shard,
+            self._run,
+            update=self._update,
+            servers_token=self._servers_token,
+            channel=self._ranks,
         )
-        self._followers = Followers(self._run, self._preparation, self.service.followers.is_alive)
-        self.service.engine.meter.telemetry = self._telemetry
+        self._followers = Followers(self._run, self._preparation, service.followers.is_alive)
+        service.engine.meter.telemetry = self._telemetry
+        if self._ranks:
+            self._ranks.on_lost = service.engine.lose
+        return service
 
     def observe(self, telemetry: Telemetry) -> None:
         """Report the events of the trunk, and of its server; call it outside of the context."""

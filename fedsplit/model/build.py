@@ -22,6 +22,7 @@ from fedsplit.model.quantization import (
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart, connect, part_class
 from fedsplit.model.tensor_files import LazyTensor
+from fedsplit.model.tensor_parallel import is_cut_by, require_shardable
 from fedsplit.randomness import rng_scope
 from fedsplit.spec import SplitSpec
 
@@ -112,14 +113,18 @@ def _load(
     # transformers writes to the config of a model that it builds, so these models get a copy.
     whole = on_meta(cls.family, copy.deepcopy(config))
     config, options = as_whole(whole, config, cls.plan.head, options)
+    if is_cut := is_cut_by(options):
+        require_shardable(cls, config, options)
     if source is None:
         return load_tensors(cls, config, state_dict or {}, "state_dict", **options)
     origin = Source(name=source, revision=revision)
     # Not all at once what takes a fraction of its memory in the end.
-    tensors = origin.tensors_of(on_meta(cls, copy.deepcopy(config)), lazily=OPTION in options)
+    in_bits = OPTION in options
+    own = on_meta(cls, copy.deepcopy(config))
+    tensors = origin.tensors_of(own, lazily=is_cut or in_bits, mapped=in_bits)
     options = {"dtype": origin.dtype(config), **options}
     part = load_tensors(cls, config, tensors, source, new=cls.plan.head, seed=seed, **options)
-    if OPTION in options:
+    if in_bits:
         copy_plain(part)
     part.identity.update(origin.identity(config, whole, cls.plan.head))
     return _with_generation_config(part, origin)

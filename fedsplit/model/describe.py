@@ -33,6 +33,7 @@ from fedsplit.model.plan import classifier_fields, model_class_for, plan_for
 from fedsplit.model.quantization import quantization_of, settings_of
 from fedsplit.model.source import Source
 from fedsplit.model.stage import ClientPart, TrunkPart, connect
+from fedsplit.model.tensor_parallel import sharding
 from fedsplit.model.trunkless import without_trunk
 from fedsplit.spec import ModelSpec, RunSpec
 
@@ -120,10 +121,16 @@ def client_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> Cl
     return _client(run, config, {**_weights(run, config, _options(run, config, device)), **bits})
 
 
-def trunk_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> TrunkPart:
-    """The trunk before training; it is frozen unless the run's mode is `joint`."""
+def trunk_of(
+    run: RunSpec, config: PretrainedConfig, device: str = "cpu", *, ranks: int = 1
+) -> TrunkPart:
+    """The trunk before training; it is frozen unless the run's mode is `joint`.
+
+    With several `ranks`, all of them call this, and each gets its shard.
+    """
     bits = _bits(run, run.model.quantize)
-    return _trunk(run, config, {**_weights(run, config, _options(run, config, device)), **bits})
+    weights = _weights(run, config, _options(run, config, device))
+    return _trunk(run, config, {**weights, **bits, **sharding(ranks)})
 
 
 def whole_of(run: RunSpec, config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:

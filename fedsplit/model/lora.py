@@ -46,6 +46,13 @@ from fedsplit.model.quantization import is_quantized, quantization_of, share_wei
 from fedsplit.model.source import Source, on_meta
 from fedsplit.model.stage import ClientPart, Part, TrunkPart
 from fedsplit.model.tensor_files import read_tensors, tensor_names
+from fedsplit.model.tensor_parallel import (
+    local_of,
+    num_ranks,
+    require_adaptable,
+    shard_of,
+    sized_as_whole,
+)
 from fedsplit.randomness import process_state, rng_scope
 from fedsplit.spec import LoraSpec
 
@@ -125,7 +132,7 @@ def load_adapter(part: PreTrainedModel, source: str, revision: str = "main") -> 
 
 def _copy_saved(part: PreTrainedModel, file: Path, source: str) -> None:
     """Copy the part's share of a saved adapter into its adapters and head."""
-    own, base = _adapter_state(part), part.state_dict()
+    own, base = _held(part, _adapter_state(part)), part.state_dict()
     saved = {n.removeprefix(_SAVED_PREFIX): n for n in tensor_names(file) if _is_of(part, n)}
     # peft saves the frozen weight of an embedding or a head that has an adapter, too.
     frozen = (saved.keys() & base.keys()) - own.keys()
@@ -140,12 +147,22 @@ def _copy_saved(part: PreTrainedModel, file: Path, source: str) -> None:
                 f"{source}: tensor '{name}' has shape {tuple(tensor.shape)}, but this model takes "
                 f"{tuple(target.shape)}"
             )
+        target, tensor = local_of(target), shard_of(target, tensor)
         if plain in frozen and not torch.equal(target, tensor.to(target)):
             raise CheckpointError(
                 f"{source}: tensor '{name}' differs from this model's, so the adapter is of "
                 "another model; load the one that it was trained with"
             )
         target.copy_(tensor)
+
+
+def _held(part: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of adapters with the part's own tensors in place of those that peft gathered."""
+    if num_ranks(part) == 1:
+        return state
+    own = part.state_dict()
+    adapted = (re.sub(r"\.(lora_[AB])\.", rf".\1.{_ADAPTER}.", name) for name in state)
+    return {name: own[held] for name, held in zip(state, adapted, strict=True)}
 
 
 def _adapter_state(part: PreTrainedModel) -> dict[str, Tensor]:
@@ -176,6 +193,7 @@ def _inject(part: PreTrainedModel, config: LoraConfig, own: AdaptedModules, seed
         raise ConfigError(
             f"this {_family_of(part).__name__} has an adapter; add one to a part without adapters"
         )
+    require_adaptable(part, (*own.targets, *own.parameters))
     part.requires_grad_(False)
     dtype = part.dtype
     own.write_to(config)
@@ -184,7 +202,7 @@ def _inject(part: PreTrainedModel, config: LoraConfig, own: AdaptedModules, seed
         # peft refuses a config without targets otherwise.
         config.target_modules = DUMMY_TARGET_MODULES
     if has_targets or own.saved or own.tokens or config.bias == "all":
-        with rng_scope(seed), _quiet():
+        with rng_scope(seed), _quiet(), sized_as_whole(part, own.targets):
             inject_adapter_in_model(config, part, _ADAPTER)
         # New modules are in training mode, even if the part is not.
         part.train(part.training)

@@ -16,7 +16,9 @@ class ByteCount:
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         # By storage and not by tensor, since autograd also saves views.
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        # A DTensor has no storage of its own.
+        shards = (getattr(weight, "_local_tensor", weight) for weight in weights)
+        self._weights = {shard.untyped_storage().data_ptr() for shard in shards}
         self._storages: dict[int, int] = {}
 
     @property
@@ -29,7 +31,7 @@ class ByteCount:
         """A context in which the tensors that autograd saves are counted."""
 
         def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
             if storage.data_ptr() not in self._weights:
                 self._storages[storage.data_ptr()] = storage.nbytes()
             # A saved output would refer to its own graph and keep it alive.

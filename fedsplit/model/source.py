@@ -123,13 +123,14 @@ class Source:
         return config
 
     def tensors_of(
-        self, part: PreTrainedModel, *, lazily: bool = False
+        self, part: PreTrainedModel, *, lazily: bool = False, mapped: bool = False
     ) -> dict[str, Tensor | LazyTensor]:
         """The tensors of `part`, by their names in the files.
 
         Args:
             part: A model on the meta device.
-            lazily: Whether a tensor is read when its values are asked for.
+            lazily: Whether a tensor, or a piece of it, is read when its values are asked for.
+            mapped: Whether such values stay in the mapped file; see `LazyTensor`.
 
         Raises:
             CheckpointError: There are no safetensors weights, or a file is damaged.
@@ -150,7 +151,7 @@ class Source:
         tensors: dict[str, Tensor | LazyTensor] = {}
         for path, in_file in by_file.items():
             if lazily:
-                tensors.update({name: LazyTensor(path, name) for name in in_file})
+                tensors.update({name: LazyTensor(path, name, mapped=mapped) for name in in_file})
             else:
                 tensors.update(read_tensors(path, in_file))
         return tensors

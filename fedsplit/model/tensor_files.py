@@ -13,29 +13,54 @@ _QUANTIZED = ("F8", "F6", "F4", "I8", "U8")
 
 
 class LazyTensor:
-    """A tensor of a file that is mapped into memory when its values are asked for: `tensor[...]`.
+    """A tensor of a file that is read when its values are asked for: `tensor[...]`.
 
-    transformers loads slices of safetensors so. Tensors that it quantizes one after the other need
-    not be in memory together. Copies of them, freed one after the other, would leave as much memory
-    in pieces as they have together.
+    It has the methods of slices of safetensors, which transformers loads in this way. A rank reads
+    only its piece of a tensor that is cut. Tensors that are quantized one after the other need not
+    be in memory together.
 
     Args:
         path: The file.
         name: The tensor's name in it.
+        mapped: Whether the values stay in the file, which is mapped into memory. Copies of tensors
+            that are quantized, freed one after the other, would leave as much memory in pieces as
+            they have together.
     """
 
     is_meta = False
 
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-        with opened(path) as file:
-            self.shape = tuple(file.get_slice(name).get_shape())
+    def __init__(self, path: Path, name: str, *, mapped: bool = False) -> None:
+        self._path, self._name, self._mapped = path, name, mapped
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return tuple(self.get_shape())
+
+    def get_shape(self) -> list[int]:
+        """Return the shape of the whole tensor."""
+        with opened(self._path) as file:
+            shape: list[int] = file.get_slice(self._name).get_shape()
+        return shape
+
+    def get_dtype(self) -> str:
+        """Return the dtype, as safetensors names it."""
+        with opened(self._path) as file:
+            dtype: str = file.get_slice(self._name).get_dtype()
+        return dtype
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Return the values at `index`, in the mapped file; see `read_tensors`."""
+        """Return the values at `index`; see `read_tensors`.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
         with opened(self._path) as file:
-            tensor: Tensor = file.get_tensor(self._name)
-        return tensor[index]
+            if self._mapped:
+                tensor: Tensor = file.get_tensor(self._name)
+                return tensor[index]
+            piece: Tensor = file.get_slice(self._name)[index]
+        return piece.clone()
 
 
 def require_floats(path: Path, names: list[str]) -> None:

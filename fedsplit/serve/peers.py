@@ -47,6 +47,12 @@ class Peers:
                 f"{' with policy.sim_slowdown' if run.policy.sim_slowdown else ''} does not allow "
                 "it; use policy=sync or policy=quorum"
             )
+        if self.token and run.launch.trunk_tp > 1:
+            raise ConfigError(
+                "several servers share the parameters of a trunk, and with "
+                f"launch.trunk_tp={run.launch.trunk_tp} each rank has a shard of them; use one of "
+                "the two"
+            )
         if self.token and (update.replicas or update.keeps_passes):
             raise ConfigError(
                 f"several servers share the steps of a trunk, and {update.__name__} does not allow "

@@ -14,6 +14,7 @@ from fedsplit.model.describe import trunk_of
 from fedsplit.model.lora import load_adapter, share_frozen
 from fedsplit.model.placement import devices_of, placed
 from fedsplit.model.source import Source
+from fedsplit.ranks.group import Ranks
 from fedsplit.serve.peers import ALONE, Peers
 from fedsplit.serve.shared import pretrained_run
 from fedsplit.serve.trunk_states import TrunkStates
@@ -107,12 +108,12 @@ def hosted(
     states: TrunkStates | None = None,
     on_failure: Callable[[], None] = lambda: None,
     telemetry: Telemetry = SILENT,
+    ranks: Ranks | None = None,
 ) -> Iterator[str]:
     """A context that serves trunks for generation and training; gives the server's address.
 
     At its end the server refuses new calls, finishes calls in progress, and disconnects. With
-    `states`, it first finishes the steps that clients have contributed to, and saves the trunks
-    after that.
+    `states`, it first finishes the steps that have contributions, and saves the trunks after that.
 
     Args:
         served: The trunks; only the trunk's tensors of each model are read.
@@ -122,11 +123,11 @@ def hosted(
         token: The token that clients must send; may be empty if only this machine can connect.
         peers: The other servers of these trunks.
         device: The torch device of the trunks; several as `cuda:0,cuda:1`, or `auto` for all GPUs.
-        update: How a step of a trunk is made from the clients' gradients; the `update` of the run's
-            method.
+        update: Makes a step of a trunk from the clients' gradients; that of the run's method.
         states: Where the trunks are saved, and restored from; by default they are not saved.
         on_failure: Called once all trunks have failed.
         telemetry: Receives the events of the trunks and of their server.
+        ranks: Those that the one trunk is cut over, of which this is the first.
 
     Raises:
         ConfigError: Other machines could connect without a token, or the address is taken.
@@ -135,8 +136,8 @@ def hosted(
     _require_token(wire, token)
     peers.check(run, update, is_saved=states is not None)
     services = {
-        each.name: _service(each.name, trunk, run, update, peers, telemetry)
-        for each, trunk in trunks_of(served, run, device)
+        each.name: _service(each.name, trunk, run, update, peers, telemetry, ranks)
+        for each, trunk in trunks_of(served, run, device, ranks.size if ranks else 1)
     }
     if states:
         states.restore(services, run)
@@ -179,12 +180,15 @@ def _service(
     update: type[TrunkUpdate],
     peers: Peers,
     telemetry: Telemetry,
+    ranks: Ranks | None,
 ) -> TrunkService:
     service = (
         peers.follower(name, trunk, run)
         if peers.leader
-        else TrunkService(trunk, run, update=update, servers_token=peers.token)
+        else TrunkService(trunk, run, update=update, servers_token=peers.token, channel=ranks)
     )
+    if ranks:
+        ranks.lead(trunk, service.engine)
     service.engine.meter.telemetry = telemetry
     telemetry.watch(name, partial(state_of, service))
     return service
@@ -207,7 +211,7 @@ def _running(router: TrunkRouter, server: GrpcServer, states: TrunkStates | None
 
 
 def trunks_of(
-    served: Sequence[Served], run: RunSpec, device: str = "cpu"
+    served: Sequence[Served], run: RunSpec, device: str = "cpu", ranks: int = 1
 ) -> Iterator[tuple[Served, TrunkPart]]:
     """Each entry of `served` with its trunk; all adapters of a model share its weights.
 
@@ -215,23 +219,33 @@ def trunks_of(
         served: The models and adapters.
         run: The run, of which the split is used.
         device: The torch device of the trunks.
+        ranks: The number of ranks that the one trunk is cut over; all of them call this.
 
     Raises:
+        ConfigError: Several trunks would be cut over ranks.
         FedsplitError: A model or an adapter cannot be read, or cannot be cut.
     """
+    if ranks > 1 and len(served) > 1:
+        raise ConfigError(
+            f"{len(served)} trunks were asked for, but ranks compute one together; serve one "
+            "with launch.trunk_tp, or each at a server of its own"
+        )
     adapted: dict[tuple[str, str], TrunkPart] = {}
     for each in served:
-        trunk = placed(_trunk(each, run, device), device)
+        trunk = _trunk(each, run, device, ranks)
+        # Each rank has its own device, where its shard was loaded.
+        if ranks == 1:
+            trunk = placed(trunk, device)
         # A model without an adapter trains its own weights, so it cannot share them.
         if each.adapter:
             share_frozen(trunk, adapted.setdefault((each.model, each.revision), trunk))
         yield each, trunk
 
 
-def _trunk(served: Served, run: RunSpec, device: str) -> TrunkPart:
+def _trunk(served: Served, run: RunSpec, device: str, ranks: int) -> TrunkPart:
     run = pretrained_run(run, served.model, served.revision, served.adapter)
     config = Source(name=served.model, revision=served.revision).config()
-    trunk = trunk_of(run, config, devices_of(device)[0])
+    trunk = trunk_of(run, config, devices_of(device)[0], ranks=ranks)
     if served.adapter:
         load_adapter(trunk, served.adapter)
     return trunk

@@ -81,13 +81,23 @@ _OF_WRAPPED: dict[str, tuple[Any, ...]] = {
     "baseline": ("none", "fedavg", "no_trunk"),
 }
 """Those that a wrapper of the strategy for the client weights goes with."""
+_OF_CUT: dict[str, tuple[Any, ...]] = {
+    "launch.trunk_device": ("cpu", "auto"),
+    "train.optimizer": ("adamw", "adam", "sgd"),
+    "train.compile_trunk": ("off",),
+    "policy.sim_slowdown": ({},),
+    "baseline": ("none",),
+}
+"""Those that a trunk which is cut over several ranks goes with."""
 
 
-def _only_with(setting: str, why: str, other: str, allowed: tuple[Any, ...]) -> Conflict:
-    """Return the conflict of a setting that is on with any other value of another one."""
+def _only_with(
+    setting: str, why: str, other: str, allowed: tuple[Any, ...], *, off: object
+) -> Conflict:
+    """Return the conflict of a setting that is not `off` with any other value of another one."""
 
-    def is_conflict(is_on: object, value: Any) -> bool:
-        return bool(is_on) and value not in allowed
+    def is_conflict(value: object, other_value: Any) -> bool:
+        return value != off and other_value not in allowed
 
     return Conflict(
         setting=setting,
@@ -201,12 +211,31 @@ CONFLICTS = (
         "client_weights=personal, or privacy=noise",
     ),
     *(
-        _only_with("client_weights.sealed", "is FedAvg of the clients of a round", *each)
+        _only_with("client_weights.sealed", "is FedAvg of the clients of a round", *each, off=False)
         for each in _OF_SEALED.items()
     ),
     *(
-        _only_with("client_weights.wrap", "has noise for all clients of a round", *each)
+        _only_with("client_weights.wrap", "has noise for all clients of a round", *each, off="")
         for each in _OF_WRAPPED.items()
+    ),
+    *(
+        _only_with("launch.trunk_tp", "cuts the trunk over several ranks", *each, off=1)
+        for each in _OF_CUT.items()
+    ),
+    Conflict(
+        setting="launch.trunk_tp",
+        other="model.quantize",
+        when=lambda ranks, kind: ranks > 1 and kind != "off",
+        why="launch.trunk_tp={run.launch.trunk_tp} cuts plain weights over several ranks, but "
+        "model.quantize={run.model.quantize} packs them; set model.quantize=off, or "
+        "launch.trunk_tp=1",
+    ),
+    Conflict(
+        setting="launch.trunk_tp",
+        other="launch.trunk_servers",
+        when=lambda ranks, servers: ranks > 1 and servers > 1,
+        why=_SHARED_STEPS + "with launch.trunk_tp={run.launch.trunk_tp} each rank has a shard of "
+        "the parameters that they would read; use one of the two",
     ),
     Conflict(
         setting="wire.client_weights",

@@ -55,6 +55,8 @@ class LaunchSpec:
             for all GPUs.
         trunk_servers (servers): The processes that serve the trunk. Each serves its part of the
             clients, and one of them takes the steps.
+        trunk_tp (ranks): The processes that each matrix of the trunk is cut over. More than one are
+            on the GPUs of the machine, or on the CPU if it has none.
         client_device: The torch device of clients whose node config names none.
         metrics: The address, host:port, at which Prometheus reads the metrics of the run (empty:
             nowhere).
@@ -73,6 +75,7 @@ class LaunchSpec:
     restarts: Annotated[int, AtLeast(0)] = 5
     trunk_device: str = "cpu"
     trunk_servers: Annotated[int, AtLeast(1)] = 1
+    trunk_tp: Annotated[int, AtLeast(1)] = 1
     client_device: str = "cpu"
     metrics: str = ""
     traces: str = ""

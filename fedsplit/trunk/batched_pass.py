@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.model.stage import TrunkPart
+from fedsplit.model.tensor_parallel import num_ranks
 from fedsplit.trunk.compute import Compute, Inputs
 from fedsplit.trunk.versions import ParameterVersions
 
@@ -84,9 +85,15 @@ class BatchedPass:
         """Return whether members have the same results in one pass as alone."""
         if self._is_possible is None:
             # With dropout, each call draws from its own seed, which one pass cannot do.
-            self._is_possible = not self._compute.draws and self._passes_trial(versions)
+            why = "its rows cannot be separated"
+            if self._compute.draws:
+                why = "it has dropout"
+            elif num_ranks(self._trunk) > 1:
+                why = "it is cut over several ranks"
+            else:
+                self._is_possible = self._passes_trial(versions)
             if not self._is_possible:
-                why = "it has dropout" if self._compute.draws else "its rows cannot be separated"
+                self._is_possible = False
                 log.warning("clients of %s take turns: %s", self._trunk.family.__name__, why)
         return self._is_possible
 

@@ -3,7 +3,7 @@
 Shapes: B sequences, T tokens, D hidden width.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
@@ -50,11 +50,11 @@ ORDERED = frozenset({Kind.FORWARD, Kind.STEP, Kind.LEAVE})
 class Call:
     """One request on its way through the engine.
 
-    `request` is the message of a client, or the function of a control call. A call waits until the
-    scheduler returns it. A forward then gets its `inputs` and `work`, and a backward its `graph`.
-    After that the call is `prepared`, and may wait for other calls of its pass. It is finished when
-    `future` has a result. `submitted_at` is the time when it was queued, in seconds, and `span` and
-    `fields` are those of its request.
+    `request` is the message of a client, or the function or order of a control call. A call waits
+    until the scheduler returns it. A forward then gets its `inputs` and `work`, and a backward its
+    `graph`. After that the call is `prepared`, and may wait for other calls of its pass. It is
+    finished when `future` has a result. `submitted_at` is the time when it was queued, in seconds,
+    and `span` and `fields` are those of its request.
     """
 
     kind: Kind
@@ -101,8 +101,3 @@ class Call:
             case Kind.BACKWARD:
                 return self.request.grad_trunk_out_BTD.shape[:2].numel()  # type: ignore[no-any-return]
         return 0
-
-    def run(self) -> Any:
-        """Run a control call and return its result."""
-        work: Callable[[], Any] = self.request
-        return work()

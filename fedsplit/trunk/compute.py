@@ -20,6 +20,7 @@ from fedsplit.model.acceleration import (
 from fedsplit.model.memory import ByteCount
 from fedsplit.model.rope import tables_of
 from fedsplit.model.stage import TrunkPart
+from fedsplit.model.tensor_parallel import local_gradient
 from fedsplit.randomness import draws, rng_scope
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.guard import require_finite
@@ -129,6 +130,8 @@ class Compute:
     ) -> tuple[Tensor | None, ...]:
         """Return the gradient of each tensor in `wanted`; None if the output does not depend on it.
 
+        The gradient of a parameter that is cut over ranks is that of this rank's shard.
+
         Args:
             output_BTD: The output of a forward.
             wanted: Tensors of the graph of the output.
@@ -142,9 +145,10 @@ class Compute:
         scope = rng_scope("recomputation", needed=self._backward_draws)
         # A recomputed block reads the module's parameters, which must be those of the forward.
         with versions.installed(version), scope:
-            return torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 output_BTD, wanted, grad_output_BTD.to(self.device), allow_unused=True
             )
+        return tuple(map(local_gradient, wanted, gradients))
 
     def autocast(self, asked: str) -> AbstractContextManager[None]:
         """Return a context in which operations have the precision of a forward.

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +22,16 @@ from fedsplit.errors import Draining, FedsplitError, Internal, SessionLost
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.telemetry.context import working_on
-from fedsplit.telemetry.events import CacheState
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.generation import Generation
 from fedsplit.trunk.meter import Meter
-from fedsplit.trunk.norm_guard import GuardCounts
+from fedsplit.trunk.readings import EngineReadings
 from fedsplit.trunk.sessions import AcceptedStep
 from fedsplit.trunk.training import Training
+from fedsplit.trunk.turns import Channel, Order, ReplayingScheduler, scheduler_for
 from fedsplit.trunk.update import TrunkUpdate
-from fedsplit.trunk.virtual_time import VirtualTimeScheduler, scheduler_for
+from fedsplit.trunk.virtual_time import VirtualTimeScheduler
 from fedsplit.trunk.work_counts import WorkCounts
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ _IDLE_S = 1.0
 _COMPUTED = (Kind.FORWARD, Kind.BACKWARD, Kind.STEP, Kind.EVALUATE)
 
 
-class TrunkEngine:
+class TrunkEngine(EngineReadings):
     """Runs the calls of a trunk and steps its parameters by the policy.
 
     Args:
@@ -52,6 +53,7 @@ class TrunkEngine:
         update: Makes a step of the trunk from the clients' gradients.
         on_turn: Called by the engine's thread in every turn of its loop, at least once a second.
         training: The class of `training`.
+        channel: To the other ranks of a trunk that is cut over several; none for a whole trunk.
 
     Attributes:
         training: Parameters, graphs and contributions; for the engine's thread alone.
@@ -74,16 +76,16 @@ class TrunkEngine:
         update: type[TrunkUpdate] = TrunkUpdate,
         on_turn: Callable[[], None] = lambda: None,
         training: type[Training] = Training,
+        channel: Channel | None = None,
     ) -> None:
-        self.training = training(trunk, run, clock, update)
+        self._scheduler = scheduler_for(run, clock, lambda c: self.training.is_excluded(c), channel)
+        self.training = training(trunk, run, self._scheduler.turn_time, update)
         self.ended: Future[None] = Future()
         self.meter = Meter(clock)
         self._clock = clock
         self._run = run
         self.work = WorkCounts()
-        self._generation = Generation(trunk, run.generation, clock)
-        self._is_virtual = bool(run.policy.sim_slowdown)
-        self._scheduler = scheduler_for(run, clock, self.training.is_excluded)
+        self._generation = Generation(trunk, run.generation, self._scheduler.turn_time)
         self.submit = self._scheduler.submit
         self._on_turn = on_turn
         self.at_rest: Callable[[], None] = lambda: None
@@ -100,6 +102,15 @@ class TrunkEngine:
             Kind.FORWARD: self.training.prepare_forward,
             Kind.BACKWARD: self.training.prepare_backward,
         }
+        self._orders: dict[str, Callable[..., Any]] = {
+            "open": self._generation.open,
+            "join": self._join,
+            "expect": self._expect,
+            "forget": self._forget_client,
+            "scale_lr": partial(setattr, self.training, "lr_scale"),
+        }
+        for name in ("average", "gradients", "state", "load_state"):
+            self._orders[name] = getattr(self.training, name)
 
     # --- called from any thread ---------------------------------------------------------------
 
@@ -107,15 +118,26 @@ class TrunkEngine:
         """Start the engine's thread."""
         self._thread.start()
 
+    def replay(self) -> bool:
+        """Run what rank 0 sends, in this thread; return whether a new engine replaces this one."""
+        scheduler = self._scheduler
+        assert isinstance(scheduler, ReplayingScheduler), "rank 0 has clients of its own"
+        scheduler.run_order = self._done
+        self._loop()
+        self.ended.result()
+        return scheduler.is_renewed
+
     def drain(self) -> "Future[None]":
         """Have the thread end as soon as no contribution waits for its step; return `ended`."""
-
-        def drain() -> None:
-            self._is_draining = True
-
         with suppress(FedsplitError):  # the engine may have failed before, and takes no calls
-            self.run(drain)
+            self.run(partial(setattr, self, "_is_draining", True))
         return self.ended
+
+    def lose(self, reason: FedsplitError) -> None:
+        """Take no more calls and be ended by a reason, while the thread may wait for a rank."""
+        self._scheduler.close(reason)
+        if not self.ended.done():
+            self.ended.set_exception(reason)
 
     def stop(self) -> None:
         """Finish the running call, refuse the waiting ones, and end the thread."""
@@ -124,30 +146,53 @@ class TrunkEngine:
         if self._thread.is_alive():
             self._thread.join()
 
-    def run(self, work: Callable[[], Any], *, late: bool = False) -> "Future[Any]":
-        """Call `work` on the engine's thread; `late`: after the forwards that are queued now."""
+    def run(self, work: Callable[[], Any] | Order, *, late: bool = False) -> "Future[Any]":
+        """Run `work` on the engine's thread; `late`: after the forwards that are queued now.
+
+        A function may change the queue of calls alone; a change of any other state is an order.
+        """
         kind = Kind.LATE_CONTROL if late else Kind.CONTROL
         return self.submit(Call(kind=kind, request=work))
-
-    def open_cache(self, client: str, session: str, cache_tokens: int) -> "Future[None]":
-        """Open a KV cache for a session; 0 `cache_tokens` let it grow."""
-        return self.run(lambda: self._generation.open(client, session, cache_tokens))
-
-    def join(self, client: str) -> "Future[int]":
-        """Add a training session's client to its barrier; the current version."""
-        return self.run(lambda: self._join(client), late=True)
 
     def expect(
         self, clients: Collection[str], *, at_once: int, close_after: int, until: float
     ) -> "Future[None]":
         """Make barriers await these clients, and let virtual time advance; see `TrunkService`."""
+        arguments = sorted(clients), at_once, close_after, until
+        return self.run(Order("expect", arguments))
 
-        def expect() -> None:
-            self._scheduler.expect(clients, close_after=close_after, until=until)
-            event = aggregator.Expected(clients=frozenset(clients), at_once=at_once)
-            self.training.notify(event, self.now)
+    def open_cache(self, client: str, session: str, cache_tokens: int) -> "Future[None]":
+        """Open a KV cache for a session; 0 `cache_tokens` let it grow."""
+        return self.run(Order("open", (client, session, cache_tokens)))
 
-        return self.run(expect)
+    def join(self, client: str) -> "Future[int]":
+        """Add a training session's client to its barrier; the current version."""
+        return self.run(Order("join", (client,)), late=True)
+
+    def forget_client(self, client: str) -> "Future[None]":
+        """Forget a client that has no session, and drop its replica."""
+        return self.run(Order("forget", (client,)))
+
+    def average(self, weights: Mapping[str, float]) -> "Future[None]":
+        """Set all replicas to a mean; see `TrunkService.average`."""
+        return self.run(Order("average", (dict(weights),)))
+
+    def gradients(self, session: str) -> "Future[dict[str, Tensor]]":
+        """Return the gradients of a session since its last step, by parameter name."""
+        return self.run(Order("gradients", (session,)))
+
+    def scale_lr(self, factor: float) -> None:
+        """Set the factor on the learning rate of the steps to come."""
+        self.now_do(Order("scale_lr", (factor,)))
+
+    def now_do(self, order: Order) -> Any:
+        """Run an order, and return its result; before the thread starts and after its end, too."""
+        is_own = threading.current_thread() is self._thread
+        if not is_own and self._thread.is_alive():
+            return self.run(order).result()
+        # No other thread uses the state meanwhile.
+        self._scheduler.announce(order)
+        return self._done(order)
 
     def release(self, client: str) -> "Future[None]":
         """Have a client leave when it is its turn; the future does not wait for that."""
@@ -161,9 +206,9 @@ class TrunkEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the state of training, by name; no client may be at work."""
-        state: dict[str, Tensor] = self._on_thread(self.training.state)
+        state: dict[str, Tensor] = self.now_do(Order("state"))
         # A monotonic clock has another origin in the process that resumes, so 0 is saved.
-        now = self.now if self._is_virtual else 0.0
+        now = self.now if isinstance(self._scheduler, VirtualTimeScheduler) else 0.0
         return state | {_TIME: torch.tensor(now, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -172,64 +217,9 @@ class TrunkEngine:
         Raises:
             CheckpointError: It is not the state of such a trunk, or a client is at work.
         """
-        self._on_thread(lambda: self.training.load_state(state))
+        self.now_do(Order("load_state", state=state))
         if isinstance(self._scheduler, VirtualTimeScheduler):
             self._scheduler.now = state[_TIME].item()
-
-    @property
-    def now(self) -> float:
-        """The time of the clock that policies use, in seconds."""
-        return self._scheduler.now
-
-    @property
-    def version(self) -> int:
-        """The current parameter version: optimizer steps taken, summed over replicas."""
-        return self.training.version
-
-    @property
-    def short_steps(self) -> int:
-        """The number of steps without a client that was awaited until `policy.deadline_s`."""
-        return self.training.barrier.short
-
-    @property
-    def guard_counts(self) -> GuardCounts:
-        """What the guard has clipped and refused so far."""
-        return self.training.quarantine.counts
-
-    @property
-    def steps(self) -> int:
-        """The position of the learning rate schedule: the largest step count of the clients."""
-        return self.training.steps
-
-    @property
-    def stashed_bytes(self) -> int:
-        """Bytes of activations that are kept for outstanding backwards."""
-        return self.training.stash_state.num_bytes
-
-    @property
-    def cache_state(self) -> CacheState:
-        """The bytes of keys and values, and how often they were found."""
-        return self._generation.cache_state
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of keys and values of the sessions that generate."""
-        return self.cache_state.num_bytes
-
-    def in_use(self) -> dict[str, str]:
-        """Return how much of each budget is in use, by the setting that limits it."""
-        generation, tokens = self._run.generation, self._generation.most_tokens
-        return {
-            "replicas": f"{self.training.num_replicas} of {self._run.clients}",
-            "wire.stash_bytes": f"{self.stashed_bytes} of {self._run.wire.stash_bytes}",
-            "generation.cache_bytes": f"{self.cache_bytes} of {generation.cache_bytes}",
-            "generation.session_tokens": f"{tokens} of {generation.session_tokens}",
-        }
-
-    @property
-    def num_waiting(self) -> int:
-        """The number of calls that wait for a barrier, or for their time."""
-        return self._scheduler.num_waiting
 
     # --- the engine's thread ------------------------------------------------------------------
 
@@ -237,13 +227,15 @@ class TrunkEngine:
         """One turn of the loop: schedule, run, reply, update."""
         patience_s = min(_IDLE_S, self._generation.due_in())
         self._in_hand = self._scheduler.next_batch(self.training.barrier, patience_s)
-        self._expire()
+        self.training.drop_expired()
+        self._on_turn()
         if self._in_hand:
             first = self._in_hand[0]
             with working_on(**first.fields), first.span.active():
                 self._answer(self._in_hand)
         # After the reply, so that the client that completed the barrier does not wait for the step.
         for step in self.training.step_if_due():
+            self._scheduler.stepped(step)
             self.meter.stepped(replace(step, version=self.version))
             self.on_step()
         if not self.training.barrier.contributions:
@@ -263,6 +255,7 @@ class TrunkEngine:
                 self.step()
         # A thread that ended silently would leave all clients waiting and health at SERVING.
         except Exception as failure:
+            self._scheduler.failed(failure)
             log.exception("the trunk failed at version %d and serves nothing more", self.version)
             self._scheduler.close(
                 Internal(
@@ -279,10 +272,6 @@ class TrunkEngine:
 
     def _close(self) -> None:
         self._scheduler.close(Draining("the trunk is shutting down; no new work is taken"))
-
-    def _expire(self) -> None:
-        self.training.drop_expired()
-        self._on_turn()
 
     def _end(self) -> None:
         reason = self._scheduler.closed
@@ -304,6 +293,7 @@ class TrunkEngine:
             replies = self._replies(calls) if calls else []
             ended = self._clock()
         except Exception as failure:
+            self._scheduler.failed(failure)
             for call in calls:
                 self.meter.failed(call, failure)
                 call.future.set_exception(failure)
@@ -337,7 +327,7 @@ class TrunkEngine:
             case Kind.EVALUATE:
                 return [self.training.evaluate(call)]
             case Kind.CONTROL | Kind.LATE_CONTROL:
-                return [call.run()]
+                return [self._done(call.request)]
             case Kind.LEAVE:
                 self.training.leave(call.client, self.now)
                 return [None]
@@ -354,6 +344,7 @@ class TrunkEngine:
         try:
             self.training.with_current(generation.run_pass)
         except Exception as failure:
+            self._scheduler.failed(failure)
             log.exception("a pass of generation failed; its caches are dropped")
             generation.fail_pass(failure)
             return
@@ -369,8 +360,14 @@ class TrunkEngine:
             self.meter.began()
         return self.training.join(client, self.now)
 
-    def forget_client(self, client: str) -> None:
-        """Forget a client that has no session, and drop its replica."""
+    def _expect(
+        self, clients: Collection[str], at_once: int, close_after: int, until: float
+    ) -> None:
+        self._scheduler.expect(clients, close_after=close_after, until=until)
+        event = aggregator.Expected(clients=frozenset(clients), at_once=at_once)
+        self.training.notify(event, self.now)
+
+    def _forget_client(self, client: str) -> None:
         self.meter.forget(client)
         self.training.forget_client(client)
 
@@ -387,7 +384,7 @@ class TrunkEngine:
         else:
             call.future.set_result(None)
 
-    def _on_thread(self, work: Callable[[], Any]) -> Any:
-        # Before `start` and after `stop` no other thread uses the state, so the caller runs it.
-        is_own = threading.current_thread() is self._thread
-        return work() if is_own or not self._thread.is_alive() else self.run(work).result()
+    def _done(self, work: Callable[[], Any] | Order) -> Any:
+        if not isinstance(work, Order):
+            return work()
+        return self._orders[work.name](*work.arguments, *((work.state,) if work.state else ()))

@@ -19,6 +19,7 @@ from fedsplit.errors import FedsplitError, ProtocolError, SessionLost, TooLarge
 from fedsplit.model.kv_cache import capacity
 from fedsplit.model.rope import by_length, tables_of
 from fedsplit.model.stage import TrunkPart
+from fedsplit.model.tensor_parallel import num_ranks
 from fedsplit.spec import GenerationSpec
 from fedsplit.telemetry.events import CacheState
 from fedsplit.trunk.call import Call
@@ -206,6 +207,8 @@ class Generation:
 
     def _client_cache(self, request: GenerateRequest) -> SequenceCache:
         """Return a cache with the keys and values of a stateless request."""
+        if num_ranks(self._trunk) > 1:  # each has other heads
+            raise ProtocolError("keys and values of several ranks cannot travel; use kv=server")
         check_entries(request.entries, request.past, self._probe)
         mask_BT = request.attention_mask_BT
         return SequenceCache(

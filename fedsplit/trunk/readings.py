@@ -1,4 +1,4 @@
-"""The replies to requests that only read: the service's info, gradients, state of training."""
+"""What a trunk tells of its state: the readings of its engine, and replies that only read."""
 
 from collections.abc import Mapping
 
@@ -7,8 +7,82 @@ from torch import Tensor
 from fedsplit.model.stage import TrunkPart
 from fedsplit.optimization import block_norms
 from fedsplit.spec import RunSpec
-from fedsplit.trunk.engine import TrunkEngine
+from fedsplit.telemetry.events import CacheState
+from fedsplit.trunk.generation import Generation
+from fedsplit.trunk.norm_guard import GuardCounts
+from fedsplit.trunk.scheduler import Scheduler
+from fedsplit.trunk.training import Training
 from fedsplit.wire import messages as m
+
+
+class EngineReadings:
+    """The readings of `fedsplit.trunk.engine.TrunkEngine`, which any thread may ask for.
+
+    The engine sets the attributes.
+
+    Attributes:
+        training: Parameters, graphs and contributions; for the engine's thread alone.
+    """
+
+    training: Training
+    _generation: Generation
+    _scheduler: Scheduler
+    _run: RunSpec
+
+    @property
+    def now(self) -> float:
+        """The time of the clock that policies use, in seconds."""
+        return self._scheduler.now
+
+    @property
+    def version(self) -> int:
+        """The current parameter version: optimizer steps taken, summed over replicas."""
+        return self.training.version
+
+    @property
+    def short_steps(self) -> int:
+        """The number of steps without a client that was awaited until `policy.deadline_s`."""
+        return self.training.barrier.short
+
+    @property
+    def guard_counts(self) -> GuardCounts:
+        """What the guard has clipped and refused so far."""
+        return self.training.quarantine.counts
+
+    @property
+    def steps(self) -> int:
+        """The position of the learning rate schedule: the largest step count of the clients."""
+        return self.training.steps
+
+    @property
+    def stashed_bytes(self) -> int:
+        """Bytes of activations that are kept for outstanding backwards."""
+        return self.training.stash_state.num_bytes
+
+    @property
+    def cache_state(self) -> CacheState:
+        """The bytes of keys and values, and how often they were found."""
+        return self._generation.cache_state
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values of the sessions that generate."""
+        return self.cache_state.num_bytes
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of calls that wait for a barrier, or for their time."""
+        return self._scheduler.num_waiting
+
+    def in_use(self) -> dict[str, str]:
+        """Return how much of each budget is in use, by the setting that limits it."""
+        generation, tokens = self._run.generation, self._generation.most_tokens
+        return {
+            "replicas": f"{self.training.num_replicas} of {self._run.clients}",
+            "wire.stash_bytes": f"{self.stashed_bytes} of {self._run.wire.stash_bytes}",
+            "generation.cache_bytes": f"{self.cache_bytes} of {generation.cache_bytes}",
+            "generation.session_tokens": f"{tokens} of {generation.session_tokens}",
+        }
 
 
 class Readings:
@@ -24,7 +98,7 @@ class Readings:
         limits: The largest request that the trunk takes.
     """
 
-    def __init__(self, trunk: TrunkPart, run: RunSpec, engine: TrunkEngine, model: str) -> None:
+    def __init__(self, trunk: TrunkPart, run: RunSpec, engine: EngineReadings, model: str) -> None:
         self.limits = m.Limits(
             max_rows=run.train.batch_size,
             max_tokens=run.data.sequence_length,

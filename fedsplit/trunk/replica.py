@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import StaleVersion, TooLarge
-from fedsplit.optimization import clip_coefficient, squared_norm, unscale
+from fedsplit.optimization import clip_coefficient, unscale
 from fedsplit.spec import RunSpec
 from fedsplit.telemetry.events import StepTaken
 from fedsplit.trunk import aggregator
@@ -66,7 +66,7 @@ class Work:
         self.num_positions += num_positions
         accumulate(self.gradients, gradients)
         # Once for each backward: the reply reports it, and the step uses it again.
-        self.sq_norm = squared_norm(self.gradients.values())
+        self.sq_norm = self.replica.versions.layout.squared_norm(self.gradients)
 
     def end(self) -> None:
         """Unpin the version."""
@@ -178,7 +178,7 @@ class Replica:
         # Unscaled before they are clipped and summed: each client has a loss scale of its own.
         if request.loss_scale != 1.0:
             unscale(work.gradients.values(), request.loss_scale)
-            trunk_sq_norm = squared_norm(work.gradients.values())
+            trunk_sq_norm = self.versions.layout.squared_norm(work.gradients)
         sq_norm = total_sq_norm(trunk_sq_norm, request.client_sq_norm, self._run.train)
         require_finite(torch.tensor(sq_norm, dtype=torch.float64), "the squared gradient norm")
         # As the run's clipping leaves it: one batch in many has a far larger gradient before.

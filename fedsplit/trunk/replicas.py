@@ -8,14 +8,16 @@ from statistics import median_low
 from torch import Tensor
 
 from fedsplit.errors import CheckpointError, ConfigError
-from fedsplit.optimization import squared_norm
 from fedsplit.spec import GuardSpec
 from fedsplit.trunk.replica import Replica
 from fedsplit.trunk.schedule import Schedule
+from fedsplit.trunk.versions import PARAMETER
 
 log = logging.getLogger(__name__)
 
 _SHARED, _REPLICA = "trunk/", "replica/"
+TRAINED = _SHARED + PARAMETER
+"""The prefix, in a state, of the names of the parameters that all clients share."""
 
 
 class Replicas:
@@ -107,9 +109,11 @@ class Replicas:
 
     def _out_of_proportion(self, clients: Collection[str]) -> set[str]:
         """Return the clients whose replica has changed far more than most, or holds NaN or Inf."""
-        base = self.shared.versions.values()
+        base, layout = self.shared.versions.values(), self.shared.versions.layout
         changes = {
-            client: math.sqrt(squared_norm(v - base[k] for k, v in own.versions.values().items()))
+            client: math.sqrt(
+                layout.squared_norm({k: v - base[k] for k, v in own.versions.values().items()})
+            )
             for client, own in self._own.items()
             if client in clients
         }

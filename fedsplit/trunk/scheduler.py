@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fedsplit.errors import FedsplitError
+from fedsplit.telemetry.events import StepTaken
 from fedsplit.trunk.aggregator import Barrier
 from fedsplit.trunk.call import ORDERED, Call, Kind
 
@@ -120,6 +121,21 @@ class Scheduler:
         for call in unfinished:
             call.future.set_exception(self.closed)
         self._forget_all()
+
+    # --- several ranks, which see `fedsplit.trunk.turns` --------------------------------------
+
+    def turn_time(self) -> float:
+        """Return the seconds of the clock that the state of training and generation uses."""
+        return self._clock()
+
+    def announce(self, order: Any) -> None:
+        """Note an order that the engine runs now, between its calls."""
+
+    def stepped(self, step: StepTaken) -> None:
+        """Note a step that was taken."""
+
+    def failed(self, failure: Exception) -> None:
+        """Note a call that has failed."""
 
     # --- the order of calls, which a subclass may change --------------------------------------
 

@@ -36,6 +36,7 @@ from fedsplit.trunk.registry import ClientRegistry
 from fedsplit.trunk.session_table import SessionTable
 from fedsplit.trunk.sessions import AcceptedStep, Session, SessionInfo, Steps
 from fedsplit.trunk.training import Training
+from fedsplit.trunk.turns import Channel
 from fedsplit.trunk.update import TrunkUpdate
 from fedsplit.wire import messages as m
 from fedsplit.wire import server_messages as s
@@ -56,6 +57,7 @@ class TrunkService:
         servers_token: The token of the run's other servers; empty if there are none.
         training: The class of the trunk's training.
         clients: The clients' tokens; by default a new registry.
+        channel: As in `TrunkEngine`.
 
     Attributes:
         followers: The other servers of the run.
@@ -71,9 +73,11 @@ class TrunkService:
         servers_token: str = "",
         training: type[Training] = Training,
         clients: ClientRegistry | None = None,
+        channel: Channel | None = None,
     ) -> None:
+        on_turn = self.expire_sessions
         self.engine = TrunkEngine(
-            trunk, run, clock, update=update, on_turn=self.expire_sessions, training=training
+            trunk, run, clock, update=update, on_turn=on_turn, training=training, channel=channel
         )
         self.followers = Followers(self.engine, servers_token, clock)
         self.server_instance_id = secrets.token_hex(8)
@@ -126,7 +130,7 @@ class TrunkService:
         self.decoder.forget(client)
         self.engine.work.take(client)
         if not self.engine.ended.done():
-            self.engine.run(lambda: self.engine.forget_client(client))
+            self.engine.forget_client(client)
         return True
 
     def resume(self, steps: Mapping[str, AcceptedStep]) -> None:
@@ -149,17 +153,16 @@ class TrunkService:
     ) -> None:
         """Expect clients, to which work of a round will be sent.
 
-        A virtual clock (`policy.sim_slowdown`) advances only between this call and one of the ends
-        below. So call this before the work is sent, and `release` a client before it is expected
-        again. To continue after an end without new work, expect no clients.
+        A virtual clock (`policy.sim_slowdown`) advances only between this call and an end below. So
+        call this before work is sent, and `release` a client before it is expected again. To
+        continue after an end without new work, expect no clients.
 
         Args:
             clients: Their names. The trunk's next steps await them according to the policy.
             round: The round's number.
             at_once: How many of them work at a time.
             close_after: Virtual time stops as soon as this number of the clients that were expected
-                since the last `close` have left after this call. A client without a session
-                leaves when it is released.
+                since the last `close` have left; one without a session leaves when it is released.
             until: The virtual time, in seconds, that the clock does not pass.
         """
         self._round = round
@@ -180,14 +183,13 @@ class TrunkService:
 
     def scale_lr(self, factor: float) -> None:
         """Set the factor on the learning rate of the trunk."""
-        self.engine.training.lr_scale = factor
+        self.engine.scale_lr(factor)
 
     def average(self, weights: Mapping[str, float]) -> None:
         """Set every replica of the trunk to the mean of these clients' replicas.
 
         Thapa, Arachchige, Camtepe and Sun 2022, "SplitFed: When Federated Learning Meets Split
-        Learning", AAAI 36(8), arXiv 2004.12088, algorithm 1. Moments are not averaged. A client
-        that joins later begins with the mean.
+        Learning", AAAI 36(8), arXiv 2004.12088, algorithm 1. Moments are not averaged.
 
         Args:
             weights: The weight of each client; they sum to one.
@@ -195,7 +197,7 @@ class TrunkService:
         Raises:
             ConfigError: There are no replicas, or the weights do not sum to one.
         """
-        self._wait(self.engine.run(lambda: self.engine.training.average(weights)))
+        self._wait(self.engine.average(weights))
 
     def has(self, session: str) -> bool:
         """Return whether a session is open."""
@@ -348,8 +350,7 @@ class TrunkService:
         return m.CloseReply()
 
     def _gradients(self, session: Session, request: m.GradientsRequest) -> m.GradientsReply:
-        name = session.info.name
-        gradients = self._wait(self.engine.run(lambda: self.engine.training.gradients(name)))
+        gradients = self._wait(self.engine.gradients(session.info.name))
         return gradients_reply(request, gradients)
 
     def _training_state(self, session: Session, request: Any) -> m.TrainingStateReply:

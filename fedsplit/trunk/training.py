@@ -26,6 +26,7 @@ from fedsplit.trunk.norm_guard import Quarantine
 from fedsplit.trunk.refusals import Refusals
 from fedsplit.trunk.replica import Replica
 from fedsplit.trunk.replicas import Replicas
+from fedsplit.trunk.shards import ShardLayout
 from fedsplit.trunk.stash import Graph, Stash
 from fedsplit.trunk.update import StoredPass, TrunkUpdate
 from fedsplit.trunk.versions import ParameterVersions
@@ -36,9 +37,8 @@ from fedsplit.wire.messages import BackwardReply, ForwardReply, StepReply
 class Training:
     """A trunk in training; see `fedsplit.trunk.engine.TrunkEngine` for the arguments.
 
-    Without replicas, all clients share one set of parameters and one barrier. With replicas, every
-    client has its own set and barrier, so that it waits for no other client. The shared set is then
-    the mean of the last `average`.
+    Without replicas, all clients share one set of parameters and one barrier. With replicas, each
+    has its own and waits for no other, and the shared set is the mean of the last `average`.
 
     Attributes:
         shared: The replica that all clients share.
@@ -58,10 +58,10 @@ class Training:
         self._compute = Compute(trunk, run)
         self._stash = Stash(run.wire.stash_bytes)
         self._trained = tuple(trainable(trunk))
+        self._layout = ShardLayout(trunk, self._trained)
         self._batched = BatchedPass(trunk, self._compute, self._trained)
-        self._replicas = Replicas(
-            self._new_replica, one_each=self._update.replicas, guard=run.guard
-        )
+        is_own = self._update.replicas
+        self._replicas = Replicas(self._new_replica, one_each=is_own, guard=run.guard)
         self.shared = self._replicas.shared
         self.works = Works()
         self.quarantine = Quarantine(run.guard, run.limits.clients)
@@ -169,9 +169,8 @@ class Training:
         versions = self._replicas.read_by(call.client).versions
         inputs = self._compute.inputs(call.request, call.client, call.round)
         out_BTD = self._compute.evaluate(inputs, versions)
-        return ForwardReply(
-            trunk_out_BTD=out_BTD.cpu(), version=versions.current, codec=self._run.wire.down
-        )
+        version, codec = versions.current, self._run.wire.down
+        return ForwardReply(trunk_out_BTD=out_BTD.cpu(), version=version, codec=codec)
 
     def prepare_forward(self, call: Call) -> int:
         """Set a training forward's inputs and work; return the number of calls of its pass.
@@ -300,7 +299,9 @@ class Training:
         self._replicas.load_state(state)
 
     def _new_replica(self, resident: bool) -> Replica:
-        versions = ParameterVersions(self._trunk, self._trained, self._run.train, resident=resident)
+        versions = ParameterVersions(
+            self._trunk, self._trained, self._run.train, resident=resident, layout=self._layout
+        )
         return self.new_replica(
             versions,
             self._run,
@@ -366,10 +367,9 @@ class Training:
         work.add(gradients, grad_BTD.shape[:2].numel())
         if self._update.keeps_passes:
             work.passes.append(StoredPass(inputs=graph.inputs, grad_trunk_out_BTD=grad_BTD))
-        if not call.request.want_grad:
-            grad_smashed_BTD = None
+        wanted_BTD = grad_smashed_BTD if call.request.want_grad else None
         return BackwardReply(
-            grad_smashed_BTD=None if grad_smashed_BTD is None else grad_smashed_BTD.cpu(),
+            grad_smashed_BTD=None if wanted_BTD is None else wanted_BTD.cpu(),
             trunk_sq_norm=work.sq_norm,
             codec=self._run.wire.grad_down,
         )

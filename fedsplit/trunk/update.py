@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedsplit.errors import ConfigError
-from fedsplit.optimization import clip_coefficient, squared_norm
+from fedsplit.optimization import clip_coefficient
 from fedsplit.spec import RunSpec
 from fedsplit.spec.train import TrainSpec
 from fedsplit.trunk.combine import COMBINATIONS, Gradients
@@ -171,7 +171,8 @@ class TrunkStep:
 
     def contribution_with(self, contribution: Contribution, gradients: Gradients) -> Contribution:
         """Return a client's contribution with other gradients, clipped as the first ones were."""
-        train, trunk_sq_norm = self._update.run.train, squared_norm(gradients.values())
+        train = self._update.run.train
+        trunk_sq_norm = self._versions.layout.squared_norm(gradients)
         sq_norm = total_sq_norm(trunk_sq_norm, contribution.client_sq_norm, train)
         clip(gradients.values(), sq_norm, trunk_sq_norm, contribution.most, train)
         return replace(contribution, gradients=gradients, sq_norm=sq_norm)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import CheckpointError
+from fedsplit.model.tensor_parallel import local_of
 from fedsplit.optimization import PartOptimizer
 from fedsplit.spec import TrainSpec
+from fedsplit.trunk.shards import ShardLayout
 
-_PARAMETER, _MOMENT, _VERSION = "parameter/", "moment/", "version"
+PARAMETER, _MOMENT, _VERSION = "parameter/", "moment/", "version"
 
 
 class ParameterVersions:
@@ -32,15 +34,23 @@ class ParameterVersions:
         train: The settings of the optimizer.
         resident: Whether the model itself holds the current version from now on. If not, these
             are a copy of its parameters, and the model holds them only while `installed`.
+        layout: Where the parameters are cut; by default it is read from the model.
     """
 
     def __init__(
-        self, trunk: nn.Module, trained: Sequence[str], train: TrainSpec, *, resident: bool = True
+        self,
+        trunk: nn.Module,
+        trained: Sequence[str],
+        train: TrainSpec,
+        *,
+        resident: bool = True,
+        layout: ShardLayout | None = None,
     ) -> None:
         self.current = 0
         self._resident = resident
         self._places = [(trunk.get_submodule(name.rpartition(".")[0]), name) for name in trained]
-        values = {name: trunk.get_parameter(name).data for name in trained}
+        self.layout = layout or ShardLayout(trunk, trained)
+        values = {name: local_of(trunk.get_parameter(name)) for name in trained}
         # Replicas train apart, so each but the resident one needs memory of its own.
         if not resident:
             values = {name: value.clone() for name, value in values.items()}
@@ -94,7 +104,7 @@ class ParameterVersions:
         self._publish()
 
     def values(self) -> dict[str, Tensor]:
-        """Return the current version's tensors, by name; the next step may change them in place."""
+        """Return the current version's shards, by name; the next step may change them in place."""
         return {name: master.data for name, master in self._optimizer.parameters.items()}
 
     def assign(self, values: Mapping[str, Tensor], version: int) -> None:
@@ -113,8 +123,11 @@ class ParameterVersions:
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the state of training, by name."""
         state = {
-            **{_PARAMETER + name: value for name, value in self.values().items()},
-            **{_MOMENT + name: moment for name, moment in self._optimizer.state().items()},
+            **{PARAMETER + name: self.layout.whole(name, v) for name, v in self.values().items()},
+            **{
+                _MOMENT + key: self._whole_moment(key, v)
+                for key, v in self._optimizer.state().items()
+            },
             _VERSION: torch.tensor(self.current),
         }
         # `cpu` alone copies nothing on a CPU, and the next step would change the checkpoint.
@@ -126,7 +139,7 @@ class ParameterVersions:
         Raises:
             CheckpointError: The state is not that of these parameters.
         """
-        names = {name.removeprefix(_PARAMETER) for name in state if name.startswith(_PARAMETER)}
+        names = {name.removeprefix(PARAMETER) for name in state if name.startswith(PARAMETER)}
         values = self.values()
         if unmatched := sorted(names ^ values.keys()):
             raise CheckpointError(
@@ -136,11 +149,16 @@ class ParameterVersions:
             )
         # In place, because the leaves and the model share this memory.
         for name, value in values.items():
-            value.copy_(state[_PARAMETER + name])
-        moments = {k: v for k, v in state.items() if k.startswith(_MOMENT)}
-        self._optimizer.load_state({k.removeprefix(_MOMENT): v for k, v in moments.items()})
+            value.copy_(self.layout.shard(name, state[PARAMETER + name]))
+        moments = {k.removeprefix(_MOMENT): v for k, v in state.items() if k.startswith(_MOMENT)}
+        self._optimizer.load_state(
+            {key: self.layout.shard(key.partition("|")[0], v) for key, v in moments.items()}
+        )
         self._leaves[int(state[_VERSION])] = self._leaves.pop(self.current)
         self.current = int(state[_VERSION])
+
+    def _whole_moment(self, key: str, moment: Tensor) -> Tensor:
+        return self.layout.whole(key.partition("|")[0], moment)
 
     def _leave_current(self) -> None:
         """Prepare the masters for a change of their values."""
@@ -154,7 +172,9 @@ class ParameterVersions:
     def _publish(self) -> None:
         # `.data` shares the memory but not autograd's count of in-place changes.
         masters = self._optimizer.parameters.items()
-        self._leaves[self.current] = {name: nn.Parameter(master.data) for name, master in masters}
+        self._leaves[self.current] = {
+            name: self.layout.leaf(name, master.data) for name, master in masters
+        }
         if self._resident:
             self._install(self._leaves[self.current])
 

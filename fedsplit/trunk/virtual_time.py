@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fedsplit.spec import RunSpec
 from fedsplit.trunk.aggregator import Barrier
 from fedsplit.trunk.call import ORDERED, Call, Kind
 from fedsplit.trunk.scheduler import Scheduler
@@ -239,14 +238,3 @@ class VirtualTimeScheduler(Scheduler):
         # A client that counted as dead may still work. Its calls begin a new machine.
         for call in self._machines.pop(client).calls:
             self.admit(call)
-
-
-def scheduler_for(
-    run: RunSpec, clock: Callable[[], float], is_excluded: Callable[[str], bool]
-) -> Scheduler:
-    """Return the scheduler for a run: on a virtual clock with `policy.sim_slowdown`."""
-    wait_s = run.train.max_queue_delay_s
-    if slowdown := run.policy.sim_slowdown:
-        silence_s = run.wire.call_deadline_s
-        return VirtualTimeScheduler(slowdown, silence_s, wait_s, clock, is_excluded)
-    return Scheduler(wait_s, clock)

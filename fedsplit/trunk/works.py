@@ -68,5 +68,7 @@ class Works:
 
     def gradients(self, session: str) -> dict[str, Tensor]:
         """Return a copy of the gradients of a session since its last step, by parameter name."""
-        work = self._works.get(session)
-        return {k: v.cpu().clone() for k, v in work.gradients.items()} if work else {}
+        if (work := self._works.get(session)) is None:
+            return {}
+        whole = work.replica.versions.layout.whole
+        return {name: whole(name, own).cpu().clone() for name, own in work.gradients.items()}

@@ -5,10 +5,8 @@ import resource
 from contextlib import ExitStack
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsplit.config import compose
@@ -21,15 +19,7 @@ from fedsplit.trunk.router import TrunkRouter
 from fedsplit.trunk.service import TrunkService
 from tests.core.worlds import fail, small_run
 from tests.edge.forked import Program
-
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-def health_of(address: str, *names: str) -> list[int]:
-    with grpc.insecure_channel(address) as channel:
-        check = health_pb2_grpc.HealthStub(channel).Check
-        return [int(check(health_pb2.HealthCheckRequest(service=name)).status) for name in names]
+from tests.edge.health import NOT_SERVING, SERVING, health_of
 
 
 def test_health_reports_each_trunk_by_its_name(tiny_llama):

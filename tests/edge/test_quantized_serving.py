@@ -26,7 +26,7 @@ def serve(**options):
 def test_a_plain_client_generates_with_a_quantized_trunk(tiny_llama, tmp_path, kind):
     folder = str(tmp_path)
     random_model(tiny_llama(hidden_size=64)).save_pretrained(folder)
-    run = serve(quantize=kind)._quantized(compose([]))
+    run = serve(quantize=kind)._with_options(compose([]))
     asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with hosted(plan([folder], []), run, WireSpec(bind="127.0.0.1:0")) as address:
         with reach(folder, address) as reached:
@@ -38,8 +38,8 @@ def test_a_plain_client_generates_with_a_quantized_trunk(tiny_llama, tmp_path, k
 
 
 def test_a_served_trunk_is_frozen_unless_adapters_train():
-    assert serve(quantize="nf4")._quantized(compose([])).train.mode == "frozen_trunk"
-    with_adapters = serve(quantize="nf4")._quantized(compose(["lora=on"]))
+    assert serve(quantize="nf4")._with_options(compose([])).train.mode == "frozen_trunk"
+    with_adapters = serve(quantize="nf4")._with_options(compose(["lora=on"]))
     assert (with_adapters.train.mode, with_adapters.model.quantize) == ("joint", "nf4")
     with pytest.raises(ConfigError, match="set the option --quantize"):
         serve(words=["model.quantize=nf4"], model=["DIR"]).run()

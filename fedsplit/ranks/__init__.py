@@ -1,0 +1,1 @@
+"""Several processes that compute one trunk together, by torch.distributed."""
