@@ -1,4 +1,4 @@
-"""More clients than one server serves: several servers, many clients, and the cost of an idle one.
+"""More than one server: several servers, many clients, idle ones, and a trunk cut over ranks.
 
 Clients have no blocks and always send the same tensors, so that only the trunk is measured. Each
 server has one thread of torch. docs/performance.md explains the figures.
@@ -7,9 +7,11 @@ server has one thread of torch. docs/performance.md explains the figures.
 import gc
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from time import perf_counter
 
 import psutil
@@ -26,6 +28,9 @@ from simulations.bench.models import GPT2_SMALL, TOY, Shape
 from simulations.bench.processes import Answers, Process, process
 from simulations.bench.report import Report, in_turns
 from simulations.bench.roles import name_of
+from simulations.families import random_model
+from simulations.sharded import bytes_per_rank
+from simulations.tiny import tiny_config
 
 _SECRET = "of-the-servers"
 
@@ -68,6 +73,9 @@ def measure(size: str) -> Report:
     report.row("machine", cores=os.cpu_count(), torch=torch.__version__, model=str(what.shape))
     _servers(report, what)
     _clients(report, what)
+    # Ranks are forked, so from a process that has no threads.
+    with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
+        report.figures["tp_bytes_per_rank"] = pool.submit(_share_of_rank).result()
     return report
 
 
@@ -142,6 +150,14 @@ def _clients(report: Report, what: Size) -> None:
     per_client = max(0.0, (after - before) / (what.many - what.few))
     report.row("memory of the trunk's process", few=before, many=after)
     report.figures["idle_client_bytes"] = per_client
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def _share_of_rank() -> float:
+    """Return the share of a trunk's weights that each of two ranks holds."""
+    return bytes_per_rank(random_model(tiny_config("llama", tie_word_embeddings=False)))
 
 
 # --- the processes --------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(change, text, saved):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
 def test_an_unsplit_model_s_quantized_weights_are_refused_before_they_are_read(method, saved):
     _edit(saved / "config.json", quantization_config={"quant_method": method, "bits": 4})
     (saved / "model.safetensors").unlink()

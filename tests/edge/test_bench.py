@@ -47,7 +47,7 @@ FIGURES = {
         "words",
     ],
     "clients": ["least_growth", "sample_cost_8c"],
-    "scale": ["clients_128_of_8", "idle_client_bytes", "servers_gain"],
+    "scale": ["clients_128_of_8", "idle_client_bytes", "servers_gain", "tp_bytes_per_rank"],
     "memory": [
         "checkpointing_memory_saved",
         "checkpointing_memory_saved_computed",
@@ -162,6 +162,18 @@ def of_the_same_loss(told: dict[str, Any]) -> None:
     assert told["figures"]["largest_loss_gap"] < 1e-3
 
 
+def of_all_chats(told: dict[str, Any]) -> None:
+    assert told["figures"]["http_vs_generate"] > 0
+    assert told["figures"]["chats8_gain"] > 0
+
+
+def of_half_a_trunk_per_rank(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    assert 0.5 <= figures["tp_bytes_per_rank"] <= 0.55
+    assert min(figures["servers_gain"], figures["clients_128_of_8"]) > 0
+    assert figures["idle_client_bytes"] < 2**20
+
+
 def saved_at_the_trunk(told: dict[str, Any]) -> None:
     assert 0 < told["figures"]["checkpointing_memory_saved_computed"] < 1
     assert 0 < told["figures"]["client_peak_of_whole"] < 1, "without the trunk"
@@ -239,6 +251,8 @@ HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "generate": exact_and_small,
     "guard": without_false_alarms,
     "memory": saved_at_the_trunk,
+    "openai": of_all_chats,
+    "scale": of_half_a_trunk_per_rank,
     "schedules": of_no_violation,
     "soak": of_right_numbers,
     "step": exact_with_four_transfers,

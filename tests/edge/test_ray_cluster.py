@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster
 
 cluster = Cluster()
 cluster.add_node(wait=False, num_cpus=1, include_dashboard=False)
-cluster.add_node(wait=False, num_cpus=2)
+cluster.add_node(wait=False, num_cpus=1)
 cluster.wait_for_nodes(timeout=300)
 print(cluster.address, flush=True)
 sys.stdin.read()
@@ -39,7 +39,7 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, Path]]:
-    """The address of a cluster of two nodes on this machine, with three CPUs, and its logs."""
+    """The address of a cluster of two nodes on this machine, with two CPUs, and its logs."""
     # Ray puts Unix sockets in it, whose paths are short.
     with (
         TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
@@ -66,18 +66,18 @@ def test_a_run_on_two_nodes_has_the_numbers_of_a_run_in_one_process(
 ) -> None:
     """Each client works at once, on a CPU of the cluster."""
     address, logs = cluster
-    inline = federate(spec_for(tmp_path, "name=inline"))
-    run_one(spec_for(tmp_path, "name=there", "launch=flwr", f"launch.ray_address={address}"))
-    there = RunFolder(tmp_path / "runs" / "there")
+    there = "launch=flwr", f"launch.ray_address={address}", "launch.start_timeout_s=600"
+    inline = federate(spec_for(tmp_path, "name=inline", "clients=2"))
+    run_one(spec_for(tmp_path, "name=there", "clients=2", *there))
+    done = RunFolder(tmp_path / "runs" / "there")
     for node in ("raylet.out", "raylet.1.out"):
         assert "ClientAppActor" in (logs / node).read_text(encoding="utf-8")
-    assert without_seconds(there.rounds()) == without_seconds(inline.rounds())
-    one, other = joined(inline), joined(there)
+    assert without_seconds(done.rounds()) == without_seconds(inline.rounds())
+    one, other = joined(inline), joined(done)
     assert all(torch.equal(one[name], other[name]) for name in one)
     capsys.readouterr()
-    words = "launch=flwr", f"launch.ray_address={address}", "clients=4"
-    with pytest.raises(ConfigError, match="has 3 CPUs, and the run simulates 4 clients at once"):
-        run_one(spec_for(tmp_path, "name=more", *words))
+    with pytest.raises(ConfigError, match="has 2 CPUs, and the run simulates 3 clients at once"):
+        run_one(spec_for(tmp_path, "name=more", "clients=3", *there))
     assert not (tmp_path / "runs" / "more").exists()
 
 
