@@ -19,6 +19,7 @@ from fedsplit.openai.generation import Writer
 from fedsplit.openai.jobs import Jobs
 from fedsplit.openai.lanes import Lanes
 from fedsplit.openai.refusals import Refusal
+from fedsplit.openai.shared_head import shared_head
 from fedsplit.serve.chat import require_language_head
 from fedsplit.serve.client import Reached
 from fedsplit.telemetry.prometheus import Prometheus
@@ -91,6 +92,7 @@ def serving(
     """
     require_language_head(reached.model)
     with (
+        shared_head(reached.model),
         closing(_listening(binding)) as listener,
         closing(reached.route.link(_HEALTH_DEADLINE_S)) as link,
         closing(

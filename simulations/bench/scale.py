@@ -37,7 +37,7 @@ _SECRET = "of-the-servers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """The model, the clients of two servers, few and many clients of one, and steps and turns."""
+    """The model, the clients of two servers and their steps, few and many clients of one; turns."""
 
     shape: Shape
     of_two: int
@@ -49,12 +49,12 @@ class Size:
 
 SIZES = {
     "full": Size(
-        shape=replace(GPT2_SMALL, rows=1, tokens=128, lora_rank=8),
+        shape=replace(GPT2_SMALL, rows=1, tokens=32, lora_rank=8),
         of_two=4,
         few=8,
         many=128,
-        steps=2,
-        turns=5,
+        steps=4,
+        turns=3,
     ),
     "toy": Size(
         shape=replace(TOY, rows=1, tokens=32, lora_rank=2),
@@ -134,7 +134,10 @@ def _clients(report: Report, what: Size) -> None:
             found = in_turns(
                 what.turns,
                 {
-                    str(count): partial(_samples_per_s, [clients], count, what.steps, shape.rows)
+                    # As many samples from few clients as from many.
+                    str(count): partial(
+                        _samples_per_s, [clients], count, what.many // count, shape.rows
+                    )
                     for count in (what.few, what.many)
                 },
             )
