@@ -165,21 +165,27 @@ def crowd(
         def steps(count: int, number: int) -> float:
             while len(steppers) < count:
                 steppers.append(make(shape, trunks[len(steppers)]))
-            # Sessions open before the barrier, so that only steps are timed.
-            start = Barrier(count, action=lambda: marks.append(time.monotonic()))
             marks: list[float] = []
-            work = partial(_work, number=number, start=start)
+            gate = Barrier(count, action=lambda: marks.append(time.monotonic()))
+            work = partial(_work, number=number, gate=gate)
             list(pool.map(work, trunks[:count], steppers[:count]))
-            return time.monotonic() - marks[0]
+            began, ended = marks
+            return ended - began
 
         yield {"steps": steps}
 
 
-def _work(trunk: RemoteTrunk, step: Callable[[], object], *, number: int, start: Barrier) -> None:
+def _work(trunk: RemoteTrunk, step: Callable[[], object], *, number: int, gate: Barrier) -> None:
     with trunk.session():
-        start.wait()
-        for _ in range(number):
-            step()
+        # All pass it before and after their steps, so that no session's begin or end is timed.
+        gate.wait()
+        try:
+            for _ in range(number):
+                step()
+        except Exception:
+            gate.abort()
+            raise
+        gate.wait()
 
 
 def _complete_client(shape: Shape, trunk: RemoteTrunk) -> Callable[[], object]:

@@ -14,9 +14,12 @@ from fedsplit.data.batches import Batch
 from fedsplit.model import ClientPart, TrunkPart, build_client, build_trunk
 from fedsplit.model.build import initial_whole
 from fedsplit.model.lora import add_adapters
-from fedsplit.spec import DataSpec, LoraSpec, RunSpec, SplitSpec, TrainSpec
+from fedsplit.spec import DataSpec, LoraSpec, PolicySpec, RunSpec, SplitSpec, TrainSpec
 
 P = TypeVar("P", bound=PreTrainedModel)
+
+DEADLINE_S = 600.0
+"""The deadline of a step, which waits for all of many clients on one slow machine."""
 
 PASS_WAIT_S = 20.0
 """Long enough for all clients: in the benchmarks none fails, and a step waits for all anyway."""
@@ -58,6 +61,7 @@ class Shape:
                 max_queue_delay_s=PASS_WAIT_S,
             ),
             lora=LoraSpec(enabled=self.lora_rank > 0, rank=max(1, self.lora_rank)),
+            policy=PolicySpec(deadline_s=DEADLINE_S),
         )
 
     def whole(self) -> PreTrainedModel:

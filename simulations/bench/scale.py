@@ -6,8 +6,8 @@ server has one thread of torch. docs/performance.md explains the figures.
 
 import gc
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from fedsplit.client.remote import RemoteTrunk
+from fedsplit.console import quiet_libraries
 from fedsplit.transport.allocator import give_back
 from fedsplit.transport.client import GrpcLink
 from fedsplit.transport.server import GrpcServer
@@ -71,6 +72,7 @@ def measure(size: str) -> Report:
     """Fill a report with the figures of scale; `size` is `full` or `toy`."""
     report, what = Report(), SIZES[size]
     report.row("machine", cores=os.cpu_count(), torch=torch.__version__, model=str(what.shape))
+    _cores(report, what)
     _servers(report, what)
     _clients(report, what)
     # Ranks are forked, so from a process that has no threads.
@@ -80,6 +82,31 @@ def measure(size: str) -> Report:
 
 
 # --- two servers ----------------------------------------------------------------------------------
+
+
+def _cores(report: Report, what: Size) -> None:
+    """Compare two processes that pass a trunk's batches with one: what two servers can gain."""
+    shape = replace(what.shape, rows=4 * what.shape.rows)
+    count = what.of_two * what.steps
+    with process(passer, shape) as one, process(passer, shape) as other:
+        found = in_turns(
+            what.turns,
+            {
+                "one process": lambda: _passes_per_s([one], count),
+                "two processes": lambda: _passes_per_s([one, other], count // 2),
+            },
+        )
+    for name, values in found.items():
+        report.spread("passes_per_s", values, by=name)
+    report.figures["cores_gain"] = report.ratio(
+        "two processes / one", found["two processes"], found["one process"]
+    )
+
+
+def _passes_per_s(passers: list[Process], count: int) -> float:
+    for each in passers:
+        each.begin("pass", count)
+    return float(len(passers) * count / max([each.end() for each in passers]))
 
 
 def _servers(report: Report, what: Size) -> None:
@@ -113,12 +140,10 @@ def _servers(report: Report, what: Size) -> None:
 
 
 def _samples_per_s(crowds: list[Process], count: int, steps: int, rows: int) -> float:
-    began = perf_counter()
     for each in crowds:
         each.begin("steps", count, steps)
-    for each in crowds:
-        each.end()
-    return len(crowds) * count * steps * rows / (perf_counter() - began)
+    seconds = max([each.end() for each in crowds])
+    return float(len(crowds) * count * steps * rows / seconds)
 
 
 # --- many clients ---------------------------------------------------------------------------------
@@ -160,6 +185,7 @@ def _clients(report: Report, what: Size) -> None:
 
 def _share_of_rank() -> float:
     """Return the share of a trunk's weights that each of two ranks holds."""
+    quiet_libraries()
     return bytes_per_rank(random_model(tiny_config("llama", tie_word_embeddings=False)))
 
 
@@ -167,11 +193,28 @@ def _share_of_rank() -> float:
 
 
 @contextmanager
+def passer(shape: Shape) -> Iterator[Answers]:
+    """Hold a trunk alone; `pass(count)` runs forwards and backwards, and returns the seconds."""
+    trunk, smashed_BTD = shape.trunk(), shape.smashed(shape.rows, shape.tokens)
+    trained = [p for p in trunk.parameters() if p.requires_grad]
+
+    def passes(count: int) -> float:
+        began = perf_counter()
+        for _ in range(count):
+            given_BTD = smashed_BTD.clone().requires_grad_()
+            torch.autograd.grad(trunk.run(given_BTD).sum(), [given_BTD, *trained])
+        return perf_counter() - began
+
+    yield {"pass": passes}
+
+
+@contextmanager
 def leader(shape: Shape) -> Iterator[Answers]:
     """Serve a trunk that may have followers; answers `address`, `token` of a client, `memory`."""
     with TrunkService(shape.trunk(), shape.run, servers_token=_SECRET) as service:
         with _served(service, shape) as address:
-            yield {"address": lambda: address, "token": service.admit, "memory": _memory}
+            memory = partial(_memory, service)
+            yield {"address": lambda: address, "token": service.admit, "memory": memory}
             service.followers.close()
 
 
@@ -202,9 +245,10 @@ def _served(service: TrunkService, shape: Shape) -> Iterator[str]:
         server.stop()
 
 
-def _memory() -> int:
+def _memory(service: TrunkService) -> int:
     """Return the resident bytes of this process, without what its allocator holds in reserve."""
-    gc.collect()
+    # Clients have their replies before the trunk has stepped.
+    service.engine.run(gc.collect).result()
     give_back()
     resident: int = psutil.Process().memory_info().rss
     return resident
@@ -212,21 +256,22 @@ def _memory() -> int:
 
 @contextmanager
 def idlers(shape: Shape, address: str, tokens: list[str]) -> Iterator[Answers]:
-    """Run clients that take a step and then do nothing, with their sessions open.
+    """Run clients that take a step at once and then do nothing, with their sessions open.
 
-    Its answer `begin(count)` has further clients do so, until there are `count`.
+    Its answer `begin(count)` has `count` clients do so; those that have a session keep it.
     """
     model = shape.client()
     with ExitStack() as stack:
-        trunks: list[RemoteTrunk] = []
+        steps: list[Callable[[], object]] = []
 
         def begin(count: int) -> None:
-            for i in range(len(trunks), count):
+            for i in range(len(steps), count):
                 link = GrpcLink(address, token=tokens[i], wire=shape.run.wire)
                 stack.enter_context(closing(link))
                 trunk = RemoteTrunk(link, model, shape.run, client=name_of(i))
                 trunk.open()
-                empty_client(shape, trunk)()
-                trunks.append(trunk)
+                steps.append(empty_client(shape, trunk))
+            with ThreadPoolExecutor(count) as pool:
+                list(pool.map(lambda step: step(), steps))
 
         yield {"begin": begin}

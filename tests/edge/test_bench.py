@@ -47,7 +47,13 @@ FIGURES = {
         "words",
     ],
     "clients": ["least_growth", "sample_cost_8c"],
-    "scale": ["clients_128_of_8", "idle_client_bytes", "servers_gain", "tp_bytes_per_rank"],
+    "scale": [
+        "clients_128_of_8",
+        "cores_gain",
+        "idle_client_bytes",
+        "servers_gain",
+        "tp_bytes_per_rank",
+    ],
     "memory": [
         "checkpointing_memory_saved",
         "checkpointing_memory_saved_computed",
@@ -170,7 +176,7 @@ def of_all_chats(told: dict[str, Any]) -> None:
 def of_half_a_trunk_per_rank(told: dict[str, Any]) -> None:
     figures = told["figures"]
     assert 0.5 <= figures["tp_bytes_per_rank"] <= 0.55
-    assert min(figures["servers_gain"], figures["clients_128_of_8"]) > 0
+    assert min(figures[name] for name in ("servers_gain", "cores_gain", "clients_128_of_8")) > 0
     assert figures["idle_client_bytes"] < 2**20
 
 
