@@ -201,6 +201,8 @@ class Serve(Command):
         from fedsplit.ranks.replay import replay
         from fedsplit.runs.folder import RunFolder
         from fedsplit.serve import plain_name, plan, trunks_of
+        from fedsplit.trunk.follower_training import FollowerTraining
+        from fedsplit.trunk.training import Training
 
         folders = [word for word in self.words if "=" not in word]
         if len(folders) + bool(self.model) > 1:
@@ -214,7 +216,8 @@ class Serve(Command):
         with ranks_of(self.tp, [sys.executable, "-m", "fedsplit", *sys.argv[1:]]) as ranks:
             if ranks and ranks.rank:
                 ((_, trunk),) = trunks_of(served, run, ranks.device, ranks.size)
-                replay(ranks, trunk, run, update_of(run))
+                training = FollowerTraining if self.leader else Training
+                replay(ranks, trunk, run, update_of(run), training)
             else:
                 self._serve_to_clients(served, run, finished, ranks)
 

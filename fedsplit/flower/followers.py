@@ -17,9 +17,11 @@ from fedsplit.config.schema import from_yaml, to_yaml
 from fedsplit.console import quiet_libraries
 from fedsplit.errors import Internal
 from fedsplit.flower.logs import show_logs
+from fedsplit.flower.rank import command_of, shard_on
 from fedsplit.flower.share import Preparation, tokenizer_of
 from fedsplit.model.describe import config_of, trunk_of
 from fedsplit.model.placement import devices_of, placed
+from fedsplit.ranks.group import Ranks, ranks_of
 from fedsplit.spec import RunSpec, WireSpec
 from fedsplit.telemetry.context import working_on
 from fedsplit.transport.client import GrpcLink
@@ -182,31 +184,48 @@ def following(given: Following) -> Iterator[tuple[str, FollowerService]]:
         FedsplitError: The leader refuses or cannot be reached, or the model cannot be built.
     """
     run = from_yaml(given.run)
+    with ranks_of(run.launch.trunk_tp, command_of(run)) as ranks:
+        service = _service(given, run, ranks)
+        with service, _listening(run, given.name, service) as address:
+            yield address, service
+
+
+def _service(given: Following, run: RunSpec, ranks: Ranks | None) -> FollowerService:
     preparation = Preparation(tokenizer=given.tokenizer, labels=given.labels)
-    device = run.launch.trunk_device
     config = config_of(run, tokenizer_of(run, preparation), given.labels)
-    trunk = placed(trunk_of(run, config, devices_of(device)[0]), device)
+    if ranks:
+        trunk = shard_on(ranks, run, config, follows=True)
+    else:
+        device = run.launch.trunk_device
+        trunk = placed(trunk_of(run, config, devices_of(device)[0]), device)
     # The leader's certificate is its own, unless an authority has signed it.
     trusted = replace(run.wire, tls_ca=run.wire.tls_ca or run.wire.tls_cert)
 
     def connect() -> GrpcLink:
         return GrpcLink(given.address, token=given.token, wire=trusted, patience_s=_PATIENCE_S)
 
-    with FollowerService(trunk, run, connect, given.token, name=given.name) as service:
-        wire = wire_of(run.wire, given.name)
-        server = GrpcServer(
-            service,
-            wire=wire,
-            limits=service.limits,
-            max_clients=run.limits.streams_per_client * run.clients,
-            budgets=run.limits,
-        )
-        try:
-            bound = server.start()
-            host = run.wire.advertise.rpartition(":")[0]
-            yield f"{host}:{bound.rpartition(':')[2]}" if host else bound, service
-        finally:
-            server.stop()
+    service = FollowerService(trunk, run, connect, given.token, name=given.name, channel=ranks)
+    if ranks:
+        ranks.lead(trunk, service.lose)
+    return service
+
+
+@contextmanager
+def _listening(run: RunSpec, name: str, service: FollowerService) -> Iterator[str]:
+    """A context in which a follower's clients can connect to it; gives its address."""
+    server = GrpcServer(
+        service,
+        wire=wire_of(run.wire, name),
+        limits=service.limits,
+        max_clients=run.limits.streams_per_client * run.clients,
+        budgets=run.limits,
+    )
+    try:
+        bound = server.start()
+        host = run.wire.advertise.rpartition(":")[0]
+        yield f"{host}:{bound.rpartition(':')[2]}" if host else bound
+    finally:
+        server.stop()
 
 
 def wire_of(wire: WireSpec, name: str) -> WireSpec:

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from fedsplit.errors import ConfigError
 from fedsplit.flower.followers import Followers
-from fedsplit.flower.rank import build_order
+from fedsplit.flower.rank import shard_on
 from fedsplit.flower.share import Preparation
-from fedsplit.model.describe import trunk_of
 from fedsplit.model.lora import trainable
 from fedsplit.model.stage import TrunkPart
 from fedsplit.ranks.group import Ranks
@@ -81,9 +80,7 @@ class TrunkServer:
         Raises:
             UnsupportedModel: The family cannot be cut over ranks.
         """
-        config = self._trunk.config
-        ranks.send(build_order(self._run, config))
-        self._shard = trunk_of(self._run, config, ranks.device, ranks=ranks.size)
+        self._shard = shard_on(ranks, self._run, self._trunk.config)
         self._ranks = ranks
         self.service = self._new_service()
         ranks.begin(group_of(self._shard))

@@ -24,10 +24,9 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from fedsplit.console import print_error
 from fedsplit.errors import ConfigError, FedsplitError, Internal, error_text
 from fedsplit.model.stage import TrunkPart
-from fedsplit.ranks.messages import read, written
-from fedsplit.trunk.engine import TrunkEngine
+from fedsplit.ranks.messages import read, tensors_of, written
 from fedsplit.trunk.shards import group_of
-from fedsplit.trunk.turns import Message, Order
+from fedsplit.trunk.turns import Message
 
 _BEAT_S = 0.5
 _SILENCE_S = 5.0
@@ -101,9 +100,8 @@ class Ranks:
         self._broadcast(_as_tensor(data[:_PACKET].ljust(_PACKET, b"\0")))
         if rest:
             self._broadcast(_as_tensor(rest))
-        if isinstance(message, Order):
-            for tensor in message.state.values():
-                self._broadcast(tensor.contiguous())
+        for tensor in tensors_of(message):
+            self._broadcast(tensor.contiguous())
 
     def receive(self) -> Message:
         """Return the next message of rank 0."""
@@ -118,9 +116,8 @@ class Ranks:
             data += rest
         begin = 16 + header_size
         message = read(bytes(data[16:begin]), bytes(data[begin:]))
-        if isinstance(message, Order):
-            for tensor in message.state.values():
-                self._broadcast(tensor)
+        for tensor in tensors_of(message):
+            self._broadcast(tensor)
         return message
 
     def fail(self, reason: str) -> NoReturn:
@@ -142,9 +139,9 @@ class Ranks:
 
     # --- the life of the ranks ----------------------------------------------------------------
 
-    def lead(self, trunk: TrunkPart, engine: TrunkEngine) -> None:
-        """Have the other ranks run what an engine runs, which ends if one of them does."""
-        self.on_lost = engine.lose
+    def lead(self, trunk: TrunkPart, on_lost: Callable[[FedsplitError], None]) -> None:
+        """Have the other ranks run what the engine of a trunk runs; `on_lost` is the attribute."""
+        self.on_lost = on_lost
         self.begin(group_of(trunk))
 
     def begin(self, group: "dist.ProcessGroup") -> None:

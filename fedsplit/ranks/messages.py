@@ -20,7 +20,7 @@ _ANY_SIZE = 1 << 62
 
 
 def written(message: Message) -> tuple[bytes, bytes]:
-    """Return the header and the frames of a message; the tensors of an order's state follow it."""
+    """Return the header and the frames of a message; its tensors follow (see `tensors_of`)."""
     if isinstance(message, Turn):
         frames = [_frame(call) for call in message.calls]
         calls = [_fields(each, len(f)) for each, f in zip(message.calls, frames, strict=True)]
@@ -33,7 +33,7 @@ def written(message: Message) -> tuple[bytes, bytes]:
 
 
 def read(header: bytes, frames: bytes) -> Message:
-    """Return the message of a header and frames; the state of an order has empty tensors."""
+    """Return the message of a header and frames; its tensors have no values yet."""
     found = json.loads(header)
     if not isinstance(found, dict):
         return bool(found) if found is not None else None
@@ -45,6 +45,13 @@ def read(header: bytes, frames: bytes) -> Message:
         calls=list(_calls(found["calls"], frames)),
         outcome=Outcome(steps=steps, norm=norm, refused=refused),
     )
+
+
+def tensors_of(message: Message) -> list[Tensor]:
+    """Return the tensors of a message: those of the states of its orders."""
+    found = [call.request for call in message.calls] if isinstance(message, Turn) else [message]
+    states = [each.state or {} for each in found if isinstance(each, Order)]
+    return [tensor for state in states for tensor in state.values()]
 
 
 def _fields(call: Call, size: int) -> dict[str, Any]:
@@ -91,13 +98,17 @@ def _calls(found: list[dict[str, Any]], frames: bytes) -> Iterator[Call]:
 
 
 def _order(order: Order) -> dict[str, Any]:
-    state = {k: (str(t.dtype).partition(".")[2], list(t.shape)) for k, t in order.state.items()}
+    state = None
+    if order.state is not None:
+        state = {k: (str(t.dtype).partition(".")[2], list(t.shape)) for k, t in order.state.items()}
     return {"order": order.name, "arguments": order.arguments, "state": state}
 
 
 def _read_order(found: Mapping[str, Any]) -> Order:
-    state: dict[str, Tensor] = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype))
-        for name, (dtype, shape) in found["state"].items()
-    }
+    state: dict[str, Tensor] | None = None
+    if found["state"] is not None:
+        state = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype))
+            for name, (dtype, shape) in found["state"].items()
+        }
     return Order(found["order"], tuple(found["arguments"]), state)

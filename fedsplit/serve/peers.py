@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fedsplit.errors import ConfigError
 from fedsplit.model import TrunkPart
+from fedsplit.ranks.group import Ranks
 from fedsplit.spec import RunSpec, WireSpec
 from fedsplit.transport.client import GrpcLink
 from fedsplit.trunk.follower import FollowerService
@@ -47,28 +48,35 @@ class Peers:
                 f"{' with policy.sim_slowdown' if run.policy.sim_slowdown else ''} does not allow "
                 "it; use policy=sync or policy=quorum"
             )
-        if self.token and run.launch.trunk_tp > 1:
-            raise ConfigError(
-                "several servers share the parameters of a trunk, and with "
-                f"launch.trunk_tp={run.launch.trunk_tp} each rank has a shard of them; use one of "
-                "the two"
-            )
         if self.token and (update.replicas or update.keeps_passes):
             raise ConfigError(
                 f"several servers share the steps of a trunk, and {update.__name__} does not allow "
                 "it; use strategy=splitfed_v2"
             )
 
-    def follower(self, name: str, trunk: TrunkPart, run: RunSpec) -> FollowerService:
-        """Return the service of a trunk that follows the trunk of this name at the leader."""
-        return FollowerService(
+    def follower(
+        self, name: str, trunk: TrunkPart, run: RunSpec, ranks: Ranks | None
+    ) -> FollowerService:
+        """Return the service of a trunk that follows the trunk of this name at the leader.
+
+        Args:
+            name: The trunk's name.
+            trunk: The trunk part, or the shard of this rank.
+            run: The run, which must be the leader's.
+            ranks: Those of this server, of which this is the first.
+        """
+        service = FollowerService(
             trunk,
             run,
             lambda: GrpcLink(self.leader, token=self.token, wire=self.wire),
             self.token,
             name=f"server-{secrets.token_hex(4)}",
             served_model_name=name,
+            channel=ranks,
         )
+        if ranks:
+            ranks.lead(trunk, service.lose)
+        return service
 
 
 ALONE = Peers()

@@ -182,13 +182,13 @@ def _service(
     telemetry: Telemetry,
     ranks: Ranks | None,
 ) -> TrunkService:
-    service = (
-        peers.follower(name, trunk, run)
-        if peers.leader
-        else TrunkService(trunk, run, update=update, servers_token=peers.token, channel=ranks)
-    )
-    if ranks:
-        ranks.lead(trunk, service.engine)
+    service: TrunkService
+    if peers.leader:
+        service = peers.follower(name, trunk, run, ranks)
+    else:
+        service = TrunkService(trunk, run, update=update, servers_token=peers.token, channel=ranks)
+        if ranks:
+            ranks.lead(trunk, service.engine.lose)
     service.engine.meter.telemetry = telemetry
     telemetry.watch(name, partial(state_of, service))
     return service

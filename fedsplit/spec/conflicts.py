@@ -231,13 +231,6 @@ CONFLICTS = (
         "launch.trunk_tp=1",
     ),
     Conflict(
-        setting="launch.trunk_tp",
-        other="launch.trunk_servers",
-        when=lambda ranks, servers: ranks > 1 and servers > 1,
-        why=_SHARED_STEPS + "with launch.trunk_tp={run.launch.trunk_tp} each rank has a shard of "
-        "the parameters that they would read; use one of the two",
-    ),
-    Conflict(
         setting="wire.client_weights",
         other="shares_client_weights",
         when=lambda codec, shares: codec != "none" and not shares,

@@ -108,8 +108,9 @@ class TrunkEngine(EngineReadings):
             "expect": self._expect,
             "forget": self._forget_client,
             "scale_lr": partial(setattr, self.training, "lr_scale"),
+            "parameters": self.training.shared.parameters,
         }
-        for name in ("average", "gradients", "state", "load_state"):
+        for name in self.training.orders:
             self._orders[name] = getattr(self.training, name)
 
     # --- called from any thread ---------------------------------------------------------------
@@ -387,4 +388,5 @@ class TrunkEngine(EngineReadings):
     def _done(self, work: Callable[[], Any] | Order) -> Any:
         if not isinstance(work, Order):
             return work()
-        return self._orders[work.name](*work.arguments, *((work.state,) if work.state else ()))
+        state = () if work.state is None else (work.state,)
+        return self._orders[work.name](*work.arguments, *state)

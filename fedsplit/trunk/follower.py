@@ -8,13 +8,15 @@ server whether its step was accepted.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import replace
 
-from fedsplit.errors import FedsplitError, SessionLost
+from torch import Tensor
+
+from fedsplit.errors import ConnectionLost, FedsplitError, SessionLost
 from fedsplit.link import Link
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
@@ -25,6 +27,7 @@ from fedsplit.trunk.norm_guard import GuardCounts
 from fedsplit.trunk.registry import VouchedClients
 from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.sessions import Session
+from fedsplit.trunk.turns import Channel, Order
 from fedsplit.wire import messages as m
 from fedsplit.wire import server_messages as s
 
@@ -46,6 +49,7 @@ class FollowerService(TrunkService):
         name: The follower's name.
         served_model_name: The trunk's name at the leader; empty for its first one.
         clock: Seconds that do not run backwards.
+        channel: As in `TrunkEngine`; the leader's ranks are others, and may be more or fewer.
 
     Raises:
         FedsplitError: The leader refuses, or cannot be reached for good.
@@ -61,9 +65,12 @@ class FollowerService(TrunkService):
         name: str,
         served_model_name: str = "",
         clock: Callable[[], float] = time.monotonic,
+        channel: Channel | None = None,
     ) -> None:
         clients = VouchedClients(token)
-        super().__init__(trunk, run, clock, training=FollowerTraining, clients=clients)
+        super().__init__(
+            trunk, run, clock, training=FollowerTraining, clients=clients, channel=channel
+        )
         self.name = name
         self._served_model_name = served_model_name
         # One for each direction: a request for parameters waits at the leader.
@@ -79,11 +86,9 @@ class FollowerService(TrunkService):
             target=copy_context().run, args=(self._follow,), name="fedsplit-follow", daemon=True
         )
 
-    @property
-    def _training(self) -> FollowerTraining:
-        training = self.engine.training
-        assert isinstance(training, FollowerTraining)
-        return training
+    def lose(self, reason: FedsplitError) -> None:
+        """End because of a lost rank; clients go on at another server, as if this one were gone."""
+        self.engine.lose(ConnectionLost(str(reason)))
 
     def __enter__(self) -> "FollowerService":
         self.server_instance_id = ""
@@ -165,14 +170,13 @@ class FollowerService(TrunkService):
 
     def _contributed(self, call: Call) -> m.StepReply:
         """Send the leader what a session has accumulated; return the leader's reply."""
-        training = self._training
-        contribution: s.ContributeRequest = self._wait(self.engine.run(lambda: training.take(call)))
+        taken = self._wait(self.engine.run(Order("take", (call.client, call.session))))
         try:
-            reply = self._to_leader(contribution)
+            reply = self._to_leader(_contribution(call, *taken))
         except FedsplitError:
-            self.engine.run(lambda: training.refused(call.client))
+            self.engine.run(Order("refused", (call.client,)))
             raise
-        self.engine.run(lambda: training.accepted(call.client, reply.version))
+        self.engine.run(Order("accepted", (call.client, reply.version)))
         return reply
 
     def _close(self, session: Session, request: m.CloseRequest) -> m.CloseReply:
@@ -279,14 +283,27 @@ class FollowerService(TrunkService):
                     self._end(self._sessions.of(name, self._sessions.client_of(name)))
         if reply.names:
             values = dict(zip(reply.names, reply.parameters, strict=True))
-
-            def take() -> None:
-                if is_new:
-                    self._training.release_all()
-                self._training.follow(values, reply.version, reply.barrier_version)
-
+            follow = Order("follow", (reply.version, reply.barrier_version, is_new), values)
             # After the ends of the sessions, whose graphs may be of a version of this number.
-            self._wait(self.engine.run(take, late=is_new))
+            self._wait(self.engine.run(follow, late=is_new))
         with self._arrived:
             self.server_instance_id, self._version = reply.server_instance_id, reply.version
             self._arrived.notify_all()
+
+
+def _contribution(
+    call: Call, num_positions: int, barrier_version: int, gradients: Mapping[str, Tensor]
+) -> s.ContributeRequest:
+    step = call.request
+    return s.ContributeRequest(
+        session=call.session,
+        call=step.call,
+        step=step.step,
+        num_tokens=step.num_tokens,
+        client_sq_norm=step.client_sq_norm,
+        loss_scale=step.loss_scale,
+        num_positions=num_positions,
+        barrier_version=barrier_version,
+        names=tuple(gradients),
+        gradients=tuple(gradients.values()),
+    )

@@ -7,11 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedsplit.trunk import aggregator
-from fedsplit.trunk.call import Call
 from fedsplit.trunk.replica import Replica
 from fedsplit.trunk.training import Training
-from fedsplit.wire.messages import StepRequest
-from fedsplit.wire.server_messages import ContributeRequest
 
 
 class FollowedReplica(Replica):
@@ -50,32 +47,30 @@ class FollowerTraining(Training):
     """A trunk in training at a follower; see `Training`."""
 
     new_replica = FollowedReplica
+    orders = (*Training.orders, "take", "accepted", "refused", "follow")
     shared: FollowedReplica
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
         self._held: dict[str, float] = {}
 
-    def take(self, call: Call) -> ContributeRequest:
+    def take(self, client: str, session: str) -> tuple[int, int, dict[str, Tensor]]:
         """Take what a session has accumulated, for the leader; its client is held back from now on.
+
+        Returns:
+            The `num_positions` and the `barrier_version` of the work, and its whole gradients.
 
         Raises:
             ProtocolError: There is nothing.
             StaleVersion: It is older than any that the leader would accept.
         """
-        work, step = self.works.accumulated(call.session), call.request
-        work.require_open(call.client)
-        self.works.remove(call.session)
-        work.end()
+        work = self.works.accumulated(session)
+        work.require_open(client)
+        gradients = self.works.gradients(session)
+        self.works.end(session)
         # The version is not known before the leader's reply.
-        self._hold(call.client, math.inf)
-        return _contribution(
-            call.session,
-            step,
-            work.num_positions,
-            work.barrier_version,
-            {name: gradient.cpu() for name, gradient in work.gradients.items()},
-        )
+        self._hold(client, math.inf)
+        return work.num_positions, work.barrier_version, gradients
 
     def accepted(self, client: str, version: int) -> None:
         """Hold a client back until this version has arrived."""
@@ -85,15 +80,21 @@ class FollowerTraining(Training):
         """Hold a client back no longer, because the leader did not accept its contribution."""
         self._hold(client, 0)
 
-    def follow(self, values: Mapping[str, Tensor], version: int, barrier_version: int) -> None:
-        """Take over the leader's parameters; clients whose version it is continue."""
+    def follow(
+        self, version: int, barrier_version: int, is_new: bool, values: Mapping[str, Tensor]
+    ) -> None:
+        """Take over the leader's parameters; clients whose version it is continue.
+
+        Args:
+            version: The leader's version.
+            barrier_version: The number of barriers that had closed at the leader.
+            is_new: Whether the leader is another one, which holds nobody back.
+            values: The whole tensors by name.
+        """
+        if is_new:
+            self._held.clear()
         self.shared.follow(values, version, barrier_version)
         self._drop_outdated(self.shared)
-        self._release()
-
-    def release_all(self) -> None:
-        """Hold nobody back, because the leader is another one."""
-        self._held.clear()
         self._release()
 
     def _hold(self, client: str, version: float) -> None:
@@ -104,24 +105,3 @@ class FollowerTraining(Training):
         current = self.shared.versions.current
         self._held = {c: version for c, version in self._held.items() if version > current}
         self.shared.holding(frozenset(self._held))
-
-
-def _contribution(
-    session: str,
-    step: StepRequest,
-    num_positions: int,
-    barrier_version: int,
-    gradients: Mapping[str, Tensor],
-) -> ContributeRequest:
-    return ContributeRequest(
-        session=session,
-        call=step.call,
-        step=step.step,
-        num_tokens=step.num_tokens,
-        client_sq_norm=step.client_sq_norm,
-        loss_scale=step.loss_scale,
-        num_positions=num_positions,
-        barrier_version=barrier_version,
-        names=tuple(gradients),
-        gradients=tuple(gradients.values()),
-    )

@@ -8,17 +8,16 @@ follower calls its leader, and never the other way round, so that the death of o
 
 import hmac
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from fedsplit.errors import BadTensor, Draining
 from fedsplit.trunk.call import Call, Kind
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.norm_guard import GuardCounts
+from fedsplit.trunk.replica import Parameters
 from fedsplit.trunk.sessions import Session
+from fedsplit.trunk.turns import Order
 from fedsplit.wire.messages import StepReply, StepRequest
 from fedsplit.wire.server_messages import (
     ContributeRequest,
@@ -34,15 +33,6 @@ POLL_S = 5.0
 
 _SPARE_BYTES = 8
 """More than the padding of a tensor on the wire."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Parameters:
-    """A copy of the trained parameters of a version, after so many barriers have closed."""
-
-    version: int
-    barrier_version: int
-    values: Mapping[str, Tensor]
 
 
 class Followers:
@@ -61,10 +51,12 @@ class Followers:
         self._changed = threading.Condition()
         self._is_closed = False
         self._heard_at: dict[str, float] = {}
-        self._copy: _Parameters | None = None
-        values = engine.training.shared.versions.values()
-        self._kinds = {name: (value.dtype, value.shape) for name, value in values.items()}
-        self._payload_bytes = sum(value.nbytes + _SPARE_BYTES for value in values.values())
+        self._copying = threading.Lock()
+        self._copy: Parameters | None = None
+        self._kinds = engine.training.shared.versions.kinds()
+        self._payload_bytes = sum(
+            shape.numel() * dtype.itemsize + _SPARE_BYTES for dtype, shape in self._kinds.values()
+        )
         engine.on_step = self._notify
 
     def is_one(self, token: str) -> bool:
@@ -107,7 +99,7 @@ class Followers:
             )
         if self._is_closed:
             raise Draining("the leader is shutting down; try again when it is back")
-        parameters: _Parameters = self._engine.run(self._current).result()
+        parameters = self._current()
         values = {} if parameters.version == known else parameters.values
         return ParametersReply(
             server_instance_id=instance,
@@ -131,8 +123,10 @@ class Followers:
                 )
 
         def submit(call: Call) -> "Future[StepReply]":
+            of = request.session, request.num_positions, request.barrier_version
+            gradients = dict(zip(request.names, request.gradients, strict=True))
             # On one thread and in this order, as if the session had accumulated it here.
-            self._engine.run(lambda: self._receive(request))
+            self._engine.run(Order("receive", of, gradients))
             return self._engine.submit(call)
 
         step = StepRequest(
@@ -157,29 +151,16 @@ class Followers:
         )
         return WorkReportReply()
 
-    # --- the engine's thread ------------------------------------------------------------------
+    # --- the parameters -----------------------------------------------------------------------
 
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
-    def _current(self) -> _Parameters:
+    def _current(self) -> Parameters:
         """Return the current parameters; all followers share one copy of a version."""
-        shared = self._engine.training.shared
-        if self._copy is None or self._copy.version != shared.versions.current:
-            # The next step changes the tensors in place.
-            values = {k: v.cpu().clone() for k, v in shared.versions.values().items()}
-            self._copy = _Parameters(
-                version=shared.versions.current,
-                barrier_version=shared.barrier.version,
-                values=values,
-            )
-        return self._copy
-
-    def _receive(self, request: ContributeRequest) -> None:
-        shared = self._engine.training.shared
-        work, here = shared.begin(), shared.versions.values()
-        work.barrier_version = min(work.barrier_version, request.barrier_version)
-        gradients = zip(request.names, request.gradients, strict=True)
-        work.add({name: g.to(here[name].device) for name, g in gradients}, request.num_positions)
-        self._engine.training.works.put(request.session, work)
+        versions = self._engine.training.shared.versions
+        with self._copying:
+            if self._copy is None or self._copy.version != versions.current:
+                self._copy = self._engine.run(Order("parameters")).result()
+            return self._copy

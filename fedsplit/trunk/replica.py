@@ -100,6 +100,15 @@ class Work:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Parameters:
+    """A copy of the trained parameters of a version, after so many barriers have closed."""
+
+    version: int
+    barrier_version: int
+    values: Mapping[str, Tensor]
+
+
 class Replica:
     """Trains one set of parameters.
 
@@ -151,6 +160,13 @@ class Replica:
         """Return new work for a step of a session, on the current version."""
         return Work(
             replica=self, version=self.versions.current, barrier_version=self.barrier.version
+        )
+
+    def parameters(self) -> Parameters:
+        """Return a copy of the current parameters, with the values at rank 0; all call this."""
+        versions = self.versions
+        return Parameters(
+            version=versions.current, barrier_version=self.barrier.version, values=versions.whole()
         )
 
     def notify(self, event: aggregator.Event, now: float) -> aggregator.Decision:

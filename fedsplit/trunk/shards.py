@@ -106,28 +106,35 @@ class ShardLayout:
         return total.item()
 
     def whole(self, name: str, shard: Tensor) -> Tensor:
-        """Return the whole tensor of which every rank has a shard, cut as the parameter `name`.
+        """Return a copy of the tensor of which each rank has a shard, cut as the parameter `name`.
 
-        All ranks call this, and only rank 0 gets the values.
+        All ranks call this, and only rank 0 gets the values. The copy is on the CPU.
         """
-        if name not in self._cut or shard.ndim != self._cut[name].ndim:
-            return shard
-        like = self._cut[name]
-        found: Tensor = DTensor.from_local(
-            shard,
-            like.device_mesh,
-            like.placements,
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
-        ).full_tensor()
-        return found if dist.get_rank() == 0 else found.new_empty(0)
+        if name in self._cut and shard.ndim == self._cut[name].ndim:
+            like = self._cut[name]
+            shard = DTensor.from_local(
+                shard,
+                like.device_mesh,
+                like.placements,
+                run_check=False,
+                shape=like.shape,
+                stride=like.stride(),
+            ).full_tensor()
+            if dist.get_rank():
+                shard = shard.new_empty(0)
+        # `cpu` alone copies nothing on a CPU, and the next step would change the copy.
+        return shard.to("cpu", copy=True)
+
+    def shape(self, name: str, shard: Tensor) -> torch.Size:
+        """Return the shape of a whole parameter, from this rank's shard of it."""
+        return self._cut[name].shape if name in self._cut else shard.shape
 
     def shard(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's shard of a tensor that is cut as the parameter `name`."""
         if name not in self._cut or whole.shape != self._cut[name].shape:
             return whole
-        return shard_of(self._cut[name], whole)
+        # In memory of its own: a slice would keep the whole tensor.
+        return shard_of(self._cut[name], whole).clone(memory_format=torch.contiguous_format)
 
     def _is_cut(self, name: str) -> bool:
         return name in self._cut and not all(p.is_replicate() for p in self._cut[name].placements)

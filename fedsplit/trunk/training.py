@@ -44,9 +44,11 @@ class Training:
         shared: The replica that all clients share.
         works: What each session has accumulated since its last step.
         new_replica: The class of the replicas.
+        orders: The names of the methods that are orders.
     """
 
     new_replica: ClassVar[type[Replica]] = Replica
+    orders: ClassVar[tuple[str, ...]] = ("average", "gradients", "receive", "state", "load_state")
 
     def __init__(
         self, trunk: TrunkPart, run: RunSpec, clock: Callable[[], float], update: type[TrunkUpdate]
@@ -262,6 +264,15 @@ class Training:
             reply = work.replica.contribute(call.client, work, call.request, bounds, now)
         self.quarantine.accept(call.client, clipped=work.is_clipped)
         return reply
+
+    def receive(
+        self, session: str, positions: int, barrier_version: int, gradients: Mapping[str, Tensor]
+    ) -> None:
+        """Set what a session has accumulated, to whole gradients that a follower has sent."""
+        work = self.shared.begin()
+        work.barrier_version = min(work.barrier_version, barrier_version)
+        work.add(self.shared.versions.shards(gradients), positions)
+        self.works.put(session, work)
 
     def step_if_due(self) -> list[StepTaken]:
         """Take the steps that barriers have decided on; return them."""

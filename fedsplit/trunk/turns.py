@@ -12,7 +12,7 @@ the turn, and rank 0 says whether a pass of generation begins.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
@@ -36,12 +36,12 @@ _CLOSE = 1e-3
 class Order:
     """A change of an engine's state that no request asks for, by the name of what is done.
 
-    `arguments` can be written as JSON. `state` has the tensors of a state that is loaded.
+    `arguments` can be written as JSON. `state` has whole tensors by name; it is the last argument.
     """
 
     name: str
     arguments: tuple[Any, ...] = ()
-    state: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,31 +107,42 @@ class ParameterVersions:
         """Return the current version's shards, by name; the next step may change them in place."""
         return {name: master.data for name, master in self._optimizer.parameters.items()}
 
+    def whole(self) -> dict[str, Tensor]:
+        """Return a copy of the current version's whole tensors; see `ShardLayout.whole`."""
+        return {name: self.layout.whole(name, value) for name, value in self.values().items()}
+
+    def kinds(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Return the type and the shape of each whole tensor, by name."""
+        return {n: (value.dtype, self.layout.shape(n, value)) for n, value in self.values().items()}
+
+    def shards(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's shards of whole tensors like the parameters, on their devices."""
+        here = self.values()
+        return {n: self.layout.shard(n, t).to(here[n].device) for n, t in tensors.items()}
+
     def assign(self, values: Mapping[str, Tensor], version: int) -> None:
         """Publish these values as a version; the moments do not change.
 
         Args:
-            values: The tensors by name.
+            values: The whole tensors by name.
             version: The version, which nothing is pinned to.
         """
         self._leave_current()
         for name, master in self._optimizer.parameters.items():
-            master.data.copy_(values[name])
+            master.data.copy_(self.layout.shard(name, values[name]))
         self.current = version
         self._publish()
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the state of training, by name."""
-        state = {
-            **{PARAMETER + name: self.layout.whole(name, v) for name, v in self.values().items()},
+        return {
+            **{PARAMETER + name: value for name, value in self.whole().items()},
             **{
                 _MOMENT + key: self._whole_moment(key, v)
                 for key, v in self._optimizer.state().items()
             },
             _VERSION: torch.tensor(self.current),
         }
-        # `cpu` alone copies nothing on a CPU, and the next step would change the checkpoint.
-        return {name: tensor.cpu().clone() for name, tensor in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state that `state` returned; no graph may be outstanding.

@@ -67,8 +67,8 @@ class Works:
                 work.outdate()
 
     def gradients(self, session: str) -> dict[str, Tensor]:
-        """Return a copy of the gradients of a session since its last step, by parameter name."""
+        """Return a copy of the whole gradients of a session since its last step, by name."""
         if (work := self._works.get(session)) is None:
             return {}
         whole = work.replica.versions.layout.whole
-        return {name: whole(name, own).cpu().clone() for name, own in work.gradients.items()}
+        return {name: whole(name, own) for name, own in work.gradients.items()}

@@ -58,6 +58,10 @@ def test_a_state_continues_on_another_number_of_ranks(found):
     assert found["resumed"] == {"cut from alone": True, "alone from cut": True}
 
 
+def test_steps_are_the_same_if_a_follower_on_ranks_computes_the_gradients(found):
+    assert found["followed"] == {"leader": True, "follower": True}
+
+
 def test_a_rank_reads_its_shard_of_the_files(found):
     assert found["read"]["equal"]
     assert found["read"]["share"] <= 0.55

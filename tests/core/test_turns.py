@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedsplit.errors import NonFinite
-from fedsplit.ranks.messages import read, written
+from fedsplit.ranks.messages import read, tensors_of, written
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.aggregator import Barrier
 from fedsplit.trunk.call import Call, Kind
@@ -20,17 +20,21 @@ class Lost(Exception):
 
 
 class Pipe:
-    """A channel of two schedulers in one process, which carries bytes."""
+    """A channel of two schedulers in one process, which carries bytes and tensors."""
 
     def __init__(self, rank, messages):
         self.rank = rank
         self._messages = messages
 
     def send(self, message):
-        self._messages.put(written(message))
+        self._messages.put((*written(message), tensors_of(message)))
 
     def receive(self):
-        return read(*self._messages.get_nowait())
+        header, frames, tensors = self._messages.get_nowait()
+        message = read(header, frames)
+        for empty, tensor in zip(tensors_of(message), tensors, strict=True):
+            empty.copy_(tensor)
+        return message
 
     def fail(self, reason):
         raise Lost(reason)
@@ -81,6 +85,18 @@ def test_an_order_names_the_tensors_that_follow_it():
     assert {k: (t.shape, t.dtype) for k, t in got.state.items()} == {
         k: (t.shape, t.dtype) for k, t in state.items()
     }
+
+
+def test_an_order_that_is_called_arrives_with_its_tensors(ranks):
+    first, other, _ = ranks
+    sent = Order("receive", ("s", 24, 1), {"a": torch.randn(2, 3), "b": torch.randn(4)})
+    for order in (sent, Order("receive", ("s", 24, 1), {})):
+        first.submit(Call(kind=Kind.CONTROL, request=order))
+        first.next_batch(Barrier(), 0.0)
+        (call,) = other.next_batch(Barrier(), 0.0)
+        assert (call.request.name, call.request.arguments) == ("receive", ("s", 24, 1))
+        assert call.request.state.keys() == order.state.keys()
+        assert all(torch.equal(call.request.state[k], v) for k, v in order.state.items())
 
 
 def test_another_rank_gets_the_calls_and_the_time_but_not_what_concerns_the_queue(ranks):

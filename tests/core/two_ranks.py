@@ -7,6 +7,7 @@ what else was found, by name.
 import copy
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from fedsplit.model import build_trunk, split_model
 from fedsplit.model.lora import add_adapters, load_adapter, save_adapter
 from fedsplit.model.tensor_parallel import bytes_of_rank, sharding
 from fedsplit.spec import LoraSpec, TrainSpec
+from fedsplit.trunk.call import Call, Kind
+from fedsplit.trunk.follower_training import FollowerTraining
 from fedsplit.trunk.service import TrunkService
+from fedsplit.trunk.training import Training
+from fedsplit.trunk.update import TrunkUpdate
+from fedsplit.wire.messages import BackwardRequest, ForwardRequest, StepRequest
 from simulations import families
 from simulations.families import random_model
 from simulations.sharded import compared, on_ranks, run_of, trained, trunk_of, without_dropout
@@ -41,6 +47,7 @@ def check(folder: Path) -> dict[str, Any]:
         "read": read(whole, run, folder),
         "refused": {family: refused(family) for family in ("gpt2", "gpt_oss")},
         "adapter": adapted(whole, folder),
+        "followed": followed(whole, run),
     }
     return found
 
@@ -74,6 +81,64 @@ def read(whole: Any, run: Any, folder: Path) -> dict[str, Any]:
         "equal": all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs if is_cut(a)),
         "share": bytes_of_rank(trunk) / bytes_of_rank(trunk_of(whole, run)),
     }
+
+
+def followed(whole: Any, run: Any) -> dict[str, bool]:
+    """Whether steps are the same, bit by bit, if a follower on ranks has computed the gradients."""
+    alone, leader, follower = (
+        kind(trunk_of(whole, run, 2), run, time.monotonic, TrunkUpdate)
+        for kind in (Training, Training, FollowerTraining)
+    )
+    for each in (alone, leader, follower):
+        each.join("alice", 0.0)
+    for step in range(2):
+        for each in (alone, follower):
+            accumulate(each, step)
+        positions, barrier_version, gradients = follower.take("alice", "s")
+        leader.receive("s", positions, barrier_version, of_rank_0(gradients))
+        request = StepRequest(session="s", call=step, step=step, num_tokens=4, client_sq_norm=0.0)
+        for each in (alone, leader):
+            each.contribute(call(Kind.STEP, request), 0.0)
+            assert len(each.step_if_due()) == 1
+        given = leader.shared.parameters()
+        values = of_rank_0(given.values)
+        follower.follow(given.version, given.barrier_version, False, values)
+    return {
+        "leader": same(leader.state(), alone.state()),
+        "follower": same(follower.shared.versions.values(), leader.shared.versions.values()),
+    }
+
+
+def call(kind: Kind, request: Any) -> Call:
+    return Call(kind=kind, client="alice", session="s", request=request)
+
+
+def accumulate(training: Training, step: int) -> None:
+    """A forward and a backward of a client."""
+    hidden_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(step))
+    asked = ForwardRequest(session="s", call=step, training=True, smashed_BTD=hidden_BTD)
+    forward = call(Kind.FORWARD, asked)
+    training.prepare_forward(forward)
+    training.forward([forward])
+    grads = BackwardRequest(session="s", call=step, want_grad=True, grad_trunk_out_BTD=hidden_BTD)
+    backward = call(Kind.BACKWARD, grads)
+    training.prepare_backward(backward)
+    training.backward([backward])
+
+
+def of_rank_0(tensors: Any) -> Any:
+    """The tensors that rank 0 has, as if they had crossed a network."""
+    held = [tensors]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def same(here: Any, there: Any) -> bool:
+    """Whether tensors are equal at all ranks."""
+    equal = here.keys() == there.keys() and all(torch.equal(here[k], there[k]) for k in here)
+    count = torch.tensor(int(equal))
+    dist.all_reduce(count)
+    return int(count) == dist.get_world_size()
 
 
 def is_cut(parameter: Any) -> bool:

@@ -3,7 +3,10 @@
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import psutil
@@ -14,11 +17,17 @@ from transformers import LlamaForCausalLM
 from fedsplit.client.trainer import ClientTrainer
 from fedsplit.config import compose
 from fedsplit.errors import ConfigError
-from fedsplit.serve import plan, reach, trunks_of
+from fedsplit.flower import client_app
+from fedsplit.flower.inline import run_inline
+from fedsplit.flower.server_app import app_with
+from fedsplit.runs.folder import RunFolder
+from fedsplit.serve import hosted, plan, reach, trunks_of
 from fedsplit.serve.peers import Peers
-from fedsplit.trunk.update import TrunkUpdate
+from fedsplit.spec import WireSpec
+from fedsplit.telemetry.events import Contributed, StepTaken
+from fedsplit.telemetry.sinks import Sink
 from tests.core.worlds import batch
-from tests.edge.federation import federate, joined, largest_difference, spec_for
+from tests.edge.federation import federate, joined, largest_difference, run_config, spec_for
 from tests.edge.forked import Program
 from tests.edge.health import NOT_SERVING, health_of
 from tests.edge.resuming import interrupted, resumed
@@ -92,6 +101,48 @@ def health_until_the_end(address):
         return found
 
 
+@pytest.mark.slow
+def test_a_follower_on_two_ranks_serves_a_client_of_a_leader_in_one_process(model, tmp_path):
+    source, words = str(tmp_path / "model"), ["split=1/2/1", "clients=2", *SGD]
+    run, wire = compose(words), WireSpec(bind="127.0.0.1:0")
+    (tmp_path / "peers").write_text("of-the-servers")
+    with hosted(plan([source], []), run, wire) as alone:
+        expected = trained(source, run, alone, alone)
+    with hosted(plan([source], []), run, wire, peers=Peers(token="of-the-servers")) as leader:
+        options = ["--model", source, "--bind", "127.0.0.1:0", "--tp", "2", "--leader", leader]
+        options += ["--peers-token-file", str(tmp_path / "peers"), *words]
+        with Program("fedsplit", "serve", *options) as follower:
+            address = address_in(follower.stdout.readline())
+            weights = trained(source, run, leader, address)
+            (other,) = psutil.Process(follower.pid).children()
+            other.send_signal(signal.SIGKILL)
+            code, _, errors = follower.end()
+        assert (code, len(errors.splitlines())) == (1, 1)
+        assert "rank 1 has ended with status -9" in errors
+        # Its client goes on at the leader.
+        trained(source, run, leader, leader)
+    assert max((weights[k] - v).abs().max().item() for k, v in expected.items()) < 1e-5
+
+
+def trained(source, run, *addresses):
+    """The weights of two clients after two steps together, each at its server."""
+    with ExitStack() as opened, ThreadPoolExecutor() as pool:
+        clients = [
+            opened.enter_context(reach(source, address, run=run, client=name))
+            for address, name in zip(addresses, ("alice", "bob"), strict=True)
+        ]
+        for each in clients:
+            each.trunk.open()  # so that the first step waits for both
+        trainers = [ClientTrainer(each.model, each.trunk, run) for each in clients]
+        groups = [[[batch(2 * place + i)] for i in range(2)] for place in range(2)]
+        assert [done.steps for done in pool.map(ClientTrainer.fit, trainers, groups)] == [2, 2]
+        return {
+            f"{place}/{name}": tensor.clone()
+            for place, each in enumerate(clients)
+            for name, tensor in each.model.state_dict().items()
+        }
+
+
 RUN = (
     "model.family=llama",
     f"model.config={SIZES}",
@@ -135,22 +186,45 @@ def test_settings_that_ranks_do_not_go_with_are_refused(word, told):
         compose(["launch.trunk_tp=2", word])
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (
-            ["model.quantize=nf4", "lora.enabled=true"],
-            "launch.trunk_tp=2 cuts plain weights over several ranks, but model.quantize=nf4 packs",
-        ),
-        (["launch.trunk_servers=2"], "with launch.trunk_tp=2 each rank has a shard"),
-    ],
-    ids=["quantized", "several servers"],
-)
-def test_what_needs_a_trunk_in_one_process_is_refused(words, told):
+def test_quantized_weights_are_refused():
+    told = "launch.trunk_tp=2 cuts plain weights over several ranks, but model.quantize=nf4 packs"
     with pytest.raises(ConfigError, match=told):
-        compose(["launch.trunk_tp=2", *words])
+        compose(["launch.trunk_tp=2", "model.quantize=nf4", "lora.enabled=true"])
 
 
-def test_ranks_have_no_peers():
-    with pytest.raises(ConfigError, match="launch.trunk_tp=2 each rank has a shard"):
-        Peers(token="shared").check(compose(["launch.trunk_tp=2"]), TrunkUpdate, is_saved=False)
+class RankKiller(Sink):
+    """Kills a rank of the follower while the second step is incomplete."""
+
+    def __init__(self):
+        self.steps = 0
+        self.killed = []
+
+    def on_event(self, event):
+        self.steps += isinstance(event, StepTaken)
+        # The follower has the other client, whose work is lost.
+        if self.steps == 1 and isinstance(event, Contributed) and event.client == "client-0":
+            (follower,) = programs("fedsplit.flower.followers")
+            (rank,) = follower.children()
+            rank.kill()
+            self.killed.append(rank.pid)
+
+
+def programs(name):
+    """The children of this process that run a module."""
+    return [each for each in psutil.Process().children() if name in each.cmdline()]
+
+
+@pytest.mark.slow
+def test_two_servers_on_two_ranks_each_train_as_one_and_lose_a_rank_of_the_follower(tmp_path):
+    words = (*RUN, "clients=2", "train.local_steps=4", "launch.trunk_tp=2")
+    expected = joined(federate(spec_for(tmp_path / "one", *words)))
+    run = spec_for(tmp_path / "two", *words, "launch.trunk_servers=2")
+    killer = RankKiller()
+    run_inline(
+        app_with(killer), client_app.app, num_clients=2, run_config=run_config(run), workers=0
+    )
+    (path,) = Path(run.launch.run_dir).iterdir()
+    weights = joined(RunFolder(path))
+    assert len(killer.killed) == 1
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert not programs("fedsplit.flower.followers") + programs("fedsplit.flower.rank")
