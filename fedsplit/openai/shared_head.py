@@ -19,7 +19,7 @@ from fedsplit.model import ClientPart
 @contextmanager
 def shared_head(model: ClientPart) -> Iterator[None]:
     """A context in which several threads may generate, and share the passes of the model's head."""
-    head: Any = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head.forward = _Shared(head.forward)
     try:
         yield
