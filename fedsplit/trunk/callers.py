@@ -54,6 +54,16 @@ class Callers:
         return self._sessions.client_of(session)
 
 
+def require_own(request: OpenRequest, client: str) -> None:
+    """Refuse to open a session in the name of another client than that of the token.
+
+    Raises:
+        Forbidden: The request names another one.
+    """
+    if request.client != client:
+        raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
+
+
 def not_for_clients(request: Request[Any]) -> Forbidden:
     """Return the error for a client's request that is for followers only."""
     return Forbidden(f"a {request.kind} is for the servers of the run, and not for clients")

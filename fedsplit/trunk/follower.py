@@ -21,6 +21,7 @@ from fedsplit.link import Link
 from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.call import Call, Kind
+from fedsplit.trunk.callers import require_own
 from fedsplit.trunk.follower_training import FollowerTraining
 from fedsplit.trunk.leader import POLL_S
 from fedsplit.trunk.norm_guard import GuardCounts
@@ -115,6 +116,8 @@ class FollowerService(TrunkService):
     def _open(
         self, request: m.OpenRequest, client: str, *, of_follower: bool = False, name: str = ""
     ) -> m.OpenReply:
+        # Before the leader is asked, which believes a follower whose client it is.
+        require_own(request, client)
         # Generation takes nothing from the leader, which needs no cache for it.
         if request.generating:
             return super()._open(request, client)

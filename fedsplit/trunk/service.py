@@ -16,7 +16,6 @@ from fedsplit.errors import (
     ActivationExpired,
     DeadlineExceeded,
     FedsplitError,
-    Forbidden,
     ProtocolError,
     SessionLost,
     TooLarge,
@@ -26,7 +25,7 @@ from fedsplit.model.stage import TrunkPart
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.agreement import Agreement
 from fedsplit.trunk.call import Call, Kind
-from fedsplit.trunk.callers import Callers, not_for_clients
+from fedsplit.trunk.callers import Callers, not_for_clients, require_own
 from fedsplit.trunk.engine import TrunkEngine
 from fedsplit.trunk.guard import require_dtype
 from fedsplit.trunk.leader import Followers
@@ -255,8 +254,7 @@ class TrunkService:
     def _open(
         self, request: m.OpenRequest, client: str, *, of_follower: bool = False, name: str = ""
     ) -> m.OpenReply:
-        if request.client != client:
-            raise Forbidden(f"the token belongs to {client!r}, not to {request.client!r}")
+        require_own(request, client)
         self._agreement.check(request, self.engine.version)
         if request.cache_tokens > self.limits.session_tokens:
             raise TooLarge(

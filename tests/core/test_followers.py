@@ -207,6 +207,18 @@ def test_clients_do_not_pass_as_servers_and_strangers_not_as_clients() -> None:
             )
 
 
+def test_a_client_of_a_follower_ends_no_session_of_another() -> None:
+    with servers() as here:
+        alice, eve = here.add("alice", here.leader), here.add("eve", here.follower)
+        as_eve = LocalLink(here.follower, here.leader.admit("eve"))
+        with alice.trunk.session():
+            with pytest.raises(Forbidden, match="the token belongs to 'eve', not to 'alice'"):
+                RemoteTrunk(as_eve, eve.model, here.run, client="alice").open()
+            assert here.leader.num_sessions == 1
+            alice.trainer.step([batch(0)])
+            wait_until(lambda: here.leader.engine.version == 1)
+
+
 def test_gradients_of_other_parameters_are_refused() -> None:
     with servers() as here:
         bob = here.add("bob", here.follower)
