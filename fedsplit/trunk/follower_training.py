@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from fedsplit.errors import ModelMismatch
 from fedsplit.trunk import aggregator
 from fedsplit.trunk.replica import Replica
 from fedsplit.trunk.training import Training
@@ -90,7 +92,11 @@ class FollowerTraining(Training):
             barrier_version: The number of barriers that had closed at the leader.
             is_new: Whether the leader is another one, which holds nobody back.
             values: The whole tensors by name.
+
+        Raises:
+            ModelMismatch: They are not those that this trunk trains.
         """
+        _require_same(self.shared.versions.kinds(), values)
         if is_new:
             self._held.clear()
         self.shared.follow(values, version, barrier_version)
@@ -105,3 +111,14 @@ class FollowerTraining(Training):
         current = self.shared.versions.current
         self._held = {c: version for c, version in self._held.items() if version > current}
         self.shared.holding(frozenset(self._held))
+
+
+def _require_same(
+    kinds: Mapping[str, tuple[torch.dtype, torch.Size]], values: Mapping[str, Tensor]
+) -> None:
+    theirs = {name: (value.dtype, value.shape) for name, value in values.items()}
+    if different := sorted(dict(kinds.items() ^ theirs.items())):
+        raise ModelMismatch(
+            f"the leader trains other parameters than this server ({different[0]} is not the same "
+            "at both); start both with the same model, cut and settings"
+        )

@@ -15,6 +15,7 @@ from fedsplit.errors import (
     ConfigError,
     ConnectionLost,
     Forbidden,
+    ModelMismatch,
     NonFinite,
     SessionLost,
     TrunkGone,
@@ -259,6 +260,17 @@ def test_a_follower_takes_over_the_state_of_a_leader_that_was_started_again() ->
             with pytest.raises(Unauthenticated):
                 bob.trunk.open()
             again.followers.close()
+
+
+def test_a_leader_that_trains_other_parameters_is_not_followed() -> None:
+    run = small_run()
+    with TrunkService(parts_of(run).trunk, run, servers_token=SECRET) as leader:
+        other = parts_of(run).trunk
+        next(other.parameters()).requires_grad_(False)
+        follower = FollowerService(other, run, lambda: Broken(leader), SECRET, name="server-1")
+        with pytest.raises(ModelMismatch, match="is not the same at both.*same model, cut and"):
+            follower.__enter__()
+        leader.followers.close()
 
 
 def test_settings_that_need_one_server_are_refused() -> None:
