@@ -11,7 +11,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria
 
-from fedsplit.openai.lanes import Lane
+from fedsplit.openai.lanes import Cancelled, Lane
 from fedsplit.openai.sampling import Probabilities
 from fedsplit.openai.text import StopStrings, TextDecoder
 
@@ -149,7 +149,13 @@ class Progress(StoppingCriteria):
         self._emit = emit
 
     def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
-        """Whether each sequence is finished, after its last token was chosen."""
+        """Whether each sequence is finished, after its last token was chosen.
+
+        Raises:
+            Cancelled: The lane was cancelled, so the texts have no end.
+        """
+        if self._lane.cancelled:
+            raise Cancelled
         rows = zip(self._choices, input_ids[:, -1].tolist(), strict=True)
         for row, (choice, token) in enumerate(rows):
             # The tokens after the end are padding, or what another choice waits for.
@@ -159,5 +165,5 @@ class Progress(StoppingCriteria):
             piece = choice.push(token, logprobs_BV[row] if logprobs_BV.numel() else None)
             if piece:
                 self._emit(piece)
-        finished = [choice.finished or self._lane.cancelled for choice in self._choices]
+        finished = [choice.finished for choice in self._choices]
         return torch.tensor(finished, device=input_ids.device)

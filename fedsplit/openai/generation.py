@@ -49,7 +49,7 @@ class Writer:
             emit: Gets each piece at once.
 
         Raises:
-            Cancelled: The lane was cancelled while the trunk was asked.
+            Cancelled: The lane was cancelled.
             Refusal: The request cannot be served.
             FedsplitError: The trunk refused, or could not be reached.
         """

@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import GenerationConfig
 
 from fedsplit.cli import main
 from fedsplit.errors import ConfigError
+from fedsplit.openai.generation import Writer as Answers
+from fedsplit.openai.lanes import Cancelled, Lanes
 from fedsplit.openai.requests import TextRequest
 from fedsplit.openai.sampling import GumbelNoise, processors
 from fedsplit.openai.server import Binding
@@ -461,6 +464,16 @@ def test_the_session_of_a_client_that_leaves_while_the_trunk_waits_is_freed(here
                 other.model(torch.tensor([[5, 6]]), past_key_values=cache)
             assert sessions(here) == 2
         wait_until(lambda: sessions(here) == 1, timeout_s=1.0)
+
+
+def test_a_generation_that_is_cancelled_does_not_pass_for_a_finished_one(here):
+    """It is cancelled while no request is at the trunk."""
+    asked = TextRequest(model=MODEL, prompt="Once", temperature=0.0, max_tokens=12)
+    with reach(str(here.folder), here.trunk) as reached, closing(Lanes(reached, 1)) as lanes:
+        lane = lanes.take()
+        answers = Answers(reached.model, here.tokenizer)
+        with pytest.raises(Cancelled), lanes.using(lane):
+            answers.write(asked, lane, lambda piece: lane.cancel(lane.turn))
 
 
 def test_a_chat_on_a_terminal_ends_its_turns(here):
