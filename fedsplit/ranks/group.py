@@ -6,6 +6,7 @@ they listen to this machine only.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -300,13 +301,17 @@ def _end_with_parent(parent: int) -> None:
 
 def _store(size: int) -> TCPStore:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
+    # A socket that the store makes itself listens to all machines, whatever its host is.
+    listener = socket.create_server(("127.0.0.1", 0))
+    host, port = listener.getsockname()
     return TCPStore(
-        "127.0.0.1",
-        0,
+        host,
+        port,
         size,
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=_START_S),
+        master_listen_fd=listener.detach(),
     )
 
 

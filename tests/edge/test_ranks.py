@@ -58,6 +58,10 @@ def test_a_server_on_two_ranks_trains_saves_and_ends_with_a_rank(model, tmp_path
     words += ["--state-dir", tmp_path / "states", *SGD]
     with Program("fedsplit", "serve", *words) as server:
         address = address_in(server.stdout.readline())
+        first = psutil.Process(server.pid)
+        ports = [port for each in (first, *first.children()) for port in each.net_connections()]
+        hosts = [port.laddr.ip for port in ports if port.status == "LISTEN"]
+        assert hosts and all(host.endswith("127.0.0.1") for host in hosts)
         with reach(source, address, run=run) as reached:
             with reached.trunk.session():
                 ClientTrainer(reached.model, reached.trunk, run).step([example])
