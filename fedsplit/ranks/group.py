@@ -45,6 +45,8 @@ _PACKET = 32 << 10
 """The bytes of the first broadcast of a message; a longer message has a second one."""
 
 _LOST = "lost"
+_PARENT = "FEDSPLIT_RANK_0"
+"""The variable with the process id of rank 0, in the environment of the ranks that it starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +271,8 @@ def ranks_of(size: int, command: Sequence[str]) -> Iterator[Ranks | None]:
         )
     children: list[subprocess.Popen[bytes]] = []
     if place:
-        _end_with_parent(os.getppid())
+        # Rank 0 may have ended before this line.
+        _end_with_parent(int(os.environ.get(_PARENT, os.getppid())))
         dist.init_process_group(_backend())
     else:
         place, store = Place(rank=0, size=size), _store(size)
@@ -325,6 +328,7 @@ def _started(command: Sequence[str], rank: int, size: int, port: int) -> "subpro
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        _PARENT: str(os.getpid()),
     }
     # Ctrl-C is for rank 0 alone, which ends the others in order.
     return subprocess.Popen(

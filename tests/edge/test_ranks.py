@@ -1,7 +1,10 @@
 """A trunk on two ranks: served, trained, saved, and ended with one of them."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -93,6 +96,20 @@ def test_a_server_on_two_ranks_trains_saves_and_ends_with_a_rank(model, tmp_path
     assert errors.splitlines() == [
         "error: rank 1 has ended with status -9; this trunk runs on 2 ranks, and all of them end"
     ]
+
+
+@pytest.mark.slow
+def test_a_rank_ends_whose_rank_0_has_ended_before_it_began():
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    program = "from fedsplit.ranks.group import ranks_of\nwith ranks_of(2, []): pass"
+    other = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **place, "FEDSPLIT_RANK_0": str(gone.pid)},
+        timeout=60,
+    )
+    assert other.returncode == 1
 
 
 def health_until_the_end(address):
