@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from fedsplit.openai.choices import Piece, TokenLogprob
 from fedsplit.openai.requests import ChatRequest, Sampling
+from fedsplit.openai.text import INCOMPLETE
 
 Body = dict[str, Any]
 
@@ -187,4 +188,6 @@ def _chat_token(token: TokenLogprob) -> Body:
 
 
 def _likely(text: str, logprob: float) -> Body:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    # A token that is a part of a character has no text of its own.
+    data = None if INCOMPLETE in text else list(text.encode())
+    return {"token": text, "logprob": logprob, "bytes": data}

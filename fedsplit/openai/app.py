@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from fedsplit.errors import FedsplitError
 from fedsplit.openai.answers import Answer, answer_to
@@ -93,7 +94,7 @@ class Api:
                     code="invalid_api_key",
                 )
         # Web pages could reach a server without a key through a name of their own for this machine.
-        elif (name := urlsplit(f"//{request.headers.get('host', '')}").hostname) not in _HERE:
+        elif (name := _host_of(request)) not in _HERE:
             raise Refusal(
                 403,
                 f"the request is for the host {name!r}, but a server without an API key answers "
@@ -182,11 +183,19 @@ class Api:
         }
 
 
+def _host_of(request: Request) -> str | None:
+    """The host that a request is for; None if it names none."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:
+        return None
+
+
 async def _body_of(request: Request) -> bytes:
     """The body of a request.
 
     Raises:
-        Refusal: It is too long, or not sent as JSON.
+        Refusal: It is too long, not sent as JSON, or not sent to its end.
     """
     kind = request.headers.get("content-type", "")
     # A page of another site can send a form without asking, but no JSON.
@@ -197,14 +206,17 @@ async def _body_of(request: Request) -> bytes:
             code="invalid_content_type",
         )
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise Refusal(
-                413,
-                f"the body is longer than {MAX_BODY_BYTES} bytes; send less",
-                code="request_too_large",
-            )
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                raise Refusal(
+                    413,
+                    f"the body is longer than {MAX_BODY_BYTES} bytes; send less",
+                    code="request_too_large",
+                )
+    except ClientDisconnect as exc:
+        raise Refusal(400, "the caller is gone", code="disconnected") from exc
     return bytes(body)
 
 

@@ -57,7 +57,7 @@ class Writer:
         for ids_T in self._prompts(request):
             rows = request.n or 1
             choices, limit = range(first, first + rows), self._limit(request, len(ids_T))
-            require_embedded(self._model, self._tokenizer, torch.tensor(ids_T))
+            require_embedded(self._model, self._tokenizer, ids_T)
             self._generate(request, ids_T, choices, limit, lane, emit)
             first += rows
 

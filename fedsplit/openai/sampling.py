@@ -24,6 +24,13 @@ GREEDY = {"do_sample": False, "num_beams": 1}
 """The options with which `generate` takes the token of the largest score."""
 
 
+_DIGITS = 20
+"""The longest number of a token that is read."""
+
+_COLDEST = 1e-5
+"""Below this temperature, the most likely token is taken: scores over it may be infinite."""
+
+
 class Probabilities(LogitsProcessor):
     """Keeps the model's own log probabilities of the next tokens, and changes nothing."""
 
@@ -122,7 +129,7 @@ def processors(
         chain.append(RepetitionPenalties(prompt, frequency, presence))
     own = config if config.do_sample else GenerationConfig()
     temperature = _first(request.temperature, own.temperature, 1.0)
-    if temperature > 0:
+    if temperature >= _COLDEST:
         chain += _warpers(temperature, _first(request.top_p, own.top_p, 1.0), own.top_k or 0)
         # OpenAI's seeds are integers of any sign, and torch takes 64 bits.
         seed = secrets.randbits(63) if request.seed is None else request.seed % (1 << 64)
@@ -144,10 +151,11 @@ def _warpers(temperature: float, top_p: float, top_k: int) -> list[LogitsProcess
 
 def _bias(bias: Mapping[str, float], vocabulary: int) -> dict[int, float]:
     for token in bias:
-        if not token.isdecimal() or int(token) >= vocabulary:
+        # Python reads no number of thousands of digits.
+        if not token.isdecimal() or len(token) > _DIGITS or int(token) >= vocabulary:
             raise Refusal(
                 400,
-                f"logit_bias names the token {token!r}; the model has the tokens 0 to "
+                f"logit_bias names the token {token[:_DIGITS]!r}; the model has the tokens 0 to "
                 f"{vocabulary - 1}",
                 code="invalid_value",
                 param="logit_bias",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
 """Ends the text of tokens whose last character is not complete."""
 
 
@@ -26,7 +26,7 @@ class TextDecoder:
         """Return the text that a token completes; empty within a character."""
         self._ids.append(token)
         before, now = self._texts()
-        if len(now) <= len(before) or now.endswith(_INCOMPLETE):
+        if len(now) <= len(before) or now.endswith(INCOMPLETE):
             return ""
         self._first, self._next = self._next, len(self._ids)
         return now[len(before) :]

@@ -97,7 +97,7 @@ class Writer:
     def _generate(self, ids_BT: Tensor, own: Mapping[str, Any]) -> Tensor:
         model: Any = self.reached.model
         require_language_head(model)
-        require_embedded(model, self.tokenizer, ids_BT)
+        require_embedded(model, self.tokenizer, ids_BT[0].tolist())
         try:
             out_BT: Tensor = model.generate(
                 ids_BT.to(model.device),
@@ -153,17 +153,19 @@ def require_language_head(model: Any) -> None:
         raise ConfigError(f"a {model.family.__name__} writes no text; it has no language head")
 
 
-def require_embedded(model: Any, tokenizer: PreTrainedTokenizerFast, ids_BT: Tensor) -> None:
+def require_embedded(model: Any, tokenizer: PreTrainedTokenizerFast, ids_T: Sequence[int]) -> None:
     """Refuse tokens for which the model has no embedding.
 
     Raises:
         ConfigError: One of the tokens has none.
     """
     rows = model.config.get_text_config(decoder=True).vocab_size
-    last = max(ids_BT.flatten().tolist(), default=0)
+    last = max(ids_T, default=0)
     if last >= rows:
+        # A caller's number may be larger than any that a tokenizer takes.
+        text = tokenizer.decode([last]) if last < len(tokenizer) else ""
         raise ConfigError(
-            f"the text has the token {tokenizer.decode([last])!r} with number {last}, but "
+            f"the text has the token {text!r} with number {last}, but "
             f"the model's embedding has {rows} rows (vocab_size); use the tokenizer that the "
             "model was saved with"
         )

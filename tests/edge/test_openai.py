@@ -1,9 +1,11 @@
 """`fedsplit openai` with the `openai` package: the unsplit model's text, and OpenAI's answers."""
 
+import asyncio
 import io
 import json
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,6 +20,7 @@ from transformers import GenerationConfig
 
 from fedsplit.cli import main
 from fedsplit.errors import ConfigError
+from fedsplit.openai.app import Api
 from fedsplit.openai.generation import Writer as Answers
 from fedsplit.openai.lanes import Cancelled, Lanes
 from fedsplit.openai.requests import TextRequest
@@ -224,8 +227,9 @@ def test_noise_draws_each_token_with_its_probability():
     assert share_V[5] == 0
 
 
-def test_the_most_likely_token_is_what_a_small_top_p_leaves(here):
-    greedy, sampled = chat(here), chat(here, temperature=1.5, top_p=0.001)
+@pytest.mark.parametrize("options", [{"top_p": 0.001}, {"temperature": 1e-40}], ids=str)
+def test_the_most_likely_token_is_what_a_small_top_p_or_temperature_leaves(here, options):
+    greedy, sampled = chat(here), chat(here, **{"temperature": 1.5, **options})
     assert greedy.choices[0].message.content == sampled.choices[0].message.content
 
 
@@ -280,11 +284,16 @@ def test_log_probabilities_are_those_of_the_unsplit_model(here):
         )
         content = answer.choices[0].logprobs.content
         assert content[0].logprob == pytest.approx(float(wanted_TV[0, reply_T[0]]), abs=1e-4)
-        assert content[0].bytes == list(content[0].token.encode())
+        for each in content:
+            # The bytes of a part of a character are not those of the mark that stands for it.
+            assert each.bytes == (None if "\ufffd" in each.token else list(each.token.encode()))
         assert len(content) == 6 and all(len(each.top_logprobs) == 2 for each in content)
         if not temperature:
             got_T = torch.tensor([each.logprob for each in content])
             torch.testing.assert_close(got_T, wanted_TV.max(dim=-1).values)
+    forced = {str(here.tokenizer("x")["input_ids"][0]): 100}
+    answer = chat(here, max_tokens=1, logprobs=True, logit_bias=forced)
+    assert answer.choices[0].logprobs.content[0].bytes == [ord("x")]
     same = here.client.completions.create(
         model=MODEL, prompt=ids, temperature=0, max_tokens=6, logprobs=2, stream=True
     )
@@ -333,6 +342,8 @@ INVALID = {
     "stop": ({"stop": [""]}, r"stop\[0\]: .*at least 1"),
     "prompt": ({"prompt": ""}, "a prompt is empty"),
     "bias": ({"logit_bias": {"999": 1}}, "the token '999'; the model has the tokens 0 to 301"),
+    "digits": ({"logit_bias": {"9" * 5000: 1}}, "the token '99999999999999999999'; the model has"),
+    "large": ({"prompt": [1 << 40]}, f"number {1 << 40}, but the model's embedding has"),
     "token": ({"prompt": [5, 999]}, "number 999, but the model's embedding has 302 rows"),
     "long": ({"prompt": [5] * 300}, "has 256 positions, but the prompt has 300 tokens and 12 new"),
     "limit": ({"max_tokens": 256}, "has 256 positions, but the prompt has . tokens and 256 new"),
@@ -363,6 +374,17 @@ def test_a_body_that_cannot_be_read_is_refused(here, body, code):
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
 
 
+def test_a_caller_that_leaves_within_its_body_is_no_fault_of_the_server(here, caplog):
+    before = metrics(here).count("disconnected")
+    host, port = here.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as caller:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {here.key}\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        caller.sendall(head.encode())
+    wait_until(lambda: metrics(here).lower().count("disconnected") > before)
+    assert not caplog.records
+
+
 def test_a_body_is_bounded_and_sent_as_json(here):
     answer = posted(here, content=b" " * ((4 << 20) + 1))
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
@@ -385,6 +407,31 @@ def test_a_caller_without_the_key_is_refused(here):
         stranger.models.list()
     assert (caught.value.status_code, caught.value.code) == (401, "invalid_api_key")
     assert httpx.get(f"{here.url}/metrics").status_code == 401
+
+
+HOSTS = {
+    "localhost:8000": 200,
+    "127.0.0.1": 200,
+    "[::1]:8000": 200,
+    "here.example": 403,
+    "localhost.example": 403,
+    "[::1": 403,
+}
+
+
+@pytest.mark.parametrize("host, status", HOSTS.items(), ids=HOSTS)
+def test_without_a_key_only_names_of_this_machine_are_answered(host, status):
+    unused: Any = None
+    api = Api(unused, model=MODEL, api_key="", trunk_info=unused, metrics=unused)
+
+    async def asked() -> httpx.Response:
+        transport = httpx.ASGITransport(api.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.get("/v1/models", headers={"Host": host})
+
+    answer = asyncio.run(asked())
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["code"] == "wrong_host"
 
 
 def test_a_request_beyond_the_lanes_is_told_to_wait(here):
