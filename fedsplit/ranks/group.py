@@ -270,6 +270,7 @@ def ranks_of(size: int, command: Sequence[str]) -> Iterator[Ranks | None]:
             "ranks, nnodes times nproc-per-node"
         )
     children: list[subprocess.Popen[bytes]] = []
+    connected = threading.Event()
     if place:
         # Rank 0 may have ended before this line.
         _end_with_parent(int(os.environ.get(_PARENT, os.getppid())))
@@ -277,10 +278,12 @@ def ranks_of(size: int, command: Sequence[str]) -> Iterator[Ranks | None]:
     else:
         place, store = Place(rank=0, size=size), _store(size)
         children = [_started(command, rank, size, store.port) for rank in range(1, size)]
+        _end_with_a_child(children, connected)
         # The others meet in this part of the store, as after torchrun.
         meeting = PrefixStore("default_pg", store)
         dist.init_process_group(_backend(), store=meeting, rank=0, world_size=size)
     ranks = Ranks(place, children)
+    connected.set()
     try:
         yield ranks
     except Exception as exc:
@@ -300,6 +303,24 @@ def _end_with_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _end_with_a_child(
+    children: Sequence["subprocess.Popen[bytes]"], connected: threading.Event
+) -> None:
+    """End this process if one that it has started ends before the ranks are connected."""
+
+    def watch() -> None:
+        while not connected.wait(_BEAT_S):
+            for rank, child in enumerate(children, start=1):
+                if child.poll() is not None:
+                    status = f"rank {rank} has ended with status {child.returncode}"
+                    print_error(Internal(f"{status} before it was connected"), debug=False)
+                    for each in children:
+                        each.kill()
+                    os._exit(1)
+
+    threading.Thread(target=watch, name="children", daemon=True).start()
 
 
 def _store(size: int) -> TCPStore:

@@ -112,6 +112,17 @@ def test_a_rank_ends_whose_rank_0_has_ended_before_it_began():
     assert other.returncode == 1
 
 
+@pytest.mark.slow
+def test_rank_0_ends_if_another_rank_cannot_begin():
+    program = (
+        "import sys; from fedsplit.ranks.group import ranks_of\n"
+        "with ranks_of(2, [sys.executable, '-c', 'raise SystemExit(3)']): pass"
+    )
+    first = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert first.returncode == 1
+    assert b"rank 1 has ended with status 3 before it was connected" in first.stderr
+
+
 def health_until_the_end(address):
     found = set()
     try:
