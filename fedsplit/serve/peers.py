@@ -26,7 +26,9 @@ class Peers:
     leader: str = ""
     wire: WireSpec = WireSpec()
 
-    def check(self, run: RunSpec, update: type[TrunkUpdate], *, is_saved: bool) -> None:
+    def check(
+        self, run: RunSpec, update: type[TrunkUpdate], *, is_saved: bool, clients_token: str = ""
+    ) -> None:
         """Refuse settings that several servers cannot share.
 
         Raises:
@@ -36,6 +38,11 @@ class Peers:
             raise ConfigError(
                 f"--leader {self.leader} takes no contributions from strangers; give the token "
                 "that both servers share (--peers-token-file)"
+            )
+        if self.token and self.token == clients_token:
+            raise ConfigError(
+                "the servers' token (--peers-token-file) is that of the clients (--token-file), "
+                "with which each client would be a server; make another one for the servers"
             )
         if self.leader and is_saved:
             raise ConfigError(

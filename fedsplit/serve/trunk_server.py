@@ -134,7 +134,7 @@ def hosted(
         FedsplitError: A model or an adapter cannot be read, or cannot be cut.
     """
     _require_token(wire, token)
-    peers.check(run, update, is_saved=states is not None)
+    peers.check(run, update, is_saved=states is not None, clients_token=token)
     services = {
         each.name: _service(each.name, trunk, run, update, peers, telemetry, ranks)
         for each, trunk in trunks_of(served, run, device, ranks.size if ranks else 1)

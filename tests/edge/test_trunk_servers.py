@@ -147,3 +147,8 @@ def test_updates_with_trunks_of_their_own_are_refused(tmp_path: Path) -> None:
         Peers(token="p").check(RUN, ReplicaUpdate, is_saved=False)
     with pytest.raises(ConfigError, match="launch.trunk_servers=2 shares the steps of one trunk"):
         federate(spec_for(tmp_path, "strategy=splitfed_v1", "launch.trunk_servers=2"))
+
+
+def test_the_token_of_the_clients_is_not_that_of_the_servers() -> None:
+    with pytest.raises(ConfigError, match="with which each client would be a server"):
+        Peers(token="t").check(RUN, TrunkUpdate, is_saved=False, clients_token="t")
