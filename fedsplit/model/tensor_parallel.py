@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.sharding_utils import DtensorShardOperation
@@ -189,6 +189,25 @@ def require_runs(part: Any) -> None:
             f"{type(part).__name__} cannot be cut over {num_ranks(part)} ranks: it fails with "
             f"sharded weights ({cause}); {_OTHERWISE}"
         ) from exc
+
+
+def require_even(part: nn.Module) -> None:
+    """Refuse a part with dropout of which ranks have shards of different sizes.
+
+    Ranks have the same seeds. If one draws more numbers than another, what both of them have gets
+    other dropout at each, and they train apart.
+
+    Raises:
+        ConfigError: A weight is not cut into equal shards.
+    """
+    for name, weight in part.named_parameters():
+        for placement in weight.placements if isinstance(weight, DTensor) else ():
+            if isinstance(placement, Shard) and weight.shape[placement.dim] % num_ranks(part):
+                raise ConfigError(
+                    f"{name} of size {weight.shape[placement.dim]} cannot be cut into "
+                    f"{num_ranks(part)} equal shards, and with dropout the ranks would draw "
+                    "different numbers; set the dropout to 0, or use another launch.trunk_tp"
+                )
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fedsplit.model.acceleration import (
 from fedsplit.model.memory import ByteCount
 from fedsplit.model.rope import tables_of
 from fedsplit.model.stage import TrunkPart
-from fedsplit.model.tensor_parallel import local_gradient
+from fedsplit.model.tensor_parallel import local_gradient, require_even
 from fedsplit.randomness import draws, rng_scope
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.guard import require_finite
@@ -63,7 +63,8 @@ class Compute:
         run: The run; its precision, recomputation and compilation are applied to the trunk.
 
     Raises:
-        ConfigError: The family does not support an option of the run, or the trunk has no values.
+        ConfigError: The family does not support an option of the run, the trunk has no values, or
+            it has dropout and ranks have shards of different sizes.
     """
 
     def __init__(self, trunk: TrunkPart, run: RunSpec) -> None:
@@ -78,6 +79,8 @@ class Compute:
         self._autocast = precision_of(run.model, self.device)
         self._seed = run.seed
         self.draws = draws(trunk)
+        if self.draws:
+            require_even(trunk)
         # A backward that recomputes activations draws their dropout again.
         self._backward_draws = self.draws and checkpoints(trunk, run.train)
 

@@ -76,6 +76,11 @@ def test_a_family_that_cannot_be_cut_is_refused(found, family, cause):
     assert "use --device a,b" in found["refused"][family]
 
 
+def test_ranks_with_dropout_need_equal_shards(found):
+    """Else the adapters that all ranks have would become different ones."""
+    assert "of size 33 cannot be cut into 2 equal shards, and with dropout" in found["uneven"]
+
+
 def test_quantized_weights_are_not_cut(tiny_llama):
     config = tiny_llama(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with pytest.raises(UnsupportedModel, match="its weights are quantized; use --device a,b"):

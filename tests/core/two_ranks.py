@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def check(folder: Path) -> dict[str, Any]:
         "resumed": resumed(whole, run),
         "read": read(whole, run, folder),
         "refused": {family: refused(family) for family in ("gpt2", "gpt_oss")},
+        "uneven": uneven(),
         "adapter": adapted(whole, folder),
         "followed": followed(whole, run),
     }
@@ -149,6 +151,16 @@ def refused(family: str) -> str:
     whole = random_model(without_dropout(tiny_config(family, num_hidden_layers=4)))
     try:
         trunk_of(whole, run_of(4), 2)
+    except FedsplitError as exc:
+        return str(exc)
+    return ""
+
+
+def uneven() -> str:
+    config = without_dropout(tiny_config("llama", num_hidden_layers=4, intermediate_size=33))
+    whole, lora = random_model(config), replace(LORA, dropout=0.5)
+    try:
+        TrunkService(trunk_of(whole, run_of(4, lora=lora), 2), run_of(4, lora=lora))
     except FedsplitError as exc:
         return str(exc)
     return ""
