@@ -32,7 +32,9 @@ SUMMED = "replicated_with_grad_allreduce"
 _ADAPTED = (None, "colwise", "rowwise", "colwise_gather_output", "colwise_rep", "replicate")
 """The styles of modules that can have adapters."""
 
-_OTHERWISE = "use --device a,b, which puts whole blocks on each device and works with every model"
+_OTHERWISE = (
+    "use launch.trunk_device=a,b, which puts whole blocks on each device and works with every model"
+)
 
 
 def sharding(ranks: int) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def require_runs(part: Any) -> None:
         cause = " ".join(f"{type(exc).__name__}: {exc}".split())[:200]
         raise UnsupportedModel(
             f"{type(part).__name__} cannot be cut over {num_ranks(part)} ranks: it fails with "
-            f"sharded weights ({cause}); {_OTHERWISE}"
+            f"sharded weights ({_uneven_heads(part) or cause}); {_OTHERWISE}"
         ) from exc
 
 
@@ -208,6 +210,16 @@ def require_even(part: nn.Module) -> None:
                     f"{num_ranks(part)} equal shards, and with dropout the ranks would draw "
                     "different numbers; set the dropout to 0, or use another launch.trunk_tp"
                 )
+
+
+def _uneven_heads(part: PreTrainedModel) -> str:
+    """Return which heads of attention the ranks cannot share evenly; empty if they can."""
+    ranks, config = num_ranks(part), part.config.get_text_config(decoder=True)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % ranks:
+            return f"{name}={heads} is no multiple of {ranks}"
+    return ""
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -69,11 +69,15 @@ def test_a_rank_reads_its_shard_of_the_files(found):
 
 @pytest.mark.parametrize(
     ("family", "cause"),
-    [("gpt2", "has no tensor parallel plan"), ("gpt_oss", "cuts none of its weights")],
+    [
+        ("gpt2", "has no tensor parallel plan"),
+        ("gpt_oss", "cuts none of its weights"),
+        ("llama", "num_key_value_heads=1 is no multiple of 2"),
+    ],
 )
 def test_a_family_that_cannot_be_cut_is_refused(found, family, cause):
     assert cause in found["refused"][family]
-    assert "use --device a,b" in found["refused"][family]
+    assert "use launch.trunk_device=a,b" in found["refused"][family]
 
 
 def test_ranks_with_dropout_need_equal_shards(found):
@@ -83,5 +87,5 @@ def test_ranks_with_dropout_need_equal_shards(found):
 
 def test_quantized_weights_are_not_cut(tiny_llama):
     config = tiny_llama(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(UnsupportedModel, match="its weights are quantized; use --device a,b"):
+    with pytest.raises(UnsupportedModel, match="are quantized; use launch.trunk_device=a,b"):
         require_shardable(LlamaForCausalLM, config, {})

@@ -46,7 +46,11 @@ def check(folder: Path) -> dict[str, Any]:
         "lora": compared(whole, run_of(4, train=ADAMW, lora=LORA), 2),
         "resumed": resumed(whole, run),
         "read": read(whole, run, folder),
-        "refused": {family: refused(family) for family in ("gpt2", "gpt_oss")},
+        "refused": {
+            "gpt2": refused("gpt2"),
+            "gpt_oss": refused("gpt_oss"),
+            "llama": refused("llama", num_key_value_heads=1),
+        },
         "uneven": uneven(),
         "adapter": adapted(whole, folder),
         "followed": followed(whole, run),
@@ -147,8 +151,8 @@ def is_cut(parameter: Any) -> bool:
     return hasattr(parameter, "to_local")
 
 
-def refused(family: str) -> str:
-    whole = random_model(without_dropout(tiny_config(family, num_hidden_layers=4)))
+def refused(family: str, **sizes: int) -> str:
+    whole = random_model(without_dropout(tiny_config(family, num_hidden_layers=4, **sizes)))
     try:
         trunk_of(whole, run_of(4), 2)
     except FedsplitError as exc:
