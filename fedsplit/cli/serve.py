@@ -149,6 +149,7 @@ SERVER_OPTIONS = {
     "wire.advertise": "--advertise",
     "wire.tls_cert": "--tls-cert",
     "wire.tls_key": "--tls-key",
+    "wire.tls_ca": "--tls-ca",
     "wire.insecure=true": "--insecure",
     "model.quantize": "--quantize",
     "launch.trunk_tp": "--tp",

@@ -56,8 +56,8 @@ class TrunkServer:
         if run.launch.trunk_servers > 1 and (update.replicas or update.keeps_passes):
             raise ConfigError(
                 f"launch.trunk_servers={run.launch.trunk_servers} shares the steps of one trunk, "
-                f"but with {update.__name__} clients have trunks of their own or the trunk repeats "
-                "their passes; use strategy=splitfed_v2, or launch.trunk_servers=1"
+                f"but with {run.strategy.target} clients have trunks of their own or the trunk "
+                "repeats their passes; use strategy=splitfed_v2, or launch.trunk_servers=1"
             )
         self.address = ""
         self._preparation = preparation

@@ -57,8 +57,9 @@ class Peers:
             )
         if self.token and (update.replicas or update.keeps_passes):
             raise ConfigError(
-                f"several servers share the steps of a trunk, and {update.__name__} does not allow "
-                "it; use strategy=splitfed_v2"
+                "several servers share the steps of a trunk, and "
+                f"strategy.target={run.strategy.target} does not allow it; use "
+                "strategy=splitfed_v2"
             )
 
     def follower(

@@ -120,12 +120,17 @@ class TrunkRouter:
         if isinstance(request, m.ServiceInfoRequest):
             # Before the token is checked: any client may ask which trunks are served.
             return self._info(request, token)  # type: ignore[return-value]
-        self.check_token(token)
         # To its service, a follower names itself, and a client its member.
         server = token if self.is_server(token) else ""
         if isinstance(request, ParametersRequest):
+            if not server:
+                raise Unauthenticated(
+                    "this server's trunks have no followers with this token; start leader and "
+                    "follower with one token of the servers"
+                )
             service = self._services[self._name(request.served_model_name)]
             return service.handle(request, token)  # type: ignore[return-value]
+        self.check_token(token)
         if isinstance(request, m.OpenRequest):
             return self._open(request, server)  # type: ignore[return-value]
         session: str = getattr(request, "session", "")
