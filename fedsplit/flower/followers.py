@@ -6,6 +6,7 @@ input, prints its address once it has the parameters of the leader, and ends wit
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 from fedsplit.config.schema import from_yaml, to_yaml
-from fedsplit.console import quiet_libraries
+from fedsplit.console import LEVEL_VARIABLE, quiet_libraries
 from fedsplit.errors import Internal
 from fedsplit.flower.logs import show_logs
 from fedsplit.flower.rank import command_of, shard_on
@@ -126,6 +127,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={LEVEL_VARIABLE: _level(), **os.environ},
         )
         threading.Thread(target=self._begin, name="fedsplit-follower", daemon=True).start()
 
@@ -171,6 +173,11 @@ class _Process:
             self._process.wait()
         assert self._process.stdout
         self._process.stdout.close()
+
+
+def _level() -> str:
+    """Return the level of this process's log, which is that of its followers."""
+    return "info" if log.isEnabledFor(logging.INFO) else "warning"
 
 
 # --- the process of a follower --------------------------------------------------------------------
