@@ -128,5 +128,5 @@ def read_secret(option: str, file: str) -> str:
             f"{option} {file} has characters outside ASCII; make a token with openssl rand -hex 32"
         ) from exc
     if not secret:
-        raise ConfigError(f"{option} {file} is empty; put the token there")
+        raise ConfigError(f"{option} {file} is empty; put the token or key there")
     return secret

@@ -149,4 +149,7 @@ class Chat(_Prompting):
         with naming(CLIENT_OPTIONS), self._writer() as writer:
             from fedsplit.serve.chat import converse, typed_lines
 
-            converse(writer, typed_lines("> " if sys.stdin.isatty() else ""))
+            is_typed = sys.stdin.isatty()
+            if is_typed:
+                print("type a line, or Ctrl-D to end the chat", file=sys.stderr)
+            converse(writer, typed_lines("> " if is_typed else ""))

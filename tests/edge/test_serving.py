@@ -431,7 +431,7 @@ REFUSED = {
     ),
     "an empty token": (
         "serve --model model --bind 192.0.2.1:9500 --insecure --token-file empty",
-        r"--token-file empty is empty; put the token there",
+        r"--token-file empty is empty; put the token or key there",
     ),
     "no file of a token": (
         "serve --model model --token-file none.txt",
