@@ -87,11 +87,11 @@ class LaunchSpec:
     def __post_init__(self) -> None:
         check_fields(self, "launch")
         if self.ray_address and (self.kind != "flwr" or self.workers):
+            found = f"launch.workers={self.workers}" if self.workers else f"launch={self.kind}"
             raise ConfigError(
-                f"launch.ray_address={self.ray_address} simulates as many clients at once as the "
-                f"cluster has CPUs, and does not go with launch={self.kind} and "
-                f"launch.workers={self.workers}; set launch=flwr and launch.workers=0, or leave "
-                "launch.ray_address out"
+                f"launch.ray_address={self.ray_address} is for clients that Flower simulates, all "
+                f"at once, and does not go with {found}; set launch=flwr and launch.workers=0, or "
+                "leave launch.ray_address out"
             )
         if self.client_labels and not self.metrics:
             raise ConfigError(
