@@ -236,12 +236,14 @@ def carry_out(run: RunSpec, folder: RunFolder, sinks: Sequence[Sink] = ()) -> No
 
 def _inline(run: RunSpec, folder: RunFolder, sinks: Sequence[Sink]) -> None:
     from fedsplit.console import quiet_libraries
+
+    # First, because some libraries warn when they are imported.
+    quiet_libraries()
     from fedsplit.flower import client_app, server_app
     from fedsplit.flower.inline import run_inline
 
     # The program prints each round itself.
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    quiet_libraries()
     try:
         run_inline(
             server_app.app_with(*sinks),
