@@ -57,7 +57,7 @@ class Followers:
         self._payload_bytes = sum(
             shape.numel() * dtype.itemsize + _SPARE_BYTES for dtype, shape in self._kinds.values()
         )
-        engine.on_step = self._notify
+        engine.on_step = self._on_step
 
     def is_one(self, token: str) -> bool:
         """Return whether a caller with this token is a server of the run."""
@@ -152,6 +152,13 @@ class Followers:
         return WorkReportReply()
 
     # --- the parameters -----------------------------------------------------------------------
+
+    def _on_step(self) -> None:
+        """Copy the new parameters for the followers that wait for them; on the engine's thread."""
+        if any(self.is_alive(follower) for follower in tuple(self._heard_at)):
+            # A copy in its turn would come after the forwards of the leader's own clients.
+            self._copy = self._engine.now_do(Order("parameters"))
+        self._notify()
 
     def _notify(self) -> None:
         with self._changed:
