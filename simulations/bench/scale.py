@@ -54,7 +54,7 @@ SIZES = {
         of_two=4,
         few=8,
         many=128,
-        steps=4,
+        steps=8,
         turns=3,
     ),
     "toy": Size(
