@@ -80,7 +80,6 @@ _BY_NAME = {
     "strategy.target": Authority.BOTH,
     "privacy.public": Authority.BOTH,
     "launch.trunk_device": Authority.SERVER,
-    "launch.trunk_tp": Authority.SERVER,
     "launch.sinks": Authority.SERVER,
     "sweep.variants": Authority.SERVER,
 }
