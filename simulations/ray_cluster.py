@@ -63,7 +63,7 @@ class RayCluster:
                 warnings.simplefilter("ignore", FutureWarning)
                 context: Any = ray.init(address, log_to_driver=False, configure_logging=False)
         except (OSError, OverflowError, RuntimeError, ValueError) as exc:
-            reason = str(exc).strip().splitlines()[0]
+            reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
             raise ConfigError(
                 f"launch.ray_address={address} is no Ray cluster ({reason}); start one with `ray "
                 "start --head`, or give HOST:PORT as that prints it"

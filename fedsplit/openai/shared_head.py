@@ -18,13 +18,23 @@ from fedsplit.model import ClientPart
 
 @contextmanager
 def shared_head(model: ClientPart) -> Iterator[None]:
-    """A context in which several threads may generate, and share the passes of the model's head."""
+    """A context in which several threads may generate, and share the passes of the model's head.
+
+    A model whose head transformers does not name computes as it does outside of it.
+    """
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        yield
+        return
+    # The class has one; a module has its own if a library has put hooks around it.
+    own = vars(head).get("forward")
     head.forward = _Shared(head.forward)
     try:
         yield
     finally:
-        del head.forward  # the class has its own
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 class _Shared:

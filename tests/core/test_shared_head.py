@@ -61,6 +61,22 @@ def test_calls_that_wait_share_a_pass_and_get_their_rows() -> None:
     assert "forward" not in vars(head)
 
 
+def test_a_head_of_which_a_library_has_changed_the_forward_keeps_it() -> None:
+    head = Head(failing=0)
+    head.go_on.set()
+    changed = head.forward = lambda rows_RD: nn.Linear.forward(head, rows_RD) + 1
+    with shared_head(head):
+        torch.testing.assert_close(head(GIVEN[0]), changed(GIVEN[0]))
+    assert head.forward is changed
+
+
+def test_a_model_whose_head_is_not_named_is_left_alone() -> None:
+    model = Head(failing=0)
+    model.get_output_embeddings = lambda: None
+    with shared_head(model):
+        assert "forward" not in vars(model)
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_pass_that_fails_fails_one_call(failing: int) -> None:
     head = Head(failing)
