@@ -10,7 +10,7 @@ from click import ClickException
 
 from fedsplit.cli.audit import Audit
 from fedsplit.cli.certs import Init, Request, Show, Sign
-from fedsplit.cli.command import Command
+from fedsplit.cli.command import Command, share_cores
 from fedsplit.cli.doctor import Doctor
 from fedsplit.cli.fields import served_fields
 from fedsplit.cli.generate import Chat, Generate
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: The reader of the output has closed it, or a shell asked for completions.
     """
     debug = False
+    share_cores()
     try:
         with ending_with_its_reader():
             if command := _parsed(argv):

@@ -23,6 +23,7 @@ from fedsplit.model.describe import client_of
 from fedsplit.model.identity import model_fingerprint, model_settings
 from fedsplit.model.lora import load_adapter
 from fedsplit.model.placement import on_device
+from fedsplit.model.single_row import with_single_rows
 from fedsplit.model.source import Source
 from fedsplit.serve.shared import ADDRESS, pretrained_run
 from fedsplit.spec import ModelSpec, RunSpec, SplitSpec, WireSpec
@@ -169,7 +170,7 @@ def _over(
     model = client_of(pretrained_run(route.run, source, revision, adapter), config, device)
     if adapter:
         load_adapter(model, adapter)
-    on_device(model, device).eval()  # type: ignore[no-untyped-call]
+    with_single_rows(on_device(model, device)).eval()  # type: ignore[no-untyped-call]
     remote = route.trunk(link, model)
     connect(model, remote)
     return Reached(model=model, trunk=remote, link=link, route=route)

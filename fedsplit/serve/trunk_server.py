@@ -13,6 +13,7 @@ from fedsplit.model import TrunkPart
 from fedsplit.model.describe import trunk_of
 from fedsplit.model.lora import load_adapter, share_frozen
 from fedsplit.model.placement import devices_of, placed
+from fedsplit.model.single_row import with_single_rows
 from fedsplit.model.source import Source
 from fedsplit.ranks.group import Ranks
 from fedsplit.serve.peers import ALONE, Peers
@@ -235,7 +236,7 @@ def trunks_of(
         trunk = _trunk(each, run, device, ranks)
         # Each rank has its own device, where its shard was loaded.
         if ranks == 1:
-            trunk = placed(trunk, device)
+            trunk = with_single_rows(placed(trunk, device))
         # A model without an adapter trains its own weights, so it cannot share them.
         if each.adapter:
             share_frozen(trunk, adapted.setdefault((each.model, each.revision), trunk))

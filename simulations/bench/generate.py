@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.wire.messages import ForwardRequest, GenerateRequest
+from simulations.bench import one_machine
 from simulations.bench.drafts import NUM_DRAFTS, with_latency
 from simulations.bench.models import text_of
 from simulations.bench.processes import Process, process, threads_of_torch
@@ -39,6 +40,7 @@ def measure(size: str) -> Report:
         _cached_against_uncached(scene)
         _many_sessions(scene)
         with_latency(scene)
+    one_machine.measure(size, report)
     return report
 
 

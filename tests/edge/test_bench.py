@@ -86,11 +86,15 @@ FIGURES = {
         "threads_max",
     ],
     "generate": [
+        "bf16_decoding",
+        "bf16_prompts",
+        "bf16_tokens_agree",
         "bytes_per_token",
         "bytes_per_token_floor",
         "bytes_saved",
         "cached_vs_hf",
         "draft_speedup_100ms",
+        "one_machine_vs_hf",
         "sessions8_of_batch8",
         "tokens_identical",
         "total_cached_vs_uncached",
@@ -152,6 +156,8 @@ def exact_and_small(told: dict[str, Any]) -> None:
     assert figures["tokens_identical"] is True
     assert floor < figures["bytes_per_token"] <= floor + 200
     assert 0.8 < figures["bytes_saved"] < 1
+    assert 0.9 <= figures["bf16_tokens_agree"] <= 1
+    assert min(figures[name] for name in ("one_machine_vs_hf", "bf16_decoding", "bf16_prompts")) > 0
 
 
 def exact_with_four_transfers(told: dict[str, Any]) -> None:
