@@ -2,7 +2,8 @@
 
 Shapes: B sequences, T tokens, D hidden width. The operations of a cache in transformers (reorder,
 repeat, select, crop, reset) are applied here immediately. They reach the trunk with the next
-tokens, as the number of tokens and the sequences to continue from. If the trunk loses the cache,
+tokens, as the number of tokens and the sequences to continue from. A copy reaches it with its own
+first tokens, as the session whose keys and values the trunk copies. If the trunk loses a cache,
 all hidden states are sent again from here as one prompt, so the generated tokens are the same as
 without the loss. Where the rotary tables depend on the largest position of a pass, the prompt is
 sent in pieces that get the same tables as before.
@@ -11,6 +12,7 @@ sent in pieces that get the same tables as before.
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ class TrunkCache:
         self._stateless = stateless
         self._tables = tables
         self._session = new_session()
+        self._source = NO_SOURCE
         self._must_replay = False
         self._record_past = False
         self._autocast = ""
@@ -104,6 +107,17 @@ class TrunkCache:
             out_BTD = without_gradient(out_BTD, hidden_BTD, reason)
         return out_BTD
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is kept here for the trunk's cache."""
+        entries = (tensor for both in self._entries.values() for tensor in both)
+        return self._sent.num_bytes + sum(tensor.nbytes for tensor in entries)
+
+    def abandon(self) -> None:
+        """Have the session closed before the next one is opened, without waiting until then."""
+        self._must_replay = True
+        self._session.abandon()
+
     # --- fedsplit.model.kv_cache.RemoteCache ----------------------------------------------------
 
     def reset(self) -> None:
@@ -149,14 +163,20 @@ class TrunkCache:
         self._record_past = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrunkCache":
-        """An independent generation that continues from the same tokens."""
+        """An independent generation that continues from the same tokens.
+
+        The trunk copies its keys and values at the first request of the copy. If it has lost or
+        changed them by then, the copy is sent as one prompt.
+        """
         copy = TrunkCache(
             self._new_session, self._cache_tokens, stateless=self._stateless, tables=self._tables
         )
-        # The trunk has no copy of the cache, so the first request replays it in a new session.
-        copy._must_replay, copy._record_past = True, self._record_past
-        copy._sent = self._sent.copy()
-        copy._mask_BT, copy.num_tokens = self._mask_BT, self.num_tokens
+        if not self._stateless:
+            copy._source = self._source if self._session.is_new else self._session.last_call
+        copy._must_replay, copy._record_past = self._must_replay, self._record_past
+        copy._sent, copy._entries = self._sent.copy(), dict(self._entries)
+        copy._mask_BT, copy._rows_B = self._mask_BT, self._rows_B
+        copy.num_tokens = self.num_tokens
         return copy
 
     # --- requests -----------------------------------------------------------------------------
@@ -200,7 +220,7 @@ class TrunkCache:
                 raise
         else:  # the last attempt raises its SessionLost
             reply = self._send(hidden_BTD, mask_BT, positions_BT)
-        self._rows_B, self._must_replay = None, False
+        self._rows_B, self._must_replay, self._source = None, False, NO_SOURCE
         self._sent.append(hidden_BTD, positions_BT)
         self._mask_BT = mask_BT
         self.num_tokens += tokens
@@ -212,13 +232,15 @@ class TrunkCache:
         past, rows_B = self.num_tokens, None if self._stateless else self._rows_B
         tokens, pieces = hidden_BTD.shape[1], [(hidden_BTD, positions_BT)]
         self._session.open_if_closed(self._cache_tokens)
-        if self._must_replay or self._session.is_new:
+        source = self._source if self._session.is_new else NO_SOURCE
+        is_missing = self._session.is_new and not self._stateless and source == NO_SOURCE
+        if self._must_replay or is_missing:
             # All tokens again; keys and values are computed anew.
             self._entries = {}
-            past, rows_B = 0, None
+            past, rows_B, source = 0, None, NO_SOURCE
             pieces = list(self._joined([*self._sent.pieces(), *pieces]))
         for piece_BTD, own_BT in pieces:
-            reply = self._send_piece(piece_BTD, mask_BT, own_BT, past, tokens, rows_B)
+            reply = self._send_piece(piece_BTD, mask_BT, own_BT, past, tokens, rows_B, source)
             past += piece_BTD.shape[1]
         return reply
 
@@ -236,6 +258,7 @@ class TrunkCache:
         past: int,
         logits_to_keep: int,
         rows_B: Tensor | None,
+        source: "CacheSource",
     ) -> m.GenerateReply:
         session, call = self._session.next_call()
         tokens = hidden_BTD.shape[1]
@@ -257,6 +280,8 @@ class TrunkCache:
             stateless=self._stateless,
             entries=self._entries_to_send(),
             autocast=self._autocast,
+            source=source.session,
+            source_call=source.call,
         )
         reply = self._session.exchange(request)
         self._add_entries(reply)
@@ -274,6 +299,18 @@ class TrunkCache:
             if before := self._entries.get(entry.block):
                 kv = torch.cat((before[0], kv[0]), dim=2), torch.cat((before[1], kv[1]), 2)
             self._entries[entry.block] = kv
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSource:
+    """The session that a copy continues from, and its last call at the time of the copy."""
+
+    session: str
+    call: int
+
+
+NO_SOURCE = CacheSource("", 0)
+"""The source of a cache that is no copy."""
 
 
 class CacheSession:
@@ -307,6 +344,11 @@ class CacheSession:
             self._name = self._open(cache_tokens)
             self.is_new, self._call = True, 0
 
+    @property
+    def last_call(self) -> CacheSource:
+        """The session's name, and the number of its last call."""
+        return CacheSource(self._name, self._call - 1)
+
     def next_call(self) -> tuple[str, int]:
         """The session's name and the number of its next call."""
         self._call += 1
@@ -327,3 +369,14 @@ class CacheSession:
         """Queue the session to be closed before the next one is opened."""
         if self._name:
             self._abandoned.append(self._name)
+        self._name = ""
+
+
+def drained(names: list[str]) -> Iterator[str]:
+    """Remove and yield names until none is left; other threads may add and remove some."""
+    while names:
+        try:
+            name = names.pop()
+        except IndexError:  # another thread has taken the last one
+            return
+        yield name

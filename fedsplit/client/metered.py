@@ -67,7 +67,7 @@ class MeteredLink(Link):
     def _begin(self, request: GenerateRequest) -> None:
         call, _ = self._last.get(request.session, (-1, 0.0))
         # Not at a further attempt, so that the wait for it counts.
-        if not request.past and call != request.call:
+        if _is_prompt(request) and call != request.call:
             self._last[request.session] = request.call, self._clock()
 
     def _end(self, request: GenerateRequest) -> None:
@@ -75,8 +75,14 @@ class MeteredLink(Link):
         _, since = self._last.get(request.session, (-1, now))
         self._last[request.session] = request.call, now
         # Several tokens after others are drafts, or the next prompt, for which a person took time.
-        if one or not request.past:
-            self.telemetry.emit(TokenArrived(seconds=now - since, is_first=not request.past))
+        is_first = _is_prompt(request)
+        if one or is_first:
+            self.telemetry.emit(TokenArrived(seconds=now - since, is_first=is_first))
+
+
+def _is_prompt(request: GenerateRequest) -> bool:
+    """Whether a request begins a session, with all of its tokens or with a copy of the first."""
+    return not request.past or bool(request.source)
 
 
 class _MeteredStream(Stream):

@@ -22,7 +22,7 @@ from fedsplit.client.autograd import (
 )
 from fedsplit.client.following import Follower, StepReminder
 from fedsplit.client.instance import ServerInstance
-from fedsplit.client.kv_session import CacheSession, TrunkCache
+from fedsplit.client.kv_session import CacheSession, TrunkCache, drained
 from fedsplit.client.precision import Precision, may_overflow
 from fedsplit.client.rpc import RpcClient
 from fedsplit.errors import FedsplitError, ModelMismatch, ProtocolError, SessionLost
@@ -287,9 +287,9 @@ class RemoteTrunk:
         return session
 
     def end_generations(self) -> None:
-        """Close the sessions of deleted caches."""
-        while self._abandoned:
-            self._close(self._abandoned.pop())
+        """Close the sessions of deleted caches; several threads may."""
+        for session in drained(self._abandoned):
+            self._close(session)
 
     def disconnect(self) -> None:
         """Close all sessions, with one attempt each and no retries."""

@@ -33,6 +33,11 @@ class SentTokens:
         last = self._pieces[-1]
         return len(last.hidden_BTD if last.order_B is None else last.order_B)
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all hidden states."""
+        return sum(piece.hidden_BTD.nbytes for piece in self._pieces)
+
     def append(self, hidden_BTD: Tensor, positions_BT: Tensor) -> None:
         """Add the tokens of a request; the tensors must not change afterwards."""
         self._pieces.append(_Piece(hidden_BTD=hidden_BTD, positions_BT=positions_BT))
@@ -49,7 +54,9 @@ class SentTokens:
             last = self._pieces.pop()
             kept = last.hidden_BTD.shape[1] - tokens_to_remove
             if kept > 0:
-                hidden_BTD, positions_BT = last.hidden_BTD[:, :kept], last.positions_BT[:, :kept]
+                # A clone, because a view would keep the memory of the tokens that are removed.
+                hidden_BTD = last.hidden_BTD[:, :kept].clone()
+                positions_BT = last.positions_BT[:, :kept]
                 self._pieces.append(replace(last, hidden_BTD=hidden_BTD, positions_BT=positions_BT))
                 return
             tokens_to_remove = -kept

@@ -299,7 +299,7 @@ class KVCacheEntry(_message.Message):
     def __init__(self, block: _Optional[int] = ..., keys_BHTE: _Optional[_Union[TensorMeta, _Mapping]] = ..., values_BHTE: _Optional[_Union[TensorMeta, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("session", "call", "past", "logits_to_keep", "smashed_BTD", "rows_B", "attention_mask_BT", "position_ids_BT", "record_past", "stateless", "entries", "autocast")
+    __slots__ = ("session", "call", "past", "logits_to_keep", "smashed_BTD", "rows_B", "attention_mask_BT", "position_ids_BT", "record_past", "stateless", "entries", "autocast", "source", "source_call")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     PAST_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +312,8 @@ class GenerateRequest(_message.Message):
     STATELESS_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_CALL_FIELD_NUMBER: _ClassVar[int]
     session: str
     call: int
     past: int
@@ -324,7 +326,9 @@ class GenerateRequest(_message.Message):
     stateless: bool
     entries: _containers.RepeatedCompositeFieldContainer[KVCacheEntry]
     autocast: str
-    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., past: _Optional[int] = ..., logits_to_keep: _Optional[int] = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., rows_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., record_past: bool = ..., stateless: bool = ..., entries: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ..., autocast: _Optional[str] = ...) -> None: ...
+    source: str
+    source_call: int
+    def __init__(self, session: _Optional[str] = ..., call: _Optional[int] = ..., past: _Optional[int] = ..., logits_to_keep: _Optional[int] = ..., smashed_BTD: _Optional[_Union[TensorMeta, _Mapping]] = ..., rows_B: _Optional[_Union[TensorMeta, _Mapping]] = ..., attention_mask_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., position_ids_BT: _Optional[_Union[TensorMeta, _Mapping]] = ..., record_past: bool = ..., stateless: bool = ..., entries: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ..., autocast: _Optional[str] = ..., source: _Optional[str] = ..., source_call: _Optional[int] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("trunk_out_BTD", "entries")

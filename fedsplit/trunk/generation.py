@@ -28,6 +28,8 @@ from fedsplit.trunk.kv_cache import (
     SequenceCache,
     attends_only,
     check_entries,
+    continued_by,
+    copy_tokens,
     crop,
     fill,
     first_to_go,
@@ -45,6 +47,9 @@ log = logging.getLogger(__name__)
 
 _SINGLE_PASSES = 64
 """Passes with one session each after a failed pass of several, so that only the cause fails."""
+
+_SOON_S = 1.0
+"""A session that has sent no token for as long after a pass is not about to send one."""
 
 
 class Generation:
@@ -69,6 +74,7 @@ class Generation:
         self._caches: dict[str, SequenceCache] = {}
         self._waiting: dict[str, Pending] = {}
         self._awaited: set[str] = set()
+        self._last_at = -math.inf
         self._in_pass: list[Pending] = []
         self._single_passes_left = 0
         self._hits = self._misses = self._evictions = 0
@@ -145,12 +151,13 @@ class Generation:
         """Return the seconds until a pass should begin; infinite if no request waits."""
         if not self._waiting:
             return math.inf
-        # The sessions of the last pass are likely to send their next token soon. A request that has
-        # run in part does not wait for them.
+        # The sessions of the last pass are likely to send their next token soon, or wait for a
+        # person. A request that has run in part does not wait for them.
         has_begun = any(pending.out for pending in self._waiting.values())
-        if self._awaited <= self._waiting.keys() or has_begun:
-            return 0.0
         first = min(pending.since for pending in self._waiting.values())
+        are_idle = first - self._last_at > _SOON_S
+        if self._awaited <= self._waiting.keys() or has_begun or are_idle:
+            return 0.0
         return max(0.0, first + self._spec.max_queue_delay_s - self._clock())
 
     def run_pass(self) -> None:
@@ -166,7 +173,7 @@ class Generation:
             self._trunk.train(False)
         with torch.no_grad():
             outputs = self._shared(segments)
-        self._awaited = set()
+        self._awaited, self._last_at = set(), self._clock()
         for pending, segment, out_BTD in zip(self._in_pass, segments, outputs, strict=True):
             self._append_output(pending, segment, out_BTD)
         self._make_room()
@@ -230,31 +237,27 @@ class Generation:
 
     def _session_cache(self, session: str, request: GenerateRequest) -> SequenceCache:
         """Return the session's cache, cropped and reordered as the request asks."""
-        sequences, rows = self._caches.get(session), request.smashed_BTD.shape[0]
-        if sequences is None:
-            raise SessionLost(f"the cache of session {session} is gone; send its tokens again")
-        if request.past > sequences.tokens:
-            raise SessionLost(
-                f"session {session} holds {sequences.tokens} tokens, but this request continues "
-                f"{request.past}; send its tokens again"
-            )
-        # Attention takes no keys of another precision, and a pass that fails loses its sessions.
-        if request.past and request.autocast != sequences.autocast:
-            raise SessionLost(
-                f"session {session} was computed with autocast={sequences.autocast or 'off'}, but "
-                f"this request asks for {request.autocast or 'off'}; send its tokens again"
-            )
+        source = continued_by(request, session, self._caches)
+        sequences, rows = self._caches[session], request.smashed_BTD.shape[0]
         self._check_room(sequences, request)
+        if request.past < sequences.tokens or request.rows_B is not None:
+            sequences.changed_at = request.call
         if request.past == 0:
             # A new cache, because one with a window or linear attention cannot always be cropped.
             if sequences.tokens:
                 self.open(sequences.client, session, sequences.cache_tokens)
                 sequences = self._caches[session]
+                sequences.changed_at = request.call
             sequences.rows, sequences.autocast = rows, request.autocast
-        else:
+        elif source is sequences:
             crop(sequences, request.past)
-            if request.rows_B is not None:
-                select_rows(sequences, request.rows_B.to(self._device))
+        else:
+            source.used = self._clock()
+            # If the source itself has to go, it is held here until it is copied.
+            self._make_room(self._bytes_with(sequences, request))
+            copy_tokens(source, request.past, into=sequences)
+        if request.past and request.rows_B is not None:
+            select_rows(sequences, request.rows_B.to(self._device))
         if sequences.rows != rows:
             raise SessionLost(
                 f"session {session} holds {sequences.rows} sequences, but this request has {rows}; "

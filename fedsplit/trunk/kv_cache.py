@@ -3,6 +3,7 @@
 Shapes: B sequences, H heads, T tokens, E width of a head. The cache itself is transformers' own.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from fedsplit.model.dryrun import FAMILY_ERRORS
 from fedsplit.model.kv_cache import EmptyCacheLayer, GrowingLayer
 from fedsplit.model.stage import TrunkPart
 from fedsplit.trunk.guard import require_finite
-from fedsplit.wire.messages import KVCacheEntry
+from fedsplit.wire.messages import GenerateRequest, KVCacheEntry
 
 _ATTENTION = (GrowingLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
@@ -32,7 +33,8 @@ class SequenceCache:
 
     `used` is the time of the last use, in seconds. `cache_tokens` is the fixed number of tokens per
     sequence, or 0 for a cache that grows. `autocast` is the precision that the tokens were computed
-    in, or empty for that of the weights.
+    in, or empty for that of the weights. `changed_at` is the last call that removed or reordered
+    tokens.
     """
 
     cache: Any
@@ -42,6 +44,7 @@ class SequenceCache:
     rows: int = 0
     mask_BT: Tensor | None = None
     autocast: str = ""
+    changed_at: int = 0
     used: float = 0.0
     num_bytes: int = 0
 
@@ -105,6 +108,49 @@ def attends_only(cache: Any) -> bool:
     return all(type(layer) in _ATTENTION for layer in _layers(cache))
 
 
+def continued_by(
+    request: GenerateRequest, session: str, caches: Mapping[str, SequenceCache]
+) -> SequenceCache:
+    """Return the cache whose first tokens a request continues: its session's, or its source's.
+
+    Raises:
+        SessionLost: The cache is gone, has other tokens by now, or is of another precision.
+        ProtocolError: The request names a source, but its session holds tokens already.
+    """
+    sequences = caches.get(session)
+    if sequences is None:
+        raise SessionLost(f"the cache of session {session} is gone; send its tokens again")
+    if request.source:
+        if sequences.tokens:
+            raise ProtocolError(
+                f"session {session} holds {sequences.tokens} tokens already; name a source in the "
+                "first request of a session"
+            )
+        session, copied = request.source, caches.get(request.source)
+        # One answer for both, so that nobody learns of the sessions of other clients.
+        if copied is None or copied.client != sequences.client:
+            raise SessionLost(f"the cache of session {session} is gone; send its tokens again")
+        is_other = copied.cache_tokens != sequences.cache_tokens
+        if is_other or copied.changed_at > request.source_call:
+            raise SessionLost(
+                f"session {session} has changed since its call {request.source_call}, or has a "
+                "cache of another size; send its tokens again"
+            )
+        sequences = copied
+    if request.past > sequences.tokens:
+        raise SessionLost(
+            f"session {session} holds {sequences.tokens} tokens, but this request continues "
+            f"{request.past}; send its tokens again"
+        )
+    # Attention takes no keys of another precision, and a pass that fails loses its sessions.
+    if request.past and request.autocast != sequences.autocast:
+        raise SessionLost(
+            f"session {session} was computed with autocast={sequences.autocast or 'off'}, but "
+            f"this request asks for {request.autocast or 'off'}; send its tokens again"
+        )
+    return sequences
+
+
 def crop(sequences: SequenceCache, tokens: int) -> None:
     """Drop all but the first `tokens` tokens; with a window, also those outside of the window.
 
@@ -114,18 +160,47 @@ def crop(sequences: SequenceCache, tokens: int) -> None:
     removed = sequences.tokens - tokens
     if not removed:
         return
+    for layer in _layers(sequences.cache):
+        _crop_layer(layer, removed)
+    sequences.tokens = tokens
+    if sequences.mask_BT is not None:
+        sequences.mask_BT = sequences.mask_BT[:, :tokens]
+
+
+def copy_tokens(source: SequenceCache, tokens: int, into: SequenceCache) -> None:
+    """Replace a cache by a copy of the first `tokens` tokens of another one.
+
+    Raises:
+        SessionLost: Tokens cannot be removed from a copy, as in `crop`.
+    """
+    removed = source.tokens - tokens
+    into.cache.layers = [_copied(layer, tokens, removed) for layer in source.cache.layers]
+    into.tokens, into.rows, into.autocast = tokens, source.rows, source.autocast
+    into.mask_BT = None if source.mask_BT is None else source.mask_BT[:, :tokens]
+    into.num_bytes = num_bytes(into.cache)
+
+
+def _copied(layer: Any, tokens: int, removed: int) -> Any:
+    # Without the tokens to remove and without room that is not filled.
+    if type(layer) is GrowingLayer and layer.is_initialized:
+        copied = type(layer)()
+        copied.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens])
+        return copied
+    copied = copy.deepcopy(layer)
+    if removed:
+        _crop_layer(copied, removed)
+    return copied
+
+
+def _crop_layer(layer: Any, removed: int) -> None:
     try:
-        for layer in _layers(sequences.cache):
-            # Negative: the number of tokens to remove. A positive number would be the new length.
-            layer.crop(-removed)
+        # Negative: the number of tokens to remove. A positive number would be the new length.
+        layer.crop(-removed)
     except FAMILY_ERRORS as exc:
         raise SessionLost(
             f"the last {removed} tokens cannot be removed from this cache ({exc}); send its tokens "
             "again"
         ) from exc
-    sequences.tokens = tokens
-    if sequences.mask_BT is not None:
-        sequences.mask_BT = sequences.mask_BT[:, :tokens]
 
 
 def select_rows(sequences: SequenceCache, rows_B: Tensor) -> None:

@@ -332,6 +332,7 @@ class TrunkService:
             require_dtype("values_BHTE", entry.values_BHTE.dtype, self._dtype)
         if not session.info.generating:
             raise ProtocolError("this session was not opened to generate; open another session")
+        self._sessions.touch(request.source, session.info.client)
         try:
             future: Future[m.GenerateReply] = session.once(
                 Kind.GENERATE, request, self.engine.submit

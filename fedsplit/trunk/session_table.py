@@ -94,6 +94,14 @@ class SessionTable:
             self._open[name] = self._open.pop(name)
             return session
 
+    def touch(self, name: str, client: str) -> None:
+        """Count a use of a session by another one of its client; without one, do nothing."""
+        with self._lock:
+            session = self._open.get(name)
+            if session and session.info.client == client:
+                session.used_at = self._clock()
+                self._open[name] = self._open.pop(name)
+
     def client_of(self, name: str) -> str:
         """Return the client of a session.
 

@@ -242,6 +242,11 @@ class GenerateRequest(Request[GenerateReply]):
     from `past`. `record_past` keeps the entries that a sliding window would drop, so that the next
     request can go back.
 
+    With a `source`, the session's cache becomes a copy of the first `past` tokens of that session
+    of the same client, and then the sequences `rows_B` of these. `source_call` is the call of the
+    source after which it held these tokens. The copy is refused with `SESSION_LOST` if the source
+    has removed or moved tokens in a later call.
+
     A `stateless` request carries the whole cache in `entries` and the mask over all tokens; the
     trunk keeps nothing. `autocast` is the precision of the client's matrix products, and empty for
     that of the weights.
@@ -259,6 +264,8 @@ class GenerateRequest(Request[GenerateReply]):
     stateless: bool = False
     entries: tuple[KVCacheEntry, ...] = ()
     autocast: str = ""
+    source: str = ""
+    source_call: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,13 @@ from fedsplit.wire.messages import (
 from fedsplit.wire.server_messages import ContributeRequest
 
 _IDS = ("session", "client", "model", "follower")
-_NAMES_OR_NONE = ("config", "served_model_name", "last_instance_id", "server_instance_id")
+_NAMES_OR_NONE = (
+    "config",
+    "served_model_name",
+    "last_instance_id",
+    "server_instance_id",
+    "source",
+)
 _INTEGERS = (torch.int64, torch.int32)
 _OF_MASKS = (*_INTEGERS, torch.bool)
 _LEAST = {
@@ -37,6 +43,7 @@ _LEAST = {
     "logits_to_keep": 1,
     "cache_tokens": 0,
     "calls_ago": 0,
+    "source_call": 0,
     "num_positions": 1,
     "wait_s": 0,
 }
@@ -156,6 +163,11 @@ def _check_generate(request: GenerateRequest, limits: Limits) -> None:
     if request.logits_to_keep > T:
         raise ProtocolError(
             f"logits_to_keep={request.logits_to_keep} must be at most {T}, the number of tokens"
+        )
+    if request.source and (request.stateless or not request.past):
+        raise ProtocolError(
+            f"a request with past={request.past} and stateless={request.stateless} names a source; "
+            "a copy needs at least one token and a cache at the trunk"
         )
     if (rows_B := request.rows_B) is not None:
         if rows_B.dtype not in _INTEGERS or tuple(rows_B.shape) != (B,):

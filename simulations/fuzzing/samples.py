@@ -113,6 +113,8 @@ class Samples:
             stateless=is_stateless,
             entries=entries if is_stateless else (),
             autocast=rng.choice(_AUTOCAST),
+            source=session if past and not is_stateless and rng.random() < 0.1 else "",
+            source_call=rng.choice((0, call)),
         )
 
     def small(self, rng: random.Random, session: str = "s") -> m.Request[Any]:

@@ -1,5 +1,6 @@
 """A trunk on two ranks: served, trained, saved, and ended with one of them."""
 
+import copy
 import os
 import re
 import signal
@@ -85,6 +86,11 @@ def test_a_server_on_two_ranks_trains_saves_and_ends_with_a_rank(model, tmp_path
             ids_BT = example.inputs["input_ids"][:1]
             asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
             expected_BT = model.generate(ids_BT, **asked)
+            assert torch.equal(reached.model.generate(ids_BT, **asked), expected_BT)
+            # Each rank copies its own heads of a cache.
+            cache = reached.model.new_cache()
+            reached.model(ids_BT[:, :-2], past_key_values=cache)
+            asked["past_key_values"] = copy.deepcopy(cache)
             assert torch.equal(reached.model.generate(ids_BT, **asked), expected_BT)
         (other,) = psutil.Process(server.pid).children()
         other.send_signal(signal.SIGKILL)
