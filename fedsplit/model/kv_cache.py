@@ -1,11 +1,12 @@
 """KV caches of a part: the family's layers, and empty layers for the blocks of the other part."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from torch import LongTensor, Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fedsplit.errors import UnsupportedModel
 
@@ -257,6 +258,25 @@ def part_cache(
         raise UnsupportedModel(f"{config.model_type}: {_NO_COUNT}")
     part: Cache = cache
     return part
+
+
+def croppable_tokens(config: PretrainedConfig) -> float:
+    """The most tokens that a growing cache of the unsplit model may hold and still be cropped.
+
+    Infinite if all blocks keep all keys and values, and 0 if a block keeps other states.
+    """
+    most = math.inf
+    for layer in PartDynamicCache(config=config).layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            most = min(most, layer.sliding_window - 1)
+        elif type(layer) is not DynamicLayer:
+            return 0
+    return most
+
+
+def remote_of(cache: Cache) -> RemoteCache:
+    """The trunk's cache in the client's."""
+    return next(layer.remote for layer in cache.layers if isinstance(layer, RemoteSlot))
 
 
 def adopt(cache: Cache, layers: Sequence[Any]) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedTokenizerFast, T
 from fedsplit.data.hub import offline_reason, reporting_a_full_disk
 from fedsplit.errors import CheckpointError, ConfigError, DataError, FedsplitError
 from fedsplit.serve.client import Reached
+from fedsplit.serve.reuse import CacheReuse, keep_first
 from fedsplit.serve.template import conversation_text, end_tokens, positions_of
 
 _LOOKUP_TOKENS = 10
@@ -205,8 +206,8 @@ class Conversation:
 
     With a chat template of the tokenizer, there are turns of user and assistant, and a reply ends
     with the template's end-of-turn token; without one, the text continues line by line. If a
-    template formats earlier turns in another way than before, the cache is replaced and all tokens
-    are sent again.
+    template formats earlier turns in another way than before, the cache is cut to the tokens that
+    both texts begin with; a cache that cannot be cut is replaced.
     """
 
     def __init__(self, writer: Writer) -> None:
@@ -215,7 +216,8 @@ class Conversation:
         self._prompt = self._reply = ""
         config = writer.reached.model.generation_config
         self._ends = end_tokens(writer.tokenizer, config, chat=True)
-        self._tokens_BT, self._cache = self._empty()
+        self._reuse = CacheReuse(writer.reached.model.config)
+        self._tokens_BT, self._cache = torch.zeros(1, 0, dtype=torch.long), self._new_cache()
 
     def answer(self, line: str) -> None:
         """Write the model's reply to a line.
@@ -233,9 +235,8 @@ class Conversation:
         self._prompt, self._reply = text, tokenizer.decode(reply_T, skip_special_tokens=True)
         self._turns.append({"role": "assistant", "content": self._reply})
 
-    def _empty(self) -> tuple[Tensor, Cache]:
-        """No tokens, and an empty cache."""
-        return torch.zeros(1, 0, dtype=torch.long), self._writer.reached.model.new_cache()
+    def _new_cache(self) -> Cache:
+        return self._writer.reached.model.new_cache()
 
     def _text(self) -> str:
         """The text of all turns, for the model to continue."""
@@ -252,17 +253,26 @@ class Conversation:
         # template may also strip spaces from a reply.
         known = [self._prompt + reply for reply in (self._reply, self._reply.strip())]
         new = next((text[len(each) :] for each in known if text.startswith(each)), "")
+        has_own = bool(tokenizer.chat_template or (new and self._tokens_BT.numel()))
+        encoded = tokenizer(new or text, return_tensors="pt", add_special_tokens=not has_own)
+        new_BT: Tensor = encoded["input_ids"].long()
         if not new:
-            self._tokens_BT, self._cache = self._empty()
-            new = text
-        has_own = bool(tokenizer.chat_template or self._tokens_BT.numel())
-        encoded = tokenizer(new, return_tensors="pt", add_special_tokens=not has_own)
-        new_BT = encoded["input_ids"].long()
+            self._cut_cache(new_BT[0])
+            return new_BT
         ends = new_BT[0, :1], self._tokens_BT[0, -1:]
         if torch.equal(*ends) and int(ends[0]) in self._ends:
             # The model has generated the end-of-turn token already.
             new_BT = new_BT[:, 1:]
         return torch.cat((self._tokens_BT, new_BT), dim=1)
+
+    def _cut_cache(self, ids_T: Tensor) -> None:
+        """Keep the first tokens of the cache that a text has too."""
+        held: Any = self._cache.get_seq_length()
+        common = self._reuse.common(self._tokens_BT[0, :held], ids_T)
+        if common:
+            keep_first(self._cache, common)
+        else:
+            self._cache = self._new_cache()
 
 
 def converse(writer: Writer, lines: Iterable[str]) -> None:

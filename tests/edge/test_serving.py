@@ -1,6 +1,7 @@
 """`fedsplit serve`, `generate` and `chat`: real servers, real sockets, the unsplit model's text."""
 
 import io
+import os
 import re
 import shutil
 import signal
@@ -290,6 +291,34 @@ def test_a_chat_template_decides_what_the_model_reads(template, goes_on, place):
         held_T = out_BT[0].tolist()
     assert said.getvalue() == expected
     assert sent[1] < sent[0]
+
+
+def test_a_template_that_rewrites_turns_keeps_the_tokens_that_they_begin_with(place):
+    tokenizer = AutoTokenizer.from_pretrained(place.folder / "model")
+    tokenizer.chat_template = f"The keeper of the light is asked: {LAST_TURN}"
+    texts = ["once upon a time there was", "and then?"]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": each}], return_dict=True)
+        for each in texts
+    ]
+    one_T, other_T = (each["input_ids"] for each in prompts)
+    common = len(os.path.commonprefix([one_T, other_T]))
+    said, sent = io.StringIO(), []
+    with reach(str(place.folder / "model"), place.address) as reached:
+        options = dict(max_new_tokens=6, do_sample=False)
+        writer = Writer(reached=reached, tokenizer=tokenizer, options=options, out=said)
+        turns, fresh = Conversation(writer), Conversation(writer)
+        for conversation, text in ((turns, texts[0]), (turns, texts[1]), (fresh, texts[1])):
+            before = reached.link.bytes_up
+            conversation.answer(text)
+            sent.append(reached.link.bytes_up - before)
+    replies = [
+        whole(place).generate(input_ids=torch.tensor([ids_T]), **options)[0, len(ids_T) :]
+        for ids_T in (one_T, other_T, other_T)
+    ]
+    texts = [tokenizer.decode(reply_T, skip_special_tokens=True) for reply_T in replies]
+    assert said.getvalue() == "".join(f"{text}\n" for text in texts)
+    assert sent[2] - sent[1] >= common * 4 * 16, "hidden states that were sent before"
 
 
 # --- training ---------------------------------------------------------------------------------
