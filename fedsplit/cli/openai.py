@@ -22,6 +22,12 @@ ApiKeyFile = Annotated[
 MaxRequests = Annotated[
     int, typer.Option(metavar="N", help="requests at a time; others are told to wait", min=1)
 ]
+CacheBytes = Annotated[
+    int,
+    typer.Option(
+        metavar="BYTES", help="memory for the caches of answered requests; 0 keeps none", min=0
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,7 @@ class Openai(Reaching):
     bind: Bind = "127.0.0.1:8000"
     api_key_file: ApiKeyFile = ""
     max_requests: MaxRequests = 8
+    cache_bytes: CacheBytes = 256 << 20
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM."""
@@ -61,6 +68,7 @@ class Openai(Reaching):
                 binding,
                 model=name,
                 max_requests=self.max_requests,
+                cache_bytes=self.cache_bytes,
                 telemetry=telemetry,
                 metrics=metrics[0] if metrics else None,
             ) as address,

@@ -37,6 +37,7 @@ class Answer(ABC):
         self._num_choices = request.n or 1
         # By the number of a prompt, of which there are several in a request for completions.
         self._num_prompt: dict[int, int] = {}
+        self._num_cached: dict[int, int] = {}
         self._num_tokens: dict[int, int] = {}
         self._begun: set[int] = set()
 
@@ -71,7 +72,8 @@ class Answer(ABC):
 
     def _count(self, piece: Piece) -> None:
         self._num_tokens[piece.choice] = piece.num_tokens
-        self._num_prompt[piece.choice // self._num_choices] = piece.num_prompt
+        prompt = piece.choice // self._num_choices
+        self._num_prompt[prompt], self._num_cached[prompt] = piece.num_prompt, piece.num_cached
 
     @property
     def _usage(self) -> Body:
@@ -80,6 +82,7 @@ class Answer(ABC):
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached.values())},
         }
 
     def _body(self, kind: str, choices: list[Body]) -> Body:

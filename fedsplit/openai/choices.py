@@ -36,6 +36,7 @@ class Piece:
         finish: At the end of the choice, `stop` or `length`; empty before it.
         num_tokens: The tokens of the choice so far.
         num_prompt: The tokens of its prompt.
+        num_cached: How many of these a cache has held.
     """
 
     choice: int
@@ -44,6 +45,7 @@ class Piece:
     finish: str
     num_tokens: int
     num_prompt: int
+    num_cached: int
 
 
 class Choice:
@@ -53,6 +55,7 @@ class Choice:
         number: Its number among all choices of the answer.
         tokenizer: The model's tokenizer.
         prompt: The tokens of its prompt.
+        cached: How many of these a cache has held.
         stops: The strings that end it.
         ends: The tokens that end it.
         limit: The most tokens.
@@ -65,6 +68,7 @@ class Choice:
         tokenizer: PreTrainedTokenizerFast,
         *,
         prompt: int,
+        cached: int,
         stops: Sequence[str],
         ends: Collection[int],
         limit: int,
@@ -73,6 +77,7 @@ class Choice:
         self._number = number
         self._tokenizer = tokenizer
         self._prompt = prompt
+        self._cached = cached
         self._ends = ends
         self._limit = limit
         self._num_logprobs = num_logprobs
@@ -107,6 +112,7 @@ class Choice:
             finish=finish,
             num_tokens=self._num_tokens,
             num_prompt=self._prompt,
+            num_cached=self._cached,
         )
 
     def _with_logprobs(self, token: int, logprobs_V: Tensor) -> TokenLogprob:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, StoppingCriteriaList
 
 from fedsplit.openai.choices import Choice, Piece, Progress
+from fedsplit.openai.idle_caches import IdleCaches
 from fedsplit.openai.lanes import Lane
 from fedsplit.openai.refusals import Refusal
 from fedsplit.openai.requests import ChatRequest, Sampling, TextRequest
@@ -28,10 +29,12 @@ class Writer:
     Args:
         model: The client's model, connected to its trunk.
         tokenizer: The model's tokenizer.
+        cache_bytes: The most bytes of the caches of requests that were answered.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, cache_bytes: int) -> None:
         self._model = model
+        self._idle = IdleCaches(model, cache_bytes)
         self._tokenizer = tokenizer
         config = model.generation_config
         self._chat_ends = end_tokens(tokenizer, config, chat=True)
@@ -76,11 +79,16 @@ class Writer:
         chain, kept = processors(
             request, model.generation_config, prompt=len(ids_T), vocabulary=vocabulary
         )
+        ids_BT = torch.tensor([ids_T] * len(choices))
+        cache, cached = self._idle.take(ids_BT[0])
+        if cached and len(choices) > 1:
+            cache.reorder_cache(torch.zeros(len(choices), dtype=torch.int64))
         texts = [
             Choice(
                 number,
                 tokenizer,
                 prompt=len(ids_T),
+                cached=cached,
                 stops=request.stops,
                 ends=ends,
                 limit=limit,
@@ -88,17 +96,25 @@ class Writer:
             )
             for number in choices
         ]
-        ids_BT = torch.tensor([ids_T] * len(texts), device=model.device)
-        model.generate(
-            ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=limit,
-            eos_token_id=list(ends),
-            pad_token_id=tokenizer.pad_token_id,
-            logits_processor=chain,
-            stopping_criteria=StoppingCriteriaList([Progress(texts, kept, lane, emit)]),
-            **GREEDY,
-        )
+        try:
+            out_BT = model.generate(
+                ids_BT.to(model.device),
+                attention_mask=torch.ones_like(ids_BT),
+                past_key_values=cache,
+                # Those of the model's own config would conflict with a cache.
+                use_cache=True,
+                cache_implementation=None,
+                max_new_tokens=limit,
+                eos_token_id=list(ends),
+                pad_token_id=tokenizer.pad_token_id,
+                logits_processor=chain,
+                stopping_criteria=StoppingCriteriaList([Progress(texts, kept, lane, emit)]),
+                **GREEDY,
+            )
+        except BaseException:
+            self._idle.drop(cache)
+            raise
+        self._idle.give(cache, out_BT, prompt=len(ids_T))
 
     def _prompts(self, request: Sampling) -> Iterator[list[int]]:
         """The tokens of each prompt."""

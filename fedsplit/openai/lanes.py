@@ -1,20 +1,27 @@
 """The lanes to the trunk: each serves one request at a time, and can be cancelled meanwhile.
 
 The requests of one link follow one another. So each lane has a link, and the trunk gets the tokens
-of all requests together, which it runs in one pass.
+of all requests together, which it runs in one pass. A session does not belong to a lane: the next
+request of a conversation may take another one.
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from fedsplit.client.kv_session import TrunkCache
 from fedsplit.errors import FedsplitError
 from fedsplit.link import Link
 from fedsplit.model import connect
 from fedsplit.openai.refusals import Refusal, refusal_of
-from fedsplit.serve.client import Reached
-from fedsplit.wire.messages import CloseRequest, OpenReply, R, Request
+from fedsplit.serve.client import Reached, Route
+from fedsplit.wire.messages import (
+    CloseRequest,
+    GenerateReply,
+    GenerateRequest,
+    OpenReply,
+    R,
+    Request,
+)
 
 
 class Cancelled(Exception):  # noqa: N818  # it ends a generation that nobody waits for
@@ -24,23 +31,22 @@ class Cancelled(Exception):  # noqa: N818  # it ends a generation that nobody wa
 class Lane(Link):
     """A link for one generation at a time.
 
-    Once the trunk has opened a session, a failure is repeated within the run's budget, so that the
-    text goes on after an outage. Before that, the caller gets the failure at once.
+    Once the trunk has opened a session or has answered for one, a failure is repeated within the
+    run's budget, so that the text goes on after an outage. Before that, the caller gets the failure
+    at once.
 
     Args:
-        reached: The model and the way to its trunk.
+        route: The way to the trunk.
 
     Attributes:
-        trunk: The handle of the trunk for the generation's session.
         turn: The number of the generation, which names it to `cancel`.
     """
 
-    def __init__(self, reached: Reached) -> None:
+    def __init__(self, route: Route) -> None:
         self.turn = 0
-        self._link = reached.route.link()
-        self.trunk = reached.route.trunk(self, reached.model)
+        self._link = route.link()
         self._lock = threading.Lock()
-        self._cancelled = False
+        self._cancelled = self._has_begun = False
         self._session = ""
 
     @property
@@ -55,21 +61,23 @@ class Lane(Link):
             Cancelled: The generation must end.
             Refusal: The trunk cannot open a session now.
         """
-        if self._cancelled:
+        if isinstance(request, GenerateRequest):
+            self._continue(request.session)
+        elif self._cancelled:
             raise Cancelled
         try:
             reply = self._link.exchange(request)
         except FedsplitError as exc:
-            if exc.retryable and not self._session:
+            if exc.retryable and not self._has_begun:
                 raise refusal_of(exc) from exc
             raise
+        self._has_begun |= isinstance(reply, OpenReply | GenerateReply)
         if isinstance(reply, OpenReply):
-            with self._lock:
-                self._session = reply.session
-                is_late = self._cancelled
-            if is_late:
+            try:
+                self._continue(reply.session)
+            except Cancelled:
                 self._close_session(reply.session)
-                raise Cancelled
+                raise
         return reply
 
     def close(self) -> None:
@@ -93,22 +101,28 @@ class Lane(Link):
             self._close_session(session)
 
     def end(self) -> None:
-        """Close the session of a generation that has ended, and be ready for the next one."""
+        """Forget the generation, which has ended, and be ready for the next one."""
         with self._lock:
             self.turn += 1
-            self._cancelled = False
-        self.trunk.disconnect()
-        self._session = ""
+            self._cancelled = self._has_begun = False
+            self._session = ""
+
+    def _continue(self, session: str) -> None:
+        """Note the session of the generation, unless it must end."""
+        with self._lock:
+            if self._cancelled:
+                raise Cancelled
+            self._session = session
 
     def _close_session(self, session: str) -> None:
         with suppress(FedsplitError):  # the trunk ends the sessions of a lost connection itself
             self._link.exchange(CloseRequest(session=session))
 
 
-class Lanes:
+class Lanes(Link):
     """All lanes to a trunk; the event loop takes them and gives them back.
 
-    While it is open, the model's generations use the lane of their thread.
+    As a link it is the lane of the calling thread. While it is open, the model generates over it.
 
     Args:
         reached: The model and the way to its trunk.
@@ -116,14 +130,15 @@ class Lanes:
     """
 
     def __init__(self, reached: Reached, number: int) -> None:
-        self._reached = reached
+        self._route = reached.route
         self.number = number
         self._free: list[Lane] = []
         self._all: list[Lane] = []
         self._closing = False
         self._thread = _Thread()
-        # The trunk of `reached` sends what a lane's cache holds, whoever has made the cache.
-        connect(reached.model, reached.trunk, self._new_cache)
+        # One handle for all sessions, since they outlive the requests.
+        self._trunk = reached.route.trunk(self, reached.model)
+        connect(reached.model, self._trunk)
 
     def take(self) -> Lane:
         """Return a lane that nobody uses.
@@ -141,7 +156,7 @@ class Lanes:
                     "as many are running; try again",
                     code="rate_limit_exceeded",
                 )
-            self._free.append(Lane(self._reached))
+            self._free.append(Lane(self._route))
             self._all.append(self._free[0])
         return self._free.pop()
 
@@ -151,13 +166,22 @@ class Lanes:
 
     @contextmanager
     def using(self, lane: Lane) -> Iterator[None]:
-        """A context in which this thread generates over the lane; it ends the lane's session."""
+        """A context in which this thread generates over the lane; closes dropped sessions."""
         self._thread.lane = lane
         try:
             yield
         finally:
-            self._thread.lane = None
             lane.end()
+            # The trunk ends the sessions of a lost connection itself.
+            with suppress(FedsplitError, Refusal):
+                self._trunk.end_generations()
+            self._thread.lane = None
+
+    def exchange(self, request: Request[R]) -> R:
+        """See `Link`; over the lane of this thread."""
+        lane = self._thread.lane
+        assert lane is not None, "the model generates inside of `using`"
+        return lane.exchange(request)
 
     def cancel(self) -> None:
         """End all generations, and lend no lane any more; for any thread."""
@@ -167,14 +191,12 @@ class Lanes:
                 lane.cancel(lane.turn)
 
     def close(self) -> None:
-        """Close the connections of all lanes."""
+        """Close all sessions, and the connections of all lanes."""
+        for lane in self._all[:1]:
+            with self.using(lane), suppress(Refusal):
+                self._trunk.disconnect()
         for lane in self._all:
             lane.close()
-
-    def _new_cache(self, max_length: int | None) -> TrunkCache:
-        lane = self._thread.lane
-        assert lane is not None, "the model generates inside of `using`"
-        return lane.trunk.new_cache(max_length)
 
 
 class _Thread(threading.local):

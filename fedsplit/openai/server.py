@@ -73,6 +73,7 @@ def serving(
     *,
     model: str,
     max_requests: int,
+    cache_bytes: int,
     telemetry: Telemetry,
     metrics: Prometheus | None,
 ) -> Iterator[str]:
@@ -84,6 +85,7 @@ def serving(
         binding: The address to listen on, and the key.
         model: The id of the model.
         max_requests: The most requests at a time.
+        cache_bytes: The most bytes of the caches of requests that were answered.
         telemetry: Receives the events of requests.
         metrics: The sink that `/metrics` shows; None if its library is not installed.
 
@@ -96,7 +98,11 @@ def serving(
         closing(_listening(binding)) as listener,
         closing(reached.route.link(_HEALTH_DEADLINE_S)) as link,
         closing(
-            Jobs(Writer(reached.model, tokenizer), Lanes(reached, max_requests), telemetry)
+            Jobs(
+                Writer(reached.model, tokenizer, cache_bytes),
+                Lanes(reached, max_requests),
+                telemetry,
+            )
         ) as jobs,
     ):
         asked = ServiceInfoRequest(served_model_name=reached.route.served_model_name)

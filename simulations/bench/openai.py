@@ -120,6 +120,7 @@ def front(folder: str, trunk: str, new_tokens: int) -> Iterator[Answers]:
             Binding(address="127.0.0.1:0"),
             model=_MODEL,
             max_requests=_CHATS,
+            cache_bytes=0,
             telemetry=SILENT,
             metrics=None,
         ) as address:

@@ -82,9 +82,12 @@ class Chatting:
 
 
 @contextmanager
-def chatting(folder: Path, *, trunk: str = "") -> Iterator[Chatting]:
+def chatting(
+    folder: Path, *, trunk: str = "", cache_bytes: int = 0, settings: Sequence[str] = ()
+) -> Iterator[Chatting]:
     """Serve a model of `make_chat_model`; its trunk in this process, or at an address."""
-    run = compose(["split=1/2/1", f"generation.max_queue_delay_s={QUEUE_S}", "wire.budget_s=60"])
+    own = settings or [f"generation.max_queue_delay_s={QUEUE_S}"]
+    run = compose(["split=1/2/1", "wire.budget_s=60", *own])
     key, sink = secrets.token_hex(8), Prometheus("/metrics ")
     with ExitStack() as stack:
         if not trunk:
@@ -100,6 +103,7 @@ def chatting(folder: Path, *, trunk: str = "") -> Iterator[Chatting]:
                 Binding(address="127.0.0.1:0", api_key=key),
                 model=MODEL,
                 max_requests=LANES,
+                cache_bytes=cache_bytes,
                 telemetry=telemetry,
                 metrics=sink,
             )
