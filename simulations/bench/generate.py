@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedsplit.wire.messages import ForwardRequest, GenerateRequest
 from simulations.bench import one_machine
+from simulations.bench.chats import first_tokens
 from simulations.bench.drafts import NUM_DRAFTS, with_latency
 from simulations.bench.models import text_of
 from simulations.bench.processes import Process, process, threads_of_torch
@@ -38,6 +39,7 @@ def measure(size: str) -> Report:
         _tokens(scene)
         _cached_against_hf(scene)
         _cached_against_uncached(scene)
+        first_tokens(scene)
         _many_sessions(scene)
         with_latency(scene)
     one_machine.measure(size, report)

@@ -95,6 +95,7 @@ FIGURES = {
         "cached_vs_hf",
         "draft_speedup_100ms",
         "one_machine_vs_hf",
+        "second_turn_first_token",
         "sessions8_of_batch8",
         "tokens_identical",
         "total_cached_vs_uncached",
