@@ -152,12 +152,14 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past, added = self.get_seq_length(), (key_states, value_states)
-        end = past + key_states.shape[-2]
+        past, added = self.get_seq_length(), key_states.shape[-2]
+        end = past + added
         if self._buffers is None or end > self._buffers[0].shape[-2]:
-            self._buffers = self._larger(added, past, capacity(end))
-        for buffer, states in zip(self._buffers, added, strict=True):
-            buffer[:, :, past:end] = states
+            self._buffers = self._larger((key_states, value_states), past, capacity(end))
+        keys, values = self._buffers
+        # `narrow` takes less time than an index, and this runs for every token in every block.
+        keys.narrow(-2, past, added).copy_(key_states)
+        values.narrow(-2, past, added).copy_(value_states)
         self._fill(end)
         return self.keys, self.values
 
@@ -194,7 +196,8 @@ class GrowingLayer(DynamicLayer):
 
     def _fill(self, tokens: int) -> None:
         assert self._buffers is not None, "a caller allocates before it fills"
-        self.keys, self.values = (buffer[:, :, :tokens] for buffer in self._buffers)
+        keys, values = self._buffers
+        self.keys, self.values = keys.narrow(-2, 0, tokens), values.narrow(-2, 0, tokens)
 
 
 class _PartCache(Cache):

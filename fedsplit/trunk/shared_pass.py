@@ -219,6 +219,7 @@ class _BatchedKVCache(Cache):
         super().__init__(layers=segments[0].cache.layers)
         self._attention = attention
         self._segments = segments
+        self._sizes = [segment.hidden_BTD.shape[:2].numel() for segment in segments]
         self._layer = 0
         self._masks = [_Masks(segment, config) for segment in segments]
 
@@ -238,16 +239,15 @@ class _BatchedKVCache(Cache):
     ) -> Tensor:
         """Return the attention of each session over its own cache, as [1, N, H, E]."""
         outs = []
-        begin = 0
-        for segment, masks in zip(self._segments, self._masks, strict=True):
+        own = zip(*(x.split(self._sizes, dim=2) for x in (query, key, value)), strict=True)
+        for segment, masks, states in zip(self._segments, self._masks, own, strict=True):
             rows, tokens = segment.hidden_BTD.shape[:2]
-            end = begin + rows * tokens
-            own = [_of_rows(x[:, :, begin:end], rows, tokens) for x in (query, key, value)]
-            mask = masks.of(segment.cache.layers[self._layer], query.device)
-            keys, values = segment.cache.update(own[1], own[2], self._layer)
-            out_BTHE, _ = self._attention(module, own[0], keys, values, mask, **kwargs)
-            outs.append(out_BTHE.reshape(1, rows * tokens, *out_BTHE.shape[2:]))
-            begin = end
+            query_BHTE, *new = (_of_rows(x, rows, tokens) for x in states)
+            layer = segment.cache.layers[self._layer]
+            mask = masks.of(layer, query.device)
+            keys, values = layer.update(*new)
+            out_BTHE, _ = self._attention(module, query_BHTE, keys, values, mask, **kwargs)
+            outs.append(_flat(out_BTHE))
         return torch.cat(outs, dim=1)
 
 
