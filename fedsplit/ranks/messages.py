@@ -25,7 +25,8 @@ def written(message: Message) -> tuple[bytes, bytes]:
         frames = [_frame(call) for call in message.calls]
         calls = [_fields(each, len(f)) for each, f in zip(message.calls, frames, strict=True)]
         outcome = message.outcome.steps, message.outcome.norm, message.outcome.refused
-        header: Any = {"now": message.now, "outcome": outcome, "calls": calls}
+        times = message.now, message.pass_s
+        header: Any = {"times": times, "outcome": outcome, "calls": calls}
         return json.dumps(header).encode(), b"".join(frames)
     if isinstance(message, Order):
         return json.dumps(_order(message)).encode(), b""
@@ -40,8 +41,10 @@ def read(header: bytes, frames: bytes) -> Message:
     if "order" in found:
         return _read_order(found)
     steps, norm, refused = found["outcome"]
+    now, pass_s = found["times"]
     return Turn(
-        now=found["now"],
+        now=now,
+        pass_s=pass_s,
         calls=list(_calls(found["calls"], frames)),
         outcome=Outcome(steps=steps, norm=norm, refused=refused),
     )

@@ -18,7 +18,8 @@ class GenerationSpec:
         cache_bytes (bytes): The most that the caches of all sessions hold. Over this limit, the
             least recently used session is dropped; its client replays it.
         ttl_s (seconds): The time after which a session that is not used is dropped.
-        chunk_tokens (tokens): The most tokens of prompts that a pass processes.
+        chunk_tokens (tokens): The most tokens of prompts that a pass processes. It processes fewer
+            while other sessions decode.
         max_queue_delay_s (seconds): The longest wait of a pass, after the first token was sent,
             for the next token of all sessions of the last pass.
         stateless_bytes (bytes): The largest size of a message that carries a cache.

@@ -85,7 +85,9 @@ class TrunkEngine(EngineReadings):
         self._clock = clock
         self._run = run
         self.work = WorkCounts()
-        self._generation = Generation(trunk, run.generation, self._scheduler.turn_time)
+        self._generation = Generation(
+            trunk, run.generation, self._scheduler.turn_time, lambda: self._scheduler.pass_s
+        )
         self.submit = self._scheduler.submit
         self._on_turn = on_turn
         self.at_rest: Callable[[], None] = lambda: None
@@ -349,8 +351,10 @@ class TrunkEngine(EngineReadings):
             log.exception("a pass of generation failed; its caches are dropped")
             generation.fail_pass(failure)
             return
+        ended = self._clock()
+        self._scheduler.pass_s = ended - began
         if self.meter.telemetry:
-            size, ended = generation.last_pass, self._clock()
+            size = generation.last_pass
             self.meter.passed(Kind.GENERATE, generation.begun, size, began, ended)
 
     def _join(self, client: str) -> int:

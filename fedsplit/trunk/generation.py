@@ -2,8 +2,7 @@
 
 Shapes: B sequences, T tokens, D hidden width. Sessions join and leave between passes (continuous
 batching; Yu et al. 2022, "Orca", OSDI). A pass runs the next token of every session that waits,
-and a piece of each prompt, so that a long prompt does not delay the other sessions. Only the
-engine's thread uses this module.
+and a piece of each prompt. Only the engine's thread uses this module.
 """
 
 import functools
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from fedsplit.errors import FedsplitError, ProtocolError, SessionLost, TooLarge
 from fedsplit.model.kv_cache import capacity
-from fedsplit.model.rope import by_length, tables_of
 from fedsplit.model.stage import TrunkPart
 from fedsplit.model.tensor_parallel import num_ranks
 from fedsplit.spec import GenerationSpec
@@ -26,7 +24,6 @@ from fedsplit.trunk.call import Call
 from fedsplit.trunk.guard import require_finite
 from fedsplit.trunk.kv_cache import (
     SequenceCache,
-    attends_only,
     check_entries,
     continued_by,
     copy_tokens,
@@ -34,14 +31,13 @@ from fedsplit.trunk.kv_cache import (
     fill,
     first_to_go,
     has_fixed_caches,
-    last_entries,
-    num_bytes,
     num_bytes_of,
     select_rows,
 )
-from fedsplit.trunk.pass_queue import Pending, in_turn, shares_of
+from fedsplit.trunk.pass_budget import PromptBudget
+from fedsplit.trunk.pass_queue import Pending, can_divide, in_turn
 from fedsplit.trunk.shared_pass import Segment, SharedPass
-from fedsplit.wire.messages import GenerateReply, GenerateRequest, KVCacheEntry
+from fedsplit.wire.messages import GenerateRequest
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +55,32 @@ class Generation:
         trunk: The trunk part, on its device.
         spec: The budgets of caches and passes.
         clock: Seconds that do not run backwards.
+        pass_s: Returns the seconds that the last pass took.
 
     Attributes:
         begun: The calls of the last pass that no pass before it ran in part.
         last_pass: The sessions of the last pass, and its sequences times tokens.
     """
 
-    def __init__(self, trunk: TrunkPart, spec: GenerationSpec, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        trunk: TrunkPart,
+        spec: GenerationSpec,
+        clock: Callable[[], float],
+        pass_s: Callable[[], float],
+    ) -> None:
         self._trunk = trunk
         self._spec = spec
         self._clock = clock
+        self._pass_s = pass_s
+        self._pass_began = clock()
+        self._budget = PromptBudget(spec.chunk_tokens)
         self._device = next(trunk.parameters()).device
         self._shared = SharedPass(trunk)
         self._caches: dict[str, SequenceCache] = {}
         self._waiting: dict[str, Pending] = {}
+        self._bytes_of_row: dict[int, int] = {}
         self._awaited: set[str] = set()
-        self._last_at = -math.inf
         self._in_pass: list[Pending] = []
         self._single_passes_left = 0
         self._hits = self._misses = self._evictions = 0
@@ -138,31 +144,38 @@ class Generation:
             sequences = self._client_cache(request)
         else:
             sequences = self._found(session, request)
-        sequences.used = self._clock()
-        self._waiting[session] = Pending(
+        now = self._clock()
+        pending = Pending(
             call=call,
             sequences=sequences,
             left_BTD=request.smashed_BTD.to(self._device),
-            since=sequences.used,
+            since=now,
             num_bytes=max(sequences.num_bytes, self._bytes_with(sequences, request)),
         )
+        # A stateless request brings a cache of its own.
+        kept = self._caches.get(session, sequences)
+        kept.used, kept.decodes = now, pending.is_short(self._budget.short)
+        self._waiting[session] = pending
 
     def due_in(self) -> float:
         """Return the seconds until a pass should begin; infinite if no request waits."""
         if not self._waiting:
             return math.inf
         # The sessions of the last pass are likely to send their next token soon, or wait for a
-        # person. A request that has run in part does not wait for them.
-        has_begun = any(pending.out for pending in self._waiting.values())
-        first = min(pending.since for pending in self._waiting.values())
-        are_idle = first - self._last_at > _SOON_S
-        if self._awaited <= self._waiting.keys() or has_begun or are_idle:
+        # person. A prompt waits for them between its pieces, so that a pass has their tokens and a
+        # piece.
+        waiting, ended = self._waiting.values(), self._pass_began + self._pass_s()
+        first = min((each.since for each in waiting if not each.out), default=ended)
+        if any(each.out for each in waiting):
+            first = max(first, ended)
+        if self._awaited <= self._waiting.keys() or first - ended > _SOON_S:
             return 0.0
         return max(0.0, first + self._spec.max_queue_delay_s - self._clock())
 
     def run_pass(self) -> None:
         """Run the next tokens of the requests that wait, and answer those that are complete."""
         shares = self._next_shares()
+        self._pass_began = self._clock()
         # Stored before the pass runs, so that `fail_pass` finds it.
         self._in_pass = [pending for pending, _ in shares]
         self.begun = [each.call for each in self._in_pass if not each.out]
@@ -173,10 +186,17 @@ class Generation:
             self._trunk.train(False)
         with torch.no_grad():
             outputs = self._shared(segments)
-        self._awaited, self._last_at = set(), self._clock()
         for pending, segment, out_BTD in zip(self._in_pass, segments, outputs, strict=True):
             self._append_output(pending, segment, out_BTD)
+        complete = [pending for pending in self._in_pass if not pending.tokens_left]
+        replies = [(pending.call, pending.reply()) for pending in complete]
+        self._awaited = {call.session for call, _ in replies}
+        for session in self._awaited:
+            del self._waiting[session]
         self._make_room()
+        # Last, because each wakes a thread, which this one would wait for.
+        for call, reply in replies:
+            call.future.set_result(reply)
 
     def _reserve(self) -> None:
         """Make room for the caches of the pass, before they grow."""
@@ -294,7 +314,9 @@ class Generation:
         """Return the bytes of a cache once it holds the tokens of a request."""
         rows, tokens = request.smashed_BTD.shape[:2]
         room = sequences.cache_tokens or capacity(request.past + tokens)
-        return rows * num_bytes_of(self._probe, room)
+        if room not in self._bytes_of_row:
+            self._bytes_of_row[room] = num_bytes_of(self._probe, room)
+        return rows * self._bytes_of_row[room]
 
     @functools.cached_property
     def _has_fixed_caches(self) -> bool:
@@ -316,29 +338,18 @@ class Generation:
 
     def _next_shares(self) -> list[tuple[Pending, int]]:
         """Return the requests of the next pass, each with the number of tokens that it runs."""
+        self._budget.end(self._pass_s())
         waiting = in_turn(self._waiting.values())
         if self._single_passes_left:
             self._single_passes_left -= 1
             waiting = waiting[:1]
-        return shares_of(waiting, self._spec, self._can_divide)
-
-    def _can_divide(self, pending: Pending) -> bool:
-        """Return whether the output does not depend on where the rest of a prompt is divided."""
-        # States other than keys and values may depend on it.
-        if not attends_only(pending.sequences.cache):
-            return False
-        config = self._trunk.config
-        if not by_length(config):
-            return True
-        positions_BT = pending.call.request.position_ids_BT
-        if positions_BT is None:
-            first = pending.sequences.tokens
-            last = first + pending.tokens_left - 1
-        else:
-            left_BT = positions_BT[:, -pending.tokens_left :]
-            first, last = int(left_BT[:, 0].max()), int(left_BT.max())
-        # A piece of a pass with other rotary tables would get tables of its own.
-        return tables_of(config, first) == tables_of(config, last)
+        since = self._clock() - _SOON_S
+        return self._budget.shares(
+            waiting,
+            decoding=any(each.decodes and each.used >= since for each in self._caches.values()),
+            room_bytes=self._spec.cache_bytes,
+            can_divide=functools.partial(can_divide, config=self._trunk.config),
+        )
 
     def _next_piece(self, pending: Pending, tokens: int) -> Segment:
         request, sequences = pending.call.request, pending.sequences
@@ -365,23 +376,10 @@ class Generation:
         )
 
     def _append_output(self, pending: Pending, segment: Segment, out_BTD: Tensor) -> None:
-        sequences, request = pending.sequences, pending.call.request
+        sequences = pending.sequences
         sequences.tokens += segment.hidden_BTD.shape[1]
         sequences.used = self._clock()
         pending.out.append(out_BTD)
-        if pending.tokens_left:
-            return
-        del self._waiting[pending.call.session]
-        entries: tuple[KVCacheEntry, ...] = ()
-        if request.stateless:
-            sent_BTD = request.smashed_BTD
-            entries = last_entries(sequences.cache, sent_BTD.shape[1], sent_BTD.dtype)
-        else:
-            sequences.num_bytes = num_bytes(sequences.cache)
-        self._awaited.add(pending.call.session)
-        out_BTD = pending.out[0] if len(pending.out) == 1 else torch.cat(pending.out, dim=1)
-        reply_BTD = out_BTD[:, -request.logits_to_keep :].contiguous().cpu()
-        pending.call.future.set_result(GenerateReply(trunk_out_BTD=reply_BTD, entries=entries))
 
     def _make_room(self, beside: int = 0) -> None:
         """Drop caches until the rest fits the budget, with `beside` bytes of other caches."""

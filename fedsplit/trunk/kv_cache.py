@@ -31,7 +31,8 @@ _ATTENTION = (GrowingLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidin
 class SequenceCache:
     """The cache of a session: `tokens` tokens in each of `rows` sequences, and their mask.
 
-    `used` is the time of the last use, in seconds. `cache_tokens` is the fixed number of tokens per
+    `used` is the time of the last use, in seconds, and `decodes` whether that was for a few tokens
+    and not for a prompt. `cache_tokens` is the fixed number of tokens per
     sequence, or 0 for a cache that grows. `autocast` is the precision that the tokens were computed
     in, or empty for that of the weights. `changed_at` is the last call that removed or reordered
     tokens.
@@ -46,6 +47,7 @@ class SequenceCache:
     autocast: str = ""
     changed_at: int = 0
     used: float = 0.0
+    decodes: bool = False
     num_bytes: int = 0
 
     def grow_mask(self, mask_BT: Tensor | None, tokens: int) -> None:

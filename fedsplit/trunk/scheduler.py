@@ -45,10 +45,12 @@ class Scheduler:
 
     Attributes:
         closed: The reason that `close` was called with; None while the scheduler is open.
+        pass_s: The seconds of the last pass of generation, which the engine sets.
     """
 
     def __init__(self, batch_wait_s: float, clock: Callable[[], float]) -> None:
         self.closed: FedsplitError | None = None
+        self.pass_s = 0.0
         self._batch_wait_s = batch_wait_s
         self._clock = clock
         self._lock = threading.Lock()

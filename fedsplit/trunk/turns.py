@@ -7,7 +7,7 @@ in place of clients, and run the same code on them. So sessions' graphs, version
 caches are the same at all ranks, and no rank is told of them.
 
 A rank that decides by its own clock, or by a queue, would decide otherwise. So the time is that of
-the turn, and rank 0 says whether a pass of generation begins.
+the turn, and rank 0 says whether a pass of generation begins, and how long the last one took.
 """
 
 import math
@@ -60,9 +60,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Turn:
-    """One turn of the engine: its time in seconds, its calls, and the outcome of those before."""
+    """One turn of the engine: its time in seconds, its calls, and the outcome of those before.
+
+    `pass_s` is the time that the last pass of generation took, in seconds.
+    """
 
     now: float
+    pass_s: float
     calls: Sequence[Call]
     outcome: Outcome
 
@@ -141,7 +145,9 @@ class SendingScheduler(_RankScheduler):
         self._turn_at = self._clock()
         # What only concerns this rank's queue is a function, which the others cannot call.
         sent = [call for call in calls if not callable(call.request)]
-        self._channel.send(Turn(now=self._turn_at, calls=sent, outcome=self._outcome))
+        self._channel.send(
+            Turn(now=self._turn_at, pass_s=self.pass_s, calls=sent, outcome=self._outcome)
+        )
         return calls
 
     def has_arrivals(self, priority: int) -> bool:
@@ -183,7 +189,7 @@ class ReplayingScheduler(_RankScheduler):
                 f"rank {self._channel.rank} has computed {self._outcome}, but rank 0 "
                 f"{turn.outcome}; all ranks need equal devices and versions of torch"
             )
-        self._turn_at = turn.now
+        self._turn_at, self.pass_s = turn.now, turn.pass_s
         return list(turn.calls)
 
     def has_arrivals(self, priority: int) -> bool:

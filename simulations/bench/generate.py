@@ -21,6 +21,7 @@ from fedsplit.wire.messages import ForwardRequest, GenerateRequest
 from simulations.bench import one_machine
 from simulations.bench.chats import first_tokens
 from simulations.bench.drafts import NUM_DRAFTS, with_latency
+from simulations.bench.long_prompt import beside_long_prompt
 from simulations.bench.models import text_of
 from simulations.bench.processes import Process, process, threads_of_torch
 from simulations.bench.report import Report, in_turns
@@ -42,6 +43,7 @@ def measure(size: str) -> Report:
         first_tokens(scene)
         _many_sessions(scene)
         with_latency(scene)
+    beside_long_prompt(SIZES[size], report)
     one_machine.measure(size, report)
     return report
 

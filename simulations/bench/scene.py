@@ -26,7 +26,7 @@ class Size:
     """The numbers of tokens in prompts, answers and circles, of sessions and turns; the latencies.
 
     The last latency is 100 ms. Without a cache, `uncached_at` tokens of the long answer are
-    measured.
+    measured. Each chat sends `beside_tokens` tokens from the begin of a prompt of `beside_prompt`.
     """
 
     shape: Shape
@@ -40,6 +40,8 @@ class Size:
     circle: int
     latencies_s: tuple[float, ...]
     latency_turns: int
+    beside_prompt: int
+    beside_tokens: int
 
 
 SIZES = {
@@ -55,6 +57,8 @@ SIZES = {
         circle=16,
         latencies_s=(0.0, 0.02, 0.1),
         latency_turns=3,
+        beside_prompt=2000,
+        beside_tokens=96,
     ),
     "toy": Size(
         shape=TOY,
@@ -68,6 +72,8 @@ SIZES = {
         circle=4,
         latencies_s=(0.1,),
         latency_turns=1,
+        beside_prompt=400,
+        beside_tokens=64,
     ),
 }
 

@@ -67,9 +67,10 @@ REQUESTS = {
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_a_call_arrives_with_the_very_values_of_rank_0(kind):
     call = Call(kind=Kind.FORWARD, client="a", session="s", round=2, request=REQUESTS[kind])
-    turn = read(*written(Turn(now=1.5, calls=[call], outcome=Outcome(steps=1, norm=0.1))))
+    outcome = Outcome(steps=1, norm=0.1)
+    turn = read(*written(Turn(now=1.5, pass_s=0.1, calls=[call], outcome=outcome)))
     (got,) = turn.calls
-    assert (turn.now, turn.outcome) == (1.5, Outcome(steps=1, norm=0.1))
+    assert (turn.now, turn.pass_s, turn.outcome) == (1.5, 0.1, outcome)
     assert (got.kind, got.client, got.session, got.round) == (Kind.FORWARD, "a", "s", 2)
     for name in ("smashed_BTD", "attention_mask_BT", "grad_trunk_out_BTD", "client_sq_norm"):
         sent, received = (getattr(r, name, None) for r in (call.request, got.request))

@@ -96,6 +96,7 @@ FIGURES = {
         "draft_speedup_100ms",
         "one_machine_vs_hf",
         "second_turn_first_token",
+        "others_p99_under_long_prompt",
         "sessions8_of_batch8",
         "tokens_identical",
         "total_cached_vs_uncached",
@@ -159,6 +160,7 @@ def exact_and_small(told: dict[str, Any]) -> None:
     assert 0.8 < figures["bytes_saved"] < 1
     assert 0.9 <= figures["bf16_tokens_agree"] <= 1
     assert min(figures[name] for name in ("one_machine_vs_hf", "bf16_decoding", "bf16_prompts")) > 0
+    assert figures["others_p99_under_long_prompt"] > 0
 
 
 def exact_with_four_transfers(told: dict[str, Any]) -> None:
