@@ -455,7 +455,7 @@ def test_help_describes_every_field_with_its_value_within_the_width(monkeypatch)
 def test_help_of_serve_describes_the_fields_that_it_takes(capsys):
     assert main(["serve", "--help"]) == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert "generation.chunk_tokens=256: The most tokens of prompts that a pass processes. It" in words
+    assert "generation.chunk_tokens=256: The most tokens of prompts that a pass processes." in words
     assert "train.lr=0.003: The learning rate after the warm-up." in words
     # Options take the place of these.
     assert "wire.bind=" not in words and "wire.down=none: The codec" in words
