@@ -11,7 +11,7 @@ another process.
 import hashlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +65,16 @@ def rng_scope(seed: int | str, *, needed: bool = True) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def rng_released() -> Iterator[None]:
+def rng_released() -> AbstractContextManager[None]:
     """A context in which other threads may draw; it does nothing outside of an `rng_scope`.
 
     After it, the scope continues with the random numbers that it would have drawn without it.
     """
-    if not _THREAD.holds_lock:
-        yield
-        return
+    return _released() if _THREAD.holds_lock else nullcontext()
+
+
+@contextmanager
+def _released() -> Iterator[None]:
     states = _states()
     # While this thread still holds the lock: afterwards, another thread may change the generators.
     _THREAD.holds_lock = False

@@ -51,10 +51,10 @@ class Precision:
 
         It does so in families that project their embeddings to the width of the blocks.
         """
-        name = _name(hidden)
-        if hidden != wire and name == autocast_on(device):
+        if hidden != wire and _name(hidden) == autocast_on(device):
             self._warn(
-                f"under autocast, this family's hidden states at the cut are in {name}, and the "
+                f"under autocast, this family's hidden states at the cut are in {_name(hidden)}, "
+                "and the "
                 f"trunk continues with them in {_name(wire)}; so the results differ from the "
                 "unsplit model's by roundings to that type; train without autocast for equal ones"
             )

@@ -1,8 +1,7 @@
 """What a thread works on: fields, such as the client and the step, of its log lines and spans."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
 from types import MappingProxyType
 
 _FIELDS: ContextVar[Mapping[str, object]] = ContextVar("fields", default=MappingProxyType({}))
@@ -11,17 +10,24 @@ _SESSION_DIGITS = 8
 """The digits of a session's name that are shown; who has all of them can speak for the session."""
 
 
-@contextmanager
-def working_on(**fields: object) -> Iterator[None]:
+class working_on:  # noqa: N801  # used as a function
     """A context whose log lines and spans have these fields, besides those that are set already.
 
     Of a `session`, only the first digits are kept.
     """
-    token = _FIELDS.set({**_FIELDS.get(), **shown(fields)})
-    try:
-        yield
-    finally:
-        _FIELDS.reset(token)
+
+    __slots__ = ("_fields", "_token")
+
+    _token: Token[Mapping[str, object]]
+
+    def __init__(self, **fields: object) -> None:
+        self._fields = fields
+
+    def __enter__(self) -> None:
+        self._token = _FIELDS.set({**_FIELDS.get(), **shown(self._fields)})
+
+    def __exit__(self, *_: object) -> None:
+        _FIELDS.reset(self._token)
 
 
 def current_fields() -> Mapping[str, object]:

@@ -8,7 +8,7 @@ id is drawn and nothing is sent.
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
@@ -97,14 +97,9 @@ class Span:
         _CURRENT.reset(self._before)
         self.end(exc or self._failure)
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[None]:
         """A context in which it is the current span; it goes on after it."""
-        before = _CURRENT.set(self)
-        try:
-            yield
-        finally:
-            _CURRENT.reset(before)
+        return _active(self)
 
     def fail(self, failure: BaseException) -> None:
         """Note the failure for the end of its block, which no exception ends."""
@@ -166,9 +161,8 @@ class _Untraced(Span):
     def __exit__(self, *_: object) -> None:
         pass
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        yield
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def fail(self, failure: BaseException) -> None:
         pass
@@ -196,6 +190,15 @@ class _Unwanted(_Untraced):
 
     def below(self, name: str, **fields: object) -> Span:
         return UNTRACED
+
+
+@contextmanager
+def _active(span: Span) -> Iterator[None]:
+    before = _CURRENT.set(span)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(before)
 
 
 UNTRACED = _Untraced()

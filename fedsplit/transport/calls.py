@@ -155,13 +155,22 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         Raises:
             Draining: The server shuts down.
         """
+        with self._changed:
+            if self._draining:
+                raise Draining("the trunk server is shutting down; try again when it is back")
+            self._in_work += 1
         session, call = getattr(message, "session", ""), getattr(message, "call", None)
-        with (
-            self._working(),
-            working_on(**{**self._fields, "client": client, "session": session, "call": call}),
-            continued(self._telemetry, sender, "serve", kind=_kind_of(message)) as span,
-        ):
-            yield span
+        try:
+            with (
+                working_on(**{**self._fields, "client": client, "session": session, "call": call}),
+                continued(self._telemetry, sender, "serve", kind=_kind_of(message)) as span,
+            ):
+                yield span
+        finally:
+            with self._changed:
+                self._in_work -= 1
+                if self._draining:
+                    self._changed.notify_all()
 
     def answer(self, message: Body, token: str) -> Reply:
         """The service's reply to a request.
@@ -221,19 +230,6 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
             "limits.idle_s": f"{idle_s:.0f} of {limits.idle_s:g}",
             "limits.metadata_bytes": f"{self._most_metadata} of {limits.metadata_bytes}",
         }
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        with self._changed:
-            if self._draining:
-                raise Draining("the trunk server is shutting down; try again when it is back")
-            self._in_work += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._in_work -= 1
-                self._changed.notify_all()
 
     def drain(self, grace_s: float) -> None:
         """Refuse requests from now on, and wait up to `grace_s` seconds for those in work."""

@@ -127,9 +127,9 @@ class GrpcLink(Link):
         Raises:
             FedsplitError: The trunk's error, or the failure of the connection.
         """
-        self._check_open()
         call = CALLS[type(request)]
         if not call.streams:
+            self._check_open()
             return self.checked(request, self._unary(call.method, request))
         return self.stream().begin(request)()
 
@@ -231,7 +231,7 @@ def _max_reply_bytes(request: Request[Any]) -> int:
 class _ExchangeStream(Stream):
     """One Exchange call: frames out, frames in, and a thread that cancels it at the deadline.
 
-    Several requests may be in progress; each has an event that is set when its reply is the next
+    Several requests may be in progress; each has a lock that is released when its reply is the next
     one. The deadline of a request counts from then on. The stream is `broken` once no more replies
     can be read from it.
     """
@@ -247,7 +247,7 @@ class _ExchangeStream(Stream):
         frames = itertools.chain.from_iterable(iter(self._outbox.get, None))
         self._frames: Any = open_stream(frames, metadata=metadata)
         self._due = math.inf
-        self._unanswered: deque[threading.Event] = deque()
+        self._unanswered: deque[threading.Lock] = deque()
         self._lock = threading.Lock()  # guards `_due` and `_unanswered`
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._end_if_late, name="fedsplit-watch", daemon=True)
@@ -259,15 +259,19 @@ class _ExchangeStream(Stream):
         Frames are made one by one as gRPC sends them, so they are never in memory together. The
         first one is made here, so that errors of encoding are raised here.
         """
-        frames, is_next = to_frames(request, trace=sent_ids()), threading.Event()
+        frames, is_next = to_frames(request, trace=sent_ids()), threading.Lock()
+        is_next.acquire()
         first = next(frames)
+        # Before the request is sent: the thread that sends it would wait for this one's work.
+        most_header = FRAME_BYTES if isinstance(request, _NAMED) else HEADER_BYTES
+        reader = Reader(_max_reply_bytes(request), most_header)
         # One lock for both queues: replies are read in the order in which requests are sent.
         with self._lock:
             self._unanswered.append(is_next)
             self._outbox.put(self._counted(itertools.chain((first,), frames)))
             if len(self._unanswered) == 1:
                 self._await_next()
-        return lambda: self._link.checked(request, self._answer(is_next, request))
+        return lambda: self._link.checked(request, self._answer(is_next, reader))
 
     @property
     def broken(self) -> bool:
@@ -279,12 +283,12 @@ class _ExchangeStream(Stream):
             self._link.count(len(frame), 0)
             yield frame
 
-    def _answer(self, is_next: threading.Event, request: Request[Any]) -> Body:
+    def _answer(self, is_next: threading.Lock, reader: Reader) -> Body:
         """Read the reply to a request, after the replies to all requests before it."""
         body: Body | None = None
         try:
-            is_next.wait()
-            body = self._read(request)
+            is_next.acquire()
+            body = self._read(reader)
         except grpc.RpcError as exc:
             raise self._link.error_of(exc, expired=self._expired) from exc
         finally:
@@ -298,9 +302,7 @@ class _ExchangeStream(Stream):
                 self._broken |= self._expired
         return body
 
-    def _read(self, request: Request[Any]) -> Body:
-        most_header = FRAME_BYTES if isinstance(request, _NAMED) else HEADER_BYTES
-        reader = Reader(_max_reply_bytes(request), most_header)
+    def _read(self, reader: Reader) -> Body:
         for frame in self._frames:
             self._link.count(0, len(frame))
             if (body := reader.feed(frame)) is not None:
@@ -318,7 +320,9 @@ class _ExchangeStream(Stream):
         self._due = math.inf
         if self._unanswered:
             self._due = time.monotonic() + self._link.deadline_s
-            self._unanswered[0].set()
+            # Open already if a request behind it was given up.
+            if self._unanswered[0].locked():
+                self._unanswered[0].release()
 
     def _end_if_late(self) -> None:
         # A request that begins during the wait is not due before its end.

@@ -19,10 +19,11 @@ _MAX_FIELDS = 16
 def write_frame(header: pb.Header, payload: list[memoryview]) -> bytes:
     """The frame of a header and the pieces of its payload, which are copied once."""
     head = header.SerializeToString()
-    start = _varint(_HEADER_TAG) + _varint(len(head)) + head
+    start = (b"%c" % _HEADER_TAG, _varint(len(head)), head)
     if not payload:
-        return start
-    return b"".join((start, _varint(_PAYLOAD_TAG), _varint(sum(map(len, payload))), *payload))
+        return b"".join(start)
+    length = _varint(sum(map(len, payload)))
+    return b"".join((*start, b"%c" % _PAYLOAD_TAG, length, *payload))
 
 
 def read_frame(frame: bytes, max_header: int) -> tuple[pb.Header, memoryview]:
@@ -89,6 +90,9 @@ def _varint(value: int) -> bytes:
 
 def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
     """The number at `at`, and the place after it."""
+    # Most numbers are one byte.
+    if at < len(view) and (value := view[at]) < 0x80:
+        return value, at + 1
     value = 0
     # Five bytes of a varint hold 35 bits, more than any frame's length.
     for i, byte in enumerate(view[at : at + 5]):

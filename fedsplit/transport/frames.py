@@ -5,7 +5,7 @@ The memory of a payload is allocated once, after the header was checked.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from fedsplit.errors import BadTensor, FedsplitError, ProtocolError, TooLarge, e
 from fedsplit.telemetry.spans import SpanContext
 from fedsplit.transport import fedsplit_pb2 as pb
 from fedsplit.transport.envelope import read_frame, write_frame
+from fedsplit.transport.layout import Kind, layout_of
 from fedsplit.wire import messages
 from fedsplit.wire import server_messages as servers
-from fedsplit.wire.codec import TensorMeta, decode_tensor, encode_tensor, traveling
+from fedsplit.wire.codec import TensorMeta, decode_tensor, described, encode_tensor
 from fedsplit.wire.compression import NUMBERS
 from fedsplit.wire.messages import KVCacheEntry, Limits, Reply, Request
 
@@ -76,35 +77,6 @@ _CLASSES: dict[str, Any] = {
 _BODIES = {name.title().replace("_", ""): name for name in pb.Header.DESCRIPTOR.fields_by_name}
 
 
-class _Kind(Enum):
-    """The kind of a message's field, which decides its form in protobuf."""
-
-    VALUE = "value"
-    VALUES = "values"
-    TENSOR = "tensor"
-    TENSORS = "tensors"
-    MAPPING = "mapping"
-    LIMITS = "limits"
-    ENTRIES = "entries"
-
-
-_KINDS: dict[Any, _Kind] = {
-    Tensor: _Kind.TENSOR,
-    Tensor | None: _Kind.TENSOR,
-    tuple[Tensor, ...]: _Kind.TENSORS,
-    tuple[str, ...]: _Kind.VALUES,
-    dict[str, float]: _Kind.MAPPING,
-    dict[str, str]: _Kind.MAPPING,
-    Limits: _Kind.LIMITS,
-    tuple[KVCacheEntry, ...]: _Kind.ENTRIES,
-}
-
-
-_LAYOUTS: dict[type, tuple[tuple[str, _Kind], ...]] = {
-    cls: tuple((field.name, _KINDS.get(field.type, _Kind.VALUE)) for field in traveling(cls))
-    for cls in (*_CLASSES.values(), KVCacheEntry, Limits)
-}
-_NEEDED = {cls: {f.name for f in traveling(cls) if f.type is Tensor} for cls in _LAYOUTS}
 _DTYPES = {number: name.lower() for name, number in pb.DType.items()}
 _CODECS = {number: name for name, number in NUMBERS.items()}
 
@@ -131,7 +103,7 @@ def to_frames(message: Body, chunk_bytes: int = CHUNK_BYTES, trace: bytes = b"")
     # A message without fields, such as CloseReply, would leave the oneof unset otherwise.
     body.SetInParent()
     _write_fields(body, message, parts)
-    header.payload_bytes = sum(len(part) for part in parts)
+    header.payload_bytes = sum(map(len, parts))
     if header.payload_bytes <= chunk_bytes:
         yield write_frame(header, parts)
         return
@@ -164,22 +136,23 @@ def _write_error(body: pb.Error, error: FedsplitError) -> None:
 
 
 def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
-    for name, kind in _LAYOUTS[type(message)]:
+    layout = layout_of(type(message))
+    for name in layout.values:
+        setattr(body, name, getattr(message, name))
+    for name, kind in layout.others:
         value = getattr(message, name)
-        if kind is _Kind.VALUE:
-            setattr(body, name, value)
-        elif not isinstance(value, Tensor) and not value:
+        if not isinstance(value, Tensor) and not value:
             pass
-        elif kind is _Kind.TENSOR:
+        elif kind is Kind.TENSOR:
             codec, base = getattr(message, "codec", "none"), getattr(message, "base_BTD", None)
             getattr(body, name).CopyFrom(_write_tensor(value, parts, codec, base))
-        elif kind is _Kind.TENSORS:
+        elif kind is Kind.TENSORS:
             getattr(body, name).extend(_write_tensor(item, parts) for item in value)
-        elif kind is _Kind.VALUES:
+        elif kind is Kind.VALUES:
             getattr(body, name).extend(value)
-        elif kind is _Kind.MAPPING:
+        elif kind is Kind.MAPPING:
             getattr(body, name).update(value)
-        elif kind is _Kind.LIMITS:
+        elif kind is Kind.LIMITS:
             _write_fields(getattr(body, name), value, parts)
         else:
             for item in value:
@@ -191,6 +164,12 @@ def _write_tensor(tensor: Tensor, parts: list[memoryview], *how: Any) -> pb.Tens
     parts.append(raw)
     if padding := -len(raw) % ALIGNMENT:
         parts.append(memoryview(bytes(padding)))
+    return _written_meta(meta)
+
+
+@lru_cache(maxsize=1024)
+def _written_meta(meta: TensorMeta) -> pb.TensorMeta:
+    """The description in protobuf; its readers copy it, so one is enough for equal tensors."""
     return pb.TensorMeta(
         dtype=meta.dtype.upper(),
         codec=NUMBERS[meta.codec],
@@ -284,14 +263,17 @@ class _Pending:
         self._body = getattr(header, name)
         self._cls = _CLASSES[self._body.DESCRIPTOR.name]
         self._metas = [_read_meta(meta) for meta in _metas(self._cls, self._body)]
-        self._total = sum(meta.nbytes + -meta.nbytes % ALIGNMENT for meta in self._metas)
+        self._total = decoded = 0
+        for meta in self._metas:
+            self._total += meta.nbytes + -meta.nbytes % ALIGNMENT
+            decoded += meta.decoded_bytes
         if header.payload_bytes != self._total:
             raise BadTensor(
                 f"{self._cls.__name__} announces {header.payload_bytes} bytes of payload, but "
                 f"its tensors take {self._total}"
             )
         # A codec may expand a few bytes to many, so both sizes count.
-        memory = max(self._total, sum(meta.decoded_bytes for meta in self._metas))
+        memory = max(self._total, decoded)
         if memory > max_bytes:
             raise TooLarge(
                 f"{self._cls.__name__} carries {memory} bytes; at most {max_bytes} are allowed; "
@@ -348,48 +330,45 @@ def _read_error(body: pb.Error) -> FedsplitError:
 
 def _metas(cls: type, body: Any) -> Iterator[pb.TensorMeta]:
     """The descriptions of a body's tensors, in the order of their bytes."""
-    for name, kind in _LAYOUTS[cls]:
-        if kind is _Kind.TENSORS:
+    for name, kind in layout_of(cls).others:
+        if kind is Kind.TENSORS:
             yield from getattr(body, name)
-        elif kind is _Kind.ENTRIES:
+        elif kind is Kind.ENTRIES:
             for entry in getattr(body, name):
                 yield from _metas(KVCacheEntry, entry)
-        elif kind is _Kind.TENSOR and body.HasField(name):
+        elif kind is Kind.TENSOR and body.HasField(name):
             yield getattr(body, name)
-        elif kind is _Kind.TENSOR and name in _NEEDED[cls]:
+        elif kind is Kind.TENSOR and name in layout_of(cls).needed:
             raise BadTensor(f"{cls.__name__} came without its {name}")
 
 
 def _read_meta(meta: pb.TensorMeta) -> TensorMeta:
-    read = TensorMeta(
-        dtype=_DTYPES.get(meta.dtype, str(meta.dtype)),
-        codec=_CODECS.get(meta.codec, str(meta.codec)),
-        # Five dimensions are enough for `check` to refuse the shape, however long it is.
-        shape=tuple(meta.shape[:5]),
-        nbytes=meta.nbytes,
-    )
-    read.check()
-    return read
+    # Five dimensions are enough for the check to refuse the shape, however long it is.
+    shape = tuple(meta.shape[:5])
+    dtype = _DTYPES.get(meta.dtype, str(meta.dtype))
+    return described(dtype, shape, meta.nbytes, _CODECS.get(meta.codec, str(meta.codec)))
 
 
 def _read_fields(cls: type, body: Any, tensors: Iterator[Tensor]) -> dict[str, Any]:
-    return {name: _read_field(name, kind, body, tensors) for name, kind in _LAYOUTS[cls]}
+    layout = layout_of(cls)
+    values = {name: getattr(body, name) for name in layout.values}
+    for name, kind in layout.others:
+        if kind is Kind.TENSOR:
+            values[name] = next(tensors) if body.HasField(name) else None
+        else:
+            values[name] = _read_field(kind, getattr(body, name), tensors)
+    return values
 
 
-def _read_field(name: str, kind: _Kind, body: Any, tensors: Iterator[Tensor]) -> Any:
-    value = getattr(body, name)
+def _read_field(kind: Kind, value: Any, tensors: Iterator[Tensor]) -> Any:
     match kind:
-        case _Kind.TENSOR:
-            return next(tensors) if body.HasField(name) else None
-        case _Kind.TENSORS:
+        case Kind.TENSORS:
             return tuple(next(tensors) for _ in value)
-        case _Kind.VALUES:
+        case Kind.VALUES:
             return tuple(value)
-        case _Kind.MAPPING:
+        case Kind.MAPPING:
             return dict(value)
-        case _Kind.LIMITS:
+        case Kind.LIMITS:
             return Limits(**_read_fields(Limits, value, tensors))
-        case _Kind.ENTRIES:
+        case Kind.ENTRIES:
             return tuple(KVCacheEntry(**_read_fields(KVCacheEntry, e, tensors)) for e in value)
-        case _Kind.VALUE:
-            return value

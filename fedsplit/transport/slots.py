@@ -111,7 +111,8 @@ class Slots:
             FedsplitError: Another thread has ended the call.
         """
         with self._lock:
-            self._require_open(slot)
+            if slot.error:
+                raise slot.error
             slot.since, slot.setting = self._clock(), setting
             slot.due = slot.since + seconds
 
@@ -122,7 +123,8 @@ class Slots:
             FedsplitError: Another thread has ended the call.
         """
         with self._lock:
-            self._require_open(slot)
+            if slot.error:
+                raise slot.error
             slot.since = slot.due = math.inf
 
     def expire(self) -> None:
@@ -170,7 +172,3 @@ class Slots:
     def _end(self, slot: Slot, error: FedsplitError) -> None:
         slot.error = error
         del self._slots[slot]
-
-    def _require_open(self, slot: Slot) -> None:
-        if slot.error:
-            raise slot.error

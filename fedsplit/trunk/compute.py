@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, D hidden width. Only the thread that owns the mod
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from fedsplit.model.acceleration import (
     precision_of,
 )
 from fedsplit.model.memory import ByteCount
-from fedsplit.model.rope import tables_of
+from fedsplit.model.rope import by_length, tables_of
 from fedsplit.model.stage import TrunkPart
 from fedsplit.model.tensor_parallel import local_gradient, require_even
 from fedsplit.randomness import draws, rng_scope
@@ -78,6 +78,7 @@ class Compute:
         self._trunk = trunk
         self._autocast = precision_of(run.model, self.device)
         self._seed = run.seed
+        self._has_tables = by_length(trunk.config)
         self.draws = draws(trunk)
         if self.draws:
             require_even(trunk)
@@ -103,7 +104,7 @@ class Compute:
             position_ids_BT=None if positions_BT is None else positions_BT.to(self.device),
             dropout=f"trunk/{self._seed}/{client}/{round}/{request.call - request.calls_ago}",
             train_mode=request.training != request.other_mode,
-            tables=tables_of(self._trunk.config, largest),
+            tables=tables_of(self._trunk.config, largest) if self._has_tables else (),
             autocast=request.autocast,
         )
 
@@ -158,7 +159,8 @@ class Compute:
 
         That is the run's, or else the one that the client asked for.
         """
-        return autocast_to(self._autocast or asked, self.device)
+        precision = self._autocast or asked
+        return autocast_to(precision, self.device) if precision else nullcontext()
 
     def _run(self, inputs: Inputs) -> Tensor:
         with self.autocast(inputs.autocast):
@@ -172,7 +174,7 @@ class Compute:
         """Set the module's mode for a forward; return a context with the forward's dropout."""
         self._set_mode(train_mode)
         # Seeded per call, so that a repeated forward draws the same dropout.
-        return rng_scope(dropout, needed=self.draws and train_mode)
+        return rng_scope(dropout) if self.draws and train_mode else nullcontext()
 
     def _set_mode(self, training: bool) -> None:
         # `train` visits every module, so it is called only if the mode changes.

@@ -227,23 +227,26 @@ class TrunkService:
         check_request(request, self.limits)
         if isinstance(request, m.ServiceInfoRequest):
             return self._info(token)  # type: ignore[return-value]
-        client = self._clients.find(token)
-        if is_follower := not client:
+        if is_follower := not (client := self._clients.find(token)):
             client = self._callers.client_of(request, token)
         elif isinstance(request, s.OF_FOLLOWERS):
             raise not_for_clients(request)
         if isinstance(request, s.ParametersRequest):
-            reply: Any = self.followers.parameters(request, self.server_instance_id)
-            return reply  # type: ignore[no-any-return]
+            return self.followers.parameters(request, self.server_instance_id)  # type: ignore
         if isinstance(request, m.OpenRequest):
             return self._open(request, client, of_follower=is_follower)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):
             return self._wait(step)  # type: ignore[return-value]
         session = self._sessions.of(request.session, client)  # type: ignore[attr-defined]
-        with self._sessions.serving(session.info.name):
-            is_moved = session.info.of_follower and not isinstance(request, s.OF_LEADER)
-            answer = self._answer_moved if is_moved else self._answers[type(request)]
-            return answer(session, request)  # type: ignore[no-any-return]
+        is_moved = session.info.of_follower and not isinstance(request, s.OF_LEADER)
+        answer = self._answer_moved if is_moved else self._answers[type(request)]
+        try:
+            reply = answer(session, request)
+        except FedsplitError:
+            self._sessions.refused(session.info.name)
+            raise
+        self._sessions.served(session.info.name)
+        return reply  # type: ignore[no-any-return]
 
     def disconnected(self, session: str) -> None:
         """Let a session expire in `policy.deadline_s`, unless its client sends a request."""

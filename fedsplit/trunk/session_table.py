@@ -3,10 +3,9 @@
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from fedsplit.errors import FedsplitError, Forbidden, Overloaded
+from fedsplit.errors import Forbidden, Overloaded
 from fedsplit.spec import RunSpec
 from fedsplit.trunk.sessions import Session, no_session
 
@@ -118,21 +117,18 @@ class SessionTable:
         with self._lock:
             return list(self._open)
 
-    @contextmanager
-    def serving(self, name: str) -> Iterator[None]:
-        """A context that handles a request of a session.
-
-        A connection carries a session from its first request that was not refused. So a session
-        without one expires after a request that was refused, as if that had not come.
-        """
-        try:
-            yield
-        except FedsplitError:
-            if (session := self._open.get(name)) and not session.is_carried:
-                self.disconnected(name)
-            raise
+    def served(self, name: str) -> None:
+        """Note a request of a session that was not refused: a connection carries the session."""
         if session := self._open.get(name):
             session.is_carried = True
+
+    def refused(self, name: str) -> None:
+        """Note a request of a session that was refused.
+
+        A session that no connection carries expires then, as if the request had not come.
+        """
+        if (session := self._open.get(name)) and not session.is_carried:
+            self.disconnected(name)
 
     def disconnected(self, name: str) -> None:
         """Let a session expire in `policy.deadline_s`, unless its client sends a request."""

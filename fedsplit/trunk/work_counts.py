@@ -46,4 +46,5 @@ class WorkCounts:
 
     def _add(self, client: str, count: WorkCount) -> None:
         with self._lock:
-            self._counts[client] = self._counts.get(client, WorkCount()) + count
+            before = self._counts.get(client)
+            self._counts[client] = before + count if before else count

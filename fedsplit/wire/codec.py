@@ -7,9 +7,11 @@ finite.
 """
 
 import math
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, dataclass, fields
+from functools import lru_cache
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +92,18 @@ class TensorMeta:
             )
 
 
+@lru_cache(maxsize=1024)
+def described(dtype: str, shape: tuple[int, ...], nbytes: int, codec: str = "none") -> TensorMeta:
+    """The checked description of a tensor; a client's tensors have few different ones.
+
+    Raises:
+        BadTensor: As `TensorMeta.check`.
+    """
+    meta = TensorMeta(dtype=dtype, shape=shape, nbytes=nbytes, codec=codec)
+    meta.check()
+    return meta
+
+
 def encode_tensor(
     tensor: Tensor, codec: str = "none", base: Tensor | None = None
 ) -> tuple[TensorMeta, memoryview]:
@@ -105,22 +119,20 @@ def encode_tensor(
         BadTensor: The tensor's dtype or shape may not be sent.
         ConfigError: There is no such codec.
     """
-    dtype = NAMES.get(tensor.dtype, str(tensor.dtype))
-    meta = TensorMeta(dtype=dtype, shape=tuple(tensor.shape), nbytes=tensor.nbytes)
-    meta.check()
-    data = tensor.detach()
+    dtype, shape = NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+    meta, data = described(dtype, shape, tensor.nbytes), tensor
     if codec != "none" and tensor.is_floating_point():
         name, compress = writer(codec)
-        rows_ND = data.reshape(-1, data.shape[-1]).float().contiguous()
+        rows_ND = data.detach().reshape(-1, data.shape[-1]).float().contiguous()
         if base is None:
             data = compress.encode(rows_ND)
         else:
             # The codec also gets the whole rows, since its error is relative to them.
             data = compress.encode(rows_ND - base.to(rows_ND).view_as(rows_ND), rows_ND)
-        meta = replace(meta, nbytes=data.nbytes, codec=name)
-    # numpy has no bfloat16, so the bytes are viewed as uint8.
-    flat = data.cpu().contiguous().view(-1).view(torch.uint8)
-    return meta, flat.numpy().data
+        meta = described(dtype, shape, data.nbytes, name)
+    # numpy has no bfloat16.
+    array = (data.view(torch.int16) if data.dtype == torch.bfloat16 else data).numpy(force=True)
+    return meta, memoryview(np.ascontiguousarray(array)).cast("B")
 
 
 def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int = 0) -> Tensor:
@@ -132,19 +144,22 @@ def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int 
         BadTensor: The description is inconsistent, the buffer is too short for it, or the bytes are
             no output of its codec.
     """
-    meta.check()
+    described(meta.dtype, meta.shape, meta.nbytes, meta.codec)
     if not 0 <= offset <= len(buffer) - meta.nbytes:
         raise BadTensor(
             f"a tensor of {meta.nbytes} bytes at offset {offset} lies outside of "
             f"a payload of {len(buffer)} bytes"
         )
+    dtype = DTYPES[meta.dtype]
+    if meta.codec == "none" and dtype != torch.bool:
+        count = meta.nbytes // dtype.itemsize
+        return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(meta.shape)
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=meta.nbytes, offset=offset)
     if meta.codec != "none":
-        rows_ND = READERS[meta.codec].decode(flat, *meta.rows, DTYPES[meta.dtype])
+        rows_ND = READERS[meta.codec].decode(flat, *meta.rows, dtype)
         return rows_ND.view(meta.shape)
-    if meta.dtype == "bool":  # in torch a bool that is neither byte 0 nor 1 is undefined
-        return flat.ne(0).view(meta.shape)
-    return flat.view(DTYPES[meta.dtype]).view(meta.shape)
+    # In torch a bool that is neither byte 0 nor 1 is undefined.
+    return flat.ne(0).view(meta.shape)
 
 
 def through_codec(message: M) -> M:

@@ -20,8 +20,8 @@ def refuse_non_finite(tensor: Tensor, name: str, advice: str, *, most: float = m
         NonFinite: It does; the message has the name, and the number or the size of such values.
     """
     # One pass over the memory, and NaN makes both ends NaN.
-    low, high = (end.item() for end in tensor.aminmax())
-    largest = max(-low, high)
+    low, high = tensor.aminmax()
+    largest = max(-low.item(), high.item())
     if math.isfinite(largest) and largest <= most:
         return
     if bad := int((~tensor.isfinite()).sum()):

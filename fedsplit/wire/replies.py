@@ -7,6 +7,8 @@ them.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ above, which then give NaN: every sampled token would be the first one."""
 # A million tensors, each with the largest norm that float32 holds.
 _MAX_SQ_NORM = 1e6 * torch.finfo(torch.float32).max ** 2
 _MAX_NAMES = 1024
+_COUNTS = ("version", "barrier_version", "round", "step", "protocol", "sessions")
 # The year 9999, the last one of Python's dates.
 _MAX_TIME_S = 2.5e11
 _AT_FAULT = "no weight of this client has changed; the trunk has diverged, or its server is faulty"
@@ -44,13 +47,18 @@ def check_reply(request: m.Request[Any], reply: m.Reply) -> None:
         BadTensor: A tensor has another shape or dtype than the request's.
         NonFinite: A number or a tensor holds NaN, Inf, or more than any trunk computes.
     """
-    for name in ("version", "barrier_version", "round", "step", "protocol", "sessions"):
-        _check_count(name, getattr(reply, name, 0))
+    for name in _counts(type(reply)):
+        _check_count(name, getattr(reply, name))
     if limits := getattr(reply, "limits", None):
         for name in limits.__slots__:
             _check_count(name, getattr(limits, name))
     if check := _CHECKS.get(type(reply)):
         check(request, reply)
+
+
+@cache
+def _counts(kind: type) -> list[str]:
+    return [each.name for each in fields(kind) if each.name in _COUNTS]
 
 
 def _check_open(_: m.OpenRequest, reply: m.OpenReply) -> None:

@@ -4,6 +4,8 @@ Shapes: B sequences, T tokens, D hidden width.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,12 +59,13 @@ def check_request(request: Request[Any], limits: Limits) -> None:
         BadTensor: A tensor has the wrong rank, dtype or width, or does not fit the others.
         TooLarge: A tensor has more sequences or tokens than the limits allow.
     """
-    for name in _IDS:
-        check_id(name, getattr(request, name, "-"))
-    for name in _NAMES_OR_NONE:
-        check_id(name, getattr(request, name, "-") or "-")
-    for name, least in _LEAST.items():
-        value = getattr(request, name, least)
+    ids, names_or_none, counts = _checked(type(request))
+    for name in ids:
+        check_id(name, getattr(request, name))
+    for name in names_or_none:
+        check_id(name, getattr(request, name) or "-")
+    for name, least in counts:
+        value = getattr(request, name)
         # Written so that NaN fails.
         if not value >= least:
             raise ProtocolError(f"{name}={value} must be at least {least}")
@@ -71,6 +74,14 @@ def check_request(request: Request[Any], limits: Limits) -> None:
         raise ProtocolError(f"autocast={autocast[:64]!r} must be {' or '.join(AUTOCAST)}, or empty")
     if check := _SHAPES.get(type(request)):
         check(request, limits)
+
+
+@cache
+def _checked(kind: type) -> tuple[list[str], list[str], list[tuple[str, float]]]:
+    """The fields of a kind of request to check: ids, names or none, and counts with the least."""
+    of = {each.name for each in fields(kind)}
+    counts = [(name, least) for name, least in _LEAST.items() if name in of]
+    return [n for n in _IDS if n in of], [n for n in _NAMES_OR_NONE if n in of], counts
 
 
 def check_id(name: str, value: str) -> None:

@@ -67,7 +67,7 @@ def hollow_server(shape: Shape, wire: WireSpec) -> Iterator[Answers]:
     Its answers are `address`, the `token` of a client, and the `usage` of the server's slots.
     """
     trunk: Any = shape.trunk()
-    trunk.run = _identity
+    trunk.forward = _identity
     with TrunkService(trunk, shape.run) as service:
         server = GrpcServer(service, wire=wire, limits=service.limits, max_clients=MAX_CLIENTS)
         address = server.start()
@@ -79,7 +79,7 @@ def hollow_server(shape: Shape, wire: WireSpec) -> Iterator[Answers]:
         server.stop()
 
 
-def _identity(smashed_BTD: Tensor, **_: Any) -> Tensor:
+def _identity(smashed_BTD: Tensor, *_: Any) -> Tensor:
     return smashed_BTD
 
 
