@@ -110,7 +110,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         self._most_metadata = 0
         self._draining = False
         self._in_work = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # guards `_draining` and `_in_work`
+        self._at_rest = threading.Condition(self._lock)
 
     # --- admission, in the one thread of gRPC that takes calls --------------------------------
 
@@ -155,7 +156,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         Raises:
             Draining: The server shuts down.
         """
-        with self._changed:
+        with self._lock:
             if self._draining:
                 raise Draining("the trunk server is shutting down; try again when it is back")
             self._in_work += 1
@@ -167,10 +168,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
             ):
                 yield span
         finally:
-            with self._changed:
+            with self._lock:
                 self._in_work -= 1
                 if self._draining:
-                    self._changed.notify_all()
+                    self._at_rest.notify_all()
 
     def answer(self, message: Body, token: str) -> Reply:
         """The service's reply to a request.
@@ -233,9 +234,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
 
     def drain(self, grace_s: float) -> None:
         """Refuse requests from now on, and wait up to `grace_s` seconds for those in work."""
-        with self._changed:
+        with self._lock:
             self._draining = True
-            self._changed.wait_for(lambda: self._in_work == 0, timeout=grace_s)
+            self._at_rest.wait_for(lambda: self._in_work == 0, timeout=grace_s)
 
     def expire(self) -> None:
         """End the calls whose peers are late."""

@@ -117,8 +117,10 @@ def talker(
             )
 
         def of_tensors(rows: int, tokens: int, trips: int) -> list[list[float]]:
+            smashed_BTD = shape.smashed(rows, tokens)
             with torch.no_grad():
-                return _timed(trips, trunk, shape.smashed(rows, tokens))
+                assert trunk(smashed_BTD).equal(smashed_BTD), "the stack's trunk is not hollow"
+                return _timed(trips, trunk, smashed_BTD)
 
         def of_arrays(rows: int, tokens: int, trips: int) -> list[list[float]]:
             array_BTD = shape.smashed(rows, tokens).numpy()
