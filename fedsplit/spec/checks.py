@@ -19,6 +19,7 @@ CODECS = {
     "topk": ("FRACTION",),
     "randtopk": ("FRACTION",),
     "huffman": ("STEP",),
+    "lowrank": ("STEP",),
 }
 """The codecs of the wire by name, each with the options that it allows after a colon."""
 

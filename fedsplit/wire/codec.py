@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import BadTensor
-from fedsplit.wire.compression import MAX_WIDTH, READERS, writer
+from fedsplit.wire.compression import READERS, writer
+from fedsplit.wire.lossy import MAX_WIDTH
 from fedsplit.wire.messages import STAYS, KVCacheEntry
 
 M = TypeVar("M")

@@ -7,107 +7,27 @@ so that the trunk's guard can refuse it.
 """
 
 import math
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedsplit.errors import BadTensor
 from fedsplit.spec.checks import parsed_codec
+from fedsplit.wire.huffman import Huffman
+from fedsplit.wire.lossy import Codec, RowCodec
+from fedsplit.wire.low_rank import LowRank
 from fedsplit.wire.packing import (
-    dither,
-    inflated,
     largest,
     noise,
     numbers_of,
     pack,
     packed_bytes,
-    rms,
     rounded_up,
-    seed_of,
     unpack,
 )
 
 _SCALE_BYTES = 2
-_SEED_BYTES = 4
-_VALUES_AT_ONCE = 1 << 18
-
-MAX_WIDTH = 1 << 20
-"""The longest row that a peer may send; rows are decoded whole."""
-
-
-class Codec(ABC):
-    """Encodes float32 rows as bytes, and decodes them."""
-
-    @abstractmethod
-    def check(self, nbytes: int, num_rows: int, width: int) -> None:
-        """Check the number of bytes that `num_rows` rows of `width` values take.
-
-        Raises:
-            BadTensor: No encoding of such rows has `nbytes` bytes.
-        """
-
-    @abstractmethod
-    def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
-        """The bytes, as uint8 of any shape.
-
-        Args:
-            rows_ND: The rows to encode, or differences.
-            whole_ND: The rows themselves, if `rows_ND` are their differences from a base.
-        """
-
-    def decode(
-        self, bytes_M: Tensor, num_rows: int, width: int, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """The rows of `width` values; `check` has accepted the number of bytes.
-
-        Raises:
-            BadTensor: The bytes are no output of `encode`.
-        """
-        rows_ND, end = torch.empty(num_rows, width, dtype=dtype), 0
-        # In pieces, since a codec's intermediate values take several times the memory of the rows.
-        for piece_ND in self.pieces(bytes_M, num_rows, width):
-            begin, end = end, end + len(piece_ND)
-            rows_ND[begin:end] = piece_ND
-        return rows_ND
-
-    @abstractmethod
-    def pieces(self, bytes_M: Tensor, num_rows: int, width: int) -> Iterator[Tensor]:
-        """The rows in float32, `rows_at_once(width)` at a time; see `decode`."""
-
-
-class RowCodec(Codec):
-    """A codec whose rows all take the same number of bytes."""
-
-    def check(self, nbytes: int, num_rows: int, width: int) -> None:
-        """See `Codec`."""
-        row_bytes, rest = divmod(nbytes, num_rows)
-        if rest:
-            raise BadTensor(
-                f"{nbytes} bytes were announced, which is no multiple of {num_rows} rows"
-            )
-        self.check_row(row_bytes, width)
-
-    def pieces(self, bytes_M: Tensor, num_rows: int, width: int) -> Iterator[Tensor]:
-        """See `Codec`."""
-        for bytes_NM in bytes_M.view(num_rows, -1).split(rows_at_once(width)):
-            yield self.decode_rows(bytes_NM, width)
-
-    @abstractmethod
-    def check_row(self, row_bytes: int, width: int) -> None:
-        """Check the number of bytes that a row of `width` values takes.
-
-        Raises:
-            BadTensor: No encoding of such a row has `row_bytes` bytes.
-        """
-
-    @abstractmethod
-    def decode_rows(self, bytes_NM: Tensor, width: int) -> Tensor:
-        """Some of the rows in float32, with one row of bytes for each row of values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,75 +150,6 @@ class TopK(RowCodec):
         return torch.cat([largest_NK, priorities_ND.topk(drawn, dim=1).indices], dim=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Huffman(Codec):
-    """Integers from dithered quantization, Huffman-coded: frequent integers take fewer bits.
-
-    The quantization step is a fraction of the row's root mean square; at equal bytes, the error is
-    smaller than with a fraction of the largest value. For a difference the step is that of the
-    whole row, so the error is the same and the bytes are fewer. Both sides generate the same
-    dither; it is added before rounding and subtracted after it. So the error is at most half a
-    step, and 0 in expectation for every value: Ziv 1985, "On Universal Quantization", IEEE
-    Transactions on Information Theory 31(3).
-
-    The bytes are the dither's seed and a raw deflate stream with Huffman codes only: the high bytes
-    of all steps as bfloat16, the low bytes, and a byte for each integer; each in separate blocks.
-
-    Args:
-        step: The step in root mean squares of a row; decoding does not use it.
-    """
-
-    step: float = 1.0
-
-    def check(self, nbytes: int, num_rows: int, width: int) -> None:
-        """See `Codec`."""
-        symbols = num_rows * (_SCALE_BYTES + width)
-        if 8 * (nbytes - _SEED_BYTES) < symbols:  # a Huffman code has at least one bit
-            raise BadTensor(
-                f"{nbytes} bytes are too few for the Huffman codes of {symbols} symbols"
-            )
-        # Deflate stores what it cannot make shorter; a few bytes more hurt nobody.
-        if nbytes > symbols + symbols // 8 + (1 << 16):
-            raise BadTensor(
-                f"{nbytes} bytes are too many for the Huffman codes of {symbols} symbols"
-            )
-
-    def encode(self, rows_ND: Tensor, whole_ND: Tensor | None = None) -> Tensor:
-        """See `Codec`."""
-        seed, steps_N1 = seed_of(rows_ND), self._steps(rows_ND, whole_ND)
-        dithered_ND = (rows_ND / steps_N1.float()).add_(dither(rows_ND.shape, seed, rows_ND))
-        low_N, high_N = steps_N1.view(torch.uint8).unbind(dim=1)
-        packed = bytearray(seed.to_bytes(_SEED_BYTES, "little"))
-        deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
-        # Z_BLOCK ends a block, so each kind of symbol gets Huffman codes of its own.
-        for symbols in (high_N, low_N, numbers_of(dithered_ND, _INT8.max_number)):
-            packed += deflate.compress(symbols.cpu().contiguous().numpy().data)
-            packed += deflate.flush(zlib.Z_BLOCK)
-        return torch.frombuffer(packed + deflate.flush(), dtype=torch.uint8)
-
-    def pieces(self, bytes_M: Tensor, num_rows: int, width: int) -> Iterator[Tensor]:
-        """See `Codec`."""
-        seed = int.from_bytes(bytes_M[:_SEED_BYTES].numpy(), "little")
-        symbols = inflated(bytes_M[_SEED_BYTES:], num_rows * (_SCALE_BYTES + width))
-        high_N, low_N, numbers = np.split(symbols, [num_rows, 2 * num_rows])
-        numbers_ND = numbers.reshape(num_rows, width)
-        for begin in range(0, num_rows, rows_at_once(width)):
-            some = slice(begin, begin + rows_at_once(width))
-            steps_N2 = torch.from_numpy(np.stack([low_N[some], high_N[some]], axis=1))
-            rows_ND = torch.from_numpy(numbers_ND[some].astype(np.float32)).sub_(_INT8.max_number)
-            rows_ND.sub_(dither(rows_ND.shape, seed, rows_ND, skip=begin * width))
-            yield rows_ND.mul_(steps_N2.view(torch.bfloat16).float())
-
-    def _steps(self, rows_ND: Tensor, whole_ND: Tensor | None) -> Tensor:
-        """The step of every row, large enough for its largest value to be an integer in range."""
-        largest_N1 = largest(rows_ND)
-        if whole_ND is None:
-            rms_N1 = rms(rows_ND, largest_N1)
-        else:
-            rms_N1 = rms(whole_ND, largest(whole_ND))
-        return rounded_up(torch.maximum(self.step * rms_N1, largest_N1 / _INT8.max_number))
-
-
 _INT8 = Int(8)
 
 READERS: dict[str, Codec] = {
@@ -308,6 +159,7 @@ READERS: dict[str, Codec] = {
     "int4": Int(4),
     "topk": TopK(),
     "huffman": Huffman(),
+    "lowrank": LowRank(),
 }
 """The codec that decodes a tensor, by the name in its header; encoding options do not matter."""
 
@@ -319,6 +171,7 @@ NUMBERS = {
     "int4": 4,
     "topk": 5,
     "huffman": 7,
+    "lowrank": 8,
 }
 """The number of a codec in a header. A number is not reused: 6 was that of a removed codec."""
 
@@ -336,14 +189,11 @@ def writer(name: str) -> tuple[str, Codec]:
         return "topk", TopK(float(option), chance=0.1)
     if kind == "huffman":
         return kind, Huffman(float(option))
+    if kind == "lowrank":
+        return kind, LowRank(float(option))
     if kind in ("int8", "int4"):
         return kind, Int(int(kind[-1]), stochastic=bool(option))
     return kind, READERS[kind]
-
-
-def rows_at_once(width: int) -> int:
-    """The number of rows of `width` values that are decoded at once."""
-    return max(1, _VALUES_AT_ONCE // width)
 
 
 def _check_length(row_bytes: int, expected: int, width: int) -> None:

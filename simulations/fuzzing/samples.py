@@ -22,7 +22,7 @@ from simulations.fuzzing import odd
 M = TypeVar("M")
 
 _AUTOCAST = ("", "", "", *m.AUTOCAST)
-_CODECS = ("none", "none", "bf16", "int8", "int4", "topk:0.5", "huffman:0.5")
+_CODECS = ("none", "none", "bf16", "int8", "int4", "topk:0.5", "huffman:0.5", "lowrank:0.5")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,17 @@ from fedsplit.wire.compression import NUMBERS, READERS, writer
 INTS = {"int8": 127, "int8:stochastic": 127, "int4": 7, "int4:stochastic": 7}
 _LEAST = 1e-40
 HUFFMAN = ["huffman:0.2", "huffman:0.9", "huffman:4"]
-NAMES = ["bf16", "fp16", *INTS, *HUFFMAN, "topk:0.3", "randtopk:0.9", "topk:1"]
+NAMES = [
+    "bf16",
+    "fp16",
+    *INTS,
+    *HUFFMAN,
+    "lowrank:0.1",
+    "lowrank:1",
+    "topk:0.3",
+    "randtopk:0.9",
+    "topk:1",
+]
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1.0, 1.0, width=32)
 SPECIAL = st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 3.4e38])
 
@@ -168,7 +178,12 @@ WRONG = {
     "too few": ("huffman", 8, {}, "8 bytes are too few for the Huffman codes of 36 symbols"),
     "no seed": ("huffman", 0, {}, "0 bytes are too few for the Huffman codes of 36 symbols"),
     "a bomb of codes": ("huffman", 64, {"shape": (1 << 30, 1 << 30)}, "are too few"),
-    "another": ("zip", 64, {}, "'zip' is not one of: none, bf16, fp16, int8, int4, topk, huffman"),
+    "another": (
+        "zip",
+        64,
+        {},
+        "'zip' is not one of: none, bf16, fp16, int8, int4, topk, huffman, lowrank",
+    ),
 }
 
 

@@ -298,7 +298,7 @@ CODECS = {
     name: m.ForwardReply(trunk_out_BTD=values(1, 2, 20), version=1, codec=name)
     for name in (
         *("bf16", "fp16", "int8", "int8:stochastic", "int4", "int4:stochastic"),
-        *("topk:0.3", "randtopk:0.6", "huffman:0.5"),
+        *("topk:0.3", "randtopk:0.6", "huffman:0.5", "lowrank:0.5"),
     )
 }
 CODECS["int4 of an odd width"] = m.ForwardReply(
@@ -405,11 +405,13 @@ def without_deflated(told: dict[str, dict[str, str]]) -> dict[str, dict[str, str
     """The cases without the frames of `huffman`, whose values are compared all the same.
 
     A deflate stream is what the zlib of this machine makes of the symbols: another zlib may make
-    another one, which says the same.
+    another one, which says the same. Of `lowrank` only the decoding is compared, because another
+    matrix library rounds its components otherwise.
     """
     return {
         name: {key: text for key, text in case.items() if key != "frame" or "huffman" not in name}
         for name, case in told.items()
+        if "lowrank" not in name
     }
 
 

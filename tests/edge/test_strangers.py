@@ -392,7 +392,9 @@ def peak_mib() -> float:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "topk:0.1", "huffman:0.5"])
+@pytest.mark.parametrize(
+    "codec", ["bf16", "int8", "int4", "topk:0.1", "huffman:0.5", "lowrank:0.5"]
+)
 def test_decoding_takes_no_more_than_the_bytes_and_the_tensor(codec: str) -> None:
     rows_ND = torch.randn(64, 1024).repeat(256, 1)
     meta, raw = encode_tensor(rows_ND, codec)
@@ -405,13 +407,15 @@ def test_decoding_takes_no_more_than_the_bytes_and_the_tensor(codec: str) -> Non
 
 
 @pytest.mark.parametrize("rows", [1, 3, 257])
-@pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4", "topk:0.1", "huffman:0.5"])
+@pytest.mark.parametrize(
+    "codec", ["bf16", "fp16", "int8", "int4", "topk:0.1", "huffman:0.5", "lowrank:0.5"]
+)
 def test_pieces_of_rows_decode_to_the_bits_of_the_rows(codec: str, rows: int) -> None:
     rows_ND = torch.randn(rows, 1027)
     meta, raw = encode_tensor(rows_ND, codec)
     whole_ND = decode_tensor(meta, bytearray(raw))
     assert (whole_ND - rows_ND).abs().max() < rows_ND.abs().max()
-    if codec not in ("topk:0.1", "huffman:0.5"):
+    if codec not in ("topk:0.1", "huffman:0.5", "lowrank:0.5"):
         for row_D, decoded_D in zip(rows_ND, whole_ND, strict=True):
             alone, raw_row = encode_tensor(row_D[None], codec)
             assert decode_tensor(alone, bytearray(raw_row))[0].equal(decoded_D)
