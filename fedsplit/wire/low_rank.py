@@ -30,8 +30,8 @@ class LowRank(Codec):
     Hidden states of many tokens lie near a subspace of few dimensions. So the tensor is sent as a
     product of coefficients [N, R] and a basis [R, D]. R is the smallest number of components whose
     rest has no more energy than the rounding errors of `huffman` at the same step; this rest is
-    dropped. If `MAX_RANK` components leave more, the rest is sent in the same step, and R is the
-    number for which an estimate of the bits is smallest.
+    dropped. If `MAX_RANK` components leave more, the step is doubled. If they still do, the rest is
+    sent in this step, and R is the number for which an estimate of the bits is smallest.
 
     The step is a fraction of the median of the rows' root mean squares, one for the whole tensor,
     so a few rows of large values do not make it longer. The subspace is found by subspace
@@ -61,7 +61,7 @@ class LowRank(Codec):
         """See `Codec`."""
         rows_ND = rows_ND.cpu()
         step = self.step * _median_rms(rows_ND if whole_ND is None else whole_ND.cpu())
-        basis_RD, stds_R, has_rest = _components(rows_ND, step)
+        basis_RD, stds_R, step, has_rest = _components(rows_ND, step)
         # A component's error in the basis is multiplied by its coefficients, which are as large as
         # its deviation. So its step is shorter, and both errors are of one size.
         lengths_R = (step / stds_R).nan_to_num_(nan=1.0).clamp_(max=1.0)
@@ -96,15 +96,15 @@ def _median_rms(rows_ND: Tensor) -> Tensor:
     return positive.median() if len(positive) else torch.zeros(())
 
 
-def _components(rows_ND: Tensor, step: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """The basis [R, D], the deviations of its coefficients [R], and whether the rest is sent."""
+def _components(rows_ND: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Basis [R, D], deviations of its coefficients [R], step, and whether the rest is sent."""
     num_rows, width = rows_ND.shape
     # Divided by the largest value, so that squares neither overflow nor vanish.
     unit = rows_ND.abs().amax()
     if not unit.isfinite():  # the trunk's guard refuses the decoded NaN
-        return torch.full((1, width), torch.nan), torch.ones(1), False
+        return torch.full((1, width), torch.nan), torch.ones(1), step, False
     if not unit:
-        return torch.zeros(1, width), torch.ones(1), False
+        return torch.zeros(1, width), torch.ones(1), step, False
     scaled_ND = rows_ND / unit
     basis_DR = _subspace(scaled_ND, _max_rank(num_rows, width))
     # The eigenvectors turn the basis to the principal components in it, the largest first.
@@ -115,17 +115,16 @@ def _components(rows_ND: Tensor, step: Tensor) -> tuple[Tensor, Tensor, bool]:
     # Energies per value, over the mean square of the rounding error.
     error = (step / unit).square() / 12
     shares_R, left_R = energies_R / num_rows / error, left_R / scaled_ND.numel() / error
-    enough = left_R.le(1.0)
-    has_rest = not enough.any()
-    if has_rest:
-        # Gaussian values of this energy have so many bits after dithered rounding.
-        bits_R = shares_R.log1p().cumsum(0) + width * left_R.log1p()
-        rank = int(bits_R.argmin()) + 1
-    else:
-        rank = int(enough.int().argmax()) + 1
+    if not left_R.le(1.0).any():
+        step, shares_R, left_R = 2 * step, shares_R / 4, left_R / 4
+    has_rest = not left_R.le(1.0).any()
+    # Gaussian values of such energies take so many bits after dithered rounding.
+    bits_R = shares_R.log1p().cumsum(0) + width * left_R.log1p()
+    best = bits_R.argmin() if has_rest else left_R.le(1.0).int().argmax()
+    rank = int(best) + 1
     basis_RD = (basis_DR @ turn_RR[:, :rank]).T.contiguous()
     stds_R = (energies_R[:rank] / num_rows).sqrt() * unit
-    return basis_RD, stds_R, has_rest
+    return basis_RD, stds_R, step, has_rest
 
 
 def _subspace(rows_ND: Tensor, rank: int) -> Tensor:

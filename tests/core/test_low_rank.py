@@ -37,8 +37,8 @@ def test_few_components_take_few_bytes(rank: int, fraction: float) -> None:
 
 
 @pytest.mark.parametrize("rows", [drawn(64, 40), near_a_subspace(3) + drawn(512, 96)])
-def test_rows_of_many_components_are_off_by_half_a_step(rows: Tensor) -> None:
-    step = 0.2 * rows.square().mean(dim=1).sqrt().median() * (1 + 2**-7)
+def test_rows_of_many_components_are_off_by_a_step(rows: Tensor) -> None:
+    step = 2 * 0.2 * rows.square().mean(dim=1).sqrt().median() * (1 + 2**-7)
     assert ((as_received(rows, "lowrank:0.2") - rows).abs() <= 0.5 * step * (1 + 1e-4)).all()
     few, many = (encode_tensor(rows, f"{codec}:0.2")[0] for codec in ("lowrank", "huffman"))
     assert few.nbytes < 1.05 * many.nbytes
