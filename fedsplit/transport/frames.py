@@ -136,7 +136,8 @@ def _write_error(body: pb.Error, error: FedsplitError) -> None:
 
 
 def _write_fields(body: Any, message: Any, parts: list[memoryview]) -> None:
-    layout = layout_of(type(message))
+    kind_of_message: Any = type(message)
+    layout = layout_of(kind_of_message)
     for name in layout.values:
         setattr(body, name, getattr(message, name))
     for name, kind in layout.others:

@@ -74,10 +74,8 @@ class TrunkService:
         clients: ClientRegistry | None = None,
         channel: Channel | None = None,
     ) -> None:
-        on_turn = self.expire_sessions
-        self.engine = TrunkEngine(
-            trunk, run, clock, update=update, on_turn=on_turn, training=training, channel=channel
-        )
+        options: Any = {"update": update, "training": training, "channel": channel}
+        self.engine = TrunkEngine(trunk, run, clock, on_turn=self.expire_sessions, **options)
         self.followers = Followers(self.engine, servers_token, clock)
         self.server_instance_id = secrets.token_hex(8)
         self.save_every = self._round = 0
@@ -232,7 +230,8 @@ class TrunkService:
         elif isinstance(request, s.OF_FOLLOWERS):
             raise not_for_clients(request)
         if isinstance(request, s.ParametersRequest):
-            return self.followers.parameters(request, self.server_instance_id)  # type: ignore
+            instance = self.server_instance_id
+            return self.followers.parameters(request, instance)  # type: ignore[return-value]
         if isinstance(request, m.OpenRequest):
             return self._open(request, client, of_follower=is_follower)  # type: ignore[return-value]
         if isinstance(request, m.StepRequest) and (step := self._last_step(request, client)):

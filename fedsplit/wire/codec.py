@@ -133,7 +133,9 @@ def encode_tensor(
         meta = described(dtype, shape, data.nbytes, name)
     # numpy has no bfloat16.
     array = (data.view(torch.int16) if data.dtype == torch.bfloat16 else data).numpy(force=True)
-    return meta, memoryview(np.ascontiguousarray(array)).cast("B")
+    # Before Python 3.12, numpy's types do not say that an array is a buffer.
+    flat: Any = np.ascontiguousarray(array)
+    return meta, memoryview(flat).cast("B")
 
 
 def decode_tensor(meta: TensorMeta, buffer: bytearray | memoryview, offset: int = 0) -> Tensor:

@@ -47,7 +47,8 @@ def check_reply(request: m.Request[Any], reply: m.Reply) -> None:
         BadTensor: A tensor has another shape or dtype than the request's.
         NonFinite: A number or a tensor holds NaN, Inf, or more than any trunk computes.
     """
-    for name in _counts(type(reply)):
+    kind: Any = type(reply)
+    for name in _counts(kind):
         _check_count(name, getattr(reply, name))
     if limits := getattr(reply, "limits", None):
         for name in limits.__slots__:

@@ -59,7 +59,8 @@ def check_request(request: Request[Any], limits: Limits) -> None:
         BadTensor: A tensor has the wrong rank, dtype or width, or does not fit the others.
         TooLarge: A tensor has more sequences or tokens than the limits allow.
     """
-    ids, names_or_none, counts = _checked(type(request))
+    kind: Any = type(request)
+    ids, names_or_none, counts = _checked(kind)
     for name in ids:
         check_id(name, getattr(request, name))
     for name in names_or_none:
@@ -80,7 +81,7 @@ def check_request(request: Request[Any], limits: Limits) -> None:
 def _checked(kind: type) -> tuple[list[str], list[str], list[tuple[str, float]]]:
     """The fields of a kind of request to check: ids, names or none, and counts with the least."""
     of = {each.name for each in fields(kind)}
-    counts = [(name, least) for name, least in _LEAST.items() if name in of]
+    counts: list[tuple[str, float]] = [(n, least) for n, least in _LEAST.items() if n in of]
     return [n for n in _IDS if n in of], [n for n in _NAMES_OR_NONE if n in of], counts
 
 
