@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Draft = Annotated[
     str,
     typer.Option(
-        metavar="prompt|DIR",
-        help="take drafts from the prompt, or from a small model: fewer round trips",
+        metavar="none|prompt|DIR",
+        help="no drafts, those of prompt lookup, or of a small model; default as many as pay",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="maximum number of new tokens")]
@@ -86,6 +86,7 @@ class _Prompting(Reaching):
         options = self._decoding(beams)
         torch.manual_seed(self.seed)
         with self.reached() as (reached, tokenizer, _):
+            options |= self._drafts(reached, options)
             writer = Writer(reached=reached, tokenizer=tokenizer, options=options, out=sys.stdout)
             with self._shielded(reached, tokenizer):
                 yield writer
@@ -104,11 +105,18 @@ class _Prompting(Reaching):
             yield
             print(f"told the server, at most: {ledger.spent('rows')}", file=sys.stderr)
 
+    def _drafts(self, reached: "Reached", options: dict[str, Any]) -> dict[str, Any]:
+        """Return the option of `generate` for drafts by default, where they change nothing else."""
+        # A seed would give other samples, and every draft would tell the server a row.
+        is_greedy = not options["do_sample"] and options["num_beams"] == 1
+        drafts = reached.drafts() if is_greedy and not self.draft and not self.noise else None
+        return {"assistant_model": drafts} if drafts else {}
+
     def _decoding(self, beams: int) -> dict[str, Any]:
         """Return the decoding options for the `generate` of transformers."""
         from fedsplit.serve.chat import draft_options
 
-        if beams > 1 and self.draft:
+        if beams > 1 and self.draft not in ("", "none"):
             raise ConfigError("--beams and --draft do not go together; leave one of them out")
         numbers = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         chosen = {name: value for name, value in numbers.items() if value is not None}

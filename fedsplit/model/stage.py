@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 
 from fedsplit.errors import ConfigError, UnsupportedModel
 from fedsplit.model.backbone import client_cache, crossing_class, crossing_forward
+from fedsplit.model.drafting import TakesDrafter, new_tokens_only, restore_mask
 from fedsplit.model.kv_cache import RemoteCache, part_cache
 from fedsplit.model.manifest import CLIENT, TRUNK
 from fedsplit.model.part_files import save_part
@@ -203,7 +204,7 @@ class TrunkPart(Part):
         return part_cache(self.config, self.held_blocks, max_length)
 
 
-class ClientPart(Part):
+class ClientPart(TakesDrafter, Part):
     """Bottom and top in one model of the family's class, with a `Remote` layer between them.
 
     It is used as the family's class: `model(ids, labels=labels).loss.backward()`, `generate`.
@@ -284,6 +285,7 @@ class ClientPart(Part):
             family._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
+            restore_mask(generation_config, model_kwargs, generation_mode, batch_size, self.device)
             return
         kind = generation_config.cache_implementation
         is_static = kind in ALL_STATIC_CACHE_IMPLEMENTATIONS
@@ -368,9 +370,10 @@ def _with_cache(family: Any) -> Callable[..., dict[str, Any]]:
     # generate() inspects the arguments.
     @functools.wraps(prepare)
     def prepare_inputs_for_generation(
-        self: ClientPart, *args: Any, **kwargs: Any
+        self: ClientPart, input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        inputs: dict[str, Any] = prepare(self, *args, **kwargs)
+        kwargs = new_tokens_only(input_ids, kwargs)
+        inputs: dict[str, Any] = prepare(self, input_ids, *args, **kwargs)
         if kwargs.get("past_key_values") is not None and inputs.get("past_key_values") is None:
             inputs["past_key_values"] = self.new_cache()
         return inputs

@@ -140,6 +140,7 @@ class Progress(StoppingCriteria):
         kept: The probabilities of the next tokens.
         lane: The lane of the generation, which ends when it is cancelled.
         emit: Gets each piece at once.
+        prompt: The number of tokens of the prompt.
     """
 
     def __init__(
@@ -148,28 +149,33 @@ class Progress(StoppingCriteria):
         kept: Probabilities,
         lane: Lane,
         emit: Callable[[Piece], None],
+        *,
+        prompt: int,
     ) -> None:
         self._choices = choices
         self._kept = kept
         self._lane = lane
         self._emit = emit
+        self._num_seen = prompt
 
     def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
-        """Whether each sequence is finished, after its last token was chosen.
+        """Whether each sequence is finished, after its last tokens were chosen.
 
         Raises:
             Cancelled: The lane was cancelled, so the texts have no end.
         """
         if self._lane.cancelled:
             raise Cancelled
-        rows = zip(self._choices, input_ids[:, -1].tolist(), strict=True)
-        for row, (choice, token) in enumerate(rows):
-            # The tokens after the end are padding, or what another choice waits for.
-            if choice.finished:
-                continue
-            logprobs_BV = self._kept.logprobs_BV
-            piece = choice.push(token, logprobs_BV[row] if logprobs_BV.numel() else None)
-            if piece:
-                self._emit(piece)
+        # One token, or several with drafts.
+        new_BT, self._num_seen = input_ids[:, self._num_seen :], input_ids.shape[1]
+        for row, (choice, tokens) in enumerate(zip(self._choices, new_BT.tolist(), strict=True)):
+            for token in tokens:
+                # The tokens after the end are padding, or what another choice waits for.
+                if choice.finished:
+                    break
+                logprobs_BV = self._kept.logprobs_BV
+                piece = choice.push(token, logprobs_BV[row] if logprobs_BV.numel() else None)
+                if piece:
+                    self._emit(piece)
         finished = [choice.finished for choice in self._choices]
         return torch.tensor(finished, device=input_ids.device)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, StoppingCriteriaList
 
+from fedsplit.client.drafts import Drafts
 from fedsplit.openai.choices import Choice, Piece, Progress
 from fedsplit.openai.idle_caches import IdleCaches
 from fedsplit.openai.lanes import Lane
@@ -29,13 +30,21 @@ class Writer:
     Args:
         model: The client's model, connected to its trunk.
         tokenizer: The model's tokenizer.
+        drafts: The source of drafts for greedy texts; None for no drafts.
         cache_bytes: The most bytes of the caches of requests that were answered.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        drafts: Drafts | None,
+        cache_bytes: int,
+    ) -> None:
         self._model = model
         self._idle = IdleCaches(model, cache_bytes)
         self._tokenizer = tokenizer
+        self._drafts = drafts
         config = model.generation_config
         self._chat_ends = end_tokens(tokenizer, config, chat=True)
         self._text_ends = end_tokens(tokenizer, config, chat=False)
@@ -108,7 +117,11 @@ class Writer:
                 eos_token_id=list(ends),
                 pad_token_id=tokenizer.pad_token_id,
                 logits_processor=chain,
-                stopping_criteria=StoppingCriteriaList([Progress(texts, kept, lane, emit)]),
+                stopping_criteria=StoppingCriteriaList(
+                    [Progress(texts, kept, lane, emit, prompt=len(ids_T))]
+                ),
+                # Processors that draw or keep something must not see tokens that are rejected.
+                assistant_model=None if chain or len(texts) > 1 else self._drafts,
                 **GREEDY,
             )
         except BaseException:

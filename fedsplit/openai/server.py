@@ -99,7 +99,7 @@ def serving(
         closing(reached.route.link(_HEALTH_DEADLINE_S)) as link,
         closing(
             Jobs(
-                Writer(reached.model, tokenizer, cache_bytes),
+                Writer(reached.model, tokenizer, reached.drafts(), cache_bytes),
                 Lanes(reached, max_requests),
                 telemetry,
             )

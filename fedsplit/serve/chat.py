@@ -23,7 +23,7 @@ _LOOKUP_TOKENS = 10
 
 
 def draft_options(draft: str) -> dict[str, Any]:
-    """The options of `generate` in transformers for drafts: `prompt`, or an assistant's directory.
+    """The options of `generate` for drafts: `none`, `prompt`, or an assistant's directory.
 
     The client makes draft tokens, and the trunk verifies several of them in one pass. They do not
     change the generated tokens.
@@ -33,7 +33,7 @@ def draft_options(draft: str) -> dict[str, Any]:
         ConnectionLost: It is not in the hub's cache here, and the hub does not answer.
         StorageError: The disk of the hub's cache is full.
     """
-    if not draft:
+    if draft in ("", "none"):
         return {}
     if draft == "prompt":
         return {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
@@ -46,7 +46,7 @@ def draft_options(draft: str) -> dict[str, Any]:
     # transformers raises ImportError for weights of a quantization that is not installed.
     except (OSError, ValueError, ImportError, CheckpointError) as exc:
         raise CheckpointError(
-            f"--draft {draft} is neither `prompt` nor a model: {str(exc).splitlines()[0]}"
+            f"--draft {draft} is neither `none`, `prompt` nor a model: {str(exc).splitlines()[0]}"
         ) from exc
     return {"assistant_model": assistant}
 

@@ -1,6 +1,7 @@
 """The client of `fedsplit serve`: builds the client's part and connects it to a trunk."""
 
 import secrets
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, TokenizersBackend
 
+from fedsplit.client.drafts import Drafts
 from fedsplit.client.evaluation import EvaluationTrunk
 from fedsplit.client.ledger import Ledger
 from fedsplit.client.metered import MeteredLink
@@ -24,6 +26,7 @@ from fedsplit.model.identity import model_fingerprint, model_settings
 from fedsplit.model.lora import load_adapter
 from fedsplit.model.placement import on_device
 from fedsplit.model.single_row import with_single_rows
+from fedsplit.model.rope import by_length
 from fedsplit.model.source import Source
 from fedsplit.serve.shared import ADDRESS, pretrained_run
 from fedsplit.spec import ModelSpec, RunSpec, SplitSpec, WireSpec
@@ -93,6 +96,24 @@ class Reached:
     trunk: RemoteTrunk
     link: GrpcLink
     route: Route
+
+    def drafts(self) -> Drafts | None:
+        """Return a source of drafts for the texts of this client, from the measured round trip.
+
+        It is the `assistant_model` of `generate`, for greedy decoding of one sequence. There is
+        none for a model that cannot go back to an earlier token, or whose rotary tables depend on
+        the tokens in a pass.
+
+        Raises:
+            FedsplitError: The trunk could not be reached.
+        """
+        config = self.model.config
+        if self.model._is_stateful or by_length(config):
+            return None
+        request = ServiceInfoRequest(served_model_name=self.route.served_model_name)
+        began = time.perf_counter()
+        self.link.exchange(request)
+        return Drafts(config, time.perf_counter() - began)
 
     def __enter__(self) -> "Reached":
         return self

@@ -22,6 +22,7 @@ from simulations.bench.report import Report
 BENCHES = (
     "accelerate",
     "audit",
+    "bridge",
     "clients",
     "compress",
     "faults",

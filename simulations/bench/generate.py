@@ -23,6 +23,7 @@ from simulations.bench.chats import first_tokens
 from simulations.bench.drafts import NUM_DRAFTS, with_latency
 from simulations.bench.long_prompt import beside_long_prompt
 from simulations.bench.models import text_of
+from simulations.bench.ordinary import on_ordinary_text
 from simulations.bench.processes import Process, process, threads_of_torch
 from simulations.bench.report import Report, in_turns
 from simulations.bench.roles import client, name_of
@@ -45,6 +46,7 @@ def measure(size: str) -> Report:
         with_latency(scene)
     beside_long_prompt(SIZES[size], report)
     one_machine.measure(size, report)
+    on_ordinary_text(SIZES[size], report)
     return report
 
 

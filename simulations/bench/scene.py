@@ -25,8 +25,10 @@ from simulations.bench.roles import name_of, trunk_server
 class Size:
     """The numbers of tokens in prompts, answers and circles, of sessions and turns; the latencies.
 
-    The last latency is 100 ms. Without a cache, `uncached_at` tokens of the long answer are
-    measured. Each chat sends `beside_tokens` tokens from the begin of a prompt of `beside_prompt`.
+    The last latency is 100 ms. `pretrained` asks for SmolLM2 in place of random weights, where the
+    text decides a figure. Drafts are fitted on `own_texts` of the model. Without a cache,
+    `uncached_at` tokens of the long answer are measured. Each chat sends `beside_tokens` tokens from
+    the begin of a prompt of `beside_prompt`.
     """
 
     shape: Shape
@@ -42,6 +44,8 @@ class Size:
     latency_turns: int
     beside_prompt: int
     beside_tokens: int
+    pretrained: bool
+    own_texts: int
 
 
 SIZES = {
@@ -59,6 +63,8 @@ SIZES = {
         latency_turns=3,
         beside_prompt=2000,
         beside_tokens=96,
+        pretrained=True,
+        own_texts=96,
     ),
     "toy": Size(
         shape=TOY,
@@ -74,6 +80,8 @@ SIZES = {
         latency_turns=1,
         beside_prompt=400,
         beside_tokens=64,
+        pretrained=False,
+        own_texts=4,
     ),
 }
 

@@ -59,6 +59,12 @@ FIGURES = {
         "checkpointing_memory_saved_computed",
         "client_peak_of_whole",
     ],
+    "bridge": [
+        "bridge_gain",
+        "lookup_and_bridge_gain",
+        "lookup_gain",
+        "small_model_gain",
+    ],
     "compress": [
         "bytes_ratio_default",
         "bytes_ratio_history",
@@ -93,10 +99,13 @@ FIGURES = {
         "bytes_per_token_floor",
         "bytes_saved",
         "cached_vs_hf",
+        "draft_gain_80ms",
         "draft_speedup_100ms",
         "one_machine_vs_hf",
         "second_turn_first_token",
         "others_p99_under_long_prompt",
+        "ordinary_speedup_80ms",
+        "ordinary_speedup_loopback",
         "sessions8_of_batch8",
         "tokens_identical",
         "total_cached_vs_uncached",
@@ -161,6 +170,13 @@ def exact_and_small(told: dict[str, Any]) -> None:
     assert 0.9 <= figures["bf16_tokens_agree"] <= 1
     assert min(figures[name] for name in ("one_machine_vs_hf", "bf16_decoding", "bf16_prompts")) > 0
     assert figures["others_p99_under_long_prompt"] > 0
+
+
+def of_right_drafts(told: dict[str, Any]) -> None:
+    figures = told["figures"]
+    # That model has all blocks of the toy, so its drafts are right until a text ends.
+    assert figures["small_model_gain"] >= max(3.0, figures["bridge_gain"])
+    assert figures["lookup_gain"] >= 0 and figures["bridge_gain"] >= 0
 
 
 def exact_with_four_transfers(told: dict[str, Any]) -> None:
@@ -259,6 +275,7 @@ def of_what_is_read(told: dict[str, Any]) -> None:
 HOLDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accelerate": of_the_same_loss,
     "audit": of_what_is_read,
+    "bridge": of_right_drafts,
     "clients": more_with_more_clients,
     "compress": costing_what_it_says,
     "faults": of_equal_weights,

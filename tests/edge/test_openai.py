@@ -518,7 +518,7 @@ def test_a_generation_that_is_cancelled_does_not_pass_for_a_finished_one(here):
     asked = TextRequest(model=MODEL, prompt="Once", temperature=0.0, max_tokens=12)
     with reach(str(here.folder), here.trunk) as reached, closing(Lanes(reached, 1)) as lanes:
         lane = lanes.take()
-        answers = Answers(reached.model, here.tokenizer, cache_bytes=0)
+        answers = Answers(reached.model, here.tokenizer, reached.drafts(), cache_bytes=0)
         with pytest.raises(Cancelled), lanes.using(lane):
             answers.write(asked, lane, lambda piece: lane.cancel(lane.turn))
 

@@ -171,6 +171,7 @@ def test_a_server_says_what_it_serves_and_what_to_try(place):
     [
         "",
         "--kv client",
+        "--draft none",
         "--draft prompt",
         "--draft {model}",
         "--sample --top-k 1",
@@ -444,7 +445,7 @@ REFUSED = {
     ),
     "a draft that is none": (
         "generate --trunk {at} --model model --draft nowhere x",
-        r"--draft nowhere is neither `prompt` nor a model",
+        r"--draft nowhere is neither `none`, `prompt` nor a model",
     ),
     "a width of a run": (
         "generate --run run --dtype bfloat16 x",
