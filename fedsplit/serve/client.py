@@ -25,8 +25,8 @@ from fedsplit.model.describe import client_of
 from fedsplit.model.identity import model_fingerprint, model_settings
 from fedsplit.model.lora import load_adapter
 from fedsplit.model.placement import on_device
-from fedsplit.model.single_row import with_single_rows
 from fedsplit.model.rope import by_length
+from fedsplit.model.single_row import with_single_rows
 from fedsplit.model.source import Source
 from fedsplit.serve.shared import ADDRESS, pretrained_run
 from fedsplit.spec import ModelSpec, RunSpec, SplitSpec, WireSpec

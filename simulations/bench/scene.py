@@ -27,8 +27,8 @@ class Size:
 
     The last latency is 100 ms. `pretrained` asks for SmolLM2 in place of random weights, where the
     text decides a figure. Drafts are fitted on `own_texts` of the model. Without a cache,
-    `uncached_at` tokens of the long answer are measured. Each chat sends `beside_tokens` tokens from
-    the begin of a prompt of `beside_prompt`.
+    `uncached_at` tokens of the long answer are measured. Each chat sends `beside_tokens` tokens
+    from the begin of a prompt of `beside_prompt`.
     """
 
     shape: Shape
