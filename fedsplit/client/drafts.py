@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import FloatTensor, LongTensor
+from torch import LongTensor, Tensor
 from transformers import PretrainedConfig
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -145,9 +145,7 @@ class _TextDrafts(CandidateGenerator):
         self._passes = 0
         self._began = 0.0
 
-    def get_candidates(
-        self, input_ids: LongTensor, **_: object
-    ) -> tuple[LongTensor, FloatTensor | None]:
+    def get_candidates(self, input_ids: LongTensor, **_: object) -> tuple[LongTensor, Any]:
         """Return the text with the guesses that are worth their time; they have no logits."""
         known = len(self._ids_T)
         self._ids_T += input_ids[0, known:].tolist()
@@ -159,7 +157,7 @@ class _TextDrafts(CandidateGenerator):
         return text_BT, None
 
     def update_candidate_strategy(
-        self, input_ids: LongTensor, scores: FloatTensor, num_matches: int
+        self, input_ids: LongTensor, scores: Tensor, num_matches: int
     ) -> None:
         """Learn the time of a pass."""
         # The pass of the prompt has another time than those of the next tokens.

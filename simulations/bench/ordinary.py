@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from fedsplit.data import load_tokenizer
 from fedsplit.model import connect
 from fedsplit.serve import Reached, Served, hosted, reach
 from fedsplit.serve.template import conversation_text
@@ -163,7 +164,7 @@ def _tallies(
 ) -> dict[str, Tally]:
     """Generate all texts in each way, in turns; compare them with those of the unsplit model."""
     model, link = reached.model, WatchedLink(reached.link)
-    wire = DelayedLink(link, latency_s) if latency_s else link
+    wire: Any = DelayedLink(link, latency_s) if latency_s else link
     connect(model, reached.route.trunk(wire, model))
     ways: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -195,7 +196,7 @@ def prompts_of(size: Size, folder: Path) -> list[tuple[str, Tensor]]:
         ids_BT = torch.arange(1, size.prompt + 1)[None]
         return [("toy", ids_BT), ("toy", ids_BT.flip(1))]
     save_smollm2(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder))
     prompts = []
     for kind, turns in PROMPTS:
         messages = [
