@@ -50,7 +50,7 @@ def measure(size: str) -> Report:
     report, sizes = Report(), SIZES[size]
     with TemporaryDirectory() as folder, torch.no_grad():
         prompts = [ids_BT for _, ids_BT in prompts_of(sizes, Path(folder))]
-        whole: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        whole: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
         texts = [
             _text(whole, text_of(whole, ids_BT, sizes.new_tokens)[0], ids_BT.shape[1])
             for ids_BT in prompts

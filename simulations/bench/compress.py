@@ -19,9 +19,15 @@ _VARIANTS = {
     "default": ["wire=lossy"],
     "strong": ["wire=strong"],
 }
+_HUFFMAN = [
+    "wire.up=huffman:0.6",
+    "wire.down=huffman:0.2",
+    "wire.grad_up=huffman:0.9",
+    "wire.grad_down=huffman:0.9",
+]
 _EPOCHS = {
-    "strong_epochs": ["wire=strong"],
-    "history": ["wire=strong", "wire.history_bytes=100000000"],
+    "huffman_epochs": _HUFFMAN,
+    "history": [*_HUFFMAN, "wire.history_bytes=100000000"],
 }
 """The variants that train several epochs; the first is the reference."""
 

@@ -139,7 +139,7 @@ def on_ordinary_text(size: Size, report: Report) -> None:
     with TemporaryDirectory() as folder:
         prompts = prompts_of(size, Path(folder))
         split = "1/*/1" if size.pretrained else size.shape.split
-        whole: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        whole: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
         texts = [text_of(whole, ids_BT, size.new_tokens) for _, ids_BT in prompts]
         del whole
         with (

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Without collections of garbage the libraries are imported in less time.
 gc.disable()
@@ -58,7 +59,13 @@ class Server:
         """End it."""
         os.kill(self._process, signal.SIGTERM)
         _, status = os.waitpid(self._process, 0)
+        self._process = 0
         assert status == 0, status
+
+    def kill(self) -> None:
+        """End it at once, whether it serves or not."""
+        if self._process:
+            os.kill(self._process, signal.SIGKILL)
 
 
 @contextmanager
@@ -86,8 +93,8 @@ def errors_in(words: list[str]) -> Iterator[list[str]]:
     os.dup2(before, 2)
 
 
-def run(kind: str, words: list[str]) -> None:
-    """Run a task.
+def run(kind: str, words: list[str], names: dict[str, Any]) -> None:
+    """Run a task; `names` are those of the page's Python so far.
 
     Raises:
         SystemExit: It failed.
@@ -95,7 +102,7 @@ def run(kind: str, words: list[str]) -> None:
     """
     print("---", kind, *words, flush=True)
     if kind == "python":
-        exec(compile(words[0], "a page", "exec"), {})
+        exec(compile(words[0], "a page", "exec"), names)
     elif kind == "sh":
         subprocess.run(["bash", "-euo", "pipefail", "-c", words[0]], check=True)
     elif kind == "fedsplit":
@@ -111,19 +118,30 @@ def run(kind: str, words: list[str]) -> None:
                     raise
 
 
+def run_page(page: list[list[str]], servers: Iterator[Server]) -> None:
+    """Run the tasks of a page, whose servers end with it."""
+    serving: list[Server] = []
+    names: dict[str, Any] = {}
+    for kind, *words in page:
+        if kind == "serve":
+            serving.append(next(servers))
+            serving[-1].start()
+        else:
+            with as_a_new_process():
+                run(kind, words, names)
+    for server in serving:
+        server.stop()
+
+
 if __name__ == "__main__":
     pages: list[list[list[str]]] = json.loads(sys.argv[1])
     tasks = [task for page in pages for task in page]
     all_servers = [Server(n, words) for n, (kind, *words) in enumerate(tasks) if kind == "serve"]
     servers = iter(all_servers)
-    for page in pages:
-        serving = []
-        for kind, *words in page:
-            if kind == "serve":
-                serving.append(next(servers))
-                serving[-1].start()
-            else:
-                with as_a_new_process():
-                    run(kind, words)
-        for server in serving:
-            server.stop()
+    try:
+        for page in pages:
+            run_page(page, servers)
+    finally:
+        # A server that is left would hold the output open, for which the test waits.
+        for each in all_servers:
+            each.kill()
