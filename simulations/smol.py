@@ -20,8 +20,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from fedsplit.console import ending_with_its_reader, quiet_libraries
 from fedsplit.errors import FedsplitError, Internal
 from fedsplit.model import split_model
 from fedsplit.runs.folder import RunFolder
+from simulations.bench.processes import command_server
 from simulations.bench.report import Report
 from simulations.single import run_one
 from simulations.smollm2 import save_smollm2
@@ -68,7 +67,7 @@ def measure(folder: Path, rounds: int) -> Report:
     _split(report, model)
     _train(report, folder, model, rounds)
     run = RunFolder(folder / "runs" / "smol")
-    with _served("serve", str(run.path), "--bind", "127.0.0.1:0") as trunk:
+    with command_server("serve", str(run.path), "--bind", "127.0.0.1:0") as trunk:
         _generate(report, run, trunk)
         _chat(report, run, trunk)
         _openai(report, run, trunk)
@@ -133,7 +132,7 @@ def _openai(report: Report, run: RunFolder, trunk: str) -> None:
         "max_tokens": _NEW_TOKENS,
         "temperature": 0,
     }
-    with _served(*words) as url:
+    with command_server(*words) as url:
         answer = httpx.post(f"{url}/chat/completions", json=body, timeout=_START_S)
     answer.raise_for_status()
     found: str = answer.json()["choices"][0]["message"]["content"]
@@ -189,21 +188,6 @@ def _printed(*words: str, stdin: str = "") -> str:
     if done.returncode:
         raise Internal(f"fedsplit {words[0]} failed: {done.stderr.strip()[-500:]}")
     return done.stdout
-
-
-@contextmanager
-def _served(*words: str) -> Iterator[str]:
-    """Run a server of fedsplit inside the block; yield the address that it prints."""
-    command = [sys.executable, "-u", "-m", "fedsplit", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            line = process.stdout.readline()
-            if " at " not in line:
-                raise Internal(f"fedsplit {words[0]} did not start: {line!r}")
-            yield line.partition(" at ")[2].split(";")[0].split()[0]
-        finally:
-            process.terminate()
 
 
 @ending_with_its_reader()

@@ -9,16 +9,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedsplit.errors import Internal
 from simulations.bench.models import TOY
+from simulations.bench.processes import command_server
 from simulations.bench.report import Report, in_turns
 from simulations.bench.speaker import TOKEN
 from simulations.smollm2 import save_smollm2
@@ -88,8 +89,13 @@ def measure(size: str, report: Report) -> None:
             TOY.whole().save_pretrained(folder / "model")
         model = str(folder / "model")
         speakers = {"hf": stack.enter_context(Speaker(model, "", "float32"))}
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(TOKEN)
+        serve = ["serve", "--model", model, "--bind", "127.0.0.1:0", "--token-file", str(token)]
         for dtype in ("float32", "bfloat16"):
-            address = stack.enter_context(_served(folder, dtype))
+            words, environment = [*serve, f"model.dtype={dtype}"], _environment()
+            address = stack.enter_context(command_server(*words, environment=environment))
             speakers[dtype] = stack.enter_context(Speaker(model, address, dtype))
         _decoding(_SIZES[size], report, speakers)
         _prompts(_SIZES[size], report, speakers)
@@ -121,32 +127,12 @@ def _prompts(size: _Size, report: Report, speakers: dict[str, Speaker]) -> None:
         "prompts: float32 s / bfloat16 s", found["float32"], found["bfloat16"]
     )
     tokens = {name: speaker.ask("tokens", TEXT) for name, speaker in speakers.items()}
-    for name in ("float32", "bfloat16"):
-        same = [a == b for a, b in zip(tokens["hf"], tokens[name], strict=True)]
-        report.row("likeliest tokens equal to hf's", by=name, fraction=sum(same) / len(same))
-    report.figures["bf16_tokens_agree"] = sum(same) / len(same)
-
-
-@contextmanager
-def _served(folder: Path, dtype: str) -> Iterator[str]:
-    """Run `fedsplit serve` inside the block; yield its address."""
-    token = folder / "token"
-    if not token.exists():
-        token.touch(mode=0o600)
-        token.write_text(TOKEN)
-    words = ["serve", "--model", str(folder / "model"), "--bind", "127.0.0.1:0"]
-    command = [sys.executable, "-u", "-m", "fedsplit", *words, "--token-file", str(token)]
-    with subprocess.Popen(
-        [*command, f"model.dtype={dtype}"], stdout=subprocess.PIPE, text=True, env=_environment()
-    ) as process:
-        try:
-            assert process.stdout
-            line = process.stdout.readline()
-            if " at " not in line:
-                raise Internal(f"fedsplit serve did not start: {line!r}")
-            yield line.partition(" at ")[2].split(";")[0].split()[0]
-        finally:
-            process.terminate()
+    agree = {
+        name: fmean(a == b for a, b in zip(tokens["hf"], own, strict=True))
+        for name, own in tokens.items()
+    }
+    report.row("likeliest tokens equal to hf's", **agree)
+    report.figures["bf16_tokens_agree"] = agree["bfloat16"]
 
 
 def _environment() -> dict[str, str]:

@@ -4,6 +4,8 @@ A process runs a context manager, its role, which yields the functions that answ
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
@@ -89,3 +91,22 @@ def threads_of_torch(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def command_server(*words: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Run a server of the `fedsplit` command inside the block; yield the address that it prints.
+
+    Raises:
+        Internal: It did not start.
+    """
+    command = [sys.executable, "-u", "-m", "fedsplit", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            assert server.stdout
+            line = server.stdout.readline()
+            if " at " not in line:
+                raise Internal(f"fedsplit {words[0]} did not start: {line!r}")
+            yield line.partition(" at ")[2].split(";")[0].split()[0]
+        finally:
+            server.terminate()
